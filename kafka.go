@@ -1,0 +1,176 @@
+// Kafka beside the path of an event: the producer's options, the topics, and how far the group has come.
+//
+// kafka.go owns the freshness watermark: it samples the ends of the topic and the group's committed offsets, and so
+// knows a moment up to which everything acknowledged is stored, whoever of the copies stored it.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// Partitions of the side topics: two for each of the five retry delays, and a few for what is given up.
+const (
+	retryPartitions = 10
+	dlqPartitions   = 5
+)
+
+// minEventBytes is about the smallest body of an event: what the byte budget allows bounds the records by it.
+const minEventBytes = 64
+
+// newProducer returns the client that the API and the dead letters produce with. acks=all and idempotence are
+// franz-go's defaults, and required here: 202 means that all in-sync replicas have the event.
+func newProducer(cfg *settings) (*kgo.Client, error) {
+	codec := map[string]kgo.CompressionCodec{
+		"none": kgo.NoCompression(), "snappy": kgo.SnappyCompression(), "lz4": kgo.Lz4Compression(), "zstd": kgo.ZstdCompression(),
+	}[cfg.kafkaCompression]
+	return kgo.NewClient(
+		kgo.SeedBrokers(cfg.kafkaBrokers...),
+		kgo.ClientID("event-ingestion"),
+		kgo.RequiredAcks(kgo.AllISRAcks()),
+		kgo.RecordPartitioner(kgo.StickyKeyPartitioner(nil)), // murmur2 of the key, as every Kafka client computes it
+		kgo.ProducerBatchCompression(codec),
+		kgo.ProducerLinger(cfg.kafkaLinger),
+		kgo.MaxBufferedRecords(int(min(cfg.maxInFlightBytes/minEventBytes, 1<<30))), // never reached: the byte budget is
+		kgo.RecordDeliveryTimeout(cfg.ackTimeout),
+		kgo.ProduceRequestTimeout(cfg.ackTimeout),
+		kgo.UnknownTopicRetries(-1), // topics are created at start, possibly after the first request
+	)
+}
+
+// ensureTopics creates the topics that are missing and reports one whose partitions differ from the settings.
+func ensureTopics(ctx context.Context, kafka *kgo.Client, cfg *settings) error {
+	admin := kadm.NewClient(kafka)
+	minISR := fmt.Sprint(cfg.kafkaMinISR)
+	for _, t := range []struct {
+		name       string
+		partitions int
+	}{
+		{cfg.kafkaTopic, cfg.kafkaPartitions},
+		{cfg.kafkaTopic + ".retry", retryPartitions},
+		{cfg.kafkaTopic + ".dlq", dlqPartitions},
+	} {
+		_, err := admin.CreateTopic(ctx, int32(t.partitions), int16(cfg.kafkaReplication), map[string]*string{"min.insync.replicas": &minISR}, t.name)
+		if err == nil {
+			slog.Info("topic created", "topic", t.name, "partitions", t.partitions)
+			continue
+		}
+		if !errors.Is(err, kerr.TopicAlreadyExists) {
+			return fmt.Errorf("create topic %s: %w", t.name, err)
+		}
+		details, err := admin.ListTopics(ctx, t.name)
+		if err == nil {
+			err = details.Error()
+		}
+		if err != nil {
+			return fmt.Errorf("describe topic %s: %w", t.name, err)
+		}
+		if n := len(details[t.name].Partitions); n != t.partitions {
+			slog.Warn("topic has another number of partitions than the settings say; it is used as it is", "topic", t.name, "partitions", n, "settings", t.partitions)
+		}
+	}
+	return nil
+}
+
+const (
+	// sampleInterval is how often the watermark moves, and about how far it is behind at best.
+	sampleInterval = 250 * time.Millisecond
+	// maxSamples is an hour of samples a second apart; a lag beyond that keeps the watermark where it is.
+	maxSamples = 3600
+)
+
+// watermark knows the newest moment up to which everything that Kafka acknowledged is stored in ClickHouse, and how
+// many records are not.
+type watermark struct {
+	admin        *kadm.Client
+	topic, group string
+	through      atomic.Int64 // Unix seconds, 0 while unknown
+	lag          atomic.Int64 // records, -1 while unknown
+	samples      []sample     // oldest first; only run touches it
+}
+
+// sample is where the partitions ended at a moment.
+type sample struct {
+	at   time.Time
+	ends []int64
+}
+
+func newWatermark(kafka *kgo.Client, cfg *settings) *watermark {
+	w := &watermark{admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup}
+	w.lag.Store(-1)
+	return w
+}
+
+// run samples until ctx is done.
+func (w *watermark) run(ctx context.Context) {
+	tick := time.NewTicker(sampleInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := w.sample(ctx); err != nil && ctx.Err() == nil {
+			slog.Debug("watermark not sampled", "error", err)
+		}
+	}
+}
+
+func (w *watermark) sample(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	now := time.Now() // before the ends are read: what is acknowledged later is not covered
+	listed, err := w.admin.ListEndOffsets(ctx, w.topic)
+	if err == nil {
+		err = listed.Error()
+	}
+	if err != nil {
+		return err
+	}
+	committed, err := w.admin.FetchOffsetsForTopics(ctx, w.group, w.topic)
+	if err != nil {
+		return err
+	}
+	ends, stored := make([]int64, len(listed[w.topic])), make([]int64, len(listed[w.topic]))
+	lag := int64(0)
+	for p, o := range listed[w.topic] {
+		ends[p] = o.Offset
+		if c, ok := committed.Lookup(w.topic, p); ok && c.Err == nil {
+			stored[p] = max(0, c.At)
+		}
+		lag += max(0, ends[p]-stored[p])
+	}
+	w.lag.Store(lag)
+	if n := len(w.samples); n > 1 && w.samples[n-1].at.Sub(w.samples[n-2].at) < time.Second {
+		w.samples = w.samples[:n-1] // a second apart, but for the newest
+	}
+	if len(w.samples) < maxSamples {
+		w.samples = append(w.samples, sample{now, ends})
+	}
+	reached := 0
+	for reached < len(w.samples) && covers(stored, w.samples[reached].ends) {
+		w.through.Store(w.samples[reached].at.Unix() - 1) // the second of the sample itself is not over
+		reached++
+	}
+	w.samples = append(w.samples[:0], w.samples[reached:]...)
+	return nil
+}
+
+func covers(stored, ends []int64) bool {
+	for p := range min(len(stored), len(ends)) {
+		if stored[p] < ends[p] {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,85 @@
+// Dead letters: records that can never become rows, kept on events.dlq with what is wrong and where they came from.
+//
+// retry.go owns the headers of contract.md. A letter is sent before the record's offset may be committed, so a record
+// is at least once in the dead letters or still on its topic, never in neither.
+
+package main
+
+import (
+	"context"
+	"log/slog"
+	"strconv"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// The values of the header error_type.
+const errorUnmarshal = "unmarshal_error"
+
+// maxErrorMessage bounds the header error_message, in bytes.
+const maxErrorMessage = 500
+
+// deadLetters writes to TOPIC.dlq.
+type deadLetters struct {
+	kafka *kgo.Client
+	topic string
+}
+
+// send returns true when the letter is acknowledged by all in-sync replicas. It tries until then; false means that
+// stopped said to give up, with nothing lost: the record's offset is not committed.
+func (d *deadLetters) send(rec *kgo.Record, errorType, message string, stopped func() bool) bool {
+	letter := d.letter(rec, errorType, message, time.Now())
+	for {
+		err := d.kafka.ProduceSync(context.Background(), letter).FirstErr()
+		if err == nil {
+			slog.Warn("record sent to the dead letters", "topic", rec.Topic, "partition", rec.Partition, "offset", rec.Offset, "type", errorType, "error", message)
+			return true
+		}
+		if stopped() {
+			return false
+		}
+		slog.Error("dead letter not acknowledged, will try again; its partition waits", "partition", rec.Partition, "offset", rec.Offset, "error", err)
+		time.Sleep(time.Second)
+	}
+}
+
+// letter is rec's key and value unchanged, under headers that say why it is there. Headers that rec came with stay.
+func (d *deadLetters) letter(rec *kgo.Record, errorType, message string, now time.Time) *kgo.Record {
+	if len(message) > maxErrorMessage {
+		message = message[:maxErrorMessage]
+	}
+	retries := "0"
+	for _, h := range rec.Headers {
+		if h.Key == "retry_count" {
+			retries = string(h.Value)
+		}
+	}
+	at := now.UTC().Format(time.RFC3339)
+	headers := append([]kgo.RecordHeader(nil), rec.Headers...)
+	for _, h := range [][2]string{
+		{"retry_count", retries},
+		{"error_type", errorType},
+		{"error_message", message},
+		{"original_topic", rec.Topic},
+		{"original_partition", strconv.Itoa(int(rec.Partition))},
+		{"original_offset", strconv.FormatInt(rec.Offset, 10)},
+		{"failed_at", at},
+		{"last_retry_at", at},
+		{"final_retry_count", retries},
+		{"sent_to_dlq_at", at},
+	} {
+		headers = setHeader(headers, h[0], h[1])
+	}
+	return &kgo.Record{Topic: d.topic, Key: rec.Key, Value: rec.Value, Headers: headers}
+}
+
+func setHeader(headers []kgo.RecordHeader, key, value string) []kgo.RecordHeader {
+	for i := range headers {
+		if headers[i].Key == key {
+			headers[i].Value = []byte(value)
+			return headers
+		}
+	}
+	return append(headers, kgo.RecordHeader{Key: key, Value: []byte(value)})
+}

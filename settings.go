@@ -1,0 +1,206 @@
+// Settings: environment variables, their defaults, limits and meanings, in one table.
+//
+// settings.go owns the table; `event-ingestion -h` prints it, loadSettings reads the environment by it, and a start
+// with a bad value ends with one message that names every bad one.
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// settings is what the environment says; see settingsTable for units and defaults.
+type settings struct {
+	serverHost       string
+	serverPort       int
+	readTimeout      time.Duration
+	writeTimeout     time.Duration
+	ackTimeout       time.Duration
+	maxInFlightBytes int64
+	adminAddr        string
+	logLevel         slog.Level
+
+	kafkaBrokers     []string
+	kafkaTopic       string
+	kafkaGroup       string
+	kafkaPartitions  int
+	kafkaReplication int
+	kafkaMinISR      int
+	kafkaLinger      time.Duration
+	kafkaCompression string
+
+	clickhouseHost     string
+	clickhousePort     int
+	clickhouseDatabase string
+	clickhouseUsername string
+	clickhousePassword string
+
+	workerCount        int
+	workerBatchSize    int
+	workerBatchTimeout time.Duration
+	shutdownTimeout    time.Duration
+}
+
+type setting struct {
+	name, fallback, meaning string
+	set                     func(string) error
+}
+
+// settingsTable is every setting of the program, in the order in which -h prints them.
+func (c *settings) settingsTable() []setting {
+	return []setting{
+		{"SERVER_HOST", "", "address that the API listens on; empty means every interface", text(&c.serverHost, true)},
+		{"SERVER_PORT", "8080", "port of the API", integer(&c.serverPort, 1, 65535)},
+		{"SERVER_READ_TIMEOUT", "15s", "a request has to be read within this", duration(&c.readTimeout, time.Second, time.Hour)},
+		{"SERVER_WRITE_TIMEOUT", "30s", "an answer has to be written within this, counted from the end of the header", duration(&c.writeTimeout, time.Second, time.Hour)},
+		{"ACK_TIMEOUT", "10s", "Kafka has to acknowledge a request's events within this, else 503; below SERVER_WRITE_TIMEOUT", duration(&c.ackTimeout, 100*time.Millisecond, time.Hour)},
+		{"MAX_IN_FLIGHT_BYTES", "67108864", "bytes of request bodies held at once, else 503", integer(&c.maxInFlightBytes, maxBulkBody+1, 1<<40)},
+		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/; empty turns it off", address(&c.adminAddr)},
+		{"LOG_LEVEL", "info", "debug, info, warn or error", func(s string) error { return c.logLevel.UnmarshalText([]byte(s)) }},
+
+		{"KAFKA_BROKERS", "localhost:29092,localhost:29093", "comma-separated host:port of the first brokers to ask", addresses(&c.kafkaBrokers)},
+		{"KAFKA_TOPIC", "events", "main topic; retries go to TOPIC.retry, dead letters to TOPIC.dlq", text(&c.kafkaTopic, false)},
+		{"KAFKA_CONSUMER_GROUP", "event-consumers", "consumer group, shared by all copies of the program", text(&c.kafkaGroup, false)},
+		{"KAFKA_PARTITIONS", "20", "partitions of the main topic when it is created", integer(&c.kafkaPartitions, 1, 10000)},
+		{"KAFKA_REPLICATION_FACTOR", "2", "replicas of each partition of topics that are created", integer(&c.kafkaReplication, 1, 100)},
+		{"KAFKA_MIN_ISR", "2", "min.insync.replicas of topics that are created; 1 keeps accepting with a broker down", integer(&c.kafkaMinISR, 1, 100)},
+		{"KAFKA_LINGER", "2ms", "the producer waits this long for more records before it sends; 0 sends at once", duration(&c.kafkaLinger, 0, time.Minute)},
+		{"KAFKA_COMPRESSION", "snappy", "of produced batches: none, snappy, lz4 or zstd", oneOf(&c.kafkaCompression, "none", "snappy", "lz4", "zstd")},
+
+		{"CLICKHOUSE_HOST", "localhost", "host of ClickHouse", text(&c.clickhouseHost, false)},
+		{"CLICKHOUSE_PORT", "9000", "native port of ClickHouse", integer(&c.clickhousePort, 1, 65535)},
+		{"CLICKHOUSE_DATABASE", "event_ingestion", "database; created when missing", identifier(&c.clickhouseDatabase)},
+		{"CLICKHOUSE_USERNAME", "default", "user", text(&c.clickhouseUsername, false)},
+		{"CLICKHOUSE_PASSWORD", "", "password", text(&c.clickhousePassword, true)},
+
+		{"WORKER_COUNT", "20", "workers; partition p belongs to worker p mod WORKER_COUNT", integer(&c.workerCount, 1, 1000)},
+		{"WORKER_BATCH_SIZE", "2000", "rows of a worker's block; a full block starts an insert", integer(&c.workerBatchSize, 1, 100000)},
+		{"WORKER_BATCH_TIMEOUT", "50ms", "a waiting row starts an insert after this", duration(&c.workerBatchTimeout, time.Millisecond, time.Minute)},
+		{"SHUTDOWN_TIMEOUT", "8s", "a stop finishes requests and inserts within this; what is left is read from Kafka again", duration(&c.shutdownTimeout, time.Second, time.Hour)},
+	}
+}
+
+// loadSettings reads every setting from getenv (os.Getenv's form). The error names all bad values, a line each.
+func loadSettings(getenv func(string) string) (*settings, error) {
+	c := new(settings)
+	var bad []error
+	for _, s := range c.settingsTable() {
+		value := getenv(s.name)
+		if value == "" {
+			value = s.fallback
+		}
+		if err := s.set(value); err != nil {
+			bad = append(bad, fmt.Errorf("%s=%q: %w", s.name, value, err))
+		}
+	}
+	if len(bad) == 0 && c.kafkaMinISR > c.kafkaReplication {
+		bad = append(bad, fmt.Errorf("KAFKA_MIN_ISR=%d: cannot be above KAFKA_REPLICATION_FACTOR=%d, nothing would ever be acknowledged", c.kafkaMinISR, c.kafkaReplication))
+	}
+	if len(bad) == 0 && c.ackTimeout >= c.writeTimeout {
+		bad = append(bad, fmt.Errorf("ACK_TIMEOUT=%s: has to be below SERVER_WRITE_TIMEOUT=%s, or the answer cannot be sent", c.ackTimeout, c.writeTimeout))
+	}
+	if len(bad) > 0 {
+		return nil, fmt.Errorf("bad settings:\n%w", errors.Join(bad...))
+	}
+	return c, nil
+}
+
+// printSettings writes the table for -h.
+func printSettings(w io.Writer) {
+	for _, s := range new(settings).settingsTable() {
+		fmt.Fprintf(w, "  %-26s %s (default %q)\n", s.name, s.meaning, s.fallback)
+	}
+}
+
+func integer[T int | int64](dst *T, least, most T) func(string) error {
+	return func(s string) error {
+		n, err := strconv.ParseInt(s, 10, 64)
+		if err != nil || T(n) < least || T(n) > most {
+			return fmt.Errorf("has to be an integer from %d to %d", least, most)
+		}
+		*dst = T(n)
+		return nil
+	}
+}
+
+func duration(dst *time.Duration, least, most time.Duration) func(string) error {
+	return func(s string) error {
+		d, err := time.ParseDuration(s)
+		if n, nerr := strconv.Atoi(s); err != nil && nerr == nil {
+			d, err = time.Duration(n)*time.Second, nil // the original took bare seconds
+		}
+		if err != nil || d < least || d > most {
+			return fmt.Errorf("has to be a duration such as 50ms or 10s, from %s to %s", least, most)
+		}
+		*dst = d
+		return nil
+	}
+}
+
+func text(dst *string, optional bool) func(string) error {
+	return func(s string) error {
+		if s == "" && !optional {
+			return errors.New("is required")
+		}
+		*dst = s
+		return nil
+	}
+}
+
+func oneOf(dst *string, allowed ...string) func(string) error {
+	return func(s string) error {
+		for _, a := range allowed {
+			if s == a {
+				*dst = s
+				return nil
+			}
+		}
+		return fmt.Errorf("has to be one of %s", strings.Join(allowed, ", "))
+	}
+}
+
+func address(dst *string) func(string) error {
+	return func(s string) error {
+		if s != "" {
+			if _, _, err := net.SplitHostPort(s); err != nil {
+				return errors.New("has to be host:port")
+			}
+		}
+		*dst = s
+		return nil
+	}
+}
+
+func addresses(dst *[]string) func(string) error {
+	return func(s string) error {
+		*dst = nil
+		for _, a := range strings.Split(s, ",") {
+			a = strings.TrimSpace(a)
+			if _, _, err := net.SplitHostPort(a); err != nil {
+				return errors.New("has to be host:port,host:port,…")
+			}
+			*dst = append(*dst, a)
+		}
+		return nil
+	}
+}
+
+// identifier takes a name that can stand in SQL without quotes, because the schema puts it there.
+func identifier(dst *string) func(string) error {
+	return func(s string) error {
+		for i, c := range s {
+			if c != '_' && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (i == 0 || c < '0' || c > '9') {
+				return errors.New("has to be letters, digits and _, not starting with a digit")
+			}
+		}
+		*dst = s
+		return nil
+	}
+}

@@ -1,0 +1,303 @@
+// ClickHouse: connection, schema, and the one inserter.
+//
+// An insert costs ClickHouse about 26 ms of CPU whether it holds 100 or 2,000 rows, so one inserter serves all
+// workers: when a block is full, or a row has waited long enough, it takes what every worker has and sends it as ONE
+// insert of several blocks, which becomes one part. While that runs the next blocks fill, so the round grows with the
+// load by itself. A round is repeated, the same rows under the same token, until ClickHouse has it; only then are its
+// offsets marked for commit. store.go owns the rounds; consume.go owns the blocks between them.
+
+package main
+
+import (
+	"context"
+	_ "embed"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/ClickHouse/ch-go"
+	"github.com/ClickHouse/ch-go/proto"
+)
+
+//go:embed schema.sql
+var schemaSQL string
+
+const (
+	// insertTimeout bounds one attempt. A healthy insert takes 30 ms; one that waits for merges, seconds.
+	insertTimeout = 60 * time.Second
+	minBackoff    = 100 * time.Millisecond
+	maxBackoff    = 5 * time.Second
+)
+
+// store knows how to reach ClickHouse.
+type store struct {
+	options  ch.Options
+	database string
+}
+
+func newStore(cfg *settings) *store {
+	return &store{
+		database: cfg.clickhouseDatabase,
+		options: ch.Options{
+			Address:          net.JoinHostPort(cfg.clickhouseHost, strconv.Itoa(cfg.clickhousePort)),
+			User:             cfg.clickhouseUsername,
+			Password:         cfg.clickhousePassword,
+			ClientName:       "event-ingestion",
+			DialTimeout:      3 * time.Second,
+			HandshakeTimeout: 10 * time.Second,
+			ReadTimeout:      insertTimeout,
+		},
+	}
+}
+
+func (s *store) dial(ctx context.Context) (*ch.Client, error) {
+	c, err := ch.Dial(ctx, s.options)
+	if err != nil {
+		return nil, fmt.Errorf("connect to ClickHouse at %s: %w", s.options.Address, err)
+	}
+	return c, nil
+}
+
+// applySchema runs schema.sql, statement by statement.
+func (s *store) applySchema(ctx context.Context) error {
+	c, err := s.dial(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	for _, stmt := range strings.Split(strings.ReplaceAll(schemaSQL, "{database}", s.database), ";\n") {
+		if strings.TrimSpace(stmt) == "" {
+			continue
+		}
+		if err := c.Do(ctx, ch.Query{Body: stmt}); err != nil {
+			return fmt.Errorf("apply schema.sql: %w", err)
+		}
+	}
+	return nil
+}
+
+// inserter runs the rounds, strictly one after another.
+type inserter struct {
+	store    *store
+	workers  []*worker
+	wait     time.Duration // WORKER_BATCH_TIMEOUT
+	instance string        // random: makes tokens and query ids this process's own
+	group    string
+	stored   func([]position) // told what a finished round reached, for the offsets
+	stats    *storeStats
+
+	arrived chan struct{} // a block has its first row
+	full    chan struct{} // a block has its last row
+	oldest  atomic.Int64  // Unix nanoseconds of the first row since the last round was taken, 0 when none
+	flushes chan chan struct{}
+	ended   chan struct{} // closed when run returns
+
+	conn    *ch.Client // nil when the last attempt failed
+	columns proto.Input
+	empty   *block
+	round   []*block
+	seq     uint64
+}
+
+func newInserter(st *store, cfg *settings, stats *storeStats) *inserter {
+	return &inserter{
+		store: st, wait: cfg.workerBatchTimeout, group: cfg.kafkaGroup, stats: stats,
+		instance: strconv.FormatUint(rand.Uint64(), 36),
+		arrived:  make(chan struct{}, 1),
+		full:     make(chan struct{}, 1),
+		flushes:  make(chan chan struct{}),
+		ended:    make(chan struct{}),
+		columns:  insertColumns(),
+		empty:    newBlock(0),
+	}
+}
+
+// run inserts until stop is closed, then once more what is left, bounded by ctx; ctx also ends a round that cannot
+// succeed. What was not inserted was not marked and is read from Kafka again.
+func (in *inserter) run(ctx context.Context, stop <-chan struct{}) {
+	defer close(in.ended)
+	defer func() {
+		if in.conn != nil {
+			in.conn.Close()
+		}
+	}()
+	for {
+		select {
+		case <-stop:
+			in.insertRound(ctx)
+			return
+		case <-ctx.Done():
+			return
+		case done := <-in.flushes:
+			in.insertRound(ctx)
+			close(done)
+			continue
+		case <-in.arrived:
+		}
+		timer := time.NewTimer(time.Until(time.Unix(0, in.oldest.Load()).Add(in.wait)))
+		select {
+		case <-stop:
+			continue
+		case done := <-in.flushes:
+			in.insertRound(ctx)
+			close(done)
+		case <-in.full:
+			in.insertRound(ctx)
+		case <-timer.C:
+			in.insertRound(ctx)
+		}
+		timer.Stop()
+	}
+}
+
+// flush returns when every row that was in a block before the call is stored, or ctx is done.
+func (in *inserter) flush(ctx context.Context) error {
+	done := make(chan struct{})
+	select {
+	case in.flushes <- done:
+	case <-in.ended:
+		return nil // run has stored what there was, or said that it could not
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// noteRow is called by a worker, under its lock, when its block gets its first row.
+func (in *inserter) noteRow() {
+	in.oldest.CompareAndSwap(0, time.Now().UnixNano())
+	notify(in.arrived)
+}
+
+func notify(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+func drain(c chan struct{}) {
+	select {
+	case <-c:
+	default:
+	}
+}
+
+// insertRound takes the blocks of all workers and stores them as one insert. It returns when that is done, or when
+// ctx is: then the blocks' offsets stay unmarked.
+func (in *inserter) insertRound(ctx context.Context) {
+	in.oldest.Store(0)
+	drain(in.arrived) // what asked for this round: a row that comes after takeBlock asks again
+	drain(in.full)
+	in.round = in.round[:0]
+	rows := 0
+	for _, w := range in.workers {
+		if b := w.takeBlock(); b != nil {
+			in.round = append(in.round, b)
+			rows += b.rows()
+		}
+	}
+	if len(in.round) == 0 {
+		return
+	}
+	if rows > 0 && !in.insertUntilStored(ctx, rows) {
+		return
+	}
+	for i, b := range in.round {
+		in.stored(b.reached)
+		b.reset()
+		in.round[i] = nil
+	}
+}
+
+// insertUntilStored repeats the round until ClickHouse has taken it. The token is the same for every attempt and no
+// other round's: rows that a lost answer left behind are not stored again.
+func (in *inserter) insertUntilStored(ctx context.Context, rows int) bool {
+	in.seq++
+	token := fmt.Sprintf("%s-%d", in.instance, in.seq)
+	started := time.Now()
+	for attempt := 1; ; attempt++ {
+		err := in.insertOnce(ctx, token, attempt)
+		if err == nil {
+			in.stats.inserted(rows, time.Since(started))
+			return true
+		}
+		in.stats.failures.Inc()
+		if ctx.Err() != nil {
+			slog.Warn("insert abandoned, its records will be read from Kafka again", "rows", rows, "error", err)
+			return false
+		}
+		pause := min(minBackoff<<min(attempt-1, 10), maxBackoff)
+		slog.Warn("insert failed, will try the same rows again", "rows", rows, "attempt", attempt, "in", pause, "error", err)
+		select {
+		case <-time.After(pause/2 + rand.N(pause/2)):
+		case <-ctx.Done():
+		}
+	}
+}
+
+func (in *inserter) insertOnce(ctx context.Context, token string, attempt int) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, insertTimeout)
+	defer cancel()
+	if in.conn == nil || in.conn.IsClosed() {
+		if in.conn, err = in.store.dial(ctx); err != nil {
+			return err
+		}
+	}
+	next := 0
+	advance := func(context.Context) error {
+		if next == len(in.round) {
+			in.empty.input(in.columns) // rows that still stand here would be sent once more with the EOF
+			return io.EOF
+		}
+		in.round[next].input(in.columns)
+		next++
+		return nil
+	}
+	in.empty.input(in.columns)
+	err = in.conn.Do(ctx, ch.Query{
+		Body:    "INSERT INTO " + in.store.database + ".events " + in.columns.Columns() + " VALUES",
+		QueryID: fmt.Sprintf("%s-%s-%d", in.group, token, attempt),
+		Input:   in.columns,
+		OnInput: func(ctx context.Context) error {
+			for {
+				if err := advance(ctx); err != nil || in.columns[0].Data.Rows() > 0 {
+					return err
+				}
+			}
+		},
+		Settings: []ch.Setting{
+			{Key: "async_insert", Value: "0"},
+			{Key: "optimize_on_insert", Value: "0"}, // merges sort duplicates out anyway; a quarter less CPU
+			{Key: "insert_deduplicate", Value: "1"},
+			{Key: "insert_deduplication_token", Value: token},
+			{Key: "deduplicate_blocks_in_dependent_materialized_views", Value: "1"},
+			{Key: "materialized_views_ignore_errors", Value: "0"},
+		},
+	})
+	if err != nil {
+		in.conn.Close() // whatever state it is in, the next attempt starts clean
+		in.conn = nil
+		if e, ok := ch.AsException(err); ok {
+			return fmt.Errorf("insert into %s.events: ClickHouse answers %d %s: %s", in.store.database, e.Code, e.Name, firstLine(e.Message))
+		}
+		return fmt.Errorf("insert into %s.events: %w", in.store.database, err)
+	}
+	return nil
+}
+
+func firstLine(s string) string {
+	s, _, _ = strings.Cut(s, "\n")
+	return s
+}
