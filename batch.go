@@ -25,8 +25,9 @@ type block struct {
 	price      proto.ColDecimal64
 	currency   dictColumn
 
-	tagsArray arrayColumn
-	reached   []position
+	priceInput proto.ColInput // price under the type with its scale
+	tagsArray  arrayColumn
+	reached    []position
 }
 
 // position is how far a partition has been taken in: next is the offset to go on from.
@@ -54,6 +55,7 @@ func newBlock(rows int) *block {
 	for _, d := range []*dictColumn{&b.eventName, &b.channel, &b.campaignID, &b.tags, &b.currency} {
 		d.init(rows)
 	}
+	b.priceInput = proto.Alias(&b.price, "Decimal(18, 4)")
 	b.tagsArray = arrayColumn{offsets: &b.tagOffsets, data: &b.tags}
 	return b
 }
@@ -104,7 +106,7 @@ func (b *block) input(columns proto.Input) {
 	columns[5].Data = &b.timestamp
 	columns[6].Data = &b.tagsArray
 	columns[7].Data = &b.metadata
-	columns[8].Data = &b.price
+	columns[8].Data = b.priceInput
 	columns[9].Data = &b.currency
 }
 
