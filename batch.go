@@ -78,7 +78,7 @@ func (b *block) append(id *eventID, ev *event) {
 	for _, t := range ev.tags {
 		b.tags.append(t)
 	}
-	b.tagOffsets = append(b.tagOffsets, uint64(b.tags.Rows()))
+	b.tagOffsets = append(b.tagOffsets, uint64(b.tags.rows()))
 	b.metadata.AppendBytes(ev.metadata)
 	price, currency := priceOf(ev.meta)
 	b.price = append(b.price, price)
@@ -180,6 +180,14 @@ func (d *dictColumn) append(v []byte) {
 		d.widen()
 	}
 	d.AppendKey(int(key))
+}
+
+// rows is Rows without the copy to the heap that ch-go's value receiver makes.
+func (d *dictColumn) rows() int {
+	if d.Key == proto.KeyUInt16 {
+		return len(d.Keys16)
+	}
+	return len(d.Keys32)
 }
 
 // widen moves to 32-bit keys when one block has more than 65,536 values (its tags can).

@@ -27,13 +27,13 @@ const (
 // minEventBytes is about the smallest body of an event: what the byte budget allows bounds the records by it.
 const minEventBytes = 64
 
-// newProducer returns the client that the API and the dead letters produce with. acks=all and idempotence are
-// franz-go's defaults, and required here: 202 means that all in-sync replicas have the event.
-func newProducer(cfg *settings) (*kgo.Client, error) {
+// newProducer returns a client to produce with. acks=all and idempotence are franz-go's defaults, and required here:
+// 202 means that all in-sync replicas have the event. Later options override the ones given here.
+func newProducer(cfg *settings, more ...kgo.Opt) (*kgo.Client, error) {
 	codec := map[string]kgo.CompressionCodec{
 		"none": kgo.NoCompression(), "snappy": kgo.SnappyCompression(), "lz4": kgo.Lz4Compression(), "zstd": kgo.ZstdCompression(),
 	}[cfg.kafkaCompression]
-	return kgo.NewClient(
+	return kgo.NewClient(append([]kgo.Opt{
 		kgo.SeedBrokers(cfg.kafkaBrokers...),
 		kgo.ClientID("event-ingestion"),
 		kgo.RequiredAcks(kgo.AllISRAcks()),
@@ -44,7 +44,7 @@ func newProducer(cfg *settings) (*kgo.Client, error) {
 		kgo.RecordDeliveryTimeout(cfg.ackTimeout),
 		kgo.ProduceRequestTimeout(cfg.ackTimeout),
 		kgo.UnknownTopicRetries(-1), // topics are created at start, possibly after the first request
-	)
+	}, more...)...)
 }
 
 // ensureTopics creates the topics that are missing and reports one whose partitions differ from the settings.

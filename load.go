@@ -104,8 +104,7 @@ func runLoad(args []string, stdout, stderr io.Writer) int {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	l := &loader{cfg: cfg, src: src, latency: newHistogram(), freshness: newHistogram(), refused: map[string]int{}}
-	l.client = &http.Client{Timeout: time.Minute, Transport: &http.Transport{MaxIdleConnsPerHost: cfg.connections + 8, DisableCompression: true}}
+	l := newLoader(cfg, src)
 	l.send(ctx, stderr)
 	var checks []loadCheck
 	if cfg.verify {
@@ -144,6 +143,13 @@ type loader struct {
 	freshness *histogram
 	refused   map[string]int
 	examples  []string
+}
+
+func newLoader(cfg *loadConfig, src eventSource) *loader {
+	return &loader{
+		cfg: cfg, src: src, latency: newHistogram(), freshness: newHistogram(), refused: map[string]int{},
+		client: &http.Client{Timeout: time.Minute, Transport: &http.Transport{MaxIdleConnsPerHost: cfg.connections + 8, DisableCompression: true}},
+	}
 }
 
 // send runs the senders until the time is up, the source is dry, or ctx is done.

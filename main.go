@@ -83,7 +83,7 @@ type system struct {
 	api       *http.Server
 	admin     *http.Server
 	listener  net.Listener // of the API
-	adminL    net.Listener // nil when ADMIN_ADDR is empty
+	adminL    net.Listener // nil when ADMIN_ADDR is off
 }
 
 // newSystem opens the listeners and the producer; nothing runs yet and no dependency has to be there.
@@ -171,7 +171,12 @@ func (s *system) consume(ctx context.Context, deadline func() (context.Context, 
 	if !untilDone(ctx, "tables", func() error { return s.store.applySchema(ctx) }) {
 		return
 	}
-	letters := &deadLetters{kafka: s.producer, topic: s.cfg.kafkaTopic + ".dlq"}
+	letters, err := newDeadLetters(s.cfg)
+	if err != nil {
+		slog.Error("producer of dead letters cannot be set up", "error", err)
+		return
+	}
+	defer letters.kafka.Close()
 	c, err := newConsumer(s.cfg, newInserter(s.store, s.cfg, &s.stats.store), letters, &s.stats.consume)
 	if err != nil {
 		slog.Error("consumer cannot be set up", "error", err)

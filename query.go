@@ -203,18 +203,18 @@ func (q *metricsQuery) sql(database string, now int64) string {
 	}
 	var parts []string
 	if hours.from < hours.end {
-		parts = append(parts, fmt.Sprintf("SELECT %s AS key, sum(event_count) AS n, uniqCombined64MergeState(18)(unique_users_state) AS u FROM %s.events_hourly WHERE %s AND hour >= %d AND hour < %d GROUP BY key",
+		parts = append(parts, fmt.Sprintf("SELECT %s AS key, sum(event_count) AS n, uniqCombined64MergeState(19)(unique_users_state) AS u FROM %s.events_hourly WHERE %s AND hour >= %d AND hour < %d GROUP BY key",
 			hourKey, database, where, hours.from, hours.end))
 	}
 	for _, c := range cuts {
-		parts = append(parts, fmt.Sprintf("SELECT %s AS key, toInt64(count()) AS n, uniqCombined64State(18)(user_id) AS u FROM %s.events WHERE %s AND timestamp >= %d AND timestamp < %d GROUP BY key",
+		parts = append(parts, fmt.Sprintf("SELECT %s AS key, toInt64(count()) AS n, uniqCombined64State(19)(user_id) AS u FROM %s.events WHERE %s AND timestamp >= %d AND timestamp < %d GROUP BY key",
 			eventKey, database, where, c.from, c.end))
 	}
 	order := "key"
 	if q.groupBy == "channel" || q.groupBy == "campaign" {
 		order = "total DESC, key"
 	}
-	return "SELECT key, toUInt64(sum(n)) AS total, uniqCombined64Merge(18)(u) AS users, toUInt8(grouping(key) = 1) AS is_total FROM (" +
+	return "SELECT key, toUInt64(sum(n)) AS total, uniqCombined64Merge(19)(u) AS users, toUInt8(grouping(key) = 1) AS is_total FROM (" +
 		strings.Join(parts, " UNION ALL ") + ") GROUP BY GROUPING SETS ((key), ()) ORDER BY is_total DESC, " + order
 }
 

@@ -7,10 +7,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"strconv"
 	"time"
 
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
@@ -20,27 +22,41 @@ const errorUnmarshal = "unmarshal_error"
 // maxErrorMessage bounds the header error_message, in bytes.
 const maxErrorMessage = 500
 
-// deadLetters writes to TOPIC.dlq.
+// maxTruncated is what is left of a value that the brokers do not take again: below every broker's default limit.
+const maxTruncated = 512 << 10
+
+// deadLetters writes to TOPIC.dlq, through a client of its own: a letter can be as large as any record that another
+// producer got onto the topic, while the API's batches stay below the brokers' default limit of 1 MB.
 type deadLetters struct {
 	kafka *kgo.Client
 	topic string
+}
+
+func newDeadLetters(cfg *settings) (*deadLetters, error) {
+	kafka, err := newProducer(cfg, kgo.ProducerBatchMaxBytes(90<<20), kgo.ProducerLinger(0))
+	return &deadLetters{kafka: kafka, topic: cfg.kafkaTopic + ".dlq"}, err
 }
 
 // send returns true when the letter is acknowledged by all in-sync replicas. It tries until then; false means that
 // stopped said to give up, with nothing lost: the record's offset is not committed.
 func (d *deadLetters) send(rec *kgo.Record, errorType, message string, stopped func() bool) bool {
 	letter := d.letter(rec, errorType, message, time.Now())
-	for {
+	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
 		err := d.kafka.ProduceSync(context.Background(), letter).FirstErr()
 		if err == nil {
 			slog.Warn("record sent to the dead letters", "topic", rec.Topic, "partition", rec.Partition, "offset", rec.Offset, "type", errorType, "error", message)
 			return true
 		}
+		if errors.Is(err, kerr.MessageTooLarge) && len(letter.Value) > maxTruncated {
+			letter.Value = letter.Value[:maxTruncated]
+			letter.Headers = setHeader(letter.Headers, "value_truncated_from", strconv.Itoa(len(rec.Value)))
+			continue
+		}
 		if stopped() {
 			return false
 		}
-		slog.Error("dead letter not acknowledged, will try again; its partition waits", "partition", rec.Partition, "offset", rec.Offset, "error", err)
-		time.Sleep(time.Second)
+		slog.Error("dead letter not acknowledged, will try again; its partition waits", "partition", rec.Partition, "offset", rec.Offset, "in", pause, "error", err)
+		time.Sleep(pause)
 	}
 }
 

@@ -62,7 +62,7 @@ func (c *settings) settingsTable() []setting {
 		{"SERVER_WRITE_TIMEOUT", "30s", "an answer has to be written within this, counted from the end of the header", duration(&c.writeTimeout, time.Second, time.Hour)},
 		{"ACK_TIMEOUT", "10s", "Kafka has to acknowledge a request's events within this, else 503; below SERVER_WRITE_TIMEOUT", duration(&c.ackTimeout, 100*time.Millisecond, time.Hour)},
 		{"MAX_IN_FLIGHT_BYTES", "67108864", "bytes of request bodies held at once, else 503", integer(&c.maxInFlightBytes, maxBulkBody+1, 1<<40)},
-		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/; empty turns it off", address(&c.adminAddr)},
+		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", address(&c.adminAddr)},
 		{"LOG_LEVEL", "info", "debug, info, warn or error", func(s string) error { return c.logLevel.UnmarshalText([]byte(s)) }},
 
 		{"KAFKA_BROKERS", "localhost:29092,localhost:29093", "comma-separated host:port of the first brokers to ask", addresses(&c.kafkaBrokers)},
@@ -168,10 +168,12 @@ func oneOf(dst *string, allowed ...string) func(string) error {
 
 func address(dst *string) func(string) error {
 	return func(s string) error {
-		if s != "" {
-			if _, _, err := net.SplitHostPort(s); err != nil {
-				return errors.New("has to be host:port")
-			}
+		if s == "off" {
+			*dst = ""
+			return nil
+		}
+		if _, _, err := net.SplitHostPort(s); err != nil {
+			return errors.New("has to be host:port or off")
 		}
 		*dst = s
 		return nil

@@ -1,0 +1,56 @@
+# Everything a person does with this directory. `make help` lists it.
+# What a target needs beyond Go it installs itself or names: ClickHouse comes from PATH or, through npm, as a library.
+
+DATA_DIR ?= .data
+export DATA_DIR
+
+GO_FILES := $(wildcard *.go) schema.sql go.mod go.sum
+DEV      := bin/dev
+APP      := bin/event-ingestion
+
+.PHONY: help run stop build test fuzz bench profile lint clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: $(APP) $(DEV) ## the whole system on the embedded stack; Ctrl-C or `make stop` ends it
+	@echo "API        http://localhost:$${SERVER_PORT:-8080}/api/v1   (/health, /ready)"
+	@echo "Kafka      localhost:29092, localhost:29093"
+	@echo "ClickHouse http://localhost:8123 (native 9000), database event_ingestion, user default, no password"
+	@echo "Admin      http://$${ADMIN_ADDR:-127.0.0.1:6060}/metrics, /debug/pprof/"
+	@$(DEV) -- $(APP)
+
+stop: $(DEV) ## end what `make run` started, cleanly
+	@$(DEV) stop
+
+build: $(APP) ## the one static binary, bin/event-ingestion
+
+$(APP): $(GO_FILES)
+	CGO_ENABLED=0 go build -trimpath -o $@ .
+
+$(DEV): $(wildcard dev/*.go) dev/go.mod dev/go.sum
+	cd dev && CGO_ENABLED=0 go build -trimpath -o ../$@ .
+
+test: $(DEV) ## all tests, with the race detector, on an embedded stack of their own
+	cd dev && go test -race ./...
+	$(DEV) -ephemeral -- go test -race -count=1 -timeout 20m $(TESTFLAGS) ./...
+
+fuzz: ## each fuzz target for FUZZTIME (default 20s)
+	for t in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do go test -run '^$$' -fuzz "^$$t$$" -fuzztime $${FUZZTIME:-20s} . || exit 1; done
+
+bench: $(DEV) ## all benchmarks on an embedded stack; BENCH=regexp chooses
+	$(DEV) -ephemeral -- go test -run '^$$' -bench '$(or $(BENCH),.)' -benchmem -timeout 30m .
+
+profile: $(DEV) ## CPU and memory profile of the whole path: cpu.pprof, mem.pprof
+	$(DEV) -ephemeral -- go test -run '^$$' -bench '$(or $(BENCH),WholePath)' -cpuprofile cpu.pprof -memprofile mem.pprof .
+	@echo "look at them with: go tool pprof -http=: cpu.pprof"
+
+lint: ## gofmt, vet, staticcheck, govulncheck
+	@test -z "$$(gofmt -l .)" || { gofmt -l . ; echo "run gofmt -w ."; exit 1; }
+	go vet ./... && cd dev && go vet ./...
+	go run honnef.co/go/tools/cmd/staticcheck@v0.7.0 ./...
+	cd dev && go run honnef.co/go/tools/cmd/staticcheck@v0.7.0 ./...
+	go run golang.org/x/vuln/cmd/govulncheck@v1.1.4 ./... || echo "govulncheck did not run: it needs its database"
+
+clean: ## what was built and the data of `make run`
+	rm -rf bin $(DATA_DIR) *.pprof *.test

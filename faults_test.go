@@ -1,0 +1,242 @@
+// What must not lose an event: a stop under load, ClickHouse away, Kafka away, copies that come and go, junk.
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// control asks the embedded stack to take a part away or to give it back.
+func control(t testing.TB, action string) {
+	t.Helper()
+	resp, err := http.Post(os.Getenv("DEV_CONTROL")+action, "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		t.Fatalf("%s: %s", action, resp.Status)
+	}
+}
+
+// space returns the value of a variable in a space's environment.
+func space(env []string, name string) string {
+	for _, kv := range env {
+		if v, ok := strings.CutPrefix(kv, name+"="); ok {
+			return v
+		}
+	}
+	return ""
+}
+
+// mustHold compares the raw table, too: the metrics endpoint reads the aggregate.
+func mustHold(t testing.TB, env []string, l *loader) {
+	t.Helper()
+	db := space(env, "CLICKHOUSE_DATABASE")
+	want := fmt.Sprint(l.src.expected()[0].count)
+	got := clickhouseQuery(t, fmt.Sprintf("SELECT count() FROM %s.events WHERE event_name = '%s'", db, l.cfg.event))
+	hourly := clickhouseQuery(t, fmt.Sprintf("SELECT sum(event_count) FROM %s.events_hourly WHERE event_name = '%s'", db, l.cfg.event))
+	if got != want || hourly != want {
+		t.Fatalf("accepted %s, events has %s, events_hourly %s", want, got, hourly)
+	}
+}
+
+func TestStopUnderLoad(t *testing.T) {
+	env := newSpace(t)
+	for round := range 3 {
+		p := startProgram(t, env)
+		l, done := loadInto(t, p.url, 3000, 1500*time.Millisecond, "-retries", "0")
+		p.await("under load", 10*time.Second, func() bool { return l.ok.Load() > 500 })
+		p.terminate()
+		done()
+		next := startProgram(t, env)
+		l.refused, l.examples = map[string]int{}, nil // what the stopped program could not take is not its loss
+		l.unknown.Store(0)
+		mustAgree(t, l, next.url)
+		mustHold(t, env, l)
+		next.terminate()
+		t.Logf("round %d: %d accepted", round, l.ok.Load())
+	}
+}
+
+func TestClickHouseAwayUnderLoad(t *testing.T) {
+	env := newSpace(t)
+	p := startProgram(t, env)
+	away := 10 * time.Second
+	l, done := loadInto(t, p.url, 3000, away+3*time.Second)
+	p.await("under load", 10*time.Second, func() bool { return l.ok.Load() > 1000 })
+	control(t, "/clickhouse/stop")
+	before := l.ok.Load()
+	if status := p.status(metricsPath + "event_name=e&from=1&to=2"); status != http.StatusServiceUnavailable {
+		t.Errorf("metrics without ClickHouse: status %d", status)
+	}
+	if p.status("/health") != http.StatusOK || p.status("/ready") != http.StatusServiceUnavailable {
+		t.Error("health has to stay, ready has to go")
+	}
+	time.Sleep(away) // the fault itself, not a wait for something
+	control(t, "/clickhouse/start")
+	if accepted := l.ok.Load() - before; accepted < 3000 {
+		t.Errorf("only %d accepted while ClickHouse was away", accepted)
+	}
+	done()
+	mustAgree(t, l, p.url)
+	mustHold(t, env, l)
+}
+
+// TestClickHouseKilledUnderLoad: an insert whose answer is lost is repeated under its token, and counted once.
+func TestClickHouseKilledUnderLoad(t *testing.T) {
+	env := newSpace(t)
+	p := startProgram(t, env)
+	l, done := loadInto(t, p.url, 5000, 8*time.Second)
+	for range 4 {
+		target := l.ok.Load() + 3000
+		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
+		control(t, "/clickhouse/kill")
+	}
+	done()
+	control(t, "/clickhouse/start")
+	mustAgree(t, l, p.url)
+	mustHold(t, env, l)
+}
+
+func TestKafkaAway(t *testing.T) {
+	env := newSpace(t, "ACK_TIMEOUT=1s")
+	p := startProgram(t, env)
+	event := func() []byte {
+		return fmt.Appendf(nil, `{"event_name":"k","user_id":"u%d","timestamp":%d}`, time.Now().UnixNano(), time.Now().Unix())
+	}
+	control(t, "/kafka/stop")
+	status, header, answer := p.do("POST", onePath, jsonCT, "", event())
+	if status != http.StatusServiceUnavailable || header.Get("Retry-After") == "" {
+		t.Errorf("single: %d %v %s", status, header, answer)
+	}
+	status, header, answer = p.do("POST", bulkPath, ndjson, "", append(append(event(), "\n{}\n"...), event()...))
+	if status != http.StatusServiceUnavailable || header.Get("Retry-After") == "" || strings.Count(answer, `"code":"unavailable"`) != 2 {
+		t.Errorf("bulk: %d %v %s", status, header, answer)
+	}
+	if p.status("/health") != http.StatusOK || p.status("/ready") != http.StatusServiceUnavailable {
+		t.Error("health has to stay, ready has to go")
+	}
+	control(t, "/kafka/start")
+	p.await("accepting again", 30*time.Second, func() bool {
+		status, _, _ := p.do("POST", onePath, jsonCT, "", event())
+		return status == http.StatusAccepted
+	})
+	l, done := loadInto(t, p.url, 2000, time.Second)
+	done()
+	mustAgree(t, l, p.url)
+	mustHold(t, env, l)
+}
+
+// TestCopiesComeAndGo: partitions move under load, back and forth, and every event is stored once.
+func TestCopiesComeAndGo(t *testing.T) {
+	env := newSpace(t)
+	first := startProgram(t, env)
+	l, done := loadInto(t, first.url, 5000, 8*time.Second)
+	for range 2 {
+		second := startProgram(t, env)
+		target := l.ok.Load() + 4000
+		second.await("shared", 20*time.Second, func() bool { return l.ok.Load() > target })
+		second.terminate()
+	}
+	done()
+	mustAgree(t, l, first.url)
+	mustHold(t, env, l)
+}
+
+// TestJunk: what is no event goes to the dead letters with its headers; what others write in their own way is
+// understood; nothing stops a partition.
+func TestJunk(t *testing.T) {
+	env := newSpace(t)
+	p := startProgram(t, env)
+	topic := space(env, "KAFKA_TOPIC")
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...), kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.ProducerBatchMaxBytes(10_000_000))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	junk := map[string]string{ // value to part of the message
+		"":                                    "empty",
+		"not json":                            "JSON",
+		"[1,2]":                               "JSON object",
+		`{"event_name":5}`:                    "event_name must be a string",
+		`{"event_name":"j"}`:                  "required",
+		"\xff\xfe":                            "JSON",
+		strings.Repeat("[", 100_000):          "nested",
+		`{"x":"` + strings.Repeat("y", 4<<20): "JSON",
+		`{"event_name":"j","user_id":"u","timestamp":-5}`: "1970",
+	}
+	now := time.Now().Unix()
+	good := []string{
+		fmt.Sprintf(`{"timestamp":%d,"user_id":"a","event_name":"j"}`, now),
+		fmt.Sprintf(` { "metadata" : { } , "timestamp" : %d , "user_id" : "b" , "event_name" : "j" , "event_id" : "other" } `, now),
+		fmt.Sprintf(`{"event_name":"j","user_id":"old","timestamp":%d}`, now-90*86400),
+	}
+	var records []*kgo.Record
+	for value := range junk {
+		records = append(records, &kgo.Record{Topic: topic, Partition: 3, Key: []byte("k"), Value: []byte(value)})
+	}
+	records = append(records, &kgo.Record{Topic: topic, Partition: 3}) // a tombstone
+	for _, value := range good {
+		records = append(records, &kgo.Record{Topic: topic, Partition: 3, Value: []byte(value)})
+	}
+	if err := kafka.ProduceSync(t.Context(), records...).FirstErr(); err != nil {
+		t.Fatal(err)
+	}
+	p.await("understood", 20*time.Second, func() bool {
+		_, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=j&from=1&to=%d", metricsPath, now+1), "", "", nil)
+		return strings.Contains(answer, `{"total_count":3,"unique_users":3,`)
+	})
+	letters := readTopic(t, topic+".dlq", len(junk)+1)
+	for _, rec := range letters {
+		h := map[string]string{}
+		for _, kv := range rec.Headers {
+			h[kv.Key] = string(kv.Value)
+		}
+		if h["error_type"] != "unmarshal_error" || h["original_topic"] != topic || h["original_partition"] != "3" || h["retry_count"] != "0" || h["final_retry_count"] != "0" || h["original_offset"] == "" {
+			t.Errorf("headers of %.40q: %v", rec.Value, h)
+		}
+		for _, name := range []string{"failed_at", "last_retry_at", "sent_to_dlq_at"} {
+			if _, err := time.Parse(time.RFC3339, h[name]); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		if want := junk[string(rec.Value)]; !strings.Contains(h["error_message"], want) {
+			t.Errorf("%.40q: error_message %q does not say %q", rec.Value, h["error_message"], want)
+		}
+	}
+	p.terminate()
+	again := startProgram(t, env) // nothing is read twice after a clean stop
+	if n := len(readTopic(t, topic+".dlq", len(junk)+1)); n != len(junk)+1 {
+		t.Errorf("%d dead letters after a restart", n)
+	}
+	again.terminate()
+}
+
+// readTopic returns the records of a topic once there are n.
+func readTopic(t testing.TB, topic string, n int) (records []*kgo.Record) {
+	t.Helper()
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...), kgo.ConsumeTopics(topic))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for len(records) < n {
+		fetches := kafka.PollFetches(ctx)
+		if ctx.Err() != nil {
+			t.Fatalf("%d records on %s, want %d", len(records), topic, n)
+		}
+		records = append(records, fetches.Records()...)
+	}
+	return records
+}

@@ -1,0 +1,460 @@
+// The contract, case by case, over real HTTP, Kafka protocol and ClickHouse; and the program as its users run it.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+)
+
+// asProgram makes the test binary behave as the program: fault tests start and kill real processes of it.
+const asProgram = "EVENT_INGESTION_TEST_AS_PROGRAM"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asProgram) != "" {
+		main()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// program is one running copy.
+type program struct {
+	t   testing.TB
+	env []string
+	url string
+	cmd *exec.Cmd
+	log *logBuffer
+}
+
+// logBuffer is what a running copy has logged so far.
+type logBuffer struct {
+	mu sync.Mutex // guards b
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// newSpace returns the environment of a database, topics and a group of the test's own.
+func newSpace(t testing.TB, more ...string) []string {
+	t.Helper()
+	if os.Getenv("KAFKA_BROKERS") == "" {
+		if testing.Short() {
+			t.Skip("needs the embedded stack")
+		}
+		t.Fatal("needs the embedded stack: run `make test`, or give -short to leave these tests out")
+	}
+	name := fmt.Sprintf("t%d_%d", os.Getpid(), time.Now().UnixNano())
+	t.Cleanup(func() { clickhouseQuery(t, "DROP DATABASE IF EXISTS "+name) })
+	return append([]string{
+		"CLICKHOUSE_DATABASE=" + name, "KAFKA_TOPIC=" + name, "KAFKA_CONSUMER_GROUP=" + name,
+		"SERVER_HOST=127.0.0.1", "ADMIN_ADDR=off", "KAFKA_PARTITIONS=20",
+	}, more...)
+}
+
+// startProgram runs a copy in the space and waits until it is ready. It is killed with the test if it still runs.
+func startProgram(t testing.TB, env []string) *program {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := l.Addr().(*net.TCPAddr).Port
+	l.Close()
+	p := &program{t: t, env: env, url: fmt.Sprintf("http://127.0.0.1:%d", port), log: new(logBuffer)}
+	p.cmd = exec.Command(os.Args[0])
+	p.cmd.Env = append(append(os.Environ(), env...), asProgram+"=1", "SERVER_PORT="+strconv.Itoa(port))
+	p.cmd.Stderr = p.log
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if p.cmd.ProcessState == nil {
+			p.cmd.Process.Kill()
+			p.cmd.Wait()
+		}
+		if t.Failed() {
+			t.Logf("log of %s:\n%.8000s", p.url, p.log)
+		}
+	})
+	p.await("ready", 30*time.Second, func() bool { return p.status("/ready") == http.StatusOK })
+	return p
+}
+
+func (p *program) await(what string, limit time.Duration, done func() bool) {
+	p.t.Helper()
+	for deadline := time.Now().Add(limit); !done(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			p.t.Fatalf("not %s within %s; log:\n%.8000s", what, limit, p.log)
+		}
+	}
+}
+
+func (p *program) status(path string) int {
+	resp, err := http.Get(p.url + path)
+	if err != nil {
+		return 0
+	}
+	resp.Body.Close()
+	return resp.StatusCode
+}
+
+// terminate ends the program as an orchestrator does and fails the test unless it ends well.
+func (p *program) terminate() {
+	p.t.Helper()
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	if err := p.cmd.Wait(); err != nil {
+		p.t.Fatalf("ended with %v; log:\n%s", err, p.log)
+	}
+}
+
+func (p *program) do(method, path, contentType, encoding string, body []byte) (int, http.Header, string) {
+	p.t.Helper()
+	req, err := http.NewRequest(method, p.url+path, bytes.NewReader(body))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if contentType != "" {
+		req.Header.Set("Content-Type", contentType)
+	}
+	if encoding != "" {
+		req.Header.Set("Content-Encoding", encoding)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(resp.Body)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return resp.StatusCode, resp.Header, string(answer)
+}
+
+func clickhouseQuery(t testing.TB, sql string) string {
+	t.Helper()
+	resp, err := http.Post("http://127.0.0.1:"+os.Getenv("CLICKHOUSE_HTTP_PORT"), "text/plain", strings.NewReader(sql))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, _ := io.ReadAll(resp.Body)
+	if resp.StatusCode != http.StatusOK {
+		t.Fatalf("%s: %s", sql, b)
+	}
+	return strings.TrimSpace(string(b))
+}
+
+const (
+	onePath     = "/api/v1/events"
+	bulkPath    = "/api/v1/events/bulk"
+	metricsPath = "/api/v1/metrics?"
+	jsonCT      = "application/json"
+	ndjson      = "application/x-ndjson"
+	good        = `"event_name":"e","user_id":"u","timestamp":$NOW`
+)
+
+func TestContract(t *testing.T) {
+	p := startProgram(t, newSpace(t))
+	now := time.Now().Unix()
+	expand := strings.NewReplacer(
+		"$NOW", fmt.Sprint(now), "$FUTURE", fmt.Sprint(now+60), "$OLD", fmt.Sprint(now-31*86400), "$EDGE", fmt.Sprint(now-30*86400+5), "$MS", fmt.Sprint(now*1000),
+		"$100", strings.Repeat("ö", 100), "$101", strings.Repeat("x", 101), "$17K", strings.Repeat("x", 17<<10), "$SPACES17K", strings.Repeat(" ", 17<<10),
+		"$DEEP", strings.Repeat("[", 20000), "$21TAGS", `"a"`+strings.Repeat(`,"a"`, 20), "$20TAGS", `"a"`+strings.Repeat(`,"a"`, 19), "$MANY", `{`+good+`}`+strings.Repeat(`,{`+good+`}`, 1000),
+		"$70K", strings.Repeat(" ", 70<<10), "$9M", strings.Repeat(" ", 9<<20),
+	)
+	for _, c := range []struct {
+		name, method, path, contentType, body string
+		status                                int
+		want                                  string // parts of the answer, separated by …
+	}{
+		{"single", "POST", onePath, jsonCT, `{` + good + `}`, 202, `{"event_id":"…","status":"queued"}`},
+		{"no content type", "POST", onePath, "", `{` + good + `}`, 202, `queued`},
+		{"content type with charset", "POST", onePath, "Application/JSON; charset=utf-8", `{` + good + `}`, 202, `queued`},
+		{"every field", "POST", onePath, jsonCT, `{` + good + `,"channel":"web","campaign_id":"c","tags":["a","b"],"metadata":{"price":1.5,"nested":{"a":[1,null]}}}`, 202, `queued`},
+		{"spaces around", "POST", onePath, jsonCT, " \n{ " + good + " }\t\n", 202, `queued`},
+		{"null is absent", "POST", onePath, jsonCT, `{` + good + `,"channel":null,"tags":null,"metadata":null,"campaign_id":null}`, 202, `queued`},
+		{"unknown fields", "POST", onePath, jsonCT, `{` + good + `,"x":{"y":[]},"z":1}`, 202, `queued`},
+		{"100 characters", "POST", onePath, jsonCT, `{"event_name":"$100","user_id":"$100","timestamp":$NOW,"campaign_id":"$100","tags":["$100"]}`, 202, `queued`},
+		{"20 tags", "POST", onePath, jsonCT, `{` + good + `,"tags":[$20TAGS]}`, 202, `queued`},
+		{"oldest", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":$EDGE}`, 202, `queued`},
+		{"emoji escape", "POST", onePath, jsonCT, `{"event_name":"\ud83d\ude00","user_id":"u","timestamp":$NOW}`, 202, `queued`},
+
+		{"empty", "POST", onePath, jsonCT, ``, 400, `{"error":"invalid request body","detail":"…"}`},
+		{"not json", "POST", onePath, jsonCT, `{"event_name":`, 400, `"error":"invalid request body"`},
+		{"trailing", "POST", onePath, jsonCT, `{` + good + `}x`, 400, `"error":"invalid request body"`},
+		{"bad number", "POST", onePath, jsonCT, `{` + good + `,"metadata":{"a":01}}`, 400, `"error":"invalid request body"`},
+		{"bad escape", "POST", onePath, jsonCT, `{` + good + `,"metadata":{"a":"\x"}}`, 400, `"error":"invalid request body"`},
+		{"too deep", "POST", onePath, jsonCT, `{` + good + `,"x":$DEEP`, 400, `nested more than 300`},
+		{"array", "POST", onePath, jsonCT, `[]`, 400, `must be a JSON object`},
+		{"all missing", "POST", onePath, jsonCT, `{}`, 400, `"error":"validation failed"…"field":"event_name","code":"validation.required.error"…"field":"user_id","code":"validation.required.error"…"field":"timestamp","code":"validation.required.error"`},
+		{"empty strings", "POST", onePath, jsonCT, `{"event_name":"","user_id":"","timestamp":$NOW}`, 400, `"event_name","code":"validation.required.error"…"user_id","code":"validation.required.error"`},
+		{"all problems at once", "POST", onePath, jsonCT, `{"event_name":"$101","user_id":5,"timestamp":$OLD,"channel":"tv","tags":[1]}`, 400, `max-length.error…user_id","code":"validation.invalid-format.error…invalid-channel.error…tags[0] must be a string…timestamp-expired.error`},
+		{"name too long", "POST", onePath, jsonCT, `{"event_name":"$101","user_id":"u","timestamp":$NOW}`, 400, `"field":"event_name","code":"validation.max-length.error"`},
+		{"user too long", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"$101","timestamp":$NOW}`, 400, `"field":"user_id","code":"validation.max-length.error"`},
+		{"campaign too long", "POST", onePath, jsonCT, `{` + good + `,"campaign_id":"$101"}`, 400, `"field":"campaign_id","code":"validation.max-length.error"`},
+		{"future", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":$FUTURE}`, 400, `validation.timestamp-future.error`},
+		{"expired", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":$OLD}`, 400, `validation.timestamp-expired.error`},
+		{"zero", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":0}`, 400, `validation.timestamp-expired.error`},
+		{"milliseconds", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":$MS}`, 400, `validation.invalid-format.error…milliseconds`},
+		{"timestamp string", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":"$NOW"}`, 400, `"field":"timestamp","code":"validation.invalid-format.error"`},
+		{"timestamp fraction", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":$NOW.5}`, 400, `"field":"timestamp","code":"validation.invalid-format.error"`},
+		{"timestamp huge", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":99999999999999999999}`, 400, `"field":"timestamp","code":"validation.invalid-format.error"`},
+		{"channel", "POST", onePath, jsonCT, `{` + good + `,"channel":"tv"}`, 400, `validation.invalid-channel.error`},
+		{"channel type", "POST", onePath, jsonCT, `{` + good + `,"channel":1}`, 400, `"field":"channel","code":"validation.invalid-format.error"`},
+		{"21 tags", "POST", onePath, jsonCT, `{` + good + `,"tags":[$21TAGS]}`, 400, `validation.max-tags.error`},
+		{"tag too long", "POST", onePath, jsonCT, `{` + good + `,"tags":["a","$101"]}`, 400, `validation.tag-too-long.error","message":"tags[1]`},
+		{"tags type", "POST", onePath, jsonCT, `{` + good + `,"tags":"a"}`, 400, `"field":"tags","code":"validation.invalid-format.error"`},
+		{"metadata type", "POST", onePath, jsonCT, `{` + good + `,"metadata":[]}`, 400, `"field":"metadata","code":"validation.invalid-format.error"`},
+		{"metadata size", "POST", onePath, jsonCT, `{` + good + `,"metadata":{"a":"$17K"}}`, 400, `"field":"metadata","code":"validation.max-length.error"`},
+		{"metadata size as sent", "POST", onePath, jsonCT, `{` + good + `,"metadata":{"a":$SPACES17K1}}`, 400, `"field":"metadata","code":"validation.max-length.error"`},
+		{"spaces outside metadata", "POST", onePath, jsonCT, `{` + good + `,$SPACES17K"metadata":{"a":1}}`, 202, `queued`},
+		{"twice", "POST", onePath, jsonCT, `{` + good + `,"user_id":"v"}`, 400, `"field":"user_id","code":"validation.invalid-format.error"…more than once`},
+		{"twice, one escaped", "POST", onePath, jsonCT, `{` + good + `,"user\u005fid":"v"}`, 400, `more than once`},
+		{"control character", "POST", onePath, jsonCT, `{"event_name":"a\u0000b","user_id":"u","timestamp":$NOW}`, 400, `"field":"event_name","code":"validation.invalid-format.error"…U+0000`},
+		{"delete character", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u\u007f","timestamp":$NOW}`, 400, `"field":"user_id","code":"validation.invalid-format.error"`},
+		{"control character in a tag", "POST", onePath, jsonCT, `{` + good + `,"tags":["\n"]}`, 400, `"field":"tags","code":"validation.invalid-format.error"`},
+		{"invalid UTF-8", "POST", onePath, jsonCT, "{\"event_name\":\"\xff\",\"user_id\":\"u\",\"timestamp\":$NOW}", 400, `"field":"event_name","code":"validation.invalid-format.error"`},
+		{"invalid UTF-8 in metadata", "POST", onePath, jsonCT, "{" + good + ",\"metadata\":{\"\xc3\":1}}", 400, `"field":"metadata","code":"validation.invalid-format.error"`},
+		{"half a surrogate", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"\ud83d","timestamp":$NOW}`, 400, `"field":"user_id","code":"validation.invalid-format.error"`},
+		{"single too large", "POST", onePath, jsonCT, `{` + good + `}$70K`, 413, `"error":"request body too large"`},
+		{"form", "POST", onePath, "application/x-www-form-urlencoded", `a=b`, 415, `"error":"unsupported content type"`},
+		{"ndjson to single", "POST", onePath, ndjson, `{` + good + `}`, 415, `"error"`},
+
+		{"bulk", "POST", bulkPath, jsonCT, `{"events":[{` + good + `},{` + good + `,"channel":"web"}]}`, 202, `{"success_count":2,"failed_count":0,"errors":[]}`},
+		{"bulk with other members", "POST", bulkPath, jsonCT, ` { "a" : [1, {"b":"]}"}] , "events" : [ {` + good + `} ] , "c" : "\"" } `, 202, `"success_count":1`},
+		{"bulk part", "POST", bulkPath, jsonCT, `{"events":[{` + good + `},{"user_id":"u","timestamp":$NOW},{` + good + `}]}`, 207, `{"success_count":2,"failed_count":1,"errors":[{"index":1,"error":"event_name is required","code":"validation.required.error","field":"event_name"}]}`},
+		{"bulk none", "POST", bulkPath, jsonCT, `{"events":[{},5]}`, 400, `"success_count":0,"failed_count":2…"index":0…"index":1…must be a JSON object…"error":"validation failed"`},
+		{"bulk empty", "POST", bulkPath, jsonCT, `{"events":[]}`, 400, `"error":"invalid request body"…missing or empty`},
+		{"bulk missing", "POST", bulkPath, jsonCT, `{}`, 400, `missing or empty`},
+		{"bulk not an array", "POST", bulkPath, jsonCT, `{"events":{}}`, 400, `\"events\" array`},
+		{"bulk null", "POST", bulkPath, jsonCT, `{"events":null}`, 400, `\"events\" array`},
+		{"bulk array only", "POST", bulkPath, jsonCT, `[{` + good + `}]`, 400, `must be a JSON object`},
+		{"bulk twice", "POST", bulkPath, jsonCT, `{"events":[{` + good + `}],"events":[{` + good + `}]}`, 400, `more than once`},
+		{"bulk too many", "POST", bulkPath, jsonCT, `{"events":[$MANY]}`, 400, `more than 1000`},
+		{"bulk cut off", "POST", bulkPath, jsonCT, `{"events":[{` + good + `},{"event_name`, 400, `"error":"invalid request body"`},
+		{"bulk not json late", "POST", bulkPath, jsonCT, `{"events":[{` + good + `},{"a":tru}]}`, 400, `events[1]`},
+		{"bulk trailing", "POST", bulkPath, jsonCT, `{"events":[{` + good + `}]}]`, 400, `"error":"invalid request body"`},
+		{"bulk too large", "POST", bulkPath, jsonCT, `{"events":[]$9M}`, 413, `"error"`},
+		{"ndjson", "POST", bulkPath, ndjson, "{" + good + "}\r\n\n{" + good + "}", 202, `"success_count":2`},
+		{"ndjson part", "POST", bulkPath, ndjson, "{" + good + "}\nnope\n{" + good + "}\n", 207, `"success_count":2,"failed_count":1…"index":1`},
+		{"ndjson empty", "POST", bulkPath, ndjson, "\n\n", 400, `missing or empty`},
+
+		{"metrics", "GET", metricsPath + "event_name=nothing&from=1&to=$NOW", "", "", 200, `{"total_count":0,"unique_users":0,"complete_through":`},
+		{"metrics grouped", "GET", metricsPath + "event_name=nothing&from=1&to=$NOW&group_by=day", "", "", 200, `"grouped_data":[]`},
+		{"metrics all missing", "GET", metricsPath, "", "", 400, `event_name","code":"validation.required.error"…"from","code":"validation.required.error"…"to","code":"validation.required.error"`},
+		{"metrics range", "GET", metricsPath + "event_name=e&from=5&to=5", "", "", 400, `validation.invalid-range.error`},
+		{"metrics channel", "GET", metricsPath + "event_name=e&from=5&to=6&channel=tv", "", "", 400, `validation.invalid-channel.error`},
+		{"metrics group", "GET", metricsPath + "event_name=e&from=5&to=6&group_by=minute", "", "", 400, `validation.invalid-group-by.error`},
+		{"metrics number", "GET", metricsPath + "event_name=e&from=x&to=6", "", "", 400, `"field":"from","code":"validation.invalid-format.error"`},
+		{"metrics twice", "GET", metricsPath + "event_name=e&event_name=f&from=5&to=6", "", "", 400, `more than once`},
+		{"metrics injection", "GET", metricsPath + "event_name=%27+OR+1%3D1+--%5C&from=1&to=$NOW", "", "", 200, `"total_count":0`},
+
+		{"health", "GET", "/health", "", "", 200, `{"status":"ok"}`},
+		{"ready", "GET", "/ready", "", "", 200, "\"kafka\":\"ok\",\n\"clickhouse\":\"ok\",\n\"consumers\":\"ok\""},
+		{"unknown path", "GET", "/api/v2", "", "", 404, `"error":"not found"`},
+		{"unclean path", "POST", "/api//v1/events", jsonCT, `{}`, 404, `"error":"not found"`},
+		{"wrong method", "GET", onePath, "", "", 405, `"error":"method not allowed"`},
+		{"wrong method on metrics", "DELETE", "/api/v1/metrics", "", "", 405, `"error":"method not allowed"`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p.t = t
+			status, header, answer := p.do(c.method, expand.Replace(c.path), c.contentType, "", []byte(expand.Replace(c.body)))
+			if status != c.status {
+				t.Fatalf("status %d, want %d: %s", status, c.status, answer)
+			}
+			rest := answer
+			for _, part := range strings.Split(expand.Replace(c.want), "…") {
+				_, after, ok := strings.Cut(rest, part)
+				if !ok {
+					t.Fatalf("%q is not in order in %s", part, answer)
+				}
+				rest = after
+			}
+			if header.Get("Content-Type") != jsonCT || !json.Valid([]byte(answer)) {
+				t.Errorf("not a JSON answer: %s %s", header.Get("Content-Type"), answer)
+			}
+			if status == 405 && header.Get("Allow") == "" {
+				t.Error("405 without Allow")
+			}
+		})
+	}
+}
+
+func TestContentEncoding(t *testing.T) {
+	p := startProgram(t, newSpace(t))
+	body := fmt.Appendf(nil, `{"events":[{"event_name":"e","user_id":"u","timestamp":%d}]}`, time.Now().Unix())
+	bomb := bytes.Repeat([]byte(" "), 50<<20)
+	gz, zs := gzipped(body), zstded(body)
+	for _, c := range []struct {
+		name, encoding string
+		body           []byte
+		status         int
+	}{
+		{"gzip", "gzip", gz, 202},
+		{"zstd", "zstd", zs, 202},
+		{"gzip again, from the pool", "gzip", gz, 202},
+		{"zstd again, from the pool", "zstd", zs, 202},
+		{"identity", "identity", body, 202},
+		{"deflate", "deflate", body, 415},
+		{"gzip cut off", "gzip", gz[:len(gz)-5], 400},
+		{"zstd cut off", "zstd", zs[:len(zs)-5], 400},
+		{"gzip that is none", "gzip", body, 400},
+		{"zstd that is none", "zstd", body, 400},
+		{"gzip after a broken one", "gzip", gz, 202},
+		{"gzip bomb", "gzip", gzipped(bomb), 413},
+		{"zstd bomb", "zstd", zstded(bomb), 413},
+		{"zstd after a bomb", "zstd", zs, 202},
+	} {
+		if status, _, answer := p.do("POST", bulkPath, jsonCT, c.encoding, c.body); status != c.status {
+			t.Errorf("%s: status %d, want %d: %s", c.name, status, c.status, answer)
+		}
+	}
+}
+
+func gzipped(b []byte) []byte {
+	var out bytes.Buffer
+	z := gzip.NewWriter(&out)
+	z.Write(b)
+	z.Close()
+	return out.Bytes()
+}
+
+func zstded(b []byte) []byte {
+	z, _ := zstd.NewWriter(nil)
+	return z.EncodeAll(b, nil)
+}
+
+// TestMetrics compares the endpoint with an independent count over ranges that cut hours at either end.
+func TestMetrics(t *testing.T) {
+	p := startProgram(t, newSpace(t))
+	type sent struct {
+		user, channel, campaign string
+		at                      int64
+	}
+	base := (time.Now().Unix()/86400 - 3) * 86400 // midnight, three days ago
+	var all []sent
+	var body []byte
+	for i := range int64(1000) {
+		e := sent{fmt.Sprintf("u%d", i*7%90), []string{"web", "mobile_app", "api", ""}[i%4], fmt.Sprintf("c%d", i%3), base + i*173}
+		all = append(all, e)
+		body = fmt.Appendf(body, `{"event_name":"m","user_id":%q,"channel":%q,"campaign_id":%q,"timestamp":%d}`+"\n", e.user, e.channel, e.campaign, e.at)
+	}
+	if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != 202 {
+		t.Fatal(status, answer)
+	}
+	p.await("stored", 10*time.Second, func() bool {
+		_, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=m&from=%d&to=%d", metricsPath, base, base+3*86400), "", "", nil)
+		return strings.Contains(answer, `"total_count":1000,`)
+	})
+	keys := map[string]func(sent) string{
+		"":         func(sent) string { return "" },
+		"channel":  func(e sent) string { return e.channel },
+		"campaign": func(e sent) string { return e.campaign },
+		"hour":     func(e sent) string { return hourKey(e.at) },
+		"day":      func(e sent) string { return time.Unix(e.at, 0).UTC().Format("2006-01-02T00:00:00Z") },
+	}
+	for _, r := range [][2]int64{
+		{base, base + 3*86400}, {base, base + 1}, {base, base + 3599}, {base, base + 3600}, {base - 1, base + 3600}, {base + 1, base + 3599},
+		{base + 173, base + 346}, {base + 174, base + 345}, {base + 1800, base + 1801}, {base + 1800, base + 5400}, {base + 3599, base + 7200}, {base + 1000, base + 100000}, {1, time.Now().Unix() + 1e6},
+	} {
+		for groupBy, key := range keys {
+			for _, channel := range []string{"", "web"} {
+				count, users, groups := int64(0), map[string]bool{}, map[string]int64{}
+				for _, e := range all {
+					if e.at >= r[0] && e.at <= r[1] && (channel == "" || channel == e.channel) {
+						count++
+						users[e.user] = true
+						groups[key(e)]++
+					}
+				}
+				path := fmt.Sprintf("%sevent_name=m&from=%d&to=%d&channel=%s&group_by=%s", metricsPath, r[0], r[1], channel, groupBy)
+				_, _, answer := p.do("GET", path, "", "", nil)
+				var a metricsAnswer
+				if err := json.Unmarshal([]byte(answer), &a); err != nil {
+					t.Fatal(err, answer)
+				}
+				if a.Total != count || a.Users != int64(len(users)) {
+					t.Errorf("%s: got %d events %d users, want %d, %d", path, a.Total, a.Users, count, len(users))
+				}
+				if groupBy != "" {
+					got := map[string]int64{}
+					for _, g := range a.Groups {
+						got[g.Key] = g.Total
+					}
+					if fmt.Sprint(got) != fmt.Sprint(groups) {
+						t.Errorf("%s: groups %v, want %v", path, got, groups)
+					}
+				}
+			}
+		}
+	}
+	// complete_through: what was acknowledged before it is counted, so it has to get to now while nothing is sent.
+	second := time.Now().Unix()
+	p.await("complete through now", 10*time.Second, func() bool {
+		var a struct {
+			Through int64 `json:"complete_through"`
+		}
+		_, _, answer := p.do("GET", metricsPath+"event_name=m&from=1&to=2", "", "", nil)
+		json.Unmarshal([]byte(answer), &a)
+		return a.Through >= second
+	})
+}
+
+// loadInto sends made-up events to url and returns the loader for its counts. It runs in the background until done.
+func loadInto(t testing.TB, url string, rate float64, d time.Duration, more ...string) (l *loader, done func()) {
+	t.Helper()
+	args := append([]string{"-url", url, "-rate", fmt.Sprint(rate), "-duration", d.String(), "-bulk", "50", "-connections", "16", "-users", "500", "-retries", "100"}, more...)
+	cfg, err := parseLoadFlags(args, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.event = fmt.Sprintf("%s_%d", cfg.event, time.Now().UnixNano())
+	l = newLoader(cfg, newGenerator(cfg))
+	finished := make(chan struct{})
+	go func() { // ends after d
+		defer close(finished)
+		l.send(context.Background(), io.Discard)
+	}()
+	return l, func() { <-finished }
+}
+
+// mustAgree fails the test unless the metrics endpoint counts exactly what the loader had accepted.
+func mustAgree(t testing.TB, l *loader, url string) {
+	t.Helper()
+	l.cfg.url = url
+	var out bytes.Buffer
+	if code := l.report(&out, l.verify(&out)); code != 0 {
+		t.Fatalf("counts differ:\n%s", &out)
+	}
+	if l.ok.Load() == 0 {
+		t.Fatal("nothing was accepted")
+	}
+}

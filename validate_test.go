@@ -1,0 +1,248 @@
+// The event alone: identity, canonical encoding, and no garbage on the hot path. Nothing here needs the stack.
+
+package main
+
+import (
+	"bytes"
+	"encoding/hex"
+	"encoding/json"
+	"os"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+const sampleEvent = `{"event_name":"product_view","channel":"web","campaign_id":"cmp_987","user_id":"user_123","timestamp":1795441976,` +
+	`"tags":["electronics","homepage"],"metadata":{"product_id":"prod-789","price":129.99,"currency":"TRY","referrer":"google"}}`
+
+func TestEventID(t *testing.T) {
+	// printf 'product_view|user_123|1795441976|web' | sha256sum
+	const want = "b4ea2f6b0cce4ef075f8939f5d28df2f44873069a128e3173b9bc30bb7bccc2d"
+	if id, _ := mustParse(t, new(eventParser), sampleEvent).id(nil); hex.EncodeToString(id[:]) != want {
+		t.Errorf("id %x, want %s", id, want)
+	}
+	ids := map[eventID]string{}
+	for _, raw := range []string{
+		sampleEvent,
+		`{"event_name":"a|b","user_id":"c","timestamp":1}`,
+		`{"event_name":"a","user_id":"b|c","timestamp":1}`,
+		`{"event_name":"a\\","user_id":"b|c","timestamp":1}`,
+		`{"event_name":"a\\|b","user_id":"c","timestamp":1}`,
+		`{"event_name":"a","user_id":"b","timestamp":1,"channel":"web"}`,
+		`{"event_name":"a","user_id":"b","timestamp":1}`,
+		`{"event_name":"a","user_id":"b|1","timestamp":1}`,
+	} {
+		id, _ := mustParse(t, new(eventParser), raw).id(nil)
+		if other, dup := ids[id]; dup {
+			t.Errorf("%s and %s share an id", raw, other)
+		}
+		ids[id] = raw
+	}
+}
+
+func mustParse(t testing.TB, p *eventParser, raw string) *event {
+	t.Helper()
+	ev, problems, err := p.parse([]byte(raw))
+	if err != nil || len(problems) > 0 {
+		t.Fatalf("%s: %v %v", raw, err, problems)
+	}
+	return ev
+}
+
+func TestCanonicalEncoding(t *testing.T) {
+	const shuffled = ` { "metadata" : { "b" : [ 1 , 2.50 , "\u00e9\n" ] } , "x":1, "tags" : [ "q\"" ] , "timestamp" : 7 , "user_id" : "\u00fc" , "event_name" : "e" } `
+	const want = `{"event_name":"e","user_id":"ü","timestamp":7,"tags":["q\""],"metadata":{"b":[1,2.50,"\u00e9\n"]}}`
+	p := new(eventParser)
+	for range 2 { // the second time through a dirty parser
+		if got := appendEvent(nil, mustParse(t, p, shuffled)); string(got) != want {
+			t.Errorf("got  %s\nwant %s", got, want)
+		}
+		if got := appendEvent(nil, mustParse(t, p, sampleEvent)); !json.Valid(got) {
+			t.Errorf("not JSON: %s", got)
+		}
+	}
+}
+
+// FuzzEvent: whatever parses is encoded as JSON that parses to the same event, with the same id and encoding; and a
+// parser that has seen it is as good as new.
+func FuzzEvent(f *testing.F) {
+	for _, seed := range []string{sampleEvent, `{}`, `{"event_name":"\ud83d\ude00","user_id":"\\|","timestamp":-0}`, `{"metadata":{"a\u0000":"\u007f\ud800"}}`, `[[[[`, `{"tags":["",""],"channel":"api"}`} {
+		f.Add([]byte(seed))
+	}
+	dirty := new(eventParser)
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		ev, problems, err := dirty.parse(raw)
+		if err == nil != (json.Valid(raw) && isObject(raw)) && err != errEventTooDeep {
+			t.Fatalf("error %v, encoding/json says valid is %v: %q", err, json.Valid(raw), raw)
+		}
+		if err != nil || len(problems) > 0 {
+			return
+		}
+		encoded := appendEvent(nil, ev)
+		id, _ := ev.id(nil)
+		if !json.Valid(encoded) || !utf8.Valid(encoded) {
+			t.Fatalf("%q is encoded as %q", raw, encoded)
+		}
+		again := mustParse(t, new(eventParser), string(encoded))
+		id2, _ := again.id(nil)
+		if second := appendEvent(nil, again); id != id2 || !bytes.Equal(second, encoded) {
+			t.Fatalf("%q became %q", encoded, second)
+		}
+	})
+}
+
+func isObject(raw []byte) bool {
+	raw = bytes.TrimLeft(raw, " \t\r\n")
+	return len(raw) > 0 && raw[0] == '{'
+}
+
+// FuzzEventID: two events share an id only when the four fields are the same.
+func FuzzEventID(f *testing.F) {
+	f.Add("a|b", "c", int64(1), "a", "b|c", int64(1))
+	f.Add(`a\`, "|b", int64(1), "a", `\|b`, int64(1))
+	f.Fuzz(func(t *testing.T, name1, user1 string, at1 int64, name2, user2 string, at2 int64) {
+		a := &event{name: []byte(name1), userID: []byte(user1), timestamp: at1}
+		b := &event{name: []byte(name2), userID: []byte(user2), timestamp: at2}
+		idA, _ := a.id(nil)
+		idB, _ := b.id(nil)
+		if same := name1 == name2 && user1 == user2 && at1 == at2; same != (idA == idB) {
+			t.Fatalf("%q %q %d and %q %q %d: same is %v, the ids say %v", name1, user1, at1, name2, user2, at2, same, !same)
+		}
+	})
+}
+
+// FuzzSplitBulk: cutting agrees with encoding/json about what the events are.
+func FuzzSplitBulk(f *testing.F) {
+	for _, seed := range []string{`{"events":[{"a":1},{"b":"]}\\"}]}`, ` { "x" : [ ] , "events" : [ 1 , "," ] } `, `{"events":[1,]}`, `{"events":[`, `{"events":[[}]]}`} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		var p eventParser
+		pieces, err := splitBulk(nil, body, &p.json)
+		if err != nil {
+			return
+		}
+		for _, piece := range pieces {
+			if !json.Valid(piece) {
+				return // the parser refuses it, and with it the body
+			}
+		}
+		var want struct{ Events []json.RawMessage }
+		if err := json.Unmarshal(body, &want); err != nil {
+			t.Fatalf("cut %q without complaint, encoding/json says %v", body, err)
+		}
+		var names map[string]json.RawMessage
+		if json.Unmarshal(body, &names); len(names["events"]) == 0 || strings.Count(strings.ToLower(string(body)), "events") > 1 {
+			return // encoding/json folds the case of names and takes the last of two
+		}
+		if len(pieces) != len(want.Events) {
+			t.Fatalf("%q: %d pieces, want %d", body, len(pieces), len(want.Events))
+		}
+		for i := range pieces {
+			if !bytes.Equal(bytes.TrimSpace(pieces[i]), bytes.TrimSpace(want.Events[i])) {
+				t.Fatalf("%q: piece %d is %q, want %q", body, i, pieces[i], want.Events[i])
+			}
+		}
+	})
+}
+
+// TestHotPathAllocations is the promise of the README: from body bytes to records ready for Kafka, and from a record
+// to a row, nothing is allocated per event.
+func TestHotPathAllocations(t *testing.T) {
+	const events = 100
+	body := []byte(`{"events":[` + strings.Repeat(sampleEvent+",", events-1) + sampleEvent + `]}`)
+	q := &ingestRequest{acked: make(chan struct{}, 1)}
+	const now = 1795441976
+	toRecords := func() {
+		q.reset()
+		q.body = append(q.body, body...)
+		if err := q.split(typeJSON); err != nil {
+			t.Fatal(err)
+		}
+		if err := q.encode(typeJSON, now); err != nil {
+			t.Fatal(err)
+		}
+		q.sealRecords("events")
+	}
+	toRecords()
+	if len(q.records) != events || q.failed > 0 {
+		t.Fatalf("%d records, %d failed", len(q.records), q.failed)
+	}
+	id, _ := mustParse(t, new(eventParser), sampleEvent).id(nil)
+	if got := string(q.records[events-1].Key); got != hex.EncodeToString(id[:]) {
+		t.Fatalf("key %s", got)
+	}
+	if n := testing.AllocsPerRun(100, toRecords); n > 0 {
+		t.Errorf("body to records: %.0f allocations for %d events", n, events)
+	}
+
+	w := newWorker(&consumer{inserter: newInserter(nil, &settings{}, nil), room: make(chan struct{}, 1)}, 2*events)
+	records := make([]*kgo.Record, events)
+	for i := range records {
+		records[i] = &kgo.Record{Value: q.records[i].Value, Offset: int64(i)}
+	}
+	w.queue = make([]fetched, 1)
+	queue := w.queue
+	toRows := func() {
+		w.cur.reset()
+		queue[0] = fetched{0, records}
+		w.queue = queue
+		if bad, err := w.takeIn(events); bad != nil {
+			t.Fatal(err)
+		}
+	}
+	toRows()
+	if w.cur.rows() != events {
+		t.Fatalf("%d rows", w.cur.rows())
+	}
+	if n := testing.AllocsPerRun(100, toRows); n > 0 {
+		t.Errorf("records to rows: %.0f allocations for %d events", n, events)
+	}
+}
+
+func TestSettings(t *testing.T) {
+	env := map[string]string{"SERVER_PORT": "99999", "WORKER_BATCH_TIMEOUT": "soon", "KAFKA_BROKERS": "nohost", "CLICKHOUSE_DATABASE": "a;b", "LOG_LEVEL": "loud"}
+	_, err := loadSettings(func(k string) string { return env[k] })
+	for name := range env {
+		if err == nil || !strings.Contains(err.Error(), name+"=") {
+			t.Errorf("%s is not named in: %v", name, err)
+		}
+	}
+	cfg, err := loadSettings(func(string) string { return "" })
+	if err != nil || cfg.workerCount != 20 || cfg.workerBatchSize != 2000 || cfg.workerBatchTimeout != 50*time.Millisecond || cfg.serverPort != 8080 {
+		t.Errorf("defaults: %+v, %v", cfg, err)
+	}
+	if _, err := loadSettings(func(k string) string { return map[string]string{"KAFKA_MIN_ISR": "3"}[k] }); err == nil {
+		t.Error("more in-sync replicas than replicas were taken")
+	}
+	var help bytes.Buffer
+	printSettings(&help)
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range new(settings).settingsTable() {
+		if !strings.Contains(string(readme), "`"+s.name+"`") {
+			t.Errorf("README.md does not explain %s", s.name)
+		}
+	}
+}
+
+func TestHistogram(t *testing.T) {
+	h := newHistogram()
+	for i := 1; i <= 10000; i++ {
+		h.add(time.Duration(i) * time.Millisecond)
+	}
+	for _, q := range []float64{0.5, 0.9, 0.99} {
+		want := time.Duration(q*10000) * time.Millisecond
+		if got := h.quantile(q); got < want || got > want+want/50 {
+			t.Errorf("quantile %g is %s, want %s", q, got, want)
+		}
+	}
+	if h.quantile(1) != 10*time.Second || newHistogram().quantile(0.5) != 0 {
+		t.Error("the ends are wrong")
+	}
+}
