@@ -29,12 +29,13 @@ func control(t testing.TB, action string) {
 
 // space returns the value of a variable in a space's environment.
 func space(env []string, name string) string {
-	for _, kv := range env {
+	value := ""
+	for _, kv := range env { // the last one counts, as in a process's environment
 		if v, ok := strings.CutPrefix(kv, name+"="); ok {
-			return v
+			value = v
 		}
 	}
-	return ""
+	return value
 }
 
 // mustHold compares the raw table, too: the metrics endpoint reads the aggregate.

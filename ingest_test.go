@@ -27,11 +27,15 @@ import (
 const asProgram = "EVENT_INGESTION_TEST_AS_PROGRAM"
 
 func TestMain(m *testing.M) {
-	if os.Getenv(asProgram) != "" {
+	switch os.Getenv(asProgram) {
+	case "":
+		os.Exit(m.Run())
+	case "bare":
+		fmt.Fprintln(os.Stderr, bareHandler())
+		os.Exit(1)
+	default:
 		main()
-		return
 	}
-	os.Exit(m.Run())
 }
 
 // program is one running copy.
@@ -89,7 +93,7 @@ func startProgram(t testing.TB, env []string) *program {
 	l.Close()
 	p := &program{t: t, env: env, url: fmt.Sprintf("http://127.0.0.1:%d", port), log: new(logBuffer)}
 	p.cmd = exec.Command(os.Args[0])
-	p.cmd.Env = append(append(os.Environ(), env...), asProgram+"=1", "SERVER_PORT="+strconv.Itoa(port))
+	p.cmd.Env = append(append(os.Environ(), asProgram+"=1", "SERVER_PORT="+strconv.Itoa(port)), env...)
 	p.cmd.Stderr = p.log
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)

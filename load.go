@@ -128,6 +128,8 @@ type loader struct {
 	cfg    *loadConfig
 	src    eventSource
 	client *http.Client
+	stop   context.CancelFunc // ends send early; set by newLoader
+	ended  context.Context
 	start  time.Time
 	took   time.Duration
 
@@ -146,7 +148,9 @@ type loader struct {
 }
 
 func newLoader(cfg *loadConfig, src eventSource) *loader {
+	ended, stop := context.WithCancel(context.Background())
 	return &loader{
+		stop: stop, ended: ended,
 		cfg: cfg, src: src, latency: newHistogram(), freshness: newHistogram(), refused: map[string]int{},
 		client: &http.Client{Timeout: time.Minute, Transport: &http.Transport{MaxIdleConnsPerHost: cfg.connections + 8, DisableCompression: true}},
 	}
@@ -156,6 +160,7 @@ func newLoader(cfg *loadConfig, src eventSource) *loader {
 func (l *loader) send(ctx context.Context, stderr io.Writer) {
 	l.start = time.Now()
 	ctx, cancel := context.WithCancel(ctx)
+	context.AfterFunc(l.ended, cancel)
 	if l.cfg.file == "" {
 		ctx, cancel = context.WithDeadline(ctx, l.start.Add(l.cfg.duration))
 	}

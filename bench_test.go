@@ -1,0 +1,323 @@
+// What it costs: each step of an event's way alone, and the whole way as a ratio to doing less.
+//
+// Figures of one run on one machine compare; absolute ones do not travel. `make bench` runs all, `make profile` one
+// under pprof. Every benchmark checks what it produced.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/valyala/fastjson"
+)
+
+func BenchmarkParse(b *testing.B) {
+	p, raw := new(eventParser), []byte(sampleEvent)
+	b.ReportAllocs()
+	b.SetBytes(int64(len(raw)))
+	for b.Loop() {
+		if ev, problems, err := p.parse(raw); err != nil || len(problems) > 0 || len(ev.tags) != 2 {
+			b.Fatal(err, problems)
+		}
+	}
+}
+
+func BenchmarkID(b *testing.B) {
+	ev := mustParse(b, new(eventParser), sampleEvent)
+	var buf []byte
+	want, _ := ev.id(nil)
+	b.ReportAllocs()
+	for b.Loop() {
+		var id eventID
+		if id, buf = ev.id(buf); id != want {
+			b.Fatal(id)
+		}
+	}
+}
+
+func BenchmarkEncode(b *testing.B) {
+	ev := mustParse(b, new(eventParser), sampleEvent)
+	var buf []byte
+	b.ReportAllocs()
+	for b.Loop() {
+		if buf = appendEvent(buf[:0], ev); len(buf) < 200 {
+			b.Fatalf("%s", buf)
+		}
+	}
+}
+
+// BenchmarkBodyToRecords is the hot path of the API: a bulk body of 1000 events to records ready for Kafka.
+func BenchmarkBodyToRecords(b *testing.B) {
+	body := []byte(`{"events":[` + strings.Repeat(sampleEvent+",", 999) + sampleEvent + `]}`)
+	q := &ingestRequest{acked: make(chan struct{}, 1)}
+	b.ReportAllocs()
+	b.SetBytes(int64(len(body)))
+	for b.Loop() {
+		q.reset()
+		q.body = append(q.body, body...)
+		if q.split(typeJSON) != nil || q.encode(typeJSON, 1795441976) != nil || len(q.records) != 1000 {
+			b.Fatal("not 1000 records")
+		}
+		q.sealRecords("events")
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/1000, "ns/event")
+}
+
+// BenchmarkRecordToRow is the hot path of a worker: decode, hash, append.
+func BenchmarkRecordToRow(b *testing.B) {
+	const rows = 2000
+	w := newWorker(&consumer{inserter: newInserter(nil, &settings{}, nil), room: make(chan struct{}, 1)}, rows)
+	value := appendEvent(nil, mustParse(b, new(eventParser), sampleEvent))
+	records := make([]*kgo.Record, rows)
+	for i := range records {
+		records[i] = &kgo.Record{Value: value}
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		w.cur.reset()
+		w.queue = append(w.queue[:0], fetched{0, records})
+		if bad, err := w.takeIn(rows); bad != nil || w.cur.rows() != rows {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/rows, "ns/event")
+}
+
+// BenchmarkInsert is one round into the real tables, of 1, 5 and 20 full blocks.
+func BenchmarkInsert(b *testing.B) {
+	for _, blocks := range []int{1, 5, 20} {
+		b.Run(fmt.Sprintf("rows=%d", blocks*2000), func(b *testing.B) {
+			env := newSpace(b)
+			cfg := settingsFrom(b, env)
+			st := newStore(cfg)
+			if err := st.applySchema(b.Context()); err != nil {
+				b.Fatal(err)
+			}
+			in := newInserter(st, cfg, &newStats().store)
+			ev := mustParse(b, new(eventParser), sampleEvent)
+			serial := uint64(0)
+			for b.Loop() {
+				b.StopTimer()
+				in.round = in.round[:0]
+				for range blocks {
+					blk := newBlock(2000)
+					for range 2000 {
+						var id eventID
+						serial++
+						copy(id[:], fmt.Sprint(serial))
+						blk.append(&id, ev)
+					}
+					in.round = append(in.round, blk)
+				}
+				b.StartTimer()
+				in.insertUntilStored(b.Context(), blocks*2000)
+			}
+			if got := clickhouseQuery(b, "SELECT count() FROM "+cfg.clickhouseDatabase+".events"); got != fmt.Sprint(serial) {
+				b.Fatalf("%s rows, want %d", got, serial)
+			}
+		})
+	}
+}
+
+func settingsFrom(b testing.TB, env []string) *settings {
+	b.Helper()
+	cfg, err := loadSettings(func(name string) string {
+		if v := space(env, name); v != "" {
+			return v
+		}
+		return os.Getenv(name)
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	return cfg
+}
+
+const wholePathEvents = 200_000
+
+// BenchmarkWholePath sends events in bulks of 1000 over 8 connections and waits until metrics count them all. In the
+// same run, in turns, it sends the same requests to ClickHouse's own HTTP interface as JSONEachRow, into tables of the
+// same schema: what a client gets without this system. For scale, also as inserts of 100,000 rows, ClickHouse at its
+// best, which needs somebody who collects them. One operation is wholePathEvents events.
+func BenchmarkWholePath(b *testing.B) {
+	env := newSpace(b)
+	p := startProgram(b, env)
+	other := settingsFrom(b, newSpace(b))
+	if err := newStore(other).applySchema(b.Context()); err != nil {
+		b.Fatal(err)
+	}
+	var ours, theirs, best []float64
+	for b.Loop() {
+		l, done := loadInto(b, p.url, 0, time.Hour, "-bulk", "1000", "-connections", "8", "-users", "10000")
+		started := time.Now()
+		p.await("sent", time.Minute, func() bool { return l.ok.Load() >= wholePathEvents })
+		l.stop()
+		done()
+		mustAgree(b, l, p.url)
+		ours = append(ours, float64(l.ok.Load())/time.Since(started).Seconds())
+
+		b.StopTimer()
+		theirs = append(theirs, insertOverHTTP(b, other.clickhouseDatabase, 1000))
+		best = append(best, insertOverHTTP(b, other.clickhouseDatabase, 100_000))
+		b.StartTimer()
+	}
+	b.ReportMetric(median(ours), "events/s")
+	b.ReportMetric(median(theirs), "clickhouse-http-events/s")
+	b.ReportMetric(median(best), "clickhouse-best-events/s")
+	b.ReportMetric(median(ours)/median(theirs), "ratio")
+}
+
+// insertOverHTTP inserts over 8 connections and returns rows a second.
+func insertOverHTTP(b testing.TB, database string, rowsPerInsert int) float64 {
+	cfg, _ := parseLoadFlags([]string{"-users", "10000"}, io.Discard)
+	cfg.event = fmt.Sprint("http_", time.Now().UnixNano())
+	gen := newGenerator(cfg)
+	var bodies [][]byte
+	for range wholePathEvents / rowsPerInsert {
+		var body []byte
+		for range rowsPerInsert {
+			n := gen.next
+			gen.next++
+			body = fmt.Appendf(body, `{"event_id":"%032d",`, n)
+			start := len(body)
+			body = append(gen.appendEvent(body, n), '\n')
+			body = append(body[:start], body[start+1:]...) // one brace is enough
+		}
+		bodies = append(bodies, body)
+	}
+	query := "INSERT INTO " + database + ".events (event_id, event_name, channel, campaign_id, user_id, timestamp, tags, metadata) FORMAT JSONEachRow"
+	url := "http://127.0.0.1:" + os.Getenv("CLICKHOUSE_HTTP_PORT") + "/?async_insert=0&insert_deduplicate=0&optimize_on_insert=0&input_format_json_read_objects_as_strings=1&query=" + strings.ReplaceAll(query, " ", "+")
+	started := time.Now()
+	var inserts sync.WaitGroup
+	slots := make(chan struct{}, 8)
+	for _, body := range bodies {
+		slots <- struct{}{}
+		inserts.Go(func() { // ends with its insert
+			defer func() { <-slots }()
+			resp, err := http.Post(url, "application/json", bytes.NewReader(body))
+			if err != nil {
+				b.Error(err)
+				return
+			}
+			defer resp.Body.Close()
+			if answer, _ := io.ReadAll(resp.Body); resp.StatusCode != http.StatusOK {
+				b.Errorf("%s", answer)
+			}
+		})
+	}
+	inserts.Wait()
+	took := time.Since(started)
+	if got := clickhouseQuery(b, fmt.Sprintf("SELECT count() FROM %s.events WHERE event_name = '%s'", database, cfg.event)); got != fmt.Sprint(wholePathEvents) {
+		b.Fatalf("%s rows", got)
+	}
+	return wholePathEvents / took.Seconds()
+}
+
+// BenchmarkSinglePost compares single events over 128 connections with a net/http handler that only parses, hashes
+// and awaits the same acknowledgement. One operation is a second of each.
+func BenchmarkSinglePost(b *testing.B) {
+	env := newSpace(b)
+	p := startProgram(b, env)
+	bare := startBare(b, env)
+	measure := func(url string) float64 {
+		l, done := loadInto(b, url, 0, time.Second, "-bulk", "1", "-connections", "128", "-users", "10000", "-retries", "0")
+		done()
+		if l.unknown.Load() > 0 || len(l.refused) > 0 {
+			b.Fatal(l.refused, l.unknown.Load())
+		}
+		return float64(l.ok.Load()) / l.took.Seconds()
+	}
+	var ours, theirs []float64
+	for b.Loop() {
+		ours, theirs = append(ours, measure(p.url)), append(theirs, measure(bare))
+	}
+	b.ReportMetric(median(ours), "events/s")
+	b.ReportMetric(median(theirs), "bare-events/s")
+	b.ReportMetric(median(ours)/median(theirs), "ratio")
+}
+
+// startBare runs bareHandler in a process of its own, as the program runs, on a topic without consumers.
+func startBare(b testing.TB, env []string) (url string) {
+	env = append(slices.Clone(env), "KAFKA_TOPIC="+space(env, "KAFKA_TOPIC")+"_bare", asProgram+"=bare")
+	return startProgram(b, env).url
+}
+
+// bareHandler is the least that could be called the same: read, parse, hash, produce, await the acknowledgement.
+func bareHandler() error {
+	cfg, err := loadSettings(os.Getenv)
+	if err != nil {
+		return err
+	}
+	producer, err := newProducer(cfg)
+	if err != nil {
+		return err
+	}
+	if err := ensureTopics(context.Background(), producer, cfg); err != nil {
+		return err
+	}
+	var parsers fastjson.ParserPool
+	return http.ListenAndServe(fmt.Sprintf("127.0.0.1:%d", cfg.serverPort), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/ready" {
+			return
+		}
+		body, _ := io.ReadAll(r.Body)
+		parser := parsers.Get()
+		defer parsers.Put(parser)
+		v, err := parser.ParseBytes(body)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		ev := event{name: v.GetStringBytes("event_name"), userID: v.GetStringBytes("user_id"), channel: v.GetStringBytes("channel"), timestamp: v.GetInt64("timestamp")}
+		id, _ := ev.id(nil)
+		key := fmt.Appendf(nil, "%x", id)
+		if err := producer.ProduceSync(context.Background(), &kgo.Record{Topic: cfg.kafkaTopic, Key: key, Value: body}).FirstErr(); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		w.WriteHeader(http.StatusAccepted)
+		fmt.Fprintf(w, `{"event_id":"%s","status":"queued"}`, key)
+	}))
+}
+
+// BenchmarkMetrics asks for 30 days that hold 20 million events, from the middle of an hour to the middle of an hour.
+func BenchmarkMetrics(b *testing.B) {
+	env := newSpace(b)
+	p := startProgram(b, env)
+	now := time.Now().Unix()
+	clickhouseQuery(b, fmt.Sprintf(`INSERT INTO %s.events (event_id, event_name, channel, campaign_id, user_id, timestamp, tags, metadata)
+		SELECT SHA256(toString(number)), ['view','cart','purchase','search'][number %% 4 + 1], ['web','mobile_app','api'][intHash32(number) %% 3 + 1],
+			concat('c', toString(number %% 50)), concat('user_', toString(intHash64(number) %% 100000)), %d - intHash64(number + 1) %% 2592000, ['a','b'], '{"price":1}'
+		FROM numbers(20000000) SETTINGS max_insert_threads = 2, optimize_on_insert = 0, max_partitions_per_insert_block = 100`, space(env, "CLICKHOUSE_DATABASE"), now))
+	for _, groupBy := range []string{"", "channel", "hour", "day"} {
+		b.Run("group_by="+groupBy, func(b *testing.B) {
+			var took []float64
+			for b.Loop() {
+				started := time.Now()
+				status, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=view&from=%d&to=%d&group_by=%s", metricsPath, now-30*86400+1000, now-1000, groupBy), "", "", nil)
+				took = append(took, float64(time.Since(started).Microseconds())/1000)
+				if status != http.StatusOK || !strings.Contains(answer, `"total_count":4`) {
+					b.Fatal(status, answer)
+				}
+			}
+			slices.Sort(took)
+			b.ReportMetric(took[len(took)*99/100], "p99-ms")
+		})
+	}
+}
+
+func median(v []float64) float64 {
+	slices.Sort(v)
+	return v[len(v)/2]
+}
