@@ -29,8 +29,16 @@ type consumeStats struct {
 }
 
 type storeStats struct {
-	inserts, rows, failures *metrics.Counter
-	seconds                 *metrics.Histogram
+	inserts, rows, failures             *metrics.Counter
+	suspects, duplicates, falseSuspects *metrics.Counter
+	seconds, lookupSeconds              *metrics.Histogram
+}
+
+func (s *storeStats) resolved(suspects, duplicates, new int, took time.Duration) {
+	s.suspects.Add(suspects)
+	s.duplicates.Add(duplicates)
+	s.falseSuspects.Add(new)
+	s.lookupSeconds.Update(took.Seconds())
 }
 
 func (s *storeStats) inserted(rows int, took time.Duration) {
@@ -63,8 +71,19 @@ func newStats() *stats {
 			rows:     set.NewCounter("event_ingestion_rows_stored_total"),
 			failures: set.NewCounter("event_ingestion_insert_failures_total"),
 			seconds:  set.NewHistogram("event_ingestion_insert_duration_seconds"),
+
+			suspects:      set.NewCounter("event_ingestion_suspects_total"),
+			duplicates:    set.NewCounter("event_ingestion_duplicates_total"),
+			falseSuspects: set.NewCounter("event_ingestion_false_suspects_total"),
+			lookupSeconds: set.NewHistogram("event_ingestion_suspect_lookup_duration_seconds"),
 		},
 	}
+}
+
+// watch adds what the dedupe holds.
+func (s *stats) watch(in *inserter) {
+	s.set.NewGauge("event_ingestion_dedupe_filter_bytes", func() float64 { return float64(in.past.bytes.Load()) })
+	s.set.NewGauge("event_ingestion_dedupe_covered_hours", func() float64 { return float64(len(in.covered())) })
 }
 
 // readiness answers GET /ready.

@@ -27,6 +27,7 @@ type block struct {
 
 	priceInput proto.ColInput // price under the type with its scale
 	tagsArray  arrayColumn
+	suspects   []suspect // records that may be copies, beside the rows
 	reached    []position
 }
 
@@ -66,6 +67,9 @@ func newColStr(rows, width int) proto.ColStr {
 
 // rows is the number of events in the block.
 func (b *block) rows() int { return len(b.timestamp.Data) }
+
+// size is what the block holds, of what it may: rows and suspects.
+func (b *block) size() int { return b.rows() + len(b.suspects) }
 
 // append adds one event. It copies every byte it keeps: ev may be reused at once.
 func (b *block) append(id *eventID, ev *event) {
@@ -232,7 +236,8 @@ func (b *block) reset() {
 	for _, d := range []*dictColumn{&b.eventName, &b.channel, &b.campaignID, &b.tags, &b.currency} {
 		d.reset()
 	}
-	b.reached = b.reached[:0]
+	clear(b.suspects)
+	b.suspects, b.reached = b.suspects[:0], b.reached[:0]
 	if cap(b.metadata.Buf) > maxBlockMetadata {
 		b.metadata.Buf = make([]byte, 0, cap(b.timestamp.Data)*expectMetadataBytes)
 	}

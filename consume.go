@@ -9,6 +9,8 @@ package main
 
 import (
 	"context"
+	"encoding/hex"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
@@ -25,8 +27,6 @@ const (
 	drainTimeout = 40 * time.Second
 	// commitInterval bounds what a crash makes the next owner read again.
 	commitInterval = 250 * time.Millisecond
-	// sessionTimeout is how long the group waits for a copy that died without a word.
-	sessionTimeout = 10 * time.Second
 	// A broker answers a fetch after fetchWait at the latest, or at once with fetchBytes: 40 answers a second instead
 	// of one for every batch that arrives, for 25 ms of freshness at most.
 	fetchWait  = 25 * time.Millisecond
@@ -67,8 +67,8 @@ func newConsumer(cfg *settings, in *inserter, letters *deadLetters, stats *consu
 		kgo.ConsumeTopics(cfg.kafkaTopic),
 		kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()),
 		kgo.Balancers(kgo.CooperativeStickyBalancer()),
-		kgo.SessionTimeout(sessionTimeout),
-		kgo.HeartbeatInterval(sessionTimeout/4),
+		kgo.SessionTimeout(cfg.kafkaSession),
+		kgo.HeartbeatInterval(cfg.kafkaSession/4),
 		kgo.BlockRebalanceOnPoll(),
 		kgo.AutoCommitMarks(),
 		kgo.AutoCommitInterval(commitInterval),
@@ -151,6 +151,11 @@ func (c *consumer) mark(reached []position) {
 }
 
 func (c *consumer) onAssigned(_ context.Context, _ *kgo.Client, topics map[string][]int32) {
+	owners := map[*worker]struct{}{}
+	for _, p := range topics[c.topic] {
+		owners[c.workers[int(p)%len(c.workers)]] = struct{}{}
+	}
+	c.inserter.onAssigned(owners)
 	if n := len(topics[c.topic]); n > 0 {
 		slog.Info("partitions assigned", "count", n, "all", c.assigned.Add(int32(n)))
 	}
@@ -203,6 +208,7 @@ type worker struct {
 	queue  []fetched
 	cur    *block
 	spare  *block // the inserter's, from takeBlock to reset
+	seen   seen
 	closed bool
 }
 
@@ -215,6 +221,7 @@ type fetched struct {
 func newWorker(c *consumer, rows int) *worker {
 	w := &worker{consumer: c, rows: rows, cur: newBlock(rows), spare: newBlock(rows)}
 	w.wake.L = &w.mu
+	w.seen.hours = map[int64]*idFilter{}
 	return w
 }
 
@@ -266,7 +273,7 @@ func (w *worker) takeBlock() *block {
 func (w *worker) run() {
 	for {
 		w.mu.Lock()
-		for !w.closed && (len(w.queue) == 0 || w.cur.rows() >= w.rows) {
+		for !w.closed && (len(w.queue) == 0 || w.cur.size() >= w.rows) {
 			w.wake.Wait()
 		}
 		if w.closed {
@@ -276,16 +283,18 @@ func (w *worker) run() {
 		bad, why := w.takeIn(lockRecords)
 		w.mu.Unlock()
 		if bad != nil {
-			w.bury(bad, why)
+			w.setAside(bad, why)
 		}
 	}
 }
 
+var errMisplaced = errors.New("the record's key is not its event's id")
+
 // takeIn appends up to n records of the queue's head to the block, under the lock. It stops at a record that is no
-// event, which it returns and leaves at the head.
+// event, or not under its own key, which it returns and leaves at the head.
 func (w *worker) takeIn(n int) (bad *kgo.Record, why error) {
 	head := &w.queue[0]
-	for ; n > 0 && len(head.records) > 0 && w.cur.rows() < w.rows; n-- {
+	for ; n > 0 && len(head.records) > 0 && w.cur.size() < w.rows; n-- {
 		rec := head.records[0]
 		ev, err := w.decode(rec.Value)
 		if err != nil {
@@ -293,13 +302,21 @@ func (w *worker) takeIn(n int) (bad *kgo.Record, why error) {
 		}
 		var id eventID
 		id, w.idInput = ev.id(w.idInput)
+		if !id.isKey(rec.Key) {
+			return rec, errMisplaced
+		}
 		if len(w.cur.reached) == 0 {
 			w.consumer.inserter.noteRow()
 		}
-		w.cur.append(&id, ev)
+		hour := ev.timestamp / hourSeconds
+		if isNew, covered := w.check(&id, hour); isNew {
+			w.cur.append(&id, ev)
+		} else {
+			w.cur.suspects = append(w.cur.suspects, suspect{id, hour, covered, rec.Value})
+		}
 		w.pop(rec)
 	}
-	if w.cur.rows() >= w.rows {
+	if w.cur.size() >= w.rows {
 		notify(w.consumer.inserter.full)
 	}
 	return nil, nil
@@ -339,10 +356,17 @@ func (w *worker) decode(value []byte) (*event, error) {
 	return ev, nil
 }
 
-// bury sends a record that is no event to the dead letters and moves past it once that is acknowledged, unless the
-// partition was lost meanwhile: then the next owner buries it again.
-func (w *worker) bury(rec *kgo.Record, why error) {
-	if !w.consumer.letters.send(rec, errorUnmarshal, why.Error(), w.isClosed) {
+// setAside deals with a record that cannot become a row here: what is no event goes to the dead letters, an event under
+// another key goes back to the topic under its own, where its own worker knows its copies. It moves past the record
+// once that is acknowledged, unless the partition was lost meanwhile: then the next owner does it again.
+func (w *worker) setAside(rec *kgo.Record, why error) {
+	done := false
+	if errors.Is(why, errMisplaced) {
+		done = w.consumer.letters.reroute(rec, w.ownKey(rec), w.isClosed)
+	} else if done = w.consumer.letters.send(rec, errorUnmarshal, why.Error(), w.isClosed); done {
+		w.consumer.stats.dead.Inc()
+	}
+	if !done {
 		return
 	}
 	w.mu.Lock()
@@ -352,8 +376,14 @@ func (w *worker) bury(rec *kgo.Record, why error) {
 			w.consumer.inserter.noteRow()
 		}
 		w.pop(rec)
-		w.consumer.stats.dead.Inc()
 	}
+}
+
+// ownKey is the key that the record's event should have.
+func (w *worker) ownKey(rec *kgo.Record) []byte {
+	ev, _, _ := w.parser.parse(rec.Value) // only this goroutine uses the parser, and it has parsed this before
+	id, _ := ev.id(nil)
+	return hex.AppendEncode(nil, id[:])
 }
 
 func (w *worker) isClosed() bool {

@@ -4,10 +4,15 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
+	"io"
+	"math/rand/v2"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -135,6 +140,105 @@ func TestKafkaAway(t *testing.T) {
 	done()
 	mustAgree(t, l, p.url)
 	mustHold(t, env, l)
+}
+
+// TestKilledUnderLoad: kill -9 of the program at random moments. The client resends what has no answer, the next copy
+// reads again what was not committed: everything is counted once.
+func TestKilledUnderLoad(t *testing.T) {
+	const kills = 20
+	env := newSpace(t)
+	p := startProgram(t, env)
+	l, done := loadInto(t, p.url, 4000, time.Hour, "-dup", "0.2")
+	for range kills {
+		target := l.ok.Load() + 1 + rand.Int64N(1500)
+		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() >= target })
+		time.Sleep(rand.N(60 * time.Millisecond)) // any moment of a round
+		p = p.killAndRestart()
+	}
+	l.stop()
+	done()
+	mustAgree(t, l, p.url)
+	mustHold(t, env, l)
+}
+
+// TestPowerCut: the program and ClickHouse die together.
+func TestPowerCut(t *testing.T) {
+	const cuts = 5
+	env := newSpace(t)
+	p := startProgram(t, env)
+	l, done := loadInto(t, p.url, 4000, time.Hour)
+	for range cuts {
+		target := l.ok.Load() + 1 + rand.Int64N(1500)
+		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() >= target })
+		time.Sleep(rand.N(60 * time.Millisecond))
+		control(t, "/clickhouse/kill")
+		p = p.killAndRestart()
+	}
+	l.stop()
+	done()
+	mustAgree(t, l, p.url)
+	mustHold(t, env, l)
+}
+
+// TestResent: three clients send the same file at once, and one of them again after a restart.
+func TestResent(t *testing.T) {
+	env := newSpace(t)
+	p := startProgram(t, env)
+	path := filepath.Join(t.TempDir(), "events.ndjson")
+	var lines []byte
+	now := time.Now().Unix()
+	const events = 6000
+	for i := range events { // over 20 days, with a third of the lines twice in the file itself
+		n := i - i%3/2
+		lines = fmt.Appendf(lines, `{"event_name":"resent","user_id":"u%d","timestamp":%d}`+"\n", n%700, now-int64(n)*288)
+	}
+	if err := os.WriteFile(path, lines, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	send := func() *loader {
+		cfg, err := parseLoadFlags([]string{"-url", p.url, "-file", path, "-rate", "0", "-bulk", "500", "-connections", "4"}, io.Discard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		src, err := openReplay(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := newLoader(cfg, src)
+		l.send(context.Background(), io.Discard)
+		return l
+	}
+	var clients sync.WaitGroup
+	for range 3 {
+		clients.Go(func() { send() })
+	}
+	clients.Wait()
+	p.terminate()
+	p = startProgram(t, env)
+	l := send()
+	if l.ok.Load() != events {
+		t.Fatalf("%d accepted", l.ok.Load())
+	}
+	drained(t, p, env)
+	mustAgree(t, l, p.url)
+	want := fmt.Sprint(events * 2 / 3)
+	if got := clickhouseQuery(t, fmt.Sprintf("SELECT sum(event_count) FROM %s.events_hourly", space(env, "CLICKHOUSE_DATABASE"))); got != want {
+		t.Fatalf("events_hourly has %s, want %s", got, want)
+	}
+}
+
+// drained returns when everything that was acknowledged before the call is stored.
+func drained(t testing.TB, p *program, env []string) {
+	t.Helper()
+	second := time.Now().Unix()
+	p.await("drained", 20*time.Second, func() bool {
+		var a struct {
+			Through int64 `json:"complete_through"`
+		}
+		_, _, answer := p.do("GET", metricsPath+"event_name=x&from=1&to=2", "", "", nil)
+		json.Unmarshal([]byte(answer), &a)
+		return a.Through >= second
+	})
 }
 
 // TestCopiesComeAndGo: partitions move under load, back and forth, and every event is stored once.

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -78,22 +79,21 @@ func newSpace(t testing.TB, more ...string) []string {
 	t.Cleanup(func() { clickhouseQuery(t, "DROP DATABASE IF EXISTS "+name) })
 	return append([]string{
 		"CLICKHOUSE_DATABASE=" + name, "KAFKA_TOPIC=" + name, "KAFKA_CONSUMER_GROUP=" + name,
-		"SERVER_HOST=127.0.0.1", "ADMIN_ADDR=off", "KAFKA_PARTITIONS=20",
+		"SERVER_HOST=127.0.0.1", "ADMIN_ADDR=off", "KAFKA_SESSION_TIMEOUT=1s",
 	}, more...)
 }
 
 // startProgram runs a copy in the space and waits until it is ready. It is killed with the test if it still runs.
 func startProgram(t testing.TB, env []string) *program {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	port := space(env, "SERVER_PORT")
+	if port == "" {
+		port = freePort(t)
+		env = append(slices.Clone(env), "SERVER_PORT="+port)
 	}
-	port := l.Addr().(*net.TCPAddr).Port
-	l.Close()
-	p := &program{t: t, env: env, url: fmt.Sprintf("http://127.0.0.1:%d", port), log: new(logBuffer)}
+	p := &program{t: t, env: env, url: "http://127.0.0.1:" + port, log: new(logBuffer)}
 	p.cmd = exec.Command(os.Args[0])
-	p.cmd.Env = append(append(os.Environ(), asProgram+"=1", "SERVER_PORT="+strconv.Itoa(port)), env...)
+	p.cmd.Env = append(append(os.Environ(), asProgram+"=1"), env...)
 	p.cmd.Stderr = p.log
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -109,6 +109,24 @@ func startProgram(t testing.TB, env []string) *program {
 	})
 	p.await("ready", 30*time.Second, func() bool { return p.status("/ready") == http.StatusOK })
 	return p
+}
+
+func freePort(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
+}
+
+// killAndRestart ends the program with -9 and starts another copy in its place, on the same port.
+func (p *program) killAndRestart() *program {
+	p.t.Helper()
+	p.cmd.Process.Kill()
+	p.cmd.Wait()
+	return startProgram(p.t, p.env)
 }
 
 func (p *program) await(what string, limit time.Duration, done func() bool) {
@@ -442,8 +460,9 @@ func loadInto(t testing.TB, url string, rate float64, d time.Duration, more ...s
 	}
 	cfg.event = fmt.Sprintf("%s_%d", cfg.event, time.Now().UnixNano())
 	l = newLoader(cfg, newGenerator(cfg))
+	t.Cleanup(l.stop)
 	finished := make(chan struct{})
-	go func() { // ends after d
+	go func() { // ends after d, or l.stop
 		defer close(finished)
 		l.send(context.Background(), io.Discard)
 	}()

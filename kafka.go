@@ -47,8 +47,9 @@ func newProducer(cfg *settings, more ...kgo.Opt) (*kgo.Client, error) {
 	}, more...)...)
 }
 
-// ensureTopics creates the topics that are missing and reports one whose partitions differ from the settings.
-func ensureTopics(ctx context.Context, kafka *kgo.Client, cfg *settings) error {
+// ensureTopics creates the topics that are missing and reports one whose partitions differ from the settings. It
+// returns the number of partitions that the main topic has.
+func ensureTopics(ctx context.Context, kafka *kgo.Client, cfg *settings) (partitions int, err error) {
 	admin := kadm.NewClient(kafka)
 	minISR := fmt.Sprint(cfg.kafkaMinISR)
 	for _, t := range []struct {
@@ -59,26 +60,33 @@ func ensureTopics(ctx context.Context, kafka *kgo.Client, cfg *settings) error {
 		{cfg.kafkaTopic + ".retry", retryPartitions},
 		{cfg.kafkaTopic + ".dlq", dlqPartitions},
 	} {
-		_, err := admin.CreateTopic(ctx, int32(t.partitions), int16(cfg.kafkaReplication), map[string]*string{"min.insync.replicas": &minISR}, t.name)
+		_, err = admin.CreateTopic(ctx, int32(t.partitions), int16(cfg.kafkaReplication), map[string]*string{"min.insync.replicas": &minISR}, t.name)
 		if err == nil {
 			slog.Info("topic created", "topic", t.name, "partitions", t.partitions)
+			if t.name == cfg.kafkaTopic {
+				partitions = t.partitions
+			}
 			continue
 		}
 		if !errors.Is(err, kerr.TopicAlreadyExists) {
-			return fmt.Errorf("create topic %s: %w", t.name, err)
+			return 0, fmt.Errorf("create topic %s: %w", t.name, err)
 		}
 		details, err := admin.ListTopics(ctx, t.name)
 		if err == nil {
 			err = details.Error()
 		}
 		if err != nil {
-			return fmt.Errorf("describe topic %s: %w", t.name, err)
+			return 0, fmt.Errorf("describe topic %s: %w", t.name, err)
 		}
-		if n := len(details[t.name].Partitions); n != t.partitions {
+		n := len(details[t.name].Partitions)
+		if n != t.partitions {
 			slog.Warn("topic has another number of partitions than the settings say; it is used as it is", "topic", t.name, "partitions", n, "settings", t.partitions)
 		}
+		if t.name == cfg.kafkaTopic {
+			partitions = n
+		}
 	}
-	return nil
+	return partitions, nil
 }
 
 const (

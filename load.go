@@ -1,13 +1,14 @@
 // The load subcommand: events at a fixed rate against a running system, and what came of them.
 //
-// The loop is open: every request has an intended time, and latency counts from it, so that a system that stalls is
-// not asked less often and its stall is not hidden. load.go owns the senders; loadgen.go makes the events and knows
-// what a right answer of the metrics endpoint would be.
+// load.go owns the flags, the senders and the booking of answers: every event sent ends as accepted, refused or unknown,
+// once. pacer.go says when a request is due; loadgen.go makes the events and knows what a right answer of the metrics
+// endpoint would be.
 
 package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -23,8 +24,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
-
-	"github.com/klauspost/compress/gzip"
 )
 
 type loadConfig struct {
@@ -36,6 +35,7 @@ type loadConfig struct {
 	dup         float64
 	users       int
 	event       string
+	seed        uint64
 	gzip        bool
 	apiKey      string
 	retries     int
@@ -52,11 +52,12 @@ func parseLoadFlags(args []string, stderr io.Writer) (*loadConfig, error) {
 	fs.StringVar(&c.url, "url", "http://127.0.0.1:8080", "base address of the API")
 	fs.Float64Var(&c.rate, "rate", 2000, "events a second, open loop; 0 sends as fast as the connections allow")
 	fs.DurationVar(&c.duration, "duration", 30*time.Second, "how long to send")
-	fs.IntVar(&c.bulk, "bulk", 100, "events a request, 1 to 1000; 1 uses the single endpoint")
+	fs.IntVar(&c.bulk, "bulk", 100, "events a request, 1 to 1000; 1 uses the single endpoint; 1000 with -file")
 	fs.IntVar(&c.connections, "connections", 64, "most requests in flight")
 	fs.Float64Var(&c.dup, "dup", 0, "share of events that repeat an earlier one, 0 to 1")
 	fs.IntVar(&c.users, "users", 10000, "distinct users")
 	fs.StringVar(&c.event, "event", "", "event_name; default is one of this run's own, so that -verify sees nothing else")
+	fs.Uint64Var(&c.seed, "seed", 1, "which events -dup repeats: the same seed, the same events")
 	fs.BoolVar(&c.gzip, "gzip", false, "compress request bodies")
 	fs.StringVar(&c.apiKey, "api-key", os.Getenv("API_KEY"), "sent as X-API-Key")
 	fs.IntVar(&c.retries, "retries", 3, "tries again after a 503 or a lost answer")
@@ -77,11 +78,34 @@ func parseLoadFlags(args []string, stderr io.Writer) (*loadConfig, error) {
 	case c.dup < 0 || c.dup >= 1:
 		return nil, fmt.Errorf("-dup %g: has to be from 0 to below 1", c.dup)
 	}
+	if c.file != "" && !isSet(fs, "bulk") {
+		c.bulk = maxBulkEvents
+	}
+	if days := c.spreadDays(); c.file == "" && days > maxSpreadDays {
+		return nil, fmt.Errorf("-users %d: distinct events at this rate would reach %.0f days into the past, and 30 is the most the API takes; use more users", c.users, days)
+	}
 	if c.event == "" {
 		c.event = "load_" + strconv.FormatInt(time.Now().UnixMilli(), 36)
 	}
 	c.url = strings.TrimSuffix(c.url, "/")
 	return c, nil
+}
+
+func isSet(fs *flag.FlagSet, name string) (set bool) {
+	fs.Visit(func(f *flag.Flag) { set = set || f.Name == name })
+	return set
+}
+
+// maxSpreadDays leaves a day of the API's 30 for the run itself and its retries.
+const maxSpreadDays = 29
+
+// spreadDays is how far back the generator's timestamps reach: a user has one event a channel and second.
+func (c *loadConfig) spreadDays() float64 {
+	rate := c.rate
+	if rate == 0 {
+		rate = flatOutRate
+	}
+	return rate * c.duration.Seconds() / float64(c.users*len(loadChannels)) / (24 * 60 * 60)
 }
 
 // runLoad is the subcommand; it returns the exit code: 0 when all is well, 1 when something was refused, lost or
@@ -132,12 +156,13 @@ type loader struct {
 	ended  context.Context
 	start  time.Time
 	took   time.Duration
+	unsent int64 // events that were due when all connections were busy; set at the end of send
 
-	requests atomic.Int64 // also the ticket of the next request's intended time
-	sent     atomic.Int64
-	ok       atomic.Int64
-	retried  atomic.Int64
-	unknown  atomic.Int64
+	pace    *pacer       // set by send
+	sent    atomic.Int64 // events, a repeat by -dup included, a retry not
+	ok      atomic.Int64 // events
+	retried atomic.Int64 // requests
+	unknown atomic.Int64 // events
 
 	srcMu     sync.Mutex // guards src while senders run
 	mu        sync.Mutex // guards what follows
@@ -156,18 +181,20 @@ func newLoader(cfg *loadConfig, src eventSource) *loader {
 	}
 }
 
-// send runs the senders until the time is up, the source is dry, or ctx is done.
+// send runs the senders until the schedule or the source ends, or ctx is done: an interrupted run still reports.
 func (l *loader) send(ctx context.Context, stderr io.Writer) {
 	l.start = time.Now()
-	ctx, cancel := context.WithCancel(ctx)
-	context.AfterFunc(l.ended, cancel)
-	if l.cfg.file == "" {
-		ctx, cancel = context.WithDeadline(ctx, l.start.Add(l.cfg.duration))
+	end := l.cfg.duration
+	if l.cfg.file != "" {
+		end = 0
 	}
+	l.pace = newPacer(l.start, l.cfg.rate, l.cfg.bulk, end)
+	sending, cancel := context.WithCancel(ctx)
 	defer cancel()
+	defer context.AfterFunc(l.ended, cancel)()
 	var senders, others sync.WaitGroup
 	for range l.cfg.connections {
-		senders.Go(func() { l.sender(ctx) }) // ends with ctx or the source
+		senders.Go(func() { (&sender{l: l}).run(sending, ctx) }) // ends with sending, the schedule or the source
 	}
 	watching, done := context.WithCancel(ctx)
 	others.Go(func() { l.progress(watching, stderr) }) // ends with the senders
@@ -178,101 +205,16 @@ func (l *loader) send(ctx context.Context, stderr io.Writer) {
 	l.took = time.Since(l.start)
 	done()
 	others.Wait()
-}
-
-func (l *loader) sender(ctx context.Context) {
-	var body, packed []byte
-	var tickets []int64
-	for {
-		intended := time.Now()
-		if l.cfg.rate > 0 {
-			n := l.requests.Add(1) - 1
-			intended = l.start.Add(time.Duration(float64(n) * float64(l.cfg.bulk) / l.cfg.rate * float64(time.Second)))
-			if !sleepUntil(ctx, intended) {
-				return
-			}
-		} else if ctx.Err() != nil {
-			return
-		}
-		var more bool
-		body, tickets, more = l.fill(body[:0], tickets[:0])
-		if len(tickets) == 0 {
-			return
-		}
-		l.sent.Add(int64(len(tickets)))
-		packed = l.post(body, packed, tickets)
-		l.mu.Lock()
-		l.latency.add(time.Since(intended))
-		l.mu.Unlock()
-		if !more {
-			return
-		}
+	if interrupted := ctx.Err() != nil || l.ended.Err() != nil; l.cfg.file == "" && !interrupted {
+		l.unsent = l.pace.unclaimed(l.start.Add(l.took)) * int64(l.cfg.bulk)
+	}
+	if l.unsent > 0 {
+		fmt.Fprintf(stderr, "load: %d events were due and not sent: all %d connections were busy. Latency does not count them.\n", l.unsent, l.cfg.connections)
 	}
 }
 
-func sleepUntil(ctx context.Context, t time.Time) bool {
-	if d := time.Until(t); d > 0 {
-		timer := time.NewTimer(d)
-		defer timer.Stop()
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			return false
-		}
-	}
-	return ctx.Err() == nil
-}
-
-// fill makes the body of one request.
-func (l *loader) fill(body []byte, tickets []int64) ([]byte, []int64, bool) {
-	l.srcMu.Lock()
-	defer l.srcMu.Unlock()
-	bulk, more := l.cfg.bulk > 1 && l.cfg.file == "", true
-	separator := byte('\n')
-	if bulk {
-		body, separator = append(body, `{"events":[`...), ','
-	}
-	for more && len(tickets) < l.cfg.bulk {
-		body, tickets, more = l.src.append(body, tickets, separator)
-	}
-	if bulk {
-		body = append(body, "]}"...)
-	}
-	return body, tickets, more
-}
-
-// post sends one request until it is answered for good.
-func (l *loader) post(body, packed []byte, tickets []int64) []byte {
-	path, media := "/api/v1/events/bulk", typeJSON
-	if l.cfg.file != "" {
-		media = typeNDJSON
-	} else if l.cfg.bulk == 1 {
-		path = "/api/v1/events"
-	}
-	if l.cfg.gzip {
-		var b bytes.Buffer
-		z, _ := gzip.NewWriterLevel(&b, gzip.BestSpeed)
-		z.Write(body)
-		z.Close()
-		packed = b.Bytes()
-		body = packed
-	}
-	for try := 0; ; try++ {
-		status, answer, wait, err := l.exchange(path, media, body)
-		if again := err != nil || status == http.StatusServiceUnavailable; again && try < l.cfg.retries {
-			l.retried.Add(1)
-			time.Sleep(wait)
-			continue
-		}
-		if err != nil {
-			l.unknown.Add(int64(len(tickets)))
-			return packed
-		}
-		l.settle(status, answer, tickets)
-		return packed
-	}
-}
-
+// exchange is one try. wait is what Retry-After asks for. A compressed body is known by gzip's magic number, which no
+// JSON text begins with; the probe's bodies never are.
 func (l *loader) exchange(path, media string, body []byte) (status int, answer []byte, wait time.Duration, err error) {
 	wait = 200 * time.Millisecond
 	req, err := http.NewRequest(http.MethodPost, l.cfg.url+path, bytes.NewReader(body))
@@ -280,7 +222,7 @@ func (l *loader) exchange(path, media string, body []byte) (status int, answer [
 		return 0, nil, wait, err
 	}
 	req.Header.Set("Content-Type", media)
-	if l.cfg.gzip {
+	if bytes.HasPrefix(body, []byte{0x1f, 0x8b}) {
 		req.Header.Set("Content-Encoding", "gzip")
 	}
 	l.authorize(req)
@@ -289,7 +231,7 @@ func (l *loader) exchange(path, media string, body []byte) (status int, answer [
 		return 0, nil, wait, err
 	}
 	defer resp.Body.Close()
-	if s, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil {
+	if s, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && s >= 0 {
 		wait = time.Duration(s) * time.Second
 	}
 	answer, err = io.ReadAll(resp.Body)
@@ -302,46 +244,63 @@ func (l *loader) authorize(req *http.Request) {
 	}
 }
 
-// settle books the answer of one request.
-func (l *loader) settle(status int, answer []byte, tickets []int64) {
+// eventError is an entry of an answer's errors. A single event's have no index, and 0 is right.
+type eventError struct {
+	Index   int
+	Code    string
+	Error   string
+	Message string
+}
+
+// settle books what the answer decides and returns the indices of the events to send again, none when last.
+func (l *loader) settle(status int, answer []byte, tickets []int64, last bool) (again []int) {
 	var a struct {
-		Error  string
-		Errors []struct {
-			Index       int
-			Code, Error string
+		Success int `json:"success_count"`
+		Error   string
+		Errors  []eventError
+	}
+	single := l.cfg.bulk == 1 && l.cfg.file == ""
+	if !single || status != http.StatusAccepted {
+		json.Unmarshal(answer, &a) // no JSON: no errors by index and no successes, which is dealt with below
+	}
+	failed := map[int]eventError{}
+	for _, e := range a.Errors {
+		if _, twice := failed[e.Index]; !twice && e.Index >= 0 && e.Index < len(tickets) {
+			e.Error = cmp.Or(e.Error, e.Message)
+			failed[e.Index] = e
 		}
 	}
-	failed := map[int]bool{}
-	if status != http.StatusAccepted {
-		json.Unmarshal(answer, &a) // an answer that is no JSON refuses everything, below
+	success := status == http.StatusAccepted || status == http.StatusMultiStatus
+	if success && !single && a.Success != len(tickets)-len(failed) {
+		// Accepted or not? The answer does not add up, and a guess would make -verify blame the wrong side.
+		l.unknown.Add(int64(len(tickets)))
+		return nil
 	}
 	l.mu.Lock()
-	for _, e := range a.Errors {
-		if l.cfg.bulk == 1 && l.cfg.file == "" {
-			e.Error, e.Index = a.Error, 0
+	for i, t := range tickets {
+		e, is := failed[i]
+		if !is && !success {
+			e = eventError{Code: "HTTP " + strconv.Itoa(status), Error: a.Error}
+			failed[i] = e
+		} else if !is {
+			continue
 		}
-		if !failed[e.Index] && e.Index < len(tickets) {
-			l.refuse(e.Code, tickets[e.Index], e.Error)
-		}
-		failed[e.Index] = true
-	}
-	if status != http.StatusAccepted && status != http.StatusMultiStatus {
-		for i, t := range tickets {
-			if !failed[i] {
-				l.refuse(fmt.Sprintf("HTTP %d", status), t, a.Error)
-				failed[i] = true
-			}
+		if retryable := e.Code == codeUnavailable || !is && status == http.StatusServiceUnavailable; retryable && !last {
+			again = append(again, i)
+		} else {
+			l.refuse(e.Code, t, e.Error)
 		}
 	}
 	l.mu.Unlock()
 	l.srcMu.Lock()
 	for i, t := range tickets {
-		if !failed[i] {
+		if _, is := failed[i]; !is {
 			l.ok.Add(1)
 			l.src.accepted(t)
 		}
 	}
 	l.srcMu.Unlock()
+	return again
 }
 
 // refuse counts a refused event and keeps the first few as examples; under mu.
@@ -353,9 +312,16 @@ func (l *loader) refuse(code string, ticket int64, message string) {
 	}
 }
 
-// progress prints a line a second until ctx is done.
+// progress prints a line a second until ctx is done: over itself on a terminal, every 5 s elsewhere to keep logs short.
 func (l *loader) progress(ctx context.Context, stderr io.Writer) {
-	tick := time.NewTicker(time.Second)
+	period, begin, end := 5*time.Second, "", "\n"
+	if f, ok := stderr.(*os.File); ok {
+		if info, err := f.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
+			period, begin, end = time.Second, "\r", "  "
+			defer fmt.Fprintln(stderr)
+		}
+	}
+	tick := time.NewTicker(period)
 	defer tick.Stop()
 	for last := int64(0); ; {
 		select {
@@ -365,10 +331,13 @@ func (l *loader) progress(ctx context.Context, stderr io.Writer) {
 		}
 		ok := l.ok.Load()
 		l.mu.Lock()
-		p99 := l.latency.quantile(0.99)
+		p99, refused := l.latency.quantile(0.99), 0
+		for _, n := range l.refused {
+			refused += n
+		}
 		l.mu.Unlock()
-		fmt.Fprintf(stderr, "load: %3.0f s  sent %d  accepted %d  %d/s  p99 %s\n",
-			time.Since(l.start).Seconds(), l.sent.Load(), ok, ok-last, p99.Round(100*time.Microsecond))
+		fmt.Fprintf(stderr, "%sload: %3.0f s  sent %d  accepted %d  refused %d  %.0f/s  p99 %s%s",
+			begin, time.Since(l.start).Seconds(), l.sent.Load(), ok, refused, float64(ok-last)/period.Seconds(), p99.Round(100*time.Microsecond), end)
 		last = ok
 	}
 }

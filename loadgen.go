@@ -11,12 +11,14 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"math/bits"
 	"math/rand/v2"
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"sort"
 	"strconv"
 	"time"
@@ -29,6 +31,7 @@ type expectation struct {
 	count    int64
 	users    int64
 	hours    map[string]int64
+	channels map[string]int64 // nil = not asked
 }
 
 // generator makes events that are distinct by construction: event n has user n mod users, channel and second from
@@ -37,7 +40,9 @@ type generator struct {
 	cfg  *loadConfig
 	base int64 // second of event 0
 	next int64
-	seen []uint64 // a bit for each accepted event
+	dups int64      // events handed out a second time or more
+	seen []uint64   // a bit for each accepted event
+	rng  *rand.Rand // which events are repeated
 }
 
 var loadChannels = [...]string{"web", "mobile_app", "api"}
@@ -51,13 +56,14 @@ func newGenerator(cfg *loadConfig) *generator {
 		rate = flatOutRate
 	}
 	perSecond := float64(cfg.users * len(loadChannels))
-	return &generator{cfg: cfg, base: time.Now().Unix() - int64(rate*cfg.duration.Seconds()/perSecond) - 2}
+	return &generator{cfg: cfg, rng: rand.New(rand.NewPCG(cfg.seed, 0)), base: time.Now().Unix() - int64(rate*cfg.duration.Seconds()/perSecond) - 2}
 }
 
 func (g *generator) append(body []byte, tickets []int64, separator byte) ([]byte, []int64, bool) {
 	n := g.next
-	if g.cfg.dup > 0 && n > 0 && rand.Float64() < g.cfg.dup {
-		n = rand.Int64N(n)
+	if g.cfg.dup > 0 && n > 0 && g.rng.Float64() < g.cfg.dup {
+		n = g.rng.Int64N(n)
+		g.dups++
 	} else {
 		g.next++
 	}
@@ -69,12 +75,16 @@ func (g *generator) append(body []byte, tickets []int64, separator byte) ([]byte
 
 func (g *generator) second(n int64) int64 { return g.base + n/int64(g.cfg.users*len(loadChannels)) }
 
+func (g *generator) channel(n int64) string {
+	return loadChannels[n/int64(g.cfg.users)%int64(len(loadChannels))]
+}
+
 func (g *generator) appendEvent(b []byte, n int64) []byte {
 	users := int64(g.cfg.users)
 	b = append(b, `{"event_name":"`...)
 	b = append(b, g.cfg.event...)
 	b = append(b, `","channel":"`...)
-	b = append(b, loadChannels[n/users%int64(len(loadChannels))]...)
+	b = append(b, g.channel(n)...)
 	b = append(b, `","campaign_id":"cmp_`...)
 	b = strconv.AppendInt(b, n%50, 10)
 	b = append(b, `","user_id":"user_`...)
@@ -98,7 +108,7 @@ func (g *generator) accepted(n int64) {
 func (g *generator) where(n int64) string { return fmt.Sprintf("event %d", n) }
 
 func (g *generator) expected() []expectation {
-	e := expectation{event: g.cfg.event, from: g.base - 1, to: time.Now().Unix() + 1, hours: map[string]int64{}}
+	e := expectation{event: g.cfg.event, from: g.base - 1, to: time.Now().Unix() + 1, hours: map[string]int64{}, channels: map[string]int64{}}
 	users := make([]bool, g.cfg.users)
 	for w, word := range g.seen {
 		for ; word != 0; word &= word - 1 {
@@ -106,6 +116,7 @@ func (g *generator) expected() []expectation {
 			e.count++
 			users[n%int64(g.cfg.users)] = true
 			e.hours[hourKey(g.second(n))]++
+			e.channels[g.channel(n)]++
 		}
 	}
 	for _, u := range users {
@@ -290,6 +301,10 @@ func (l *loader) verify(stderr io.Writer) (checks []loadCheck) {
 				fmt.Fprintln(stderr, "load: verify:", err)
 			}
 			checks = append(checks, compare(e, a)...)
+			if e.channels != nil {
+				byChannel, _ := l.askMetrics(ctx, e.event, e.from, e.to, "channel") // no answer is a difference
+				checks = append(checks, compareGroups(e.event+" channels", e.channels, byChannel))
+			}
 			break
 		}
 	}
@@ -299,17 +314,22 @@ func (l *loader) verify(stderr io.Writer) (checks []loadCheck) {
 func compare(e expectation, a metricsAnswer) []loadCheck {
 	// Beyond 10,000 users the endpoint may estimate within 1 %.
 	near := a.Users == e.users || e.users > 10_000 && math.Abs(float64(a.Users-e.users)) <= 0.01*float64(e.users)
-	wrong := int64(0)
-	for _, g := range a.Groups {
-		if e.hours[g.Key] != g.Total {
-			wrong++
-		}
-	}
 	return []loadCheck{
 		{e.event + " total_count", e.count, a.Total, a.Total == e.count},
 		{e.event + " unique_users", e.users, a.Users, near},
-		{e.event + " hours", int64(len(e.hours)), int64(len(a.Groups)) - wrong, wrong == 0 && len(a.Groups) == len(e.hours)},
+		compareGroups(e.event+" hours", e.hours, a),
 	}
+}
+
+// compareGroups counts the groups that are right; all have to be, and no other may be there.
+func compareGroups(what string, want map[string]int64, a metricsAnswer) loadCheck {
+	right := int64(0)
+	for _, g := range a.Groups {
+		if n, is := want[g.Key]; is && n == g.Total {
+			right++
+		}
+	}
+	return loadCheck{what, int64(len(want)), right, right == int64(len(want)) && len(a.Groups) == len(want)}
 }
 
 // report prints what happened and returns the exit code.
@@ -328,20 +348,24 @@ func (l *loader) report(w io.Writer, checks []loadCheck) int {
 	}
 	ms := func(h *histogram, q float64) float64 { return float64(h.quantile(q).Microseconds()) / 1000 }
 	rate := float64(l.ok.Load()) / l.took.Seconds()
+	dups := int64(0)
+	if g, ok := l.src.(*generator); ok {
+		dups = g.dups
+	}
 	if l.cfg.json {
 		json.NewEncoder(w).Encode(map[string]any{
 			"event": l.cfg.event, "seconds": l.took.Seconds(), "sent": l.sent.Load(), "accepted": l.ok.Load(), "refused": l.refused,
-			"unknown": l.unknown.Load(), "retries": l.retried.Load(), "rate": rate,
+			"unsent": l.unsent, "duplicates": dups, "unknown": l.unknown.Load(), "retries": l.retried.Load(), "rate": rate,
 			"latency_ms":   map[string]float64{"p50": ms(l.latency, .5), "p90": ms(l.latency, .9), "p99": ms(l.latency, .99), "p99.9": ms(l.latency, .999), "max": ms(l.latency, 1)},
 			"freshness_ms": map[string]float64{"samples": float64(l.freshness.n), "p50": ms(l.freshness, .5), "p99": ms(l.freshness, .99), "max": ms(l.freshness, 1)},
 			"checks":       checks,
 		})
 		return code
 	}
-	fmt.Fprintf(w, "sent       %d events in %.1f s\naccepted   %d (%.0f/s)\nrefused    %d\nunknown    %d (no answer after %d retries)\nretries    %d\n",
-		l.sent.Load(), l.took.Seconds(), l.ok.Load(), rate, refused, l.unknown.Load(), l.cfg.retries, l.retried.Load())
-	for c, n := range l.refused {
-		fmt.Fprintf(w, "           %d × %s\n", n, c)
+	fmt.Fprintf(w, "sent       %d events in %.1f s, %d of them repeats\nunsent     %d (due, but all connections were busy)\naccepted   %d (%.0f/s)\nrefused    %d\nunknown    %d (no answer after %d retries)\nretries    %d\n",
+		l.sent.Load(), l.took.Seconds(), dups, l.unsent, l.ok.Load(), rate, refused, l.unknown.Load(), l.cfg.retries, l.retried.Load())
+	for _, c := range slices.Sorted(maps.Keys(l.refused)) {
+		fmt.Fprintf(w, "           %d × %s\n", l.refused[c], c)
 	}
 	for _, e := range l.examples {
 		fmt.Fprintf(w, "           %s\n", e)
@@ -349,7 +373,7 @@ func (l *loader) report(w io.Writer, checks []loadCheck) int {
 	fmt.Fprintf(w, "latency    p50 %.1f ms  p90 %.1f  p99 %.1f  p99.9 %.1f  max %.1f, from the intended time, a request\n",
 		ms(l.latency, .5), ms(l.latency, .9), ms(l.latency, .99), ms(l.latency, .999), ms(l.latency, 1))
 	if l.freshness.n > 0 {
-		fmt.Fprintf(w, "freshness  p50 %.0f ms  p99 %.0f  max %.0f, 202 to queryable, %d samples\n", ms(l.freshness, .5), ms(l.freshness, .99), ms(l.freshness, 1), l.freshness.n)
+		fmt.Fprintf(w, "freshness  p50 %.0f ms  p99 %.0f  max %.0f, 202 to queryable, %d samples, to %s\n", ms(l.freshness, .5), ms(l.freshness, .99), ms(l.freshness, 1), l.freshness.n, probePoll)
 	}
 	for _, c := range checks {
 		verdict := "ok"

@@ -162,7 +162,8 @@ func (s *system) run(ctx context.Context) error {
 
 // consume waits for Kafka and ClickHouse, prepares both, and runs the consumer. The API accepts events meanwhile.
 func (s *system) consume(ctx context.Context, deadline func() (context.Context, context.CancelFunc)) {
-	if !untilDone(ctx, "topics", func() error { return ensureTopics(ctx, s.producer, s.cfg) }) {
+	partitions := 0
+	if !untilDone(ctx, "topics", func() (err error) { partitions, err = ensureTopics(ctx, s.producer, s.cfg); return err }) {
 		return
 	}
 	var sampling sync.WaitGroup
@@ -177,11 +178,14 @@ func (s *system) consume(ctx context.Context, deadline func() (context.Context, 
 		return
 	}
 	defer letters.kafka.Close()
-	c, err := newConsumer(s.cfg, newInserter(s.store, s.cfg, &s.stats.store), letters, &s.stats.consume)
+	in := newInserter(s.store, s.cfg, &s.stats.store)
+	in.past.partitions.Store(int32(partitions))
+	c, err := newConsumer(s.cfg, in, letters, &s.stats.consume)
 	if err != nil {
 		slog.Error("consumer cannot be set up", "error", err)
 		return
 	}
+	s.stats.watch(in)
 	s.ready.consumer.Store(c)
 	c.run(ctx, deadline)
 }

@@ -37,6 +37,19 @@ func newDeadLetters(cfg *settings) (*deadLetters, error) {
 	return &deadLetters{kafka: kafka, topic: cfg.kafkaTopic + ".dlq"}, err
 }
 
+// reroute puts a record back on its topic under another key; true when that is acknowledged, as for send.
+func (d *deadLetters) reroute(rec *kgo.Record, key []byte, stopped func() bool) bool {
+	again := &kgo.Record{Topic: rec.Topic, Key: key, Value: rec.Value, Headers: rec.Headers}
+	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
+		err := d.kafka.ProduceSync(context.Background(), again).FirstErr()
+		if err == nil || stopped() {
+			return err == nil
+		}
+		slog.Error("record not put back under its own key, will try again; its partition waits", "partition", rec.Partition, "offset", rec.Offset, "in", pause, "error", err)
+		time.Sleep(pause)
+	}
+}
+
 // send returns true when the letter is acknowledged by all in-sync replicas. It tries until then; false means that
 // stopped said to give up, with nothing lost: the record's offset is not committed.
 func (d *deadLetters) send(rec *kgo.Record, errorType, message string, stopped func() bool) bool {

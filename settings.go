@@ -35,6 +35,7 @@ type settings struct {
 	kafkaMinISR      int
 	kafkaLinger      time.Duration
 	kafkaCompression string
+	kafkaSession     time.Duration
 
 	clickhouseHost     string
 	clickhousePort     int
@@ -45,6 +46,7 @@ type settings struct {
 	workerCount        int
 	workerBatchSize    int
 	workerBatchTimeout time.Duration
+	dedupeMemory       int64
 	shutdownTimeout    time.Duration
 }
 
@@ -73,6 +75,7 @@ func (c *settings) settingsTable() []setting {
 		{"KAFKA_MIN_ISR", "2", "min.insync.replicas of topics that are created; 1 keeps accepting with a broker down", integer(&c.kafkaMinISR, 1, 100)},
 		{"KAFKA_LINGER", "2ms", "the producer waits this long for more records before it sends; 0 sends at once", duration(&c.kafkaLinger, 0, time.Minute)},
 		{"KAFKA_COMPRESSION", "snappy", "of produced batches: none, snappy, lz4 or zstd", oneOf(&c.kafkaCompression, "none", "snappy", "lz4", "zstd")},
+		{"KAFKA_SESSION_TIMEOUT", "10s", "the group gives the partitions of a copy that died without a word to others after this", duration(&c.kafkaSession, time.Second, time.Hour)},
 
 		{"CLICKHOUSE_HOST", "localhost", "host of ClickHouse", text(&c.clickhouseHost, false)},
 		{"CLICKHOUSE_PORT", "9000", "native port of ClickHouse", integer(&c.clickhousePort, 1, 65535)},
@@ -83,6 +86,7 @@ func (c *settings) settingsTable() []setting {
 		{"WORKER_COUNT", "20", "workers; partition p belongs to worker p mod WORKER_COUNT", integer(&c.workerCount, 1, 1000)},
 		{"WORKER_BATCH_SIZE", "2000", "rows of a worker's block; a full block starts an insert", integer(&c.workerBatchSize, 1, 100000)},
 		{"WORKER_BATCH_TIMEOUT", "50ms", "a waiting row starts an insert after this", duration(&c.workerBatchTimeout, time.Millisecond, time.Minute)},
+		{"DEDUPE_MEMORY", "268435456", "bytes of the filters that know which events were stored; hours beyond it are looked up in ClickHouse", integer(&c.dedupeMemory, 0, 1<<40)},
 		{"SHUTDOWN_TIMEOUT", "8s", "a stop finishes requests and inserts within this; what is left is read from Kafka again", duration(&c.shutdownTimeout, time.Second, time.Hour)},
 	}
 }

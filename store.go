@@ -102,7 +102,8 @@ type inserter struct {
 	columns proto.Input
 	empty   *block
 	round   []*block
-	seq     uint64
+	seq     atomic.Uint64 // of the round; run counts, workers read
+	past    *past
 }
 
 func newInserter(st *store, cfg *settings, stats *storeStats) *inserter {
@@ -115,6 +116,7 @@ func newInserter(st *store, cfg *settings, stats *storeStats) *inserter {
 		ended:    make(chan struct{}),
 		columns:  insertColumns(),
 		empty:    newBlock(0),
+		past:     newPast(cfg.dedupeMemory),
 	}
 }
 
@@ -194,24 +196,23 @@ func drain(c chan struct{}) {
 	}
 }
 
-// insertRound takes the blocks of all workers and stores them as one insert. It returns when that is done, or when
-// ctx is: then the blocks' offsets stay unmarked.
+// insertRound takes the blocks of all workers and stores what is new in them as one insert. It returns when that is
+// done, or when ctx is: then the blocks' offsets stay unmarked.
 func (in *inserter) insertRound(ctx context.Context) {
 	in.oldest.Store(0)
 	drain(in.arrived) // what asked for this round: a row that comes after takeBlock asks again
 	drain(in.full)
 	in.round = in.round[:0]
-	rows := 0
 	for _, w := range in.workers {
 		if b := w.takeBlock(); b != nil {
 			in.round = append(in.round, b)
-			rows += b.rows()
 		}
 	}
 	if len(in.round) == 0 {
 		return
 	}
-	if rows > 0 && !in.insertUntilStored(ctx, rows) {
+	in.seq.Add(1)
+	if !in.persist(ctx, "look up suspects", func(int) error { return in.resolve(ctx) }) || !in.insertUntilStored(ctx) {
 		return
 	}
 	for i, b := range in.round {
@@ -219,27 +220,41 @@ func (in *inserter) insertRound(ctx context.Context) {
 		b.reset()
 		in.round[i] = nil
 	}
+	in.cover(ctx)
 }
 
 // insertUntilStored repeats the round until ClickHouse has taken it. The token is the same for every attempt and no
 // other round's: rows that a lost answer left behind are not stored again.
-func (in *inserter) insertUntilStored(ctx context.Context, rows int) bool {
-	in.seq++
-	token := fmt.Sprintf("%s-%d", in.instance, in.seq)
+func (in *inserter) insertUntilStored(ctx context.Context) bool {
+	rows := 0
+	for _, b := range in.round {
+		rows += b.rows()
+	}
+	if rows == 0 {
+		return true
+	}
 	started := time.Now()
+	ok := in.persist(ctx, "insert", func(attempt int) error { return in.insertOnce(ctx, attempt) })
+	if ok {
+		in.stats.inserted(rows, time.Since(started))
+	}
+	return ok
+}
+
+// persist repeats try with backoff until it succeeds; false when ctx ended first.
+func (in *inserter) persist(ctx context.Context, what string, try func(attempt int) error) bool {
 	for attempt := 1; ; attempt++ {
-		err := in.insertOnce(ctx, token, attempt)
+		err := try(attempt)
 		if err == nil {
-			in.stats.inserted(rows, time.Since(started))
 			return true
 		}
 		in.stats.failures.Inc()
 		if ctx.Err() != nil {
-			slog.Warn("insert abandoned, its records will be read from Kafka again", "rows", rows, "error", err)
+			slog.Warn("round abandoned, its records will be read from Kafka again", "what", what, "error", err)
 			return false
 		}
 		pause := min(minBackoff<<min(attempt-1, 10), maxBackoff)
-		slog.Warn("insert failed, will try the same rows again", "rows", rows, "attempt", attempt, "in", pause, "error", err)
+		slog.Warn("ClickHouse failed, the same round will be tried again", "what", what, "attempt", attempt, "in", pause, "error", err)
 		select {
 		case <-time.After(pause/2 + rand.N(pause/2)):
 		case <-ctx.Done():
@@ -247,35 +262,25 @@ func (in *inserter) insertUntilStored(ctx context.Context, rows int) bool {
 	}
 }
 
-func (in *inserter) insertOnce(ctx context.Context, token string, attempt int) (err error) {
-	ctx, cancel := context.WithTimeout(ctx, insertTimeout)
-	defer cancel()
-	if in.conn == nil || in.conn.IsClosed() {
-		if in.conn, err = in.store.dial(ctx); err != nil {
-			return err
-		}
-	}
+func (in *inserter) insertOnce(ctx context.Context, attempt int) error {
 	next := 0
-	advance := func(context.Context) error {
-		if next == len(in.round) {
-			in.empty.input(in.columns) // rows that still stand here would be sent once more with the EOF
-			return io.EOF
-		}
-		in.round[next].input(in.columns)
-		next++
-		return nil
-	}
 	in.empty.input(in.columns)
-	err = in.conn.Do(ctx, ch.Query{
+	token := fmt.Sprintf("%s-%d", in.instance, in.seq.Load())
+	err := in.query(ctx, ch.Query{
 		Body:    "INSERT INTO " + in.store.database + ".events " + in.columns.Columns() + " VALUES",
 		QueryID: fmt.Sprintf("%s-%s-%d", in.group, token, attempt),
 		Input:   in.columns,
-		OnInput: func(ctx context.Context) error {
-			for {
-				if err := advance(ctx); err != nil || in.columns[0].Data.Rows() > 0 {
-					return err
+		OnInput: func(context.Context) error {
+			for next < len(in.round) {
+				b := in.round[next]
+				next++
+				if b.rows() > 0 {
+					b.input(in.columns)
+					return nil
 				}
 			}
+			in.empty.input(in.columns) // rows that still stand here would be sent once more with the EOF
+			return io.EOF
 		},
 		Settings: []ch.Setting{
 			{Key: "async_insert", Value: "0"},
@@ -286,15 +291,27 @@ func (in *inserter) insertOnce(ctx context.Context, token string, attempt int) (
 			{Key: "materialized_views_ignore_errors", Value: "0"},
 		},
 	})
-	if err != nil {
-		in.conn.Close() // whatever state it is in, the next attempt starts clean
-		in.conn = nil
-		if e, ok := ch.AsException(err); ok {
-			return fmt.Errorf("insert into %s.events: ClickHouse answers %d %s: %s", in.store.database, e.Code, e.Name, firstLine(e.Message))
-		}
-		return fmt.Errorf("insert into %s.events: %w", in.store.database, err)
+	if e, ok := ch.AsException(err); ok {
+		return fmt.Errorf("insert into %s.events: ClickHouse answers %d %s: %s", in.store.database, e.Code, e.Name, firstLine(e.Message))
 	}
-	return nil
+	return err
+}
+
+// query runs one of the inserter's queries on its connection, and drops the connection when that fails: whatever state
+// it is in, the next attempt starts clean.
+func (in *inserter) query(ctx context.Context, q ch.Query) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, insertTimeout)
+	defer cancel()
+	if in.conn == nil || in.conn.IsClosed() {
+		if in.conn, err = in.store.dial(ctx); err != nil {
+			return err
+		}
+	}
+	if err = in.conn.Do(ctx, q); err != nil {
+		in.conn.Close()
+		in.conn = nil
+	}
+	return err
 }
 
 func firstLine(s string) string {

@@ -9,6 +9,7 @@ package main
 import (
 	"bytes"
 	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"math"
@@ -401,6 +402,13 @@ func hexRune(b []byte) int {
 
 // eventID is the event's identity: SHA-256 over event_name|user_id|timestamp|channel.
 type eventID [sha256.Size]byte
+
+// isKey says whether key is the id in lower-case hex.
+func (id *eventID) isKey(key []byte) bool {
+	var own [2 * sha256.Size]byte
+	hex.Encode(own[:], id[:])
+	return string(key) == string(own[:])
+}
 
 // id computes the event's id. A | or \ in the two free fields is escaped, so that no two events share an input;
 // without them the input is the plain join. buf is scratch space, returned grown.

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -153,7 +154,11 @@ func FuzzSplitBulk(f *testing.F) {
 // to a row, nothing is allocated per event.
 func TestHotPathAllocations(t *testing.T) {
 	const events = 100
-	body := []byte(`{"events":[` + strings.Repeat(sampleEvent+",", events-1) + sampleEvent + `]}`)
+	var list []string
+	for i := range events {
+		list = append(list, strings.Replace(sampleEvent, "user_123", fmt.Sprint("user_", i), 1))
+	}
+	body := []byte(`{"events":[` + strings.Join(list, ",") + `]}`)
 	q := &ingestRequest{acked: make(chan struct{}, 1)}
 	const now = 1795441976
 	toRecords := func() {
@@ -171,7 +176,7 @@ func TestHotPathAllocations(t *testing.T) {
 	if len(q.records) != events || q.failed > 0 {
 		t.Fatalf("%d records, %d failed", len(q.records), q.failed)
 	}
-	id, _ := mustParse(t, new(eventParser), sampleEvent).id(nil)
+	id, _ := mustParse(t, new(eventParser), list[events-1]).id(nil)
 	if got := string(q.records[events-1].Key); got != hex.EncodeToString(id[:]) {
 		t.Fatalf("key %s", got)
 	}
@@ -182,12 +187,15 @@ func TestHotPathAllocations(t *testing.T) {
 	w := newWorker(&consumer{inserter: newInserter(nil, &settings{}, nil), room: make(chan struct{}, 1)}, 2*events)
 	records := make([]*kgo.Record, events)
 	for i := range records {
-		records[i] = &kgo.Record{Value: q.records[i].Value, Offset: int64(i)}
+		records[i] = &kgo.Record{Key: q.records[i].Key, Value: q.records[i].Value, Offset: int64(i)}
 	}
 	w.queue = make([]fetched, 1)
 	queue := w.queue
+	covered := newIDFilter(1000)
+	w.seen.hours[now/hourSeconds] = covered
 	toRows := func() {
 		w.cur.reset()
+		clear(covered.layers[0].lines)
 		queue[0] = fetched{0, records}
 		w.queue = queue
 		if bad, err := w.takeIn(events); bad != nil {

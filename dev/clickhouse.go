@@ -47,6 +47,7 @@ type clickhouse struct {
 	alive   *os.File   // our end of the pipe whose end the child notices
 	ended   chan struct{}
 	wanted  bool // the supervisor brings it back
+	asked   bool // its end was asked for: no reason to wait before the next start
 	stopped bool // for good
 }
 
@@ -132,7 +133,8 @@ func (c *clickhouse) supervise() {
 		c.cmd = nil
 		c.alive.Close()
 		close(ended)
-		surprise := c.wanted && !c.stopped
+		surprise := c.wanted && !c.stopped && !c.asked
+		c.asked = false
 		c.mu.Unlock()
 		if surprise {
 			if time.Since(started) > time.Minute {
@@ -150,7 +152,7 @@ func (c *clickhouse) supervise() {
 func (c *clickhouse) down(restart bool) error {
 	c.mu.Lock()
 	cmd, ended := c.cmd, c.ended
-	c.wanted = restart
+	c.wanted, c.asked = restart, cmd != nil
 	c.mu.Unlock()
 	if cmd == nil {
 		return errors.New("ClickHouse is not running")

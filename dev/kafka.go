@@ -8,6 +8,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/twmb/franz-go/pkg/kfake"
 )
@@ -45,6 +46,7 @@ func (b *brokers) start() error {
 		kfake.NumBrokers(len(b.ports)),
 		kfake.Ports(b.ports...),
 		kfake.DataDir(b.dir),
+		kfake.GroupMinSessionTimeout(time.Second), // tests that kill a copy need not wait long for it to be missed
 		kfake.BrokerConfigs(map[string]string{
 			"default.replication.factor": "2",
 			"min.insync.replicas":        "2",

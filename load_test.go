@@ -1,0 +1,417 @@
+// Does load say what happened? Its schedule, its events, its booking of answers, against a peer that can misbehave.
+//
+// The peer is not a mock of this system: it is a program that answers as contract.md says, with a map for a store, so
+// that a fault can be put exactly where a test wants it. The system itself is tested in ingest_test.go.
+
+package main
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+func TestPacer(t *testing.T) {
+	start := time.Unix(1000, 0)
+	p := newPacer(start, 2000, 100, time.Second) // a request every 50 ms
+	for i := range 20 {
+		// Every claim comes late, by ever more: the schedule must not slip.
+		due, ok := p.claim(start.Add(time.Duration(i) * 49 * time.Millisecond))
+		if want := start.Add(time.Duration(i) * 50 * time.Millisecond); !ok || !due.Equal(want) {
+			t.Fatalf("request %d: due %s %v, want %s", i, due, ok, want)
+		}
+	}
+	if _, ok := p.claim(start.Add(999 * time.Millisecond)); ok {
+		t.Error("request 20 is due at the end, so not at all")
+	}
+	if n := p.unclaimed(start.Add(time.Hour)); n != 0 {
+		t.Errorf("%d unclaimed, all were taken", n)
+	}
+
+	p = newPacer(start, 1000, 1, time.Second)
+	p.claim(start)
+	if _, ok := p.claim(start.Add(time.Second)); ok || p.unclaimed(start.Add(2*time.Second)) != 999 {
+		t.Errorf("after the end: %v, %d unclaimed, want false, 999", ok, p.unclaimed(start.Add(2*time.Second)))
+	}
+
+	p = newPacer(start, 0, 1, time.Second) // flat out
+	now := start.Add(time.Millisecond)
+	if due, ok := p.claim(now); !ok || !due.Equal(now) || p.unclaimed(now) != 0 {
+		t.Error("flat out is due now")
+	}
+}
+
+func TestGeneratorDistinct(t *testing.T) {
+	for _, c := range []struct {
+		args     string
+		n        int
+		distinct func(n int64) bool
+	}{
+		{"-users 10 -rate 2000 -duration 30s", 50_000, func(n int64) bool { return n == 50_000 }},
+		{"-users 10000 -rate 0 -duration 1s", 50_000, func(n int64) bool { return n == 50_000 }},
+		{"-users 100 -dup 0.3 -rate 2000", 50_000, func(n int64) bool { return n > 34_000 && n < 36_000 }},
+	} {
+		cfg, err := parseLoadFlags(strings.Fields(c.args), io.Discard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		g := newGenerator(cfg)
+		ids, users, hours := map[string]bool{}, map[string]bool{}, map[string]int64{}
+		now := time.Now().Unix()
+		for range c.n {
+			body, tickets, _ := g.append(nil, nil, ',')
+			g.accepted(tickets[0])
+			var e peerEvent
+			if err := json.Unmarshal(body, &e); err != nil {
+				t.Fatal(err, string(body))
+			}
+			if e.Timestamp > now+1 || e.Timestamp < now-maxSpreadDays*24*60*60 {
+				t.Fatalf("%s: timestamp %d s from now", c.args, e.Timestamp-now)
+			}
+			if !ids[e.key()] {
+				ids[e.key()], users[e.UserID] = true, true
+				hours[hourKey(e.Timestamp)]++
+			}
+		}
+		want := g.expected()[0]
+		if !c.distinct(int64(len(ids))) || want.count != int64(len(ids)) || want.users != int64(len(users)) || fmt.Sprint(want.hours) != fmt.Sprint(hours) {
+			t.Errorf("%s: %d ids, %d users; the generator says %d, %d", c.args, len(ids), len(users), want.count, want.users)
+		}
+	}
+	if _, err := parseLoadFlags(strings.Fields("-users 1 -rate 20000 -duration 1h"), io.Discard); err == nil {
+		t.Error("events that the API must refuse as too old were accepted as a plan")
+	}
+}
+
+func TestGeneratorAllocations(t *testing.T) {
+	cfg, _ := parseLoadFlags(nil, io.Discard)
+	g := newGenerator(cfg)
+	g.accepted(1 << 16) // the growth of its bits is not a cost per event
+	body, tickets := make([]byte, 0, 1<<10), make([]int64, 0, 1)
+	n := testing.AllocsPerRun(1000, func() {
+		body, tickets, _ = g.append(body[:0], tickets[:0], ',')
+		g.accepted(tickets[0])
+	})
+	if n != 0 {
+		t.Errorf("%g allocations an event", n)
+	}
+}
+
+// peerEvent is what the peer keeps of an event.
+type peerEvent struct {
+	Name      string `json:"event_name"`
+	UserID    string `json:"user_id"`
+	Channel   string `json:"channel"`
+	Timestamp int64  `json:"timestamp"`
+}
+
+func (e peerEvent) key() string {
+	return strings.Join([]string{e.Name, e.UserID, strconv.FormatInt(e.Timestamp, 10), e.Channel}, "\x00")
+}
+
+// peer answers as the contract says. The fields above mu are set before it starts.
+type peer struct {
+	before func(request int, w http.ResponseWriter) (answered bool) // may answer a POST itself
+	refuse func(request, index int, e peerEvent) (code string)      // "" takes the event
+	lose   bool                                                     // every tenth accepted event is not stored
+
+	mu       sync.Mutex // guards what follows
+	posts    int
+	sizes    []int // events of each POST
+	accepted int
+	stored   map[string]peerEvent
+	broken   []string // bodies that are not what their headers say
+}
+
+func newPeer(t *testing.T, p *peer) (url string) {
+	p.stored = map[string]peerEvent{}
+	s := httptest.NewServer(p)
+	t.Cleanup(s.Close)
+	return s.URL
+}
+
+func (p *peer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Path == "/api/v1/metrics" {
+		p.metrics(w, r)
+		return
+	}
+	events, err := peerBody(r)
+	p.mu.Lock()
+	request := p.posts
+	p.posts++
+	p.sizes = append(p.sizes, len(events))
+	if err != nil {
+		p.broken = append(p.broken, err.Error())
+	}
+	p.mu.Unlock()
+	if p.before != nil && p.before(request, w) {
+		return
+	}
+	type failure struct {
+		Index int    `json:"index"`
+		Code  string `json:"code"`
+		Error string `json:"error"`
+	}
+	errs := []failure{}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i, e := range events {
+		if p.refuse != nil {
+			if code := p.refuse(request, i, e); code != "" {
+				errs = append(errs, failure{i, code, code + " it is"})
+				continue
+			}
+		}
+		p.accepted++
+		if !p.lose || p.accepted%10 != 0 {
+			p.stored[e.key()] = e
+		}
+	}
+	status := http.StatusAccepted
+	if len(errs) == len(events) {
+		status = http.StatusBadRequest
+	} else if len(errs) > 0 {
+		status = http.StatusMultiStatus
+	}
+	w.WriteHeader(status)
+	json.NewEncoder(w).Encode(map[string]any{"success_count": len(events) - len(errs), "failed_count": len(errs), "errors": errs})
+}
+
+func peerBody(r *http.Request) (events []peerEvent, err error) {
+	in := io.Reader(r.Body)
+	if r.Header.Get("Content-Encoding") == "gzip" {
+		if in, err = gzip.NewReader(r.Body); err != nil {
+			return nil, err
+		}
+	}
+	d := json.NewDecoder(in)
+	if r.URL.Path == "/api/v1/events/bulk" && r.Header.Get("Content-Type") == typeJSON {
+		var list struct{ Events []peerEvent }
+		err = d.Decode(&list)
+		return list.Events, err
+	}
+	for {
+		var e peerEvent
+		if err := d.Decode(&e); err == io.EOF {
+			return events, nil
+		} else if err != nil {
+			return events, err
+		}
+		events = append(events, e)
+	}
+}
+
+func (p *peer) metrics(w http.ResponseWriter, r *http.Request) {
+	from, _ := strconv.ParseInt(r.FormValue("from"), 10, 64)
+	to, _ := strconv.ParseInt(r.FormValue("to"), 10, 64)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	total, users, keys := 0, map[string]bool{}, map[string]int{}
+	for _, e := range p.stored {
+		if e.Name == r.FormValue("event_name") && e.Timestamp >= from && e.Timestamp <= to {
+			total++
+			users[e.UserID] = true
+			if r.FormValue("group_by") == "channel" {
+				keys[e.Channel]++
+			} else {
+				keys[hourKey(e.Timestamp)]++
+			}
+		}
+	}
+	groups := []map[string]any{}
+	for key, n := range keys {
+		groups = append(groups, map[string]any{"key": key, "total_count": n})
+	}
+	json.NewEncoder(w).Encode(map[string]any{"total_count": total, "unique_users": len(users), "grouped_data": groups})
+}
+
+// loadReport is what tools read from -json.
+type loadReport struct {
+	Sent, Accepted, Unknown, Retries, Unsent, Duplicates int64
+	Refused                                              map[string]int64
+	Latency                                              map[string]float64 `json:"latency_ms"`
+	Freshness                                            map[string]float64 `json:"freshness_ms"`
+	Checks                                               []loadCheck
+}
+
+func runLoadAgainst(t *testing.T, p *peer, args string) (code int, r loadReport, stderr string) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	code = runLoad(append(strings.Fields(args), "-json", "-url", newPeer(t, p)), &out, &errs)
+	if err := json.Unmarshal(out.Bytes(), &r); err != nil {
+		t.Fatalf("report: %v\n%s%s", err, &out, &errs)
+	}
+	return code, r, errs.String()
+}
+
+func TestLoadVerify(t *testing.T) {
+	for _, c := range []struct {
+		args string
+		peer *peer
+		code int
+	}{
+		{"-rate 2000 -bulk 50 -duration 1s -users 300 -verify -verify-timeout 5s", &peer{}, 0},
+		{"-rate 2000 -bulk 50 -duration 1s -users 300 -dup 0.4 -verify -verify-timeout 5s", &peer{}, 0},
+		{"-rate 300 -bulk 1 -duration 1s -verify -verify-timeout 5s", &peer{}, 0},
+		{"-rate 0 -bulk 1000 -connections 2 -duration 300ms -verify -verify-timeout 5s", &peer{}, 0},
+		{"-rate 2000 -bulk 50 -duration 1s -gzip -verify -verify-timeout 5s", &peer{}, 0},
+		{"-rate 2000 -bulk 50 -duration 1s -verify -verify-timeout 1s", &peer{lose: true}, 1},
+		{"-rate 2000 -bulk 50 -duration 300ms", &peer{refuse: func(int, int, peerEvent) string { return "validation.required.error" }}, 1},
+	} {
+		code, r, stderr := runLoadAgainst(t, c.peer, c.args)
+		if code != c.code || len(c.peer.broken) > 0 || r.Sent == 0 {
+			t.Errorf("%s: code %d, %+v, broken %q\n%s", c.args, code, r, c.peer.broken, stderr)
+		}
+		if strings.Contains(c.args, "-verify -verify-timeout 5s") && c.peer.accepted > 0 {
+			if len(r.Checks) != 4 || strings.Contains(c.args, "1s -") && r.Freshness["samples"] == 0 || strings.Contains(c.args, "-dup") != (r.Duplicates > 0) {
+				t.Errorf("%s: checks %v, freshness %v", c.args, r.Checks, r.Freshness)
+			}
+		}
+	}
+}
+
+func TestLoadRetries(t *testing.T) {
+	args := "-rate 1000 -bulk 20 -duration 200ms -connections 4 "
+	down := func(upTo int) func(int, http.ResponseWriter) bool {
+		return func(request int, w http.ResponseWriter) bool {
+			if request >= upTo {
+				return false
+			}
+			w.Header().Set("Retry-After", "0")
+			w.WriteHeader(http.StatusServiceUnavailable)
+			return true
+		}
+	}
+	p := &peer{before: down(3)}
+	if code, r, _ := runLoadAgainst(t, p, args); code != 0 || r.Retries != 3 || r.Accepted != 200 || len(p.stored) != 200 {
+		t.Errorf("503 three times: code %d, %+v, %d stored", code, r, len(p.stored))
+	}
+	if code, r, _ := runLoadAgainst(t, &peer{before: down(1 << 20)}, args+"-retries 2"); code != 1 || r.Retries != 20 || r.Refused["HTTP 503"] != 200 {
+		t.Errorf("503 for ever: code %d, %+v", code, r)
+	}
+
+	// Only the events without an acknowledgement go again, and the indices of the second answer are about them.
+	tried := map[string]int{}
+	p = &peer{refuse: func(_, index int, e peerEvent) string {
+		if tried[e.key()]++; index%5 == 2 && tried[e.key()] == 1 || index == 1 && tried[e.key()] == 2 {
+			return codeUnavailable
+		}
+		return ""
+	}}
+	code, r, _ := runLoadAgainst(t, p, "-rate 1000 -bulk 20 -duration 200ms -connections 16")
+	if code != 0 || r.Retries != 20 || r.Accepted != 200 || len(p.stored) != 200 || p.accepted != 200 || len(p.broken) > 0 {
+		t.Errorf("unavailable: code %d, %+v, %d stored, %d accepted, broken %q", code, r, len(p.stored), p.accepted, p.broken)
+	}
+	sizes := map[int]int{}
+	for _, n := range p.sizes {
+		sizes[n]++
+	}
+	if fmt.Sprint(sizes) != "map[1:10 4:10 20:10]" {
+		t.Errorf("requests by number of events: %v, want 10 each of 20, then 4, then 1", sizes)
+	}
+	if code, r, _ := runLoadAgainst(t, &peer{refuse: func(_, i int, _ peerEvent) string { return map[bool]string{true: codeUnavailable}[i == 2] }}, args+"-gzip -retries 0"); code != 1 || r.Refused[codeUnavailable] != 10 || r.Accepted != 190 {
+		t.Errorf("unavailable, no retries: code %d, %+v", code, r)
+	}
+}
+
+func TestLoadUnknown(t *testing.T) {
+	hijack := func(_ int, w http.ResponseWriter) bool {
+		c, _, _ := w.(http.Hijacker).Hijack()
+		c.Close()
+		return true
+	}
+	nonsense := func(_ int, w http.ResponseWriter) bool {
+		w.WriteHeader(http.StatusMultiStatus)
+		fmt.Fprint(w, "<html>")
+		return true
+	}
+	for name, before := range map[string]func(int, http.ResponseWriter) bool{"no answer": hijack, "nonsense": nonsense} {
+		code, r, _ := runLoadAgainst(t, &peer{before: before}, "-rate 1000 -bulk 20 -duration 100ms -retries 0")
+		if code != 1 || r.Unknown != 100 || r.Accepted != 0 {
+			t.Errorf("%s: code %d, %+v", name, code, r)
+		}
+	}
+}
+
+func TestLoadStall(t *testing.T) {
+	stall := func(request int, w http.ResponseWriter) bool {
+		if request == 0 {
+			time.Sleep(600 * time.Millisecond)
+		}
+		return false
+	}
+	// One connection: the requests due in the stall are late by 600 ms down to nothing, 60 of the 100.
+	_, r, stderr := runLoadAgainst(t, &peer{before: stall}, "-rate 100 -bulk 1 -duration 1s -connections 1")
+	if r.Latency["p50"] < 60 || r.Latency["p90"] < 400 || r.Sent != 100 || strings.Contains(stderr, "not sent") {
+		t.Errorf("the stall is hidden: %+v %s", r, stderr)
+	}
+	slow := func(int, http.ResponseWriter) bool { time.Sleep(400 * time.Millisecond); return false }
+	_, r, stderr = runLoadAgainst(t, &peer{before: slow}, "-rate 100 -bulk 1 -duration 1s -connections 2")
+	if want := fmt.Sprintf("%d events were due and not sent", 100-r.Sent); r.Unsent != 100-r.Sent || !strings.Contains(stderr, want) {
+		t.Errorf("want %q, got %s", want, stderr)
+	}
+}
+
+func TestLoadInterrupted(t *testing.T) {
+	p := &peer{before: func(_ int, w http.ResponseWriter) bool {
+		w.Header().Set("Retry-After", "30")
+		w.WriteHeader(http.StatusServiceUnavailable)
+		return true
+	}}
+	cfg, err := parseLoadFlags([]string{"-url", newPeer(t, p), "-rate", "1000", "-bulk", "10", "-duration", "1h"}, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := newLoader(cfg, newGenerator(cfg))
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	l.send(ctx, io.Discard)
+	if l.took > 5*time.Second || l.sent.Load() == 0 || int64(l.refused["HTTP 503"]) != l.sent.Load() {
+		t.Errorf("after %s: sent %d, refused %v", l.took, l.sent.Load(), l.refused)
+	}
+}
+
+func TestLoadFile(t *testing.T) {
+	now := time.Now().Unix()
+	var lines []string
+	for i := range 3000 {
+		user := fmt.Sprintf(`"user_id":"u%d",`, i%70)
+		if i == 41 || i == 2500 {
+			user = "" // lines 42 and 2501
+		}
+		lines = append(lines, fmt.Sprintf(`{"event_name":"e%d",%s"timestamp":%d}`, i%3, user, now-int64(i)*7))
+	}
+	path := filepath.Join(t.TempDir(), "events.ndjson")
+	if err := os.WriteFile(path, []byte(strings.Join(lines, "\n")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := &peer{refuse: func(_, _ int, e peerEvent) string {
+		if e.UserID == "" {
+			return "validation.required.error"
+		}
+		return ""
+	}}
+	code, r, stderr := runLoadAgainst(t, p, "-file "+path+" -rate 0 -connections 2 -verify -verify-timeout 5s")
+	if code != 0 || r.Sent != 3000 || r.Accepted != 2998 || r.Refused["validation.required.error"] != 2 || len(r.Checks) != 9 || fmt.Sprint(p.sizes) != "[1000 1000 1000]" {
+		t.Errorf("code %d, %+v, requests %v %s", code, r, p.sizes, stderr)
+	}
+	var out bytes.Buffer
+	runLoad([]string{"-file", path, "-rate", "0", "-url", newPeer(t, &peer{refuse: p.refuse})}, &out, io.Discard)
+	for _, want := range []string{"line 42: ", "line 2501: "} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("the report has no %q:\n%s", want, &out)
+		}
+	}
+}
