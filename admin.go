@@ -24,8 +24,8 @@ type ingestStats struct {
 	requests, accepted, refused, unavailable *metrics.Counter
 }
 
-type consumeStats struct {
-	dead *metrics.Counter
+type sidewaysStats struct {
+	dead, retried *metrics.Counter
 }
 
 type storeStats struct {
@@ -49,10 +49,10 @@ func (s *storeStats) inserted(rows int, took time.Duration) {
 
 // stats is every counter of one running system; its set is what /metrics prints.
 type stats struct {
-	set     *metrics.Set
-	ingest  ingestStats
-	consume consumeStats
-	store   storeStats
+	set      *metrics.Set
+	ingest   ingestStats
+	sideways sidewaysStats
+	store    storeStats
 }
 
 func newStats() *stats {
@@ -65,7 +65,10 @@ func newStats() *stats {
 			refused:     set.NewCounter("event_ingestion_events_refused_total"),
 			unavailable: set.NewCounter("event_ingestion_events_unavailable_total"),
 		},
-		consume: consumeStats{dead: set.NewCounter("event_ingestion_dead_letters_total")},
+		sideways: sidewaysStats{
+			dead:    set.NewCounter("event_ingestion_dead_letters_total"),
+			retried: set.NewCounter("event_ingestion_retries_total"),
+		},
 		store: storeStats{
 			inserts:  set.NewCounter("event_ingestion_inserts_total"),
 			rows:     set.NewCounter("event_ingestion_rows_stored_total"),

@@ -8,6 +8,7 @@ package main
 
 import (
 	"github.com/ClickHouse/ch-go/proto"
+	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/valyala/fastjson"
 )
 
@@ -27,7 +28,8 @@ type block struct {
 
 	priceInput proto.ColInput // price under the type with its scale
 	tagsArray  arrayColumn
-	suspects   []suspect // records that may be copies, beside the rows
+	records    []*kgo.Record // of the rows, for the case that ClickHouse rejects some
+	suspects   []suspect     // records that may be copies, beside the rows
 	reached    []position
 }
 
@@ -53,6 +55,7 @@ func newBlock(rows int) *block {
 	b.timestamp.Data = make([]proto.DateTime, 0, rows)
 	b.tagOffsets = make(proto.ColUInt64, 0, rows)
 	b.price = make(proto.ColDecimal64, 0, rows)
+	b.records = make([]*kgo.Record, 0, rows)
 	for _, d := range []*dictColumn{&b.eventName, &b.channel, &b.campaignID, &b.tags, &b.currency} {
 		d.init(rows)
 	}
@@ -71,8 +74,10 @@ func (b *block) rows() int { return len(b.timestamp.Data) }
 // size is what the block holds, of what it may: rows and suspects.
 func (b *block) size() int { return b.rows() + len(b.suspects) }
 
-// append adds one event. It copies every byte it keeps: ev may be reused at once.
-func (b *block) append(id *eventID, ev *event) {
+// append adds one event and the record that it came from. It copies every byte of ev that it keeps: ev may be reused
+// at once.
+func (b *block) append(id *eventID, ev *event, rec *kgo.Record) {
+	b.records = append(b.records, rec)
 	b.eventID.Buf = append(b.eventID.Buf, id[:]...)
 	b.eventName.append(ev.name)
 	b.channel.append(ev.channel)
@@ -236,8 +241,9 @@ func (b *block) reset() {
 	for _, d := range []*dictColumn{&b.eventName, &b.channel, &b.campaignID, &b.tags, &b.currency} {
 		d.reset()
 	}
+	clear(b.records)
 	clear(b.suspects)
-	b.suspects, b.reached = b.suspects[:0], b.reached[:0]
+	b.records, b.suspects, b.reached = b.records[:0], b.suspects[:0], b.reached[:0]
 	if cap(b.metadata.Buf) > maxBlockMetadata {
 		b.metadata.Buf = make([]byte, 0, cap(b.timestamp.Data)*expectMetadataBytes)
 	}

@@ -121,13 +121,13 @@ func BenchmarkInsert(b *testing.B) {
 						var id eventID
 						serial++
 						copy(id[:], fmt.Sprint(serial))
-						blk.append(&id, ev)
+						blk.append(&id, ev, nil)
 					}
 					in.round = append(in.round, blk)
 				}
 				b.StartTimer()
 				in.seq.Add(1)
-				in.insertUntilStored(b.Context())
+				in.insertRows(b.Context())
 			}
 			if got := clickhouseQuery(b, "SELECT count() FROM "+cfg.clickhouseDatabase+".events"); got != fmt.Sprint(serial) {
 				b.Fatalf("%s rows, want %d", got, serial)

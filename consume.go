@@ -41,24 +41,23 @@ type consumer struct {
 	topic     string
 	workers   []*worker
 	inserter  *inserter
-	letters   *deadLetters
+	sideways  *sideways
 	maxQueued int64
 	queued    atomic.Int64
 	room      chan struct{} // a worker has emptied part of its queue
 	assigned  atomic.Int32  // partitions
-	stats     *consumeStats
 }
 
-func newConsumer(cfg *settings, in *inserter, letters *deadLetters, stats *consumeStats) (*consumer, error) {
+func newConsumer(cfg *settings, in *inserter, side *sideways) (*consumer, error) {
 	c := &consumer{
-		topic: cfg.kafkaTopic, inserter: in, letters: letters, stats: stats,
+		topic: cfg.kafkaTopic, inserter: in, sideways: side,
 		maxQueued: int64(cfg.workerCount * cfg.workerBatchSize),
 		room:      make(chan struct{}, 1),
 	}
 	for range cfg.workerCount {
 		c.workers = append(c.workers, newWorker(c, cfg.workerBatchSize))
 	}
-	in.workers, in.stored = c.workers, c.mark
+	in.workers, in.stored, in.rejected = c.workers, c.mark, side.retry
 	var err error
 	c.kafka, err = kgo.NewClient(
 		kgo.SeedBrokers(cfg.kafkaBrokers...),
@@ -310,9 +309,9 @@ func (w *worker) takeIn(n int) (bad *kgo.Record, why error) {
 		}
 		hour := ev.timestamp / hourSeconds
 		if isNew, covered := w.check(&id, hour); isNew {
-			w.cur.append(&id, ev)
+			w.cur.append(&id, ev, rec)
 		} else {
-			w.cur.suspects = append(w.cur.suspects, suspect{id, hour, covered, rec.Value})
+			w.cur.suspects = append(w.cur.suspects, suspect{id, hour, covered, rec})
 		}
 		w.pop(rec)
 	}
@@ -362,9 +361,9 @@ func (w *worker) decode(value []byte) (*event, error) {
 func (w *worker) setAside(rec *kgo.Record, why error) {
 	done := false
 	if errors.Is(why, errMisplaced) {
-		done = w.consumer.letters.reroute(rec, w.ownKey(rec), w.isClosed)
-	} else if done = w.consumer.letters.send(rec, errorUnmarshal, why.Error(), w.isClosed); done {
-		w.consumer.stats.dead.Inc()
+		done = w.consumer.sideways.reroute(rec, w.ownKey(rec), w.isClosed)
+	} else {
+		done = w.consumer.sideways.deadLetter(rec, errorUnmarshal, why.Error(), w.isClosed)
 	}
 	if !done {
 		return

@@ -110,12 +110,12 @@ func (f *idFilter) add(id *eventID) (grown int64) {
 	return grown
 }
 
-// suspect is a record that may be a copy. value is the record's and lives as long as the suspect.
+// suspect is a record that may be a copy.
 type suspect struct {
 	id      eventID
 	hour    int64
 	covered bool // there was a filter, and it said maybe
-	value   []byte
+	record  *kgo.Record
 }
 
 // seen is what a worker knows of the past; the worker's lock guards it.
@@ -209,8 +209,8 @@ func (in *inserter) resolve(ctx context.Context) error {
 			continue
 		}
 		p.found[s.id] = struct{}{}
-		ev, _, _ := p.parser.parse(s.value) // the worker has parsed it without complaint
-		p.extra.append(&s.id, ev)
+		ev, _, _ := p.parser.parse(s.record.Value) // the worker has parsed it without complaint
+		p.extra.append(&s.id, ev, s.record)
 	}
 	in.round = append(in.round, p.extra)
 	in.stats.resolved(len(p.suspects), duplicates, p.extra.rows(), time.Since(started))
@@ -229,7 +229,7 @@ func (in *inserter) lookUp(ctx context.Context) error {
 		got  = proto.ColFixedStr{Size: len(eventID{})}
 	)
 	for i := range p.suspects {
-		ev, _, _ := p.parser.parse(p.suspects[i].value)
+		ev, _, _ := p.parser.parse(p.suspects[i].record.Value)
 		name.AppendBytes(ev.name)
 		at.Data = append(at.Data, proto.DateTime(ev.timestamp))
 		id.Buf = append(id.Buf, p.suspects[i].id[:]...)

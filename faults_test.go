@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -324,6 +325,59 @@ func TestJunk(t *testing.T) {
 		t.Errorf("%d dead letters after a restart", n)
 	}
 	again.terminate()
+}
+
+// TestRejectedRows: a real constraint refuses some rows. Their neighbours are stored, they are tried again, arrive when
+// the constraint is gone, and are dead letters when it stays.
+func TestRejectedRows(t *testing.T) {
+	env := newSpace(t, "MAX_RETRY_ATTEMPTS=2")
+	p := startProgram(t, env)
+	db, topic := space(env, "CLICKHOUSE_DATABASE"), space(env, "KAFKA_TOPIC")
+	clickhouseQuery(t, "ALTER TABLE "+db+".events ADD CONSTRAINT late CHECK user_id NOT LIKE 'late%'")
+	clickhouseQuery(t, "ALTER TABLE "+db+".events ADD CONSTRAINT never CHECK user_id NOT LIKE 'never%'")
+	at := time.Now().Unix()
+	const each = 200
+	var body []byte
+	for i := range each {
+		for _, user := range []string{"fine", "late", "fine", "never"} {
+			if user != "fine" && i%20 != 0 {
+				continue
+			}
+			body = fmt.Appendf(body, `{"event_name":"r","user_id":"%s%d","timestamp":%d}`+"\n", user, i, at-int64(len(body)%1000))
+		}
+	}
+	events := int64(bytes.Count(body, []byte("\n")))
+	if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != http.StatusAccepted {
+		t.Fatal(status, answer)
+	}
+	const bad = each / 20 // of either kind
+	count := func(want int64) func() bool {
+		return func() bool {
+			_, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=r&from=%d&to=%d", metricsPath, at-2000, at+1), "", "", nil)
+			return strings.Contains(answer, fmt.Sprintf(`"total_count":%d,`, want))
+		}
+	}
+	p.await("stored but for the rejected", 20*time.Second, count(events-2*bad))
+	clickhouseQuery(t, "ALTER TABLE "+db+".events DROP CONSTRAINT late")
+	p.await("stored with those that were late", 30*time.Second, count(events-bad))
+	for _, rec := range readTopic(t, topic+".dlq", bad) {
+		if !bytes.Contains(rec.Value, []byte(`"never`)) || header(rec, "error_type") != errorExhausted || header(rec, "retry_count") != "2" || header(rec, "final_retry_count") != "2" ||
+			header(rec, "original_topic") != topic || !strings.Contains(header(rec, "error_message"), "never") || header(rec, "failed_at") == "" {
+			t.Errorf("dead letter %s: %v", rec.Value, rec.Headers)
+		}
+	}
+	hourly := clickhouseQuery(t, "SELECT sum(event_count) FROM "+db+".events_hourly")
+	if hourly != fmt.Sprint(events-bad) {
+		t.Errorf("events_hourly has %s, want %d", hourly, events-bad)
+	}
+}
+
+func TestDelays(t *testing.T) {
+	for attempt, want := range map[int]time.Duration{1: 2 * time.Second, 2: 4 * time.Second, 3: 8 * time.Second, 4: 16 * time.Second, 5: 32 * time.Second, 6: time.Minute, 100: time.Minute} {
+		if got := delayOf(attempt); got != want {
+			t.Errorf("attempt %d waits %s, want %s", attempt, got, want)
+		}
+	}
 }
 
 // readTopic returns the records of a topic once there are n.

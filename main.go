@@ -172,15 +172,25 @@ func (s *system) consume(ctx context.Context, deadline func() (context.Context, 
 	if !untilDone(ctx, "tables", func() error { return s.store.applySchema(ctx) }) {
 		return
 	}
-	letters, err := newDeadLetters(s.cfg)
+	side, err := newSideways(s.cfg, &s.stats.sideways)
 	if err != nil {
-		slog.Error("producer of dead letters cannot be set up", "error", err)
+		slog.Error("producer beside the main way cannot be set up", "error", err)
 		return
 	}
-	defer letters.kafka.Close()
+	defer side.kafka.Close()
+	var retrying sync.WaitGroup
+	defer retrying.Wait()
+	for range s.cfg.retryWorkers {
+		w, err := newRetryWorker(s.cfg, side)
+		if err != nil {
+			slog.Error("retry worker cannot be set up", "error", err)
+			return
+		}
+		retrying.Go(func() { w.run(ctx) }) // ends with ctx
+	}
 	in := newInserter(s.store, s.cfg, &s.stats.store)
 	in.past.partitions.Store(int32(partitions))
-	c, err := newConsumer(s.cfg, in, letters, &s.stats.consume)
+	c, err := newConsumer(s.cfg, in, side)
 	if err != nil {
 		slog.Error("consumer cannot be set up", "error", err)
 		return

@@ -16,6 +16,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -23,6 +24,7 @@ import (
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
+	"github.com/twmb/franz-go/pkg/kgo"
 )
 
 //go:embed schema.sql
@@ -89,7 +91,8 @@ type inserter struct {
 	wait     time.Duration // WORKER_BATCH_TIMEOUT
 	instance string        // random: makes tokens and query ids this process's own
 	group    string
-	stored   func([]position) // told what a finished round reached, for the offsets
+	stored   func([]position)                                            // told what a finished round reached, for the offsets
+	rejected func(rec *kgo.Record, why string, stopped func() bool) bool // takes a record that ClickHouse does not
 	stats    *storeStats
 
 	arrived chan struct{} // a block has its first row
@@ -212,7 +215,7 @@ func (in *inserter) insertRound(ctx context.Context) {
 		return
 	}
 	in.seq.Add(1)
-	if !in.persist(ctx, "look up suspects", func(int) error { return in.resolve(ctx) }) || !in.insertUntilStored(ctx) {
+	if in.persist(ctx, "look up suspects", func(int) error { return in.resolve(ctx) }) != nil || in.insertRows(ctx) != nil {
 		return
 	}
 	for i, b := range in.round {
@@ -223,35 +226,45 @@ func (in *inserter) insertRound(ctx context.Context) {
 	in.cover(ctx)
 }
 
-// insertUntilStored repeats the round until ClickHouse has taken it. The token is the same for every attempt and no
-// other round's: rows that a lost answer left behind are not stored again.
-func (in *inserter) insertUntilStored(ctx context.Context) bool {
+// insertRows stores the round, or all of it that ClickHouse takes. The error is ctx's.
+func (in *inserter) insertRows(ctx context.Context) error {
 	rows := 0
 	for _, b := range in.round {
 		rows += b.rows()
 	}
 	if rows == 0 {
-		return true
+		return nil
 	}
 	started := time.Now()
-	ok := in.persist(ctx, "insert", func(attempt int) error { return in.insertOnce(ctx, attempt) })
-	if ok {
+	err := in.insertUntilStored(ctx, in.round, "")
+	if isRejection(err) {
+		slog.Warn("ClickHouse rejects rows, looking for them", "rows", rows, "error", err)
+		err = in.bisect(ctx)
+	}
+	if err == nil {
 		in.stats.inserted(rows, time.Since(started))
 	}
-	return ok
+	return err
 }
 
-// persist repeats try with backoff until it succeeds; false when ctx ended first.
-func (in *inserter) persist(ctx context.Context, what string, try func(attempt int) error) bool {
+// insertUntilStored repeats an insert of the blocks until ClickHouse has taken or rejected it. The token is the same
+// for every attempt and no other rows': what a lost answer left behind is not stored again.
+func (in *inserter) insertUntilStored(ctx context.Context, blocks []*block, part string) error {
+	token := fmt.Sprintf("%s-%d%s", in.instance, in.seq.Load(), part)
+	return in.persist(ctx, "insert", func(attempt int) error { return in.insertOnce(ctx, blocks, token, attempt) })
+}
+
+// persist repeats try with backoff until it succeeds or ClickHouse rejects the data. Any other error is ctx's.
+func (in *inserter) persist(ctx context.Context, what string, try func(attempt int) error) error {
 	for attempt := 1; ; attempt++ {
 		err := try(attempt)
-		if err == nil {
-			return true
+		if err == nil || isRejection(err) {
+			return err
 		}
 		in.stats.failures.Inc()
 		if ctx.Err() != nil {
 			slog.Warn("round abandoned, its records will be read from Kafka again", "what", what, "error", err)
-			return false
+			return ctx.Err()
 		}
 		pause := min(minBackoff<<min(attempt-1, 10), maxBackoff)
 		slog.Warn("ClickHouse failed, the same round will be tried again", "what", what, "attempt", attempt, "in", pause, "error", err)
@@ -262,17 +275,83 @@ func (in *inserter) persist(ctx context.Context, what string, try func(attempt i
 	}
 }
 
-func (in *inserter) insertOnce(ctx context.Context, attempt int) error {
+// rejections are ClickHouse's codes for "this data, never", by
+// https://github.com/ClickHouse/ClickHouse/blob/master/src/Common/ErrorCodes.cpp. Everything else is taken for
+// transient: trying again in vain holds up, giving up in error loses.
+var rejections = []proto.Error{
+	proto.ErrViolatedConstraint, proto.ErrTypeMismatch, proto.ErrCannotConvertType, proto.ErrIncorrectData,
+	proto.ErrArgumentOutOfBound, proto.ErrValueIsOutOfRangeOfDataType, proto.ErrDecimalOverflow,
+	proto.ErrTooLargeStringSize, proto.ErrTooLargeArraySize,
+}
+
+func isRejection(err error) bool {
+	e, ok := ch.AsException(err)
+	return ok && slices.Contains(rejections, e.Code)
+}
+
+// bisect stores the good rows of a rejected round and sends the bad ones to be retried, by halving until the bad stand
+// alone: 2 log n inserts for one bad row. Which rows an attempt may have left behind is looked up first.
+func (in *inserter) bisect(ctx context.Context) error {
+	var records []*kgo.Record
+	for _, b := range in.round {
+		records = append(records, b.records...)
+	}
+	p := in.past
+	p.suspects = p.suspects[:0]
+	for _, rec := range records {
+		ev, _, _ := p.parser.parse(rec.Value)
+		id, _ := ev.id(nil)
+		p.suspects = append(p.suspects, suspect{id: id, record: rec})
+	}
+	if err := in.persist(ctx, "look up a rejected round", func(int) error { return in.lookUp(ctx) }); err != nil {
+		return err
+	}
+	records = records[:0]
+	for i := range p.suspects {
+		if _, there := p.found[p.suspects[i].id]; !there {
+			records = append(records, p.suspects[i].record)
+		}
+	}
+	return in.insertHalves(ctx, records, 0)
+}
+
+// insertHalves stores records, of which the first is the at-th of the round.
+func (in *inserter) insertHalves(ctx context.Context, records []*kgo.Record, at int) error {
+	if len(records) == 0 {
+		return nil
+	}
+	b := newBlock(len(records))
+	for _, rec := range records {
+		ev, _, _ := in.past.parser.parse(rec.Value)
+		id, _ := ev.id(nil)
+		b.append(&id, ev, rec)
+	}
+	err := in.insertUntilStored(ctx, []*block{b}, fmt.Sprintf("-%d-%d", at, len(records)))
+	if !isRejection(err) {
+		return err
+	}
+	if half := len(records) / 2; half > 0 {
+		if err := in.insertHalves(ctx, records[:half], at); err != nil {
+			return err
+		}
+		return in.insertHalves(ctx, records[half:], at+half)
+	}
+	if !in.rejected(records[0], firstLine(err.Error()), func() bool { return ctx.Err() != nil }) {
+		return ctx.Err()
+	}
+	return nil
+}
+
+func (in *inserter) insertOnce(ctx context.Context, blocks []*block, token string, attempt int) error {
 	next := 0
 	in.empty.input(in.columns)
-	token := fmt.Sprintf("%s-%d", in.instance, in.seq.Load())
 	err := in.query(ctx, ch.Query{
 		Body:    "INSERT INTO " + in.store.database + ".events " + in.columns.Columns() + " VALUES",
 		QueryID: fmt.Sprintf("%s-%s-%d", in.group, token, attempt),
 		Input:   in.columns,
 		OnInput: func(context.Context) error {
-			for next < len(in.round) {
-				b := in.round[next]
+			for next < len(blocks) {
+				b := blocks[next]
 				next++
 				if b.rows() > 0 {
 					b.input(in.columns)
@@ -289,10 +368,11 @@ func (in *inserter) insertOnce(ctx context.Context, attempt int) error {
 			{Key: "insert_deduplication_token", Value: token},
 			{Key: "deduplicate_blocks_in_dependent_materialized_views", Value: "1"},
 			{Key: "materialized_views_ignore_errors", Value: "0"},
+			{Key: "max_partitions_per_insert_block", Value: "0"}, // other producers' events may be of any age
 		},
 	})
 	if e, ok := ch.AsException(err); ok {
-		return fmt.Errorf("insert into %s.events: ClickHouse answers %d %s: %s", in.store.database, e.Code, e.Name, firstLine(e.Message))
+		return fmt.Errorf("insert into %s.events: %w", in.store.database, &ch.Exception{Code: e.Code, Name: e.Name, Message: firstLine(e.Message)})
 	}
 	return err
 }
