@@ -1,3 +1,5 @@
+// The filter alone.
+
 package main
 
 import (

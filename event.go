@@ -1,0 +1,163 @@
+// The event: what it holds, what makes two of them the same, and its canonical JSON.
+//
+// event.go turns an event into the key and the value that go on Kafka. Both ends of the system use it: ingest.go for
+// what clients send, worker.go for what Kafka holds. It owns no goroutine and no I/O.
+
+package main
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"math"
+	"strconv"
+	"unicode/utf8"
+
+	"github.com/valyala/fastjson"
+)
+
+// event is one parsed event. Every slice points into the eventParser that filled it and lives until its next parse.
+type event struct {
+	name       []byte
+	channel    []byte // web, mobile_app, api or empty
+	campaignID []byte
+	userID     []byte
+	timestamp  int64 // Unix seconds
+	tags       [][]byte
+	metadata   []byte // a compact JSON object, or empty when absent
+	meta       *fastjson.Value
+}
+
+// storable says whether ClickHouse's DateTime can hold the event's time. checkAge implies it.
+func (e *event) storable() bool { return e.timestamp >= 0 && e.timestamp <= math.MaxUint32 }
+
+// hasBadText says whether b is invalid UTF-8 or spells half of a surrogate pair as an escape, which is text in no
+// encoding at all. It costs one pass at memory speed for ASCII.
+func hasBadText(b []byte) bool {
+	return !utf8.Valid(b) || hasLoneSurrogate(b)
+}
+
+func hasLoneSurrogate(b []byte) bool {
+	for {
+		i := bytes.IndexByte(b, '\\')
+		if i < 0 || i+1 >= len(b) {
+			return false
+		}
+		if b[i+1] != 'u' {
+			b = b[i+2:]
+			continue
+		}
+		first := hexRune(b[i:])
+		b = b[min(i+6, len(b)):]
+		switch {
+		case first >= 0xdc00 && first <= 0xdfff:
+			return true
+		case first >= 0xd800 && first <= 0xdbff:
+			if second := hexRune(b); second < 0xdc00 || second > 0xdfff {
+				return true
+			}
+			b = b[6:]
+		}
+	}
+}
+
+// hexRune reads \uXXXX at the start of b; -1 when there is none.
+func hexRune(b []byte) int {
+	if len(b) < 6 || b[0] != '\\' || b[1] != 'u' {
+		return -1
+	}
+	n, err := strconv.ParseUint(string(b[2:6]), 16, 16)
+	if err != nil {
+		return -1
+	}
+	return int(n)
+}
+
+// eventID is the event's identity: SHA-256 over event_name|user_id|timestamp|channel.
+type eventID [sha256.Size]byte
+
+// isKey says whether key is the id in lower-case hex.
+func (id *eventID) isKey(key []byte) bool {
+	var own [2 * sha256.Size]byte
+	hex.Encode(own[:], id[:])
+	return string(key) == string(own[:])
+}
+
+// id computes the event's id. A | or \ in the two free fields is escaped, so that no two events share an input;
+// without them the input is the plain join. buf is scratch space, returned grown.
+func (e *event) id(buf []byte) (eventID, []byte) {
+	buf = appendEscapedPipes(buf[:0], e.name)
+	buf = append(buf, '|')
+	buf = appendEscapedPipes(buf, e.userID)
+	buf = append(buf, '|')
+	buf = strconv.AppendInt(buf, e.timestamp, 10)
+	buf = append(buf, '|')
+	buf = append(buf, e.channel...)
+	return sha256.Sum256(buf), buf
+}
+
+func appendEscapedPipes(dst, s []byte) []byte {
+	for _, c := range s {
+		if c == '|' || c == '\\' {
+			dst = append(dst, '\\')
+		}
+		dst = append(dst, c)
+	}
+	return dst
+}
+
+// appendEvent appends the canonical JSON of e: fixed field order, no spaces, absent fields left out.
+func appendEvent(dst []byte, e *event) []byte {
+	dst = append(dst, `{"event_name":`...)
+	dst = appendString(dst, e.name)
+	dst = append(dst, `,"user_id":`...)
+	dst = appendString(dst, e.userID)
+	dst = append(dst, `,"timestamp":`...)
+	dst = strconv.AppendInt(dst, e.timestamp, 10)
+	if len(e.channel) > 0 {
+		dst = append(dst, `,"channel":`...)
+		dst = appendString(dst, e.channel)
+	}
+	if len(e.campaignID) > 0 {
+		dst = append(dst, `,"campaign_id":`...)
+		dst = appendString(dst, e.campaignID)
+	}
+	if len(e.tags) > 0 {
+		dst = append(dst, `,"tags":[`...)
+		for i, t := range e.tags {
+			if i > 0 {
+				dst = append(dst, ',')
+			}
+			dst = appendString(dst, t)
+		}
+		dst = append(dst, ']')
+	}
+	if len(e.metadata) > 0 {
+		dst = append(dst, `,"metadata":`...)
+		dst = append(dst, e.metadata...)
+	}
+	return append(dst, '}')
+}
+
+// appendString appends s, valid UTF-8, as a JSON string.
+func appendString[S []byte | string](dst []byte, s S) []byte {
+	const hex = "0123456789abcdef"
+	dst = append(dst, '"')
+	start := 0
+	for i := 0; i < len(s); i++ {
+		c := s[i]
+		if c >= 0x20 && c != '"' && c != '\\' {
+			continue
+		}
+		dst = append(dst, s[start:i]...)
+		start = i + 1
+		switch c {
+		case '"', '\\':
+			dst = append(dst, '\\', c)
+		default:
+			dst = append(dst, '\\', 'u', '0', '0', hex[c>>4], hex[c&15])
+		}
+	}
+	dst = append(dst, s[start:]...)
+	return append(dst, '"')
+}
