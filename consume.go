@@ -52,6 +52,7 @@ func newConsumer(cfg *settings, in *inserter, side *sideways) (*consumer, error)
 		c.workers = append(c.workers, newWorker(c, cfg.workerBatchSize))
 	}
 	in.workers, in.stored, in.rejected = c.workers, c.mark, side.retry
+	in.alone = func() bool { return c.assigned.Load() == in.past.partitions.Load() }
 	var err error
 	c.kafka, err = kgo.NewClient(
 		kgo.SeedBrokers(cfg.kafkaBrokers...),

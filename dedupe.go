@@ -64,6 +64,7 @@ type past struct {
 	budget     int64 // DEDUPE_MEMORY, bytes of all filters
 	bytes      atomic.Int64
 	assignedAt atomic.Int64 // Unix nanoseconds of an assignment not yet waited out, 0 when none
+	cameAt     atomic.Int64 // Unix nanoseconds of the last assignment
 	router     kgo.TopicPartitioner
 	partitions atomic.Int32 // of the topic
 
@@ -72,18 +73,23 @@ type past struct {
 	extra     *block // suspects that turned out to be new
 	found     map[eventID]struct{}
 	uncovered map[int64]int // suspects by hour without a filter
+
+	torn     map[int64]struct{} // hours that the aggregate may not agree on, see mend
+	mendedAt time.Time
 }
 
 func newPast(budget int64) *past {
 	return &past{
-		budget: budget, extra: newBlock(0), found: map[eventID]struct{}{}, uncovered: map[int64]int{},
+		budget: budget, extra: newBlock(0), found: map[eventID]struct{}{}, uncovered: map[int64]int{}, torn: map[int64]struct{}{},
 		router: kgo.StickyKeyPartitioner(nil).ForTopic(""),
 	}
 }
 
 // onAssigned forgets what the workers of new partitions knew: another copy may have stored events of theirs since.
 func (in *inserter) onAssigned(workers map[*worker]struct{}) {
-	in.past.assignedAt.Store(time.Now().UnixNano()) // before era: load reads them the other way round
+	came := time.Now().UnixNano()
+	in.past.cameAt.Store(came)
+	in.past.assignedAt.Store(came) // before era: load reads them the other way round
 	for w := range workers {
 		w.mu.Lock()
 		w.seen.era++
@@ -125,6 +131,7 @@ func (in *inserter) resolve(ctx context.Context) error {
 		}
 		if _, dup := p.found[s.id]; dup {
 			duplicates++
+			p.noteReread(s)
 			continue
 		}
 		p.found[s.id] = struct{}{}

@@ -40,6 +40,7 @@ type inserter struct {
 	group    string
 	stored   func([]position)                                            // told what a finished round reached, for the offsets
 	rejected func(rec *kgo.Record, why string, stopped func() bool) bool // takes a record that ClickHouse does not
+	alone    func() bool                                                 // this copy has all partitions
 	stats    *storeStats
 
 	arrived chan struct{} // a block has its first row
@@ -79,8 +80,13 @@ func (in *inserter) run(ctx context.Context, stop <-chan struct{}) {
 			in.conn.Close()
 		}
 	}()
+	mending := time.NewTicker(mendInterval)
+	defer mending.Stop()
 	for {
 		select {
+		case <-mending.C:
+			in.mend(ctx)
+			continue
 		case <-stop:
 			in.insertRound(ctx)
 			return
@@ -171,6 +177,7 @@ func (in *inserter) insertRound(ctx context.Context) {
 		in.round[i] = nil
 	}
 	in.cover(ctx)
+	in.mend(ctx)
 }
 
 // insertRows stores the round, or all of it that ClickHouse takes. The error is ctx's.

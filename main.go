@@ -23,9 +23,12 @@ import (
 
 const usage = `event-ingestion takes events over HTTP and answers metrics about them.
 
-  event-ingestion          serve; settings are environment variables, see below
-  event-ingestion load     send events to a running system and report (load -h)
-  event-ingestion -h       this page
+  event-ingestion            serve; settings are environment variables, see below
+  event-ingestion load       send events to a running system and report (load -h)
+  event-ingestion audit      compare what Kafka acknowledged with what is stored, to the last event (audit -h)
+  event-ingestion reconcile  make events_hourly agree with events (reconcile -h)
+  event-ingestion dlq        list, show and replay dead letters (dlq -h)
+  event-ingestion -h         this page
 
 Settings:
 `
@@ -40,6 +43,12 @@ func main() {
 		os.Exit(serve())
 	case "load":
 		os.Exit(runLoad(os.Args[2:], os.Stdout, os.Stderr))
+	case "audit":
+		os.Exit(runAudit(os.Args[2:], os.Stdout, os.Stderr))
+	case "reconcile":
+		os.Exit(runReconcile(os.Args[2:], os.Stdout, os.Stderr))
+	case "dlq":
+		os.Exit(runDLQ(os.Args[2:], os.Stdout, os.Stderr))
 	case "-h", "-help", "--help", "help":
 		fmt.Print(usage)
 		printSettings(os.Stdout)

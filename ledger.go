@@ -1,0 +1,267 @@
+// The ledger: what was acknowledged against what is stored.
+//
+// ledger.go owns the subcommand audit, which reads the topics and the tables independently of the
+// program's own bookkeeping; reconcile compares the aggregate with the raw table and inserts the difference.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/ClickHouse/ch-go"
+	"github.com/ClickHouse/ch-go/proto"
+	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// timeRange is what -from and -to say: Unix seconds or RFC 3339, from included, to excluded.
+type timeRange struct{ from, to int64 }
+
+// flags adds -from and -to; the default is everything that the API can have accepted.
+func (r *timeRange) flags(fs *flag.FlagSet) {
+	now := time.Now().Unix()
+	r.from, r.to = now-maxAgeSeconds-86400, now+hourSeconds
+	at := func(dst *int64) func(string) error {
+		return func(s string) error {
+			if _, err := fmt.Sscan(s, dst); err == nil && !strings.ContainsAny(s, "-:T") {
+				return nil
+			}
+			t, err := time.Parse(time.RFC3339, s)
+			*dst = t.Unix()
+			return err
+		}
+	}
+	fs.Func("from", "first second of event time, Unix or RFC 3339 (default 31 days ago)", at(&r.from))
+	fs.Func("to", "second after the last (default in an hour)", at(&r.to))
+}
+
+// command parses flags and settings of a subcommand that talks to the stores; code is for the caller when ok is false.
+func command(name string, args []string, stderr io.Writer, define func(*flag.FlagSet)) (cfg *settings, fs *flag.FlagSet, code int, ok bool) {
+	fs = flag.NewFlagSet(name, flag.ContinueOnError)
+	fs.SetOutput(stderr)
+	define(fs)
+	if err := fs.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return nil, nil, 0, false
+		}
+		return nil, nil, 2, false
+	}
+	cfg, err := loadSettings(os.Getenv)
+	if err != nil {
+		fmt.Fprintln(stderr, err)
+		return nil, nil, 2, false
+	}
+	return cfg, fs, 0, true
+}
+
+// runAudit prints the ledger; the exit code is 1 when it does not balance.
+func runAudit(args []string, stdout, stderr io.Writer) int {
+	var r timeRange
+	cfg, _, code, ok := command("audit", args, stderr, r.flags)
+	if !ok {
+		return code
+	}
+	l, err := readLedger(context.Background(), cfg, r)
+	if err != nil {
+		fmt.Fprintln(stderr, "audit:", err)
+		return 1
+	}
+	l.print(stdout)
+	if l.difference() != 0 || l.aggregated != l.rows {
+		return 1
+	}
+	return 0
+}
+
+// ledger counts events by where they are. An event that is in several places counts for the first of stored, waiting,
+// dead.
+type ledger struct {
+	records, junk         int64
+	ids                   map[eventID]place
+	stored, waiting, dead int64
+	lost                  []eventID
+	rows, aggregated      int64
+}
+
+type place uint8
+
+const (
+	onTopic place = iota
+	inDeadLetters
+	inRetry
+	inTable
+)
+
+func readLedger(ctx context.Context, cfg *settings, r timeRange) (*ledger, error) {
+	l := &ledger{ids: map[eventID]place{}}
+	var p eventParser
+	note := func(where place) func(*kgo.Record) {
+		return func(rec *kgo.Record) {
+			ev, problems, err := p.parse(rec.Value)
+			if err != nil || len(problems) > 0 || !ev.storable() {
+				if where == onTopic {
+					l.junk++
+				}
+				return
+			}
+			if ev.timestamp < r.from || ev.timestamp >= r.to {
+				return
+			}
+			id, _ := ev.id(nil)
+			if where == onTopic {
+				l.records++
+			} else if _, known := l.ids[id]; !known {
+				return // from before what the topic still holds
+			}
+			l.ids[id] = max(l.ids[id], where)
+		}
+	}
+	if err := readWhole(ctx, cfg, cfg.kafkaTopic, note(onTopic)); err != nil {
+		return nil, err
+	}
+	for topic, where := range map[string]place{cfg.kafkaTopic + ".retry": inRetry, cfg.kafkaTopic + ".dlq": inDeadLetters} {
+		if err := readWhole(ctx, cfg, topic, note(where)); err != nil {
+			return nil, err
+		}
+	}
+	if err := l.readTables(ctx, cfg, r); err != nil {
+		return nil, err
+	}
+	for id, where := range l.ids {
+		switch where {
+		case inTable:
+			l.stored++
+		case inRetry:
+			l.waiting++
+		case inDeadLetters:
+			l.dead++
+		default:
+			l.lost = append(l.lost, id)
+		}
+	}
+	return l, nil
+}
+
+func (l *ledger) readTables(ctx context.Context, cfg *settings, r timeRange) error {
+	st := newStore(cfg)
+	c, err := st.dial(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	got := proto.ColFixedStr{Size: len(eventID{})}
+	err = c.Do(ctx, ch.Query{
+		Body:   fmt.Sprintf("SELECT DISTINCT event_id FROM %s.events WHERE timestamp >= %d AND timestamp < %d", st.database, r.from, r.to),
+		Result: proto.Results{{Name: "event_id", Data: &got}},
+		OnResult: func(context.Context, proto.Block) error {
+			for i := range got.Rows() {
+				id := eventID(got.Row(i))
+				if _, known := l.ids[id]; known { // else from before what the topic still holds
+					l.ids[id] = inTable
+				}
+			}
+			return nil
+		},
+	})
+	if err != nil {
+		return err
+	}
+	// The aggregate has whole hours: it is compared over the hours that the range covers whole.
+	from, to := (r.from+hourSeconds-1)/hourSeconds*hourSeconds, r.to/hourSeconds*hourSeconds
+	var rows, aggregated proto.ColInt64
+	err = c.Do(ctx, ch.Query{
+		Body: fmt.Sprintf("SELECT toInt64(ifNull((SELECT uniqExact(event_id) FROM %[1]s.events WHERE timestamp >= %[2]d AND timestamp < %[3]d), 0)) AS raw, "+
+			"toInt64(ifNull((SELECT sum(event_count) FROM %[1]s.events_hourly WHERE hour >= %[2]d AND hour < %[3]d), 0)) AS aggregated", st.database, from, to),
+		Result: proto.Results{{Name: "raw", Data: &rows}, {Name: "aggregated", Data: &aggregated}},
+	})
+	if err == nil && len(rows) > 0 {
+		l.rows, l.aggregated = rows[0], aggregated[0]
+	}
+	return err
+}
+
+// difference is how many acknowledged events are nowhere.
+func (l *ledger) difference() int64 { return int64(len(l.lost)) }
+
+func (l *ledger) print(w io.Writer) {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
+	distinct := int64(len(l.ids))
+	fmt.Fprintf(t, "records on the topic\t%d\t\n", l.records)
+	fmt.Fprintf(t, "duplicates\t%d\t\n", l.records-distinct)
+	fmt.Fprintf(t, "distinct events\t%d\t\n", distinct)
+	fmt.Fprintf(t, "stored\t%d\t\n", l.stored)
+	fmt.Fprintf(t, "waiting for a retry\t%d\t\n", l.waiting)
+	fmt.Fprintf(t, "dead letters\t%d\t\n", l.dead)
+	fmt.Fprintf(t, "difference\t%d\t\n", l.difference())
+	fmt.Fprintf(t, "records that are no event\t%d\t\n", l.junk)
+	fmt.Fprintf(t, "distinct rows in whole hours\t%d\t\n", l.rows)
+	fmt.Fprintf(t, "counted in events_hourly\t%d\t\n", l.aggregated)
+	t.Flush()
+	for i, id := range l.lost {
+		if i == 10 {
+			fmt.Fprintln(w, "…")
+			break
+		}
+		fmt.Fprintf(w, "nowhere: %x\n", id)
+	}
+}
+
+// readWhole hands each record of a topic to f, up to the ends that the partitions have when it starts.
+func readWhole(ctx context.Context, cfg *settings, topic string, f func(*kgo.Record)) error {
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(cfg.kafkaBrokers...), kgo.ClientID("event-ingestion-audit"), kgo.FetchMaxWait(fetchWait))
+	if err != nil {
+		return err
+	}
+	defer kafka.Close()
+	admin := kadm.NewClient(kafka)
+	ends, err := admin.ListEndOffsets(ctx, topic)
+	if err == nil {
+		err = ends.Error()
+	}
+	if err != nil {
+		return fmt.Errorf("ends of topic %s: %w", topic, err)
+	}
+	starts, err := admin.ListStartOffsets(ctx, topic)
+	if err == nil {
+		err = starts.Error()
+	}
+	if err != nil {
+		return fmt.Errorf("starts of topic %s: %w", topic, err)
+	}
+	left := map[int32]int64{} // offset that ends the reading, of partitions that are not read to it yet
+	from := map[int32]kgo.Offset{}
+	for p, end := range ends[topic] {
+		if start := starts[topic][p]; start.Offset < end.Offset {
+			left[p] = end.Offset
+			from[p] = kgo.NewOffset().At(start.Offset)
+		}
+	}
+	kafka.AddConsumePartitions(map[string]map[int32]kgo.Offset{topic: from})
+	for len(left) > 0 {
+		fetches := kafka.PollFetches(ctx)
+		if err := fetches.Err0(); err != nil {
+			return fmt.Errorf("read topic %s: %w", topic, err)
+		}
+		fetches.EachRecord(func(rec *kgo.Record) {
+			end, reading := left[rec.Partition]
+			if !reading {
+				return
+			}
+			if rec.Offset < end {
+				f(rec)
+			}
+			if rec.Offset+1 >= end {
+				delete(left, rec.Partition)
+			}
+		})
+	}
+	return nil
+}

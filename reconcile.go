@@ -1,0 +1,159 @@
+// Mending the aggregate: events_hourly made equal to events.
+//
+// When the program and ClickHouse die together between the two parts of an insert, the aggregate lacks what the raw
+// table has: the records are read again, found, and taken for copies. The other double faults (README.md names them)
+// count twice. User states do not change when a user is added twice, and event_count is a signed sum, so one statement
+// that inserts the difference mends all; a second time it does nothing. The hours of records that were read again are
+// mended by themselves after a start, any range by the subcommand.
+
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"text/tabwriter"
+	"time"
+
+	"github.com/ClickHouse/ch-go"
+	"github.com/ClickHouse/ch-go/proto"
+)
+
+// quietSeconds is how long nothing may have been written to an hour before it is trusted: an insert fills the raw table
+// and the aggregate one after the other, and what is seen in between is no difference.
+const quietSeconds = 10
+
+// differences is a subquery: raw minus aggregate, by hour, for hours that differ. It reads events with FINAL.
+const differences = `
+SELECT event_name, channel, hour, sum(n) AS missing, sum(has) AS aggregated, uniqCombined64MergeState(19)(users) AS users_state,
+    sum(money) AS revenue_missing, uniqCombined64MergeState(12)(campaigns) AS campaigns_state, max(written) AS last_written
+FROM
+(
+    SELECT event_name, channel, toStartOfHour(timestamp) AS hour, toInt64(count()) AS n, toInt64(0) AS has, uniqCombined64State(19)(user_id) AS users,
+        sumIf(toDecimal128(price, 4), event_name = 'purchase' AND currency IN ('TRY', '')) AS money,
+        uniqCombined64StateIf(12)(campaign_id, campaign_id != '') AS campaigns, max(created_at) AS written
+    FROM %[1]s.events FINAL WHERE timestamp >= %[2]d AND timestamp < %[3]d
+    GROUP BY event_name, channel, hour
+    UNION ALL
+    SELECT event_name, channel, hour, -event_count, event_count, unique_users_state, -revenue, campaigns_state, toDateTime64(0, 3, 'UTC')
+    FROM %[1]s.events_hourly WHERE hour >= %[2]d AND hour < %[3]d
+)
+GROUP BY event_name, channel, hour
+HAVING (missing != 0 OR revenue_missing != 0) AND last_written <= now64(3) - %[4]d`
+
+// runReconcile is the subcommand: 0 when there is nothing to mend or it was mended, 1 when it could not be.
+func runReconcile(args []string, stdout, stderr io.Writer) int {
+	var r timeRange
+	var dryRun bool
+	cfg, _, code, ok := command("reconcile", args, stderr, func(fs *flag.FlagSet) {
+		r.flags(fs)
+		fs.BoolVar(&dryRun, "dry-run", false, "only print what differs")
+	})
+	if !ok {
+		return code
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+	defer cancel()
+	n, err := reconcile(ctx, newStore(cfg), r, quietSeconds, dryRun, stdout)
+	if err != nil {
+		fmt.Fprintln(stderr, "reconcile:", err)
+		return 1
+	}
+	fmt.Fprintf(stdout, "%d rows of events_hourly differ from events\n", n)
+	return 0
+}
+
+// reconcile prints the rows that differ and, unless dryRun, mends them. It returns how many there were. The range is
+// widened to whole hours; what was written within the last quiet seconds is left out.
+func reconcile(ctx context.Context, st *store, r timeRange, quiet int, dryRun bool, w io.Writer) (rows int, err error) {
+	from, to := r.from/hourSeconds*hourSeconds, (r.to+hourSeconds-1)/hourSeconds*hourSeconds
+	c, err := st.dial(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer c.Close()
+	query := fmt.Sprintf(differences, st.database, max(from, 0), min(to, maxUnixSeconds), quiet)
+	var (
+		name, channel, hour proto.ColStr
+		missing, has        proto.ColInt64
+	)
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	err = c.Do(ctx, ch.Query{
+		Body:   "SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") + " AS at, missing, aggregated FROM (" + query + ") ORDER BY hour, name, ch",
+		Result: proto.Results{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "at", Data: &hour}, {Name: "missing", Data: &missing}, {Name: "aggregated", Data: &has}},
+		OnResult: func(context.Context, proto.Block) error {
+			for i := range missing {
+				if rows++; rows == 1 {
+					fmt.Fprintln(t, "HOUR\tEVENT\tCHANNEL\tIN EVENTS\tIN EVENTS_HOURLY")
+				}
+				fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%d\n", hour.Row(i), name.Row(i), channel.Row(i), has[i]+missing[i], has[i])
+			}
+			return nil
+		},
+	})
+	t.Flush()
+	if err != nil || rows == 0 || dryRun {
+		return rows, err
+	}
+	return rows, c.Do(ctx, ch.Query{
+		Body: fmt.Sprintf("INSERT INTO %s.events_hourly (event_name, channel, hour, event_count, unique_users_state, revenue, campaigns_state) "+
+			"SELECT event_name, channel, hour, missing, users_state, revenue_missing, campaigns_state FROM (%s)", st.database, query),
+		Settings: []ch.Setting{{Key: "async_insert", Value: "0"}, {Key: "insert_deduplicate", Value: "0"}},
+	})
+}
+
+const (
+	// rereadMargin is how long after partitions came a record may still be one that a former owner has stored, by the
+	// producers' clocks.
+	rereadMargin = 10 * time.Second
+	// mendInterval is the least time between two mendings: each reads its hours whole.
+	mendInterval = time.Second
+)
+
+// noteReread remembers the hour of a copy that may have been stored by an owner that died over it.
+func (p *past) noteReread(s *suspect) {
+	if s.record.Timestamp.Before(time.Unix(0, p.cameAt.Load()).Add(rereadMargin)) {
+		p.torn[s.hour] = struct{}{}
+	}
+}
+
+// mend reconciles the noted hours. It takes its turn between rounds, so that no insert of this copy runs; hours of
+// which another copy has partitions wait until nobody has written to them for a while.
+func (in *inserter) mend(ctx context.Context) {
+	p := in.past
+	if len(p.torn) == 0 || time.Since(p.mendedAt) < mendInterval {
+		return
+	}
+	alone := in.alone()
+	for hour := range p.torn {
+		quiet := 0
+		if !alone {
+			if quiet = quietSeconds; !in.isQuiet(ctx, hour) {
+				continue
+			}
+		}
+		n, err := reconcile(ctx, in.store, timeRange{hour * hourSeconds, (hour + 1) * hourSeconds}, quiet, false, io.Discard)
+		if err != nil {
+			slog.Warn("hour not reconciled yet", "hour", hourKey(hour*hourSeconds), "error", err)
+			break
+		}
+		if n > 0 {
+			slog.Warn("events_hourly did not agree with events after an unclean end, mended", "hour", hourKey(hour*hourSeconds), "rows", n)
+		}
+		delete(p.torn, hour)
+	}
+	p.mendedAt = time.Now()
+}
+
+// isQuiet says whether the hour was not written to of late.
+func (in *inserter) isQuiet(ctx context.Context, hour int64) bool {
+	var quiet proto.ColUInt8
+	err := in.query(ctx, ch.Query{
+		Body: fmt.Sprintf("SELECT max(created_at) < now64(3) - %d AS quiet FROM %s.events WHERE timestamp >= %d AND timestamp < %d",
+			quietSeconds, in.store.database, hour*hourSeconds, (hour+1)*hourSeconds),
+		Result: proto.Results{{Name: "quiet", Data: &quiet}},
+	})
+	return err == nil && len(quiet) > 0 && quiet[0] == 1
+}
