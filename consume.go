@@ -8,12 +8,15 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
 const (
@@ -33,6 +36,7 @@ const (
 type consumer struct {
 	kafka     *kgo.Client
 	topic     string
+	group     string
 	workers   []*worker
 	inserter  *inserter
 	sideways  *sideways
@@ -44,7 +48,7 @@ type consumer struct {
 
 func newConsumer(cfg *settings, in *inserter, side *sideways) (*consumer, error) {
 	c := &consumer{
-		topic: cfg.kafkaTopic, inserter: in, sideways: side,
+		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, inserter: in, sideways: side,
 		maxQueued: int64(cfg.workerCount * cfg.workerBatchSize),
 		room:      make(chan struct{}, 1),
 	}
@@ -52,6 +56,7 @@ func newConsumer(cfg *settings, in *inserter, side *sideways) (*consumer, error)
 		c.workers = append(c.workers, newWorker(c, cfg.workerBatchSize))
 	}
 	in.workers, in.stored, in.rejected = c.workers, c.mark, side.retry
+	in.isMember, in.fenceAfter = c.isMember, cfg.kafkaSession/3
 	in.alone = func() bool { return c.assigned.Load() == in.past.partitions.Load() }
 	var err error
 	c.kafka, err = kgo.NewClient(
@@ -172,11 +177,31 @@ func (c *consumer) onRevoked(ctx context.Context, _ *kgo.Client, topics map[stri
 	}
 }
 
-// onLost is the other way to lose partitions: the group has already given them to somebody, nothing can be committed.
+// onLost is the other way to lose partitions: the group did not hear from us in time and has given all of them to
+// others. Nothing can be committed, and nothing of them may be stored any more.
 func (c *consumer) onLost(_ context.Context, _ *kgo.Client, topics map[string][]int32) {
 	if n := c.forget(topics); n > 0 {
 		slog.Warn("partitions lost, the group did not hear from us in time", "count", n)
 	}
+	for _, w := range c.workers {
+		w.lose()
+	}
+}
+
+// isMember asks the group's coordinator whether this copy still belongs to it. Only a plain "unknown member" is a no:
+// everything else can pass.
+func (c *consumer) isMember(ctx context.Context) (bool, error) {
+	member, generation := c.kafka.GroupMetadata()
+	if member == "" {
+		return true, nil // between two memberships: onLost has been called
+	}
+	req := kmsg.NewPtrHeartbeatRequest()
+	req.Group, req.MemberID, req.Generation = c.group, member, generation
+	resp, err := req.RequestWith(ctx, c.kafka)
+	if err != nil {
+		return false, err
+	}
+	return !errors.Is(kerr.ErrorForCode(resp.ErrorCode), kerr.UnknownMemberID), nil
 }
 
 func (c *consumer) forget(topics map[string][]int32) int {

@@ -9,11 +9,15 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -271,6 +275,125 @@ func TestCopiesComeAndGo(t *testing.T) {
 	done()
 	mustAgree(t, l, first.url)
 	mustHold(t, env, l)
+}
+
+// TestPausedCopy: a copy sleeps beyond its session and wakes up with blocks that somebody else has stored meanwhile.
+func TestPausedCopy(t *testing.T) {
+	env := newSpace(t)
+	first := startProgram(t, env)
+	second := startProgram(t, env)
+	l, done := loadInto(t, first.url, 5000, time.Hour)
+	for range 5 {
+		target := l.ok.Load() + 2000
+		first.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
+		second.cmd.Process.Signal(syscall.SIGSTOP)
+		time.Sleep(2500 * time.Millisecond) // beyond KAFKA_SESSION_TIMEOUT: the fault itself
+		second.cmd.Process.Signal(syscall.SIGCONT)
+		second.await("back", 20*time.Second, func() bool { return second.status("/ready") == http.StatusOK })
+	}
+	l.stop()
+	done()
+	mustAgree(t, l, first.url)
+	mustHold(t, env, l)
+}
+
+// TestKafkaAwayUnderLoad: the brokers stop and come back; the client resends what was not acknowledged.
+func TestKafkaAwayUnderLoad(t *testing.T) {
+	env := newSpace(t, "ACK_TIMEOUT=1s")
+	p := startProgram(t, env)
+	l, done := loadInto(t, p.url, 3000, time.Hour)
+	for range 3 {
+		target := l.ok.Load() + 2000
+		p.await("under load", 40*time.Second, func() bool { return l.ok.Load() > target })
+		control(t, "/kafka/stop")
+		time.Sleep(1500 * time.Millisecond) // beyond ACK_TIMEOUT: the fault itself
+		control(t, "/kafka/start")
+	}
+	target := l.ok.Load() + 2000
+	p.await("under load again", 40*time.Second, func() bool { return l.ok.Load() > target })
+	l.stop()
+	done()
+	l.refused, l.examples = map[string]int{}, nil // 503 to the end is an honest answer
+	mustAgree(t, l, p.url)
+	mustHold(t, env, l)
+}
+
+// TestAnswersCut: a proxy in front of ClickHouse lets requests through and cuts the connection before the answer.
+func TestAnswersCut(t *testing.T) {
+	cut := newCutter(t, "127.0.0.1:"+os.Getenv("CLICKHOUSE_PORT"))
+	env := newSpace(t, "CLICKHOUSE_PORT="+cut.port())
+	p := startProgram(t, env)
+	l, done := loadInto(t, p.url, 4000, time.Hour, "-dup", "0.1")
+	for range 30 {
+		target := l.ok.Load() + 300
+		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
+		cut.answers()
+	}
+	l.stop()
+	done()
+	mustAgree(t, l, p.url)
+	mustHold(t, env, l)
+}
+
+// cutter is a TCP proxy whose connections can lose their answers.
+type cutter struct {
+	listener net.Listener
+	mu       sync.Mutex // guards conns
+	conns    map[net.Conn]*atomic.Bool
+}
+
+func newCutter(t *testing.T, target string) *cutter {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &cutter{listener: l, conns: map[net.Conn]*atomic.Bool{}}
+	t.Cleanup(func() { l.Close() })
+	go func() { // ends with the listener
+		for {
+			client, err := l.Accept()
+			if err != nil {
+				return
+			}
+			server, err := net.Dial("tcp", target)
+			if err != nil {
+				client.Close()
+				continue
+			}
+			mute := new(atomic.Bool)
+			c.mu.Lock()
+			c.conns[client] = mute
+			c.mu.Unlock()
+			go func() { io.Copy(server, client); server.Close() }() // ends with either side
+			go func() { // ends with either side
+				defer client.Close()
+				b := make([]byte, 32<<10)
+				for {
+					n, err := server.Read(b)
+					if err != nil || mute.Load() {
+						return // what the server said is never heard
+					}
+					if _, err := client.Write(b[:n]); err != nil {
+						return
+					}
+				}
+			}()
+		}
+	}()
+	return c
+}
+
+func (c *cutter) port() string { return strconv.Itoa(c.listener.Addr().(*net.TCPAddr).Port) }
+
+// answers makes every connection of now lose its next answer, and end with it.
+func (c *cutter) answers() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, mute := range c.conns {
+		mute.Store(true)
+	}
+	clear(c.conns)
 }
 
 // TestJunk: what is no event goes to the dead letters with its headers; what others write in their own way is

@@ -33,15 +33,18 @@ const (
 
 // inserter runs the rounds, strictly one after another.
 type inserter struct {
-	store    *store
-	workers  []*worker
-	wait     time.Duration // WORKER_BATCH_TIMEOUT
-	instance string        // random: makes tokens and query ids this process's own
-	group    string
-	stored   func([]position)                                            // told what a finished round reached, for the offsets
-	rejected func(rec *kgo.Record, why string, stopped func() bool) bool // takes a record that ClickHouse does not
-	alone    func() bool                                                 // this copy has all partitions
-	stats    *storeStats
+	store      *store
+	workers    []*worker
+	wait       time.Duration // WORKER_BATCH_TIMEOUT
+	instance   string        // random: makes tokens and query ids this process's own
+	group      string
+	stored     func([]position)                                            // told what a finished round reached, for the offsets
+	rejected   func(rec *kgo.Record, why string, stopped func() bool) bool // takes a record that ClickHouse does not
+	alone      func() bool                                                 // this copy has all partitions
+	isMember   func(context.Context) (bool, error)
+	fenceAfter time.Duration // a membership this old is asked for again before an insert
+	memberAt   time.Time     // when it was last known; only run touches it
+	stats      *storeStats
 
 	arrived chan struct{} // a block has its first row
 	full    chan struct{} // a block has its last row
@@ -168,7 +171,14 @@ func (in *inserter) insertRound(ctx context.Context) {
 		return
 	}
 	in.seq.Add(1)
-	if in.persist(ctx, "look up suspects", func(int) error { return in.resolve(ctx) }) != nil || in.insertRows(ctx) != nil {
+	taken := len(in.round)
+	for ok := false; !ok; ok = in.isOurs(ctx) {
+		in.round = in.round[:taken] // without the suspects of the last turn
+		if in.persist(ctx, "look up suspects", func(int) error { return in.resolve(ctx) }) != nil {
+			return
+		}
+	}
+	if in.insertRows(ctx) != nil {
 		return
 	}
 	for i, b := range in.round {
@@ -178,6 +188,47 @@ func (in *inserter) insertRound(ctx context.Context) {
 	}
 	in.cover(ctx)
 	in.mend(ctx)
+}
+
+// isOurs is the fence in front of an insert: a copy that was paused for longer than its session has lost its partitions
+// and does not know yet. When the membership is not fresh the coordinator is asked, and a no is waited out until the
+// blocks are known to be lost. It empties those; false means that it did, and that the suspects have to be looked up
+// again without theirs. What remains is a pause between this check and the insert right behind it.
+func (in *inserter) isOurs(ctx context.Context) bool {
+	for time.Since(in.memberAt) > in.fenceAfter && ctx.Err() == nil {
+		asked := time.Now()
+		member, err := in.isMember(ctx)
+		if err == nil && member || in.dropLost() {
+			in.memberAt = asked
+			break
+		}
+		if err != nil {
+			slog.Warn("Kafka does not say whether this copy is still in the group, the insert waits", "error", err)
+		}
+		select {
+		case <-time.After(minBackoff):
+		case <-ctx.Done():
+		}
+	}
+	return !in.dropLost()
+}
+
+// dropLost empties the round's blocks whose partitions were lost; true when there were any.
+func (in *inserter) dropLost() (found bool) {
+	for _, b := range in.round {
+		if b.owner == nil || len(b.reached) == 0 {
+			continue
+		}
+		b.owner.mu.Lock()
+		lost := b.losses != b.owner.losses
+		b.owner.mu.Unlock()
+		if lost {
+			slog.Warn("rows dropped, their partitions belong to another copy now", "rows", b.size())
+			b.reset()
+			found = true
+		}
+	}
+	return found
 }
 
 // insertRows stores the round, or all of it that ClickHouse takes. The error is ctx's.
