@@ -8,7 +8,7 @@ GO_FILES := $(wildcard *.go) schema.sql go.mod go.sum
 DEV      := bin/dev
 APP      := bin/event-ingestion
 
-.PHONY: help run stop build test fuzz bench profile lint clean
+.PHONY: help run stop build test torture fuzz bench profile lint clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ $(DEV): $(wildcard dev/*.go) dev/go.mod dev/go.sum
 test: $(DEV) ## all tests, with the race detector, on an embedded stack of their own
 	cd dev && go test -race ./...
 	$(DEV) -ephemeral -- go test -race -count=1 -timeout 20m $(TESTFLAGS) ./...
+
+torture: $(DEV) ## the tests that kill things, with five times as many kills; TORTURE=n for more
+	TORTURE=$${TORTURE:-5} $(DEV) -ephemeral -- go test -race -count=1 -timeout 80m -v -run 'Kill|Power|Paused|Away|Answers|Copies|Stop' .
 
 fuzz: ## each fuzz target for FUZZTIME (default 20s)
 	for t in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do go test -run '^$$' -fuzz "^$$t$$" -fuzztime $${FUZZTIME:-20s} . || exit 1; done

@@ -37,6 +37,12 @@ func control(t testing.TB, action string) {
 	}
 }
 
+// tortureFactor is TORTURE from the environment: how many times more often `make torture` kills.
+func tortureFactor() int {
+	n, _ := strconv.Atoi(os.Getenv("TORTURE"))
+	return max(n, 1)
+}
+
 // space returns the value of a variable in a space's environment.
 func space(env []string, name string) string {
 	value := ""
@@ -165,7 +171,7 @@ func TestKafkaAway(t *testing.T) {
 // TestKilledUnderLoad: kill -9 of the program at random moments. The client resends what has no answer, the next copy
 // reads again what was not committed: everything is counted once.
 func TestKilledUnderLoad(t *testing.T) {
-	const kills = 20
+	kills := 20 * tortureFactor()
 	env := newSpace(t)
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 4000, time.Hour, "-dup", "0.2")
@@ -183,7 +189,7 @@ func TestKilledUnderLoad(t *testing.T) {
 
 // TestPowerCut: the program and ClickHouse die together.
 func TestPowerCut(t *testing.T) {
-	const cuts = 10
+	cuts := 10 * tortureFactor()
 	env := newSpace(t)
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 4000, time.Hour)
@@ -366,7 +372,7 @@ func newCutter(t *testing.T, target string) *cutter {
 			c.conns[client] = mute
 			c.mu.Unlock()
 			go func() { io.Copy(server, client); server.Close() }() // ends with either side
-			go func() { // ends with either side
+			go func() {                                             // ends with either side
 				defer client.Close()
 				b := make([]byte, 32<<10)
 				for {
