@@ -288,6 +288,8 @@ func TestPausedCopy(t *testing.T) {
 	env := newSpace(t)
 	first := startProgram(t, env)
 	second := startProgram(t, env)
+	db := space(env, "CLICKHOUSE_DATABASE")
+	clickhouseQuery(t, "SYSTEM STOP MERGES "+db+".events") // a copy in the raw table stays visible
 	l, done := loadInto(t, first.url, 5000, time.Hour)
 	for range 5 {
 		target := l.ok.Load() + 2000
@@ -300,6 +302,9 @@ func TestPausedCopy(t *testing.T) {
 	l.stop()
 	done()
 	mustAgree(t, l, first.url)
+	if n := clickhouseQuery(t, "SELECT count() - uniqExact(event_id) FROM "+db+".events"); n != "0" {
+		t.Errorf("%s events were stored twice", n)
+	}
 	mustHold(t, env, l)
 }
 
