@@ -75,7 +75,7 @@ func (c *settings) settingsTable() []setting {
 		{"KAFKA_PARTITIONS", "20", "partitions of the main topic when it is created", integer(&c.kafkaPartitions, 1, 10000)},
 		{"KAFKA_REPLICATION_FACTOR", "2", "replicas of each partition of topics that are created", integer(&c.kafkaReplication, 1, 100)},
 		{"KAFKA_MIN_ISR", "2", "min.insync.replicas of topics that are created; 1 keeps accepting with a broker down", integer(&c.kafkaMinISR, 1, 100)},
-		{"KAFKA_LINGER", "2ms", "the producer waits this long for more records before it sends; 0 sends at once", duration(&c.kafkaLinger, 0, time.Minute)},
+		{"KAFKA_LINGER", "1ms", "the producer waits this long for more records before it sends; 0 sends at once", duration(&c.kafkaLinger, 0, time.Minute)},
 		{"KAFKA_COMPRESSION", "snappy", "of produced batches: none, snappy, lz4 or zstd", oneOf(&c.kafkaCompression, "none", "snappy", "lz4", "zstd")},
 		{"KAFKA_SESSION_TIMEOUT", "10s", "the group gives the partitions of a copy that died without a word to others after this", duration(&c.kafkaSession, time.Second, time.Hour)},
 
