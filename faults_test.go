@@ -171,33 +171,24 @@ func TestKafkaAway(t *testing.T) {
 // TestKilledUnderLoad: kill -9 of the program at random moments. The client resends what has no answer, the next copy
 // reads again what was not committed: everything is counted once.
 func TestKilledUnderLoad(t *testing.T) {
-	kills := 20 * tortureFactor()
-	env := newSpace(t)
-	p := startProgram(t, env)
-	l, done := loadInto(t, p.url, 4000, time.Hour, "-dup", "0.2")
-	for range kills {
-		target := l.ok.Load() + 1 + rand.Int64N(1500)
-		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() >= target })
-		time.Sleep(rand.N(60 * time.Millisecond)) // any moment of a round
-		p = p.killAndRestart()
-	}
-	l.stop()
-	done()
-	mustAgree(t, l, p.url)
-	mustHold(t, env, l)
+	killUnderLoad(t, 20*tortureFactor(), func() {}, "-dup", "0.2")
 }
 
 // TestPowerCut: the program and ClickHouse die together.
 func TestPowerCut(t *testing.T) {
-	cuts := 10 * tortureFactor()
+	killUnderLoad(t, 10*tortureFactor(), func() { control(t, "/clickhouse/kill") })
+}
+
+// killUnderLoad kills the program, and first whatever also does, so many times.
+func killUnderLoad(t *testing.T, times int, also func(), loadFlags ...string) {
 	env := newSpace(t)
 	p := startProgram(t, env)
-	l, done := loadInto(t, p.url, 4000, time.Hour)
-	for range cuts {
+	l, done := loadInto(t, p.url, 4000, time.Hour, loadFlags...)
+	for range times {
 		target := l.ok.Load() + 1 + rand.Int64N(1500)
 		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() >= target })
-		time.Sleep(rand.N(60 * time.Millisecond))
-		control(t, "/clickhouse/kill")
+		time.Sleep(rand.N(60 * time.Millisecond)) // any moment of a round
+		also()
 		p = p.killAndRestart()
 	}
 	l.stop()
@@ -245,7 +236,7 @@ func TestResent(t *testing.T) {
 	if l.ok.Load() != events {
 		t.Fatalf("%d accepted", l.ok.Load())
 	}
-	drained(t, p, env)
+	drained(p)
 	mustAgree(t, l, p.url)
 	want := fmt.Sprint(events * 2 / 3)
 	if got := clickhouseQuery(t, fmt.Sprintf("SELECT sum(event_count) FROM %s.events_hourly", space(env, "CLICKHOUSE_DATABASE"))); got != want {
@@ -254,8 +245,8 @@ func TestResent(t *testing.T) {
 }
 
 // drained returns when everything that was acknowledged before the call is stored.
-func drained(t testing.TB, p *program, env []string) {
-	t.Helper()
+func drained(p *program) {
+	p.t.Helper()
 	second := time.Now().Unix()
 	p.await("drained", 20*time.Second, func() bool {
 		var a struct {
@@ -529,7 +520,7 @@ func TestRejectedRows(t *testing.T) {
 		}
 	}
 	p.await("stored with those that were dead", 30*time.Second, count(events))
-	drained(t, p, env)
+	drained(p)
 	if out, code := subcommand(t, env, runAudit, ""); code != 0 || !strings.Contains(out, fmt.Sprint(2*bad)) {
 		t.Errorf("audit: %d\n%s", code, out)
 	}
@@ -563,7 +554,7 @@ func TestReconcile(t *testing.T) {
 	if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != http.StatusAccepted {
 		t.Fatal(status, answer)
 	}
-	drained(t, p, env)
+	drained(p)
 	const figures = "SELECT sum(event_count), sum(revenue), uniqCombined64Merge(19)(unique_users_state), uniqCombined64Merge(12)(campaigns_state) FROM "
 	want := clickhouseQuery(t, figures+db+".events_hourly")
 	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events_hourly SELECT * FROM %[1]s.events_hourly WHERE hour = %d SETTINGS insert_deduplicate = 0", db, at))
