@@ -195,10 +195,11 @@ func (in *inserter) insertRound(ctx context.Context) {
 // blocks are known to be lost. It empties those; false means that it did, and that the suspects have to be looked up
 // again without theirs. What remains is a pause between this check and the insert right behind it.
 func (in *inserter) isOurs(ctx context.Context) bool {
-	for time.Since(in.memberAt) > in.fenceAfter && ctx.Err() == nil {
+	dropped := in.dropLost()
+	for !dropped && time.Since(in.memberAt) > in.fenceAfter && ctx.Err() == nil {
 		asked := time.Now()
 		member, err := in.isMember(ctx)
-		if err == nil && member || in.dropLost() {
+		if dropped = in.dropLost(); dropped || err == nil && member {
 			in.memberAt = asked
 			break
 		}
@@ -210,7 +211,7 @@ func (in *inserter) isOurs(ctx context.Context) bool {
 		case <-ctx.Done():
 		}
 	}
-	return !in.dropLost()
+	return !dropped
 }
 
 // dropLost empties the round's blocks whose partitions were lost; true when there were any.

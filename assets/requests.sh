@@ -5,13 +5,15 @@ base=${1:-http://localhost:8080}
 now=$(date +%s)
 from=$((now - 86400))
 failed=0
+events=$(mktemp) || exit 1
+trap 'rm -f "$events" "$events.gz"' EXIT
 
 # request NAME EXPECTED_STATUS CURL_ARGS...
 request() {
 	name=$1 expected=$2
 	shift 2
 	printf '\n### %s\n' "$name"
-	answer=$(curl -s -w '\n%{http_code}' "$@")
+	answer=$(curl -s -m 30 -w '\n%{http_code}' "$@")
 	printf '%s\n' "$answer"
 	if [ "${answer##*
 }" != "$expected" ]; then
@@ -28,11 +30,10 @@ request "One event" 202 "$base/api/v1/events" -H "$json" -d '{
 request "Several events" 202 "$base/api/v1/events/bulk" -H "$json" -d '{"events": [
   {"event_name": "product_view", "user_id": "user_123", "timestamp": '"$now"', "channel": "web"},
   {"event_name": "add_to_cart", "user_id": "user_456", "timestamp": '"$now"', "channel": "mobile_app"}]}'
-printf '{"event_name":"search","user_id":"user_1","timestamp":%s}\n{"event_name":"search","user_id":"user_2","timestamp":%s}\n' "$now" "$now" >"${TMPDIR:-/tmp}/events.$$"
-request "Several events, one a line" 202 "$base/api/v1/events/bulk" -H 'Content-Type: application/x-ndjson' --data-binary "@${TMPDIR:-/tmp}/events.$$"
-gzip -f "${TMPDIR:-/tmp}/events.$$"
-request "The same, compressed" 202 "$base/api/v1/events/bulk" -H 'Content-Type: application/x-ndjson' -H 'Content-Encoding: gzip' --data-binary "@${TMPDIR:-/tmp}/events.$$.gz"
-rm -f "${TMPDIR:-/tmp}/events.$$.gz"
+printf '{"event_name":"search","user_id":"user_1","timestamp":%s}\n{"event_name":"search","user_id":"user_2","timestamp":%s}\n' "$now" "$now" >"$events"
+request "Several events, one a line" 202 "$base/api/v1/events/bulk" -H 'Content-Type: application/x-ndjson' --data-binary "@$events"
+gzip -c "$events" >"$events.gz"
+request "The same, compressed" 202 "$base/api/v1/events/bulk" -H 'Content-Type: application/x-ndjson' -H 'Content-Encoding: gzip' --data-binary "@$events.gz"
 request "Some good, some bad" 207 "$base/api/v1/events/bulk" -H "$json" -d '{"events": [
   {"event_name": "search", "user_id": "user_3", "timestamp": '"$now"'}, {"event_name": "search", "timestamp": '"$now"'}]}'
 request "Refused, with everything that is wrong" 400 "$base/api/v1/events" -H "$json" -d '{"event_name": "", "user_id": 42, "timestamp": 1, "channel": "television"}'
