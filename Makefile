@@ -28,7 +28,7 @@ build: $(APP) ## the one static binary, bin/event-ingestion
 $(APP): $(GO_FILES)
 	CGO_ENABLED=0 go build -trimpath -o $@ .
 
-$(DEV): $(wildcard dev/*.go) dev/go.mod dev/go.sum
+$(DEV): $(wildcard dev/*.go) dev/clickhouse.xml dev/go.mod dev/go.sum
 	cd dev && CGO_ENABLED=0 go build -trimpath -o ../$@ .
 
 test: $(DEV) ## all tests, with the race detector, on an embedded stack of their own

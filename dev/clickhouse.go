@@ -1,12 +1,13 @@
 // ClickHouse as a supervised child: started again when it dies, ended with dev.
 //
-// The child is clickhouse-local, told to listen: either the binary, or this program again with libchdb loaded. It has
-// to be a process of its own, because the library needs the main thread and ends its process on a failed login.
+// The child is clickhouse-local, told to listen (library.go says from where). clickhouse.go owns its process, its
+// settings (clickhouse.xml) and its log, tells when it answers, and leaves the native port to the shield (shield.go).
 
 package main
 
 import (
 	"context"
+	_ "embed"
 	"errors"
 	"fmt"
 	"io"
@@ -20,195 +21,304 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unsafe"
-
-	"github.com/ebitengine/purego"
 )
 
-// clickhouseCommand is the hidden subcommand under which dev starts itself as ClickHouse.
-const clickhouseCommand = "clickhouse-child"
+// listenUntilEOF makes clickhouse-local a server: its last query reads stdin, which dev holds open. The end of stdin is
+// a clean shutdown, which takes 30 ms; a query that sleeps would wake up every second and can only be killed.
+const listenUntilEOF = "SYSTEM START LISTEN TCP; SYSTEM START LISTEN HTTP; SELECT * FROM file('-', LineAsString) FORMAT Null"
 
-// listenForever makes clickhouse-local a server: the last query never ends and costs a wake-up a second.
-const listenForever = "SYSTEM START LISTEN TCP; SYSTEM START LISTEN HTTP; " +
-	"SELECT sleepEachRow(1) FROM system.numbers FORMAT Null SETTINGS max_block_size = 1, max_execution_time = 0"
+const (
+	// A ClickHouse that dies is started again after a pause that doubles from the first to the longest, and begins anew
+	// after a life of longLife.
+	firstPause, longestPause = 100 * time.Millisecond, 5 * time.Second
+	longLife                 = 10 * time.Second
+	// fatalGrace is for the stack trace of a ClickHouse that has given itself up; it takes a few ms.
+	fatalGrace = 100 * time.Millisecond
 
-// maxRestartPause bounds the pause before a ClickHouse that keeps dying is started again.
-const maxRestartPause = 5 * time.Second
+	// cleanTimeout is for the shutdown; foreign clients with running queries would hold it up for 5 s. Parts are
+	// complete or invisible, so that a kill loses nothing that was acknowledged.
+	cleanTimeout = 500 * time.Millisecond
+	// askTimeout is for one attempt to get an answer.
+	askTimeout = 2 * time.Second
+)
+
+//go:embed clickhouse.xml
+var clickhouseSettings []byte
 
 // clickhouse is the supervised server.
 type clickhouse struct {
 	engine               engine
-	dir                  string
+	dir, log, settings   string // the data, and two files beside it
 	nativePort, httpPort int
-	version              string
+	logLevel             string
+	version              string // "" until it has answered once; written under mu
 
-	mu      sync.Mutex // guards what follows
-	cmd     *exec.Cmd  // nil while it is down
-	alive   *os.File   // our end of the pipe whose end the child notices
-	ended   chan struct{}
-	wanted  bool // the supervisor brings it back
-	asked   bool // its end was asked for: no reason to wait before the next start
-	stopped bool // for good
+	mu      sync.Mutex     // guards what follows
+	changed *sync.Cond     // of mu: any of what follows has changed
+	child   *group         // nil while it is down
+	stdin   io.WriteCloser // the child's
+	port    int            // the child's own native port, behind the shield
+	wanted  bool           // the supervisor brings it back
+	asked   bool           // the end of this child was asked for: no surprise
+	fatal   bool           // this child has given itself up
+	ending  bool           // for good
+	deaths  int            // by surprise
+
+	shield *shield
+	quit   chan struct{} // closed by end
+	done   chan struct{} // closed when the supervisor has ended
 }
 
-// start runs the child and its supervisor and waits until it answers.
+func newClickHouse(cfg *config, e engine) *clickhouse {
+	c := &clickhouse{
+		engine: e, nativePort: cfg.nativePort, httpPort: cfg.httpPort, logLevel: "warning",
+		dir:      filepath.Join(cfg.data, "clickhouse"),
+		log:      filepath.Join(cfg.data, "clickhouse.log"),
+		settings: filepath.Join(cfg.data, "clickhouse.xml"),
+		quit:     make(chan struct{}),
+		done:     make(chan struct{}),
+	}
+	if cfg.verbose {
+		c.logLevel = "debug"
+	}
+	c.changed = sync.NewCond(&c.mu)
+	return c
+}
+
+// start runs the child and its supervisor and waits until it answers. A child that dies before it has answered once is
+// an error: the next would do the same.
 func (c *clickhouse) start(ctx context.Context) error {
 	if err := os.MkdirAll(c.dir, 0o755); err != nil {
 		return err
 	}
-	c.mu.Lock()
+	if err := os.WriteFile(c.settings, clickhouseSettings, 0o644); err != nil {
+		return err
+	}
+	var err error
+	if c.shield, err = serveShield(c.nativePort, c.childPort); err != nil {
+		return err
+	}
 	c.wanted = true
-	err := c.spawn()
+	go c.supervise() // ends with end
+	version, err := c.waitReady(ctx, func() bool { return c.deaths > 0 })
+	if err != nil {
+		c.end(true)
+		return fmt.Errorf("ClickHouse does not start: %w; the end of %s:\n%s", err, c.log, tail(c.log))
+	}
+	c.mu.Lock()
+	c.version = version
 	c.mu.Unlock()
-	if err != nil {
-		return fmt.Errorf("start ClickHouse: %w", err)
-	}
-	go c.supervise() // ends with stop
-	if err := c.waitReady(ctx, readyTimeout); err != nil {
-		c.stop()
-		return fmt.Errorf("ClickHouse does not answer, see %s: %w", c.logPath(), err)
-	}
 	return nil
 }
 
-func (c *clickhouse) logPath() string { return filepath.Join(filepath.Dir(c.dir), "clickhouse.log") }
-
-// spawn starts the child, under mu.
-func (c *clickhouse) spawn() error {
-	log, err := os.OpenFile(c.logPath(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
-	if err != nil {
-		return err
-	}
-	defer log.Close()
-	read, write, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	defer read.Close()
-	args := []string{"--path", c.dir, "--listen_host", "127.0.0.1",
-		"--tcp_port", strconv.Itoa(c.nativePort), "--http_port", strconv.Itoa(c.httpPort), "--query", listenForever}
-	path := c.engine.binary
-	if path != "" {
-		args = append([]string{"local"}, args...)
-	} else {
-		if path, err = os.Executable(); err != nil {
-			return err
-		}
-		args = append([]string{clickhouseCommand, c.engine.library, "clickhouse"}, args...)
-	}
-	cmd := exec.Command(path, args...)
-	cmd.Stdout, cmd.Stderr = log, log
-	cmd.ExtraFiles = []*os.File{read}
-	cmd.SysProcAttr = childAttr()
-	if err := cmd.Start(); err != nil {
-		write.Close()
-		return err
-	}
-	c.cmd, c.alive, c.ended = cmd, write, make(chan struct{})
-	return nil
+// childPort is where the shield passes connections on to.
+func (c *clickhouse) childPort() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.port
 }
 
-// supervise waits for the child and brings it back while it is wanted.
+// supervise keeps a child running while one is wanted. It alone starts children, always on the same thread: Linux
+// would end a child together with the thread that started it.
 func (c *clickhouse) supervise() {
-	runtime.LockOSThread() // the child's life hangs on the thread that started it
-	for pause := 100 * time.Millisecond; ; {
+	runtime.LockOSThread()
+	defer close(c.done)
+	pause := firstPause
+	for {
 		c.mu.Lock()
-		cmd, ended, stopped := c.cmd, c.ended, c.stopped
-		if cmd == nil && !stopped && c.wanted {
-			if err := c.spawn(); err != nil {
-				progress("start ClickHouse: %v", err)
-			}
+		for !c.wanted && !c.ending {
+			c.changed.Wait()
 		}
-		c.mu.Unlock()
-		if stopped && cmd == nil {
+		if c.ending {
+			c.mu.Unlock()
 			return
 		}
-		if cmd == nil {
-			time.Sleep(20 * time.Millisecond)
+		err := c.spawn()
+		child, started := c.child, time.Now()
+		c.mu.Unlock()
+		if err == nil {
+			err = child.wait()
+		}
+
+		c.mu.Lock()
+		surprise := !c.asked
+		if surprise {
+			c.deaths++
+		}
+		if c.fatal {
+			err = errors.New("it gave itself up")
+		}
+		c.child, c.asked, c.fatal = nil, false, false
+		wanted, silent := c.wanted, c.version == ""
+		c.mu.Unlock()
+		c.changed.Broadcast()
+		if !surprise || !wanted {
 			continue
 		}
-		started := time.Now()
-		err := cmd.Wait()
-		c.mu.Lock()
-		c.cmd = nil
-		c.alive.Close()
-		close(ended)
-		surprise := c.wanted && !c.stopped && !c.asked
-		c.asked = false
-		c.mu.Unlock()
-		if surprise {
-			if time.Since(started) > time.Minute {
-				pause = 100 * time.Millisecond
-			}
-			progress("ClickHouse ended (%v), starting it again in %s", err, pause)
-			time.Sleep(pause)
-			pause = min(2*pause, maxRestartPause)
+		if time.Since(started) > longLife {
+			pause = firstPause
 		}
+		if !silent { // start tells about a child that has never answered
+			progress("clickhouse ended (%v), see %s; starting it again in %s", err, c.log, pause)
+		}
+		select {
+		case <-time.After(pause):
+		case <-c.quit:
+		}
+		pause = min(2*pause, longestPause)
 	}
 }
 
-// down kills the child and waits for its end; restart says whether the supervisor brings it back. ClickHouse's parts
-// are complete or invisible, so that a kill is as good as a shutdown, and faster.
-func (c *clickhouse) down(restart bool) error {
-	c.mu.Lock()
-	cmd, ended := c.cmd, c.ended
-	c.wanted, c.asked = restart, cmd != nil
-	c.mu.Unlock()
-	if cmd == nil {
-		return errors.New("ClickHouse is not running")
+// spawn starts a child, under mu.
+func (c *clickhouse) spawn() error {
+	ports, err := freePorts(1, c.httpPort)
+	if err != nil {
+		return err
 	}
-	cmd.Process.Kill()
-	<-ended
+	c.port = ports[0]
+	cmd, err := c.engine.command(
+		"--path", c.dir, "--config-file", c.settings, "--log-level", c.logLevel,
+		"--listen_host", "127.0.0.1", "--tcp_port", strconv.Itoa(c.port), "--http_port", strconv.Itoa(c.httpPort),
+		"--query", listenUntilEOF)
+	if err != nil {
+		return err
+	}
+	cmd.Env = append(os.Environ(), "DEV_CLICKHOUSE_LOG="+c.log, "DEV_CLICKHOUSE_CONFIG="+c.settings)
+	cmd.Stderr = &stderrWatch{path: c.log, fatal: func() { c.abandon(cmd) }}
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		return err
+	}
+	child, err := startGroup(cmd)
+	if err != nil {
+		stdin.Close()
+		return err
+	}
+	c.child, c.stdin = child, stdin
 	return nil
 }
 
-// up brings back a child that down took away, and returns when it answers.
+// abandon kills a child that has given itself up. A failed login on the native port does that to clickhouse-local: it
+// then hangs for 4 s or more before it ends.
+func (c *clickhouse) abandon(cmd *exec.Cmd) {
+	time.AfterFunc(fatalGrace, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.child != nil && c.child.cmd == cmd {
+			c.fatal = true
+			c.child.signal(syscall.SIGKILL)
+		}
+	})
+}
+
+// kill kills the child, and the supervisor brings it back if it is wanted. Returns when the child is gone.
+func (c *clickhouse) kill() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.child == nil {
+		return errors.New("ClickHouse is not running")
+	}
+	c.takeDown()
+	return nil
+}
+
+// takeDown kills the running child and waits until it is gone, under mu.
+func (c *clickhouse) takeDown() {
+	child := c.child
+	c.asked = true
+	child.signal(syscall.SIGKILL)
+	for c.child == child {
+		c.changed.Wait()
+	}
+}
+
+// down kills the child if there is one, and keeps it down.
+func (c *clickhouse) down() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.wanted = false
+	if c.child != nil {
+		c.takeDown()
+	}
+}
+
+// up wants a child and returns when it answers.
 func (c *clickhouse) up(ctx context.Context) error {
 	c.mu.Lock()
 	c.wanted = true
 	c.mu.Unlock()
-	return c.waitReady(ctx, readyTimeout)
+	c.changed.Broadcast()
+	_, err := c.waitReady(ctx, func() bool { return c.ending })
+	return err
 }
 
+// signal sends s to the child alone: a stopped guard would guard nothing.
 func (c *clickhouse) signal(s syscall.Signal) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.cmd == nil {
+	if c.child == nil {
 		return errors.New("ClickHouse is not running")
 	}
-	return c.cmd.Process.Signal(s)
+	return c.child.cmd.Process.Signal(s)
 }
 
-func (c *clickhouse) stop() {
+// end shuts ClickHouse down for good: at once, or with cleanTimeout to do it in order.
+func (c *clickhouse) end(atOnce bool) {
 	c.mu.Lock()
-	c.stopped = true
+	c.wanted, c.ending = false, true
+	close(c.quit)
+	if c.child != nil {
+		child := c.child
+		c.asked = true
+		c.stdin.Close()
+		late := time.AfterFunc(cleanTimeout, func() { child.signal(syscall.SIGKILL) })
+		if atOnce {
+			child.signal(syscall.SIGKILL)
+		}
+		for c.child == child {
+			c.changed.Wait()
+		}
+		late.Stop()
+	}
 	c.mu.Unlock()
-	c.down(false)
+	c.changed.Broadcast()
+	c.shield.Close()
+	<-c.done
 }
 
-// waitReady asks until a query is answered.
-func (c *clickhouse) waitReady(ctx context.Context, timeout time.Duration) error {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+// waitReady asks until a query is answered with the version, or hopeless (called under mu) says that none will be.
+func (c *clickhouse) waitReady(ctx context.Context, hopeless func() bool) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
 	for {
-		version, err := c.ask(ctx)
+		version, err := c.ask(ctx, "SELECT version()")
 		if err == nil {
-			c.version = version
-			return nil
+			return version, nil
+		}
+		c.mu.Lock()
+		giveUp := hopeless()
+		c.mu.Unlock()
+		if giveUp {
+			return "", errors.New("it has ended")
 		}
 		select {
 		case <-ctx.Done():
-			return err
+			return "", fmt.Errorf("no answer within %s: %w", readyTimeout, err)
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
 }
 
-func (c *clickhouse) ask(ctx context.Context) (string, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/?query=SELECT+version()", c.httpPort), nil)
+// ask answers a query that returns one value. The native port listens by then: it is opened first.
+func (c *clickhouse) ask(ctx context.Context, query string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	url := fmt.Sprintf("http://127.0.0.1:%d/", c.httpPort)
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, strings.NewReader(query))
 	if err != nil {
 		return "", err
 	}
+	req.Close = true // an idle connection would hold up the shutdown
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
 		return "", err
@@ -219,28 +329,4 @@ func (c *clickhouse) ask(ctx context.Context) (string, error) {
 		err = errors.New(string(b))
 	}
 	return strings.TrimSpace(string(b)), err
-}
-
-// runClickHouse is the child: it loads libchdb and never returns while the server runs. args[0] is its argv[0].
-func runClickHouse(library string, args []string) int {
-	go func() { // ends the process when the pipe from dev closes: dev is gone, however that came
-		io.Copy(io.Discard, os.NewFile(3, "alive"))
-		syscall.Kill(os.Getpid(), syscall.SIGKILL)
-	}()
-	handle, err := purego.Dlopen(library, purego.RTLD_NOW|purego.RTLD_GLOBAL)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	var run func(argc int32, argv unsafe.Pointer) int32
-	purego.RegisterLibFunc(&run, handle, "chdb_query_cmdline")
-	var pin runtime.Pinner // C keeps the pointers for good
-	argv := make([]*byte, len(args)+1)
-	for i, a := range args {
-		b := append([]byte(a), 0)
-		argv[i] = &b[0]
-		pin.Pin(argv[i])
-	}
-	pin.Pin(&argv[0])
-	return int(run(int32(len(args)), unsafe.Pointer(&argv[0])))
 }

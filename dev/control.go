@@ -1,7 +1,14 @@
 // The control endpoint: how a fault test takes parts of the stack away and gives them back.
 //
-//	POST /clickhouse/kill | stop | start | pause | resume     kill: -9, comes back; stop: -9, stays down
-//	POST /kafka/stop | start
+//	POST /clickhouse/kill      kill -9; comes back by itself
+//	POST /clickhouse/stop      kill -9; stays down
+//	POST /clickhouse/start     returns when it answers queries
+//	POST /clickhouse/pause     SIGSTOP: connections stay open and nothing answers
+//	POST /clickhouse/resume    SIGCONT
+//	POST /kafka/stop           closes both brokers and every connection
+//	POST /kafka/start          the same ports and data; returns when they answer
+//
+// 200 and one line of JSON, or 409 and what went wrong. What is so already (stop, start) is no error.
 
 package main
 
@@ -12,6 +19,7 @@ import (
 	"syscall"
 )
 
+// serveControl serves on a free port of loopback, which is in Addr, until Close.
 func serveControl(kafka *brokers, ch *clickhouse) (*http.Server, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -19,12 +27,12 @@ func serveControl(kafka *brokers, ch *clickhouse) (*http.Server, error) {
 	}
 	mux := http.NewServeMux()
 	for path, action := range map[string]func(*http.Request) error{
-		"/clickhouse/kill":   func(*http.Request) error { return ch.down(true) },
-		"/clickhouse/stop":   func(*http.Request) error { return ch.down(false) },
+		"/clickhouse/kill":   func(*http.Request) error { return ch.kill() },
+		"/clickhouse/stop":   func(*http.Request) error { ch.down(); return nil },
 		"/clickhouse/start":  func(r *http.Request) error { return ch.up(r.Context()) },
 		"/clickhouse/pause":  func(*http.Request) error { return ch.signal(syscall.SIGSTOP) },
 		"/clickhouse/resume": func(*http.Request) error { return ch.signal(syscall.SIGCONT) },
-		"/kafka/stop":        func(*http.Request) error { return kafka.stop() },
+		"/kafka/stop":        func(*http.Request) error { kafka.stop(); return nil },
 		"/kafka/start":       func(*http.Request) error { return kafka.start() },
 	} {
 		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {
@@ -32,6 +40,7 @@ func serveControl(kafka *brokers, ch *clickhouse) (*http.Server, error) {
 				http.Error(w, err.Error(), http.StatusConflict)
 				return
 			}
+			w.Header().Set("Content-Type", "application/json")
 			fmt.Fprintln(w, `{"status":"ok"}`)
 		})
 	}

@@ -1,4 +1,7 @@
-// The brokers: franz-go's kfake, two of them in this process, with their log on disk.
+// The brokers: franz-go's kfake, two of them in this process, with their logs on disk.
+//
+// kafka.go owns the cluster and its directory. kfake does in one goroutine what a cluster does in many processes: the
+// replicas of a partition are one log, always in sync, and both brokers come and go together.
 
 package main
 
@@ -6,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -13,6 +17,24 @@ import (
 	"github.com/twmb/franz-go/pkg/kfake"
 )
 
+// brokerConfigs are those of the compose stack where kfake knows them. What is acknowledged is in the page cache then,
+// as with Kafka: it survives the end of dev in any way, not that of the machine.
+var brokerConfigs = map[string]string{
+	"default.replication.factor": "2",
+	"min.insync.replicas":        "2",
+	"message.max.bytes":          "10485760", // a producer may batch up to 10 MB; kfake's own limit is 1 MB
+	// Nothing is deleted by age: a stack that was off for a week still has its events, and knows which were consumed.
+	"log.retention.ms":          "-1",
+	"offsets.retention.minutes": "5256000", // ten years; 0 and -1 would mean at once
+	// A start reads every log, one segment a partition at a time: small segments bound the memory of that.
+	"log.segment.bytes": "16777216",
+}
+
+// minSession is the shortest session timeout that a group may ask for: tests that kill a copy need not wait Kafka's 6 s
+// until it is missed.
+const minSession = time.Second
+
+// brokers is the cluster, running or not.
 type brokers struct {
 	ports   []int
 	dir     string
@@ -22,6 +44,7 @@ type brokers struct {
 	cluster *kfake.Cluster
 }
 
+// addresses lists host:port, separated by commas.
 func (b *brokers) addresses() string {
 	var list []string
 	for _, p := range b.ports {
@@ -30,45 +53,55 @@ func (b *brokers) addresses() string {
 	return strings.Join(list, ",")
 }
 
-// start opens the cluster on its ports and on what the last one left in dir. Acknowledged records are in the page
-// cache then, as in Kafka: they survive the end of dev in any way, not that of the machine.
+// start opens the cluster on its ports and on what the last one left in dir, and returns when it answers. Started
+// already: nothing to do. kfake reads every log first: 0.3 s a GB and some hundred MB of memory after a clean end; 0.6 to
+// 3 s a GB, and as much memory as the logs have, after a kill.
 func (b *brokers) start() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.cluster != nil {
-		return errors.New("the brokers are running")
+		return nil
 	}
-	level := kfake.LogLevelError
-	if b.verbose {
-		level = kfake.LogLevelInfo
-	}
+	patience := time.AfterFunc(2*time.Second, func() { progress("kafka is reading its logs in %s", b.dir) })
+	defer patience.Stop()
 	c, err := kfake.NewCluster(
 		kfake.NumBrokers(len(b.ports)),
 		kfake.Ports(b.ports...),
 		kfake.DataDir(b.dir),
-		kfake.GroupMinSessionTimeout(time.Second), // tests that kill a copy need not wait long for it to be missed
-		kfake.BrokerConfigs(map[string]string{
-			"default.replication.factor": "2",
-			"min.insync.replicas":        "2",
-			"message.max.bytes":          "10485760",
-			"log.retention.ms":           "-1",
-		}),
-		kfake.WithLogger(kfake.BasicLogger(os.Stderr, level)),
+		kfake.GroupMinSessionTimeout(minSession),
+		kfake.BrokerConfigs(brokerConfigs),
+		kfake.WithLogger(kafkaLog{b.verbose}),
 	)
 	if err != nil {
 		return fmt.Errorf("start the Kafka brokers on %s with data in %s: %w", b.addresses(), b.dir, err)
 	}
+	if len(c.ListenAddrs()) != len(b.ports) { // answered by the goroutine that answers clients
+		c.Close()
+		return errors.New("the Kafka brokers do not listen")
+	}
 	b.cluster = c
+	debug.FreeOSMemory() // what the logs were read into
 	return nil
 }
 
-func (b *brokers) stop() error {
+// stop closes the cluster and every connection to it. Stopped already: nothing to do.
+func (b *brokers) stop() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.cluster == nil {
-		return errors.New("the brokers are not running")
+	if b.cluster != nil {
+		b.cluster.Close()
+		b.cluster = nil
 	}
-	b.cluster.Close()
-	b.cluster = nil
-	return nil
+}
+
+// kafkaLog passes on what kfake says about its own state: errors, and warnings that a write to disk has failed. Its
+// warnings about clients are for those who ask for everything.
+type kafkaLog struct{ verbose bool }
+
+func (l kafkaLog) Logf(level kfake.LogLevel, format string, args ...any) {
+	aboutClient := strings.HasPrefix(format, "consumer") || strings.HasPrefix(format, "OffsetCommit") || strings.HasPrefix(format, "txn")
+	switch {
+	case l.verbose && level <= kfake.LogLevelInfo, level <= kfake.LogLevelError, level <= kfake.LogLevelWarn && !aboutClient:
+		fmt.Fprintf(os.Stderr, "dev: kafka: "+format+"\n", args...)
+	}
 }

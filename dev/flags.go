@@ -1,0 +1,111 @@
+// The command line: what dev is told, checked before anything starts.
+
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+const usage = `dev runs a command with what the program needs around it: two Kafka-protocol brokers and a ClickHouse.
+
+  dev [flags] -- CMD ARGS…   start both, wait until they answer, run CMD, stop everything with it;
+                             ends with CMD's exit code
+  dev [-data DIR] stop       stop the dev that runs on DIR and wait until it is gone
+
+CMD finds in its environment KAFKA_BROKERS, CLICKHOUSE_HOST, CLICKHOUSE_PORT, CLICKHOUSE_HTTP_PORT,
+CLICKHOUSE_USERNAME, CLICKHOUSE_PASSWORD and DEV_CONTROL, where fault tests take parts of the stack away.
+ClickHouse is the library CLICKHOUSE_LIB if that is set, else a recent clickhouse from the PATH, else a library
+that npm brings once.
+
+Flags:
+`
+
+// config is what the command line says.
+type config struct {
+	data       string
+	ephemeral  bool
+	kafkaPorts []int
+	nativePort int
+	httpPort   int
+	verbose    bool
+
+	stop bool     // the stop subcommand
+	args []string // CMD and its arguments
+}
+
+func (cfg *config) ports() []int {
+	return append([]int{cfg.nativePort, cfg.httpPort}, cfg.kafkaPorts...)
+}
+
+// parseFlags takes everything before the first `--` as flags and the rest as CMD. After flag.ErrHelp the usage is on
+// out; every other error is for the caller to print.
+func parseFlags(args []string, out io.Writer) (*config, error) {
+	cfg := new(config)
+	data := os.Getenv("DATA_DIR")
+	if data == "" {
+		data = ".data"
+	}
+	var kafkaPorts string
+	fs := flag.NewFlagSet("dev", flag.ContinueOnError)
+	fs.StringVar(&cfg.data, "data", data, "keep the data in `DIR`; DATA_DIR sets the default")
+	fs.BoolVar(&cfg.ephemeral, "ephemeral", false, "free ports and a temporary data directory, removed at the end: for tests")
+	fs.StringVar(&kafkaPorts, "kafka-ports", "29092,29093", "a broker on each of these `PORTS` of 127.0.0.1")
+	fs.IntVar(&cfg.nativePort, "clickhouse-port", 9000, "ClickHouse's native `PORT`")
+	fs.IntVar(&cfg.httpPort, "clickhouse-http-port", 8123, "ClickHouse's HTTP `PORT`")
+	fs.BoolVar(&cfg.verbose, "v", false, "log more: the brokers here, ClickHouse in DIR/clickhouse.log")
+	fs.SetOutput(io.Discard) // else Parse buries its error under the whole usage
+
+	flags, command := args, false
+	if i := slices.Index(args, "--"); i >= 0 {
+		flags, cfg.args, command = args[:i], args[i+1:], true
+	}
+	if err := fs.Parse(flags); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			fmt.Fprint(out, usage)
+			fs.SetOutput(out)
+			fs.PrintDefaults()
+		}
+		return nil, err
+	}
+	switch {
+	case !command && fs.NArg() == 1 && fs.Arg(0) == "stop":
+		cfg.stop = true
+		return cfg, nil
+	case fs.NArg() > 0:
+		return nil, fmt.Errorf("%q is neither `stop` nor, behind `--`, a command", fs.Arg(0))
+	case len(cfg.args) == 0:
+		return nil, errors.New("no command")
+	}
+	var chosen []string // what -ephemeral chooses by itself
+	fs.Visit(func(f *flag.Flag) {
+		if f.Name != "ephemeral" && f.Name != "v" {
+			chosen = append(chosen, "-"+f.Name)
+		}
+	})
+	if cfg.ephemeral && len(chosen) > 0 {
+		return nil, fmt.Errorf("-ephemeral chooses the directory and the ports: leave out %s", strings.Join(chosen, ", "))
+	}
+	for _, s := range strings.Split(kafkaPorts, ",") {
+		port, err := strconv.Atoi(strings.TrimSpace(s))
+		if err != nil {
+			return nil, fmt.Errorf("-kafka-ports %q is not a list of port numbers", kafkaPorts)
+		}
+		cfg.kafkaPorts = append(cfg.kafkaPorts, port)
+	}
+	for i, port := range cfg.ports() {
+		if port < 1 || port > 65535 {
+			return nil, fmt.Errorf("port %d has to be 1 to 65535", port)
+		}
+		if slices.Contains(cfg.ports()[:i], port) {
+			return nil, fmt.Errorf("port %d is given twice", port)
+		}
+	}
+	return cfg, nil
+}
