@@ -84,9 +84,17 @@ func newStats() *stats {
 }
 
 // watch adds what the dedupe holds.
-func (s *stats) watch(in *inserter) {
-	s.set.NewGauge("event_ingestion_dedupe_filter_bytes", func() float64 { return float64(in.past.bytes.Load()) })
-	s.set.NewGauge("event_ingestion_dedupe_covered_hours", func() float64 { return float64(len(in.covered())) })
+func (s *stats) watch(current *atomic.Pointer[consumer]) {
+	gauge := func(name string, value func(*inserter) float64) {
+		s.set.NewGauge(name, func() float64 {
+			if c := current.Load(); c != nil {
+				return value(c.inserter)
+			}
+			return 0
+		})
+	}
+	gauge("event_ingestion_dedupe_filter_bytes", func(in *inserter) float64 { return float64(in.past.bytes.Load()) })
+	gauge("event_ingestion_dedupe_covered_hours", func(in *inserter) float64 { return float64(len(in.covered())) })
 }
 
 // readiness answers GET /ready.

@@ -31,9 +31,6 @@ type block struct {
 	records    []*kgo.Record // of the rows, for the case that ClickHouse rejects some
 	suspects   []suspect     // records that may be copies, beside the rows
 	reached    []position
-
-	owner  *worker // set when the inserter takes the block
-	losses uint64  // the owner's then: another number now means that the block is not ours to store
 }
 
 // position is how far a partition has been taken in: next is the offset to go on from.

@@ -110,6 +110,7 @@ func BenchmarkInsert(b *testing.B) {
 				b.Fatal(err)
 			}
 			in := newInserter(st, cfg, &newStats().store)
+			in.isMember = func(context.Context) error { return nil }
 			ev := mustParse(b, new(eventParser), sampleEvent)
 			serial := uint64(0)
 			for b.Loop() {

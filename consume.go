@@ -2,13 +2,15 @@
 //
 // The poll loop hands what it fetches to the workers' queues and waits when these hold enough; it never waits while
 // it blocks a rebalance. consume.go owns the group membership and the offsets, and gives partitions back only when what
-// was taken from them is stored and committed.
+// was taken from them is stored and committed. A consumer that could not do that, or that the group has given up, ends
+// without storing another row, as if killed; main.go then starts a new one.
 
 package main
 
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"sync"
 	"sync/atomic"
@@ -42,8 +44,11 @@ type consumer struct {
 	sideways  *sideways
 	maxQueued int64
 	queued    atomic.Int64
-	room      chan struct{} // a worker has emptied part of its queue
-	assigned  atomic.Int32  // partitions
+	room      chan struct{}          // a worker has emptied part of its queue
+	assigned  atomic.Int32           // partitions
+	member    atomic.Pointer[string] // the group's name for this copy since the first assignment
+	holding   context.Context
+	letGo     context.CancelCauseFunc // ends holding: nothing that was taken in may be stored any more
 }
 
 func newConsumer(cfg *settings, in *inserter, side *sideways) (*consumer, error) {
@@ -56,7 +61,8 @@ func newConsumer(cfg *settings, in *inserter, side *sideways) (*consumer, error)
 		c.workers = append(c.workers, newWorker(c, cfg.workerBatchSize))
 	}
 	in.workers, in.stored, in.rejected = c.workers, c.mark, side.retry
-	in.isMember, in.fenceAfter = c.isMember, cfg.kafkaSession/3
+	in.isMember = c.isMember
+	c.holding, c.letGo = context.WithCancelCause(context.Background())
 	in.alone = func() bool { return c.assigned.Load() == in.past.partitions.Load() }
 	var err error
 	c.kafka, err = kgo.NewClient(
@@ -83,13 +89,16 @@ func newConsumer(cfg *settings, in *inserter, side *sideways) (*consumer, error)
 }
 
 // run consumes until ctx is done, then stores and commits what the blocks hold, bounded by the context that
-// finish returns, and leaves the group.
+// finish returns, and leaves the group. After letGo it returns without storing anything.
 func (c *consumer) run(ctx context.Context, finish func() (context.Context, context.CancelFunc)) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	context.AfterFunc(c.holding, cancel)
 	var workers sync.WaitGroup
 	for _, w := range c.workers {
 		workers.Go(w.run) // ends with w.close
 	}
-	insertCtx, cancelInserts := context.WithCancel(context.Background())
+	insertCtx, cancelInserts := context.WithCancel(c.holding)
 	stopInserter, inserterDone := make(chan struct{}), make(chan struct{})
 	go func() { // ends with stopInserter, or insertCtx
 		defer close(inserterDone)
@@ -97,8 +106,11 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 	}()
 	c.poll(ctx)
 
-	end, cancel := finish()
-	defer cancel()
+	if c.holding.Err() != nil {
+		slog.Warn("starting over, as after a crash: what was not stored is read from Kafka again", "why", context.Cause(c.holding))
+	}
+	end, cancelEnd := finish()
+	defer cancelEnd()
 	context.AfterFunc(end, cancelInserts)
 	for _, w := range c.workers {
 		w.close()
@@ -149,7 +161,9 @@ func (c *consumer) mark(reached []position) {
 	c.kafka.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{c.topic: offsets})
 }
 
-func (c *consumer) onAssigned(_ context.Context, _ *kgo.Client, topics map[string][]int32) {
+func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[string][]int32) {
+	member, _ := kafka.GroupMetadata()
+	c.member.CompareAndSwap(nil, &member)
 	owners := map[*worker]struct{}{}
 	for _, p := range topics[c.topic] {
 		owners[c.workers[int(p)%len(c.workers)]] = struct{}{}
@@ -169,7 +183,7 @@ func (c *consumer) onRevoked(ctx context.Context, _ *kgo.Client, topics map[stri
 	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
 	defer cancel()
 	if err := c.inserter.flush(ctx); err != nil {
-		slog.Warn("partitions left before their rows were stored", "error", err)
+		c.letGo(fmt.Errorf("partitions had to go before their rows were stored: %w", err))
 		return
 	}
 	if err := c.kafka.CommitMarkedOffsets(ctx); err != nil {
@@ -180,28 +194,39 @@ func (c *consumer) onRevoked(ctx context.Context, _ *kgo.Client, topics map[stri
 // onLost is the other way to lose partitions: the group did not hear from us in time and has given all of them to
 // others. Nothing can be committed, and nothing of them may be stored any more.
 func (c *consumer) onLost(_ context.Context, _ *kgo.Client, topics map[string][]int32) {
-	if n := c.forget(topics); n > 0 {
-		slog.Warn("partitions lost, the group did not hear from us in time", "count", n)
-	}
-	for _, w := range c.workers {
-		w.lose()
+	if c.forget(topics) > 0 {
+		c.letGo(errGivenUp)
 	}
 }
 
-// isMember asks the group's coordinator whether this copy still belongs to it. Only a plain "unknown member" is a no:
-// everything else can pass.
-func (c *consumer) isMember(ctx context.Context) (bool, error) {
-	member, generation := c.kafka.GroupMetadata()
-	if member == "" {
-		return true, nil // between two memberships: onLost has been called
-	}
+var errGivenUp = errors.New("the consumer group did not hear from this copy in time and has given its partitions to others")
+
+// isMember asks the group's coordinator whether this copy belongs to the group at this moment, under the name that it
+// was given its partitions by: franz-go joins under another one without a word when a rebalance finds the old one
+// unknown. A no ends the consumer; what is no answer has to be asked again.
+func (c *consumer) isMember(ctx context.Context) error {
 	req := kmsg.NewPtrHeartbeatRequest()
-	req.Group, req.MemberID, req.Generation = c.group, member, generation
-	resp, err := req.RequestWith(ctx, c.kafka)
-	if err != nil {
-		return false, err
+	req.Group = c.group
+	req.MemberID, req.Generation = c.kafka.GroupMetadata()
+	if name := c.member.Load(); name == nil || *name != req.MemberID {
+		c.letGo(errGivenUp)
 	}
-	return !errors.Is(kerr.ErrorForCode(resp.ErrorCode), kerr.UnknownMemberID), nil
+	if c.holding.Err() != nil {
+		return context.Cause(c.holding)
+	}
+	resp, err := req.RequestWith(ctx, c.kafka)
+	if err == nil {
+		err = kerr.ErrorForCode(resp.ErrorCode)
+	}
+	switch {
+	case err == nil, errors.Is(err, kerr.RebalanceInProgress), errors.Is(err, kerr.IllegalGeneration): // a member all the same
+		return nil
+	case errors.Is(err, kerr.UnknownMemberID):
+		c.letGo(errGivenUp)
+		return errGivenUp
+	default:
+		return fmt.Errorf("ask Kafka whether this copy is still in the consumer group: %w", err)
+	}
 }
 
 func (c *consumer) forget(topics map[string][]int32) int {

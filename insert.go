@@ -33,18 +33,16 @@ const (
 
 // inserter runs the rounds, strictly one after another.
 type inserter struct {
-	store      *store
-	workers    []*worker
-	wait       time.Duration // WORKER_BATCH_TIMEOUT
-	instance   string        // random: makes tokens and query ids this process's own
-	group      string
-	stored     func([]position)                                            // told what a finished round reached, for the offsets
-	rejected   func(rec *kgo.Record, why string, stopped func() bool) bool // takes a record that ClickHouse does not
-	alone      func() bool                                                 // this copy has all partitions
-	isMember   func(context.Context) (bool, error)
-	fenceAfter time.Duration // a membership this old is asked for again before an insert
-	memberAt   time.Time     // when it was last known; only run touches it
-	stats      *storeStats
+	store    *store
+	workers  []*worker
+	wait     time.Duration // WORKER_BATCH_TIMEOUT
+	instance string        // random: makes tokens and query ids this process's own
+	group    string
+	stored   func([]position)                                            // told what a finished round reached, for the offsets
+	rejected func(rec *kgo.Record, why string, stopped func() bool) bool // takes a record that ClickHouse does not
+	alone    func() bool                                                 // this copy has all partitions
+	isMember func(context.Context) error                                 // nil when this copy is in the consumer group now
+	stats    *storeStats
 
 	arrived chan struct{} // a block has its first row
 	full    chan struct{} // a block has its last row
@@ -171,14 +169,7 @@ func (in *inserter) insertRound(ctx context.Context) {
 		return
 	}
 	in.seq.Add(1)
-	taken := len(in.round)
-	for ok := false; !ok; ok = in.isOurs(ctx) {
-		in.round = in.round[:taken] // without the suspects of the last turn
-		if in.persist(ctx, "look up suspects", func(int) error { return in.resolve(ctx) }) != nil {
-			return
-		}
-	}
-	if in.insertRows(ctx) != nil {
+	if in.persist(ctx, "look up suspects", func(int) error { return in.resolve(ctx) }) != nil || in.insertRows(ctx) != nil {
 		return
 	}
 	for i, b := range in.round {
@@ -188,48 +179,6 @@ func (in *inserter) insertRound(ctx context.Context) {
 	}
 	in.cover(ctx)
 	in.mend(ctx)
-}
-
-// isOurs is the fence in front of an insert: a copy that was paused for longer than its session has lost its partitions
-// and does not know yet. When the membership is not fresh the coordinator is asked, and a no is waited out until the
-// blocks are known to be lost. It empties those; false means that it did, and that the suspects have to be looked up
-// again without theirs. What remains is a pause between this check and the insert right behind it.
-func (in *inserter) isOurs(ctx context.Context) bool {
-	dropped := in.dropLost()
-	for !dropped && time.Since(in.memberAt) > in.fenceAfter && ctx.Err() == nil {
-		asked := time.Now()
-		member, err := in.isMember(ctx)
-		if dropped = in.dropLost(); dropped || err == nil && member {
-			in.memberAt = asked
-			break
-		}
-		if err != nil {
-			slog.Warn("Kafka does not say whether this copy is still in the group, the insert waits", "error", err)
-		}
-		select {
-		case <-time.After(minBackoff):
-		case <-ctx.Done():
-		}
-	}
-	return !dropped
-}
-
-// dropLost empties the round's blocks whose partitions were lost; true when there were any.
-func (in *inserter) dropLost() (found bool) {
-	for _, b := range in.round {
-		if b.owner == nil || len(b.reached) == 0 {
-			continue
-		}
-		b.owner.mu.Lock()
-		lost := b.losses != b.owner.losses
-		b.owner.mu.Unlock()
-		if lost {
-			slog.Warn("rows dropped, their partitions belong to another copy now", "rows", b.size())
-			b.reset()
-			found = true
-		}
-	}
-	return found
 }
 
 // insertRows stores the round, or all of it that ClickHouse takes. The error is ctx's.
@@ -273,7 +222,7 @@ func (in *inserter) persist(ctx context.Context, what string, try func(attempt i
 			return ctx.Err()
 		}
 		pause := min(minBackoff<<min(attempt-1, 10), maxBackoff)
-		slog.Warn("ClickHouse failed, the same round will be tried again", "what", what, "attempt", attempt, "in", pause, "error", err)
+		slog.Warn("the same round will be tried again", "failed", what, "attempt", attempt, "in", pause, "error", err)
 		select {
 		case <-time.After(pause/2 + rand.N(pause/2)):
 		case <-ctx.Done():
@@ -334,6 +283,10 @@ func (in *inserter) insertHalves(ctx context.Context, records []*kgo.Record, at 
 	return nil
 }
 
+// insertOnce is one attempt at an insert. The fence stands in OnInput: a copy that was paused for longer than its session
+// has lost its partitions and does not know. When ClickHouse asks for the rows, the insert is in system.processes and
+// has none: who is in the group at that moment goes on, and whoever is given its partitions later finds the insert there
+// and waits for its end (awaitStrangers). The question costs 0.3 ms.
 func (in *inserter) insertOnce(ctx context.Context, blocks []*block, token string, attempt int) error {
 	next := 0
 	in.empty.input(in.columns)
@@ -341,7 +294,13 @@ func (in *inserter) insertOnce(ctx context.Context, blocks []*block, token strin
 		Body:    "INSERT INTO " + in.store.database + ".events " + in.columns.Columns() + " VALUES",
 		QueryID: fmt.Sprintf("%s-%s-%d", in.group, token, attempt),
 		Input:   in.columns,
-		OnInput: func(context.Context) error {
+		OnInput: func(ctx context.Context) error {
+			if next == 0 {
+				if err := in.isMember(ctx); err != nil {
+					in.conn.Close() // or ch-go would wait for an answer to what it did not send
+					return err
+				}
+			}
 			for next < len(blocks) {
 				b := blocks[next]
 				next++
@@ -379,8 +338,10 @@ func (in *inserter) query(ctx context.Context, q ch.Query) (err error) {
 			return err
 		}
 	}
-	if err = in.conn.Do(ctx, q); err != nil {
-		in.conn.Close()
+	conn := in.conn
+	stop := context.AfterFunc(ctx, func() { conn.Close() }) // ch-go looks at ctx between two packets only
+	if err = conn.Do(ctx, q); !stop() || err != nil {
+		conn.Close()
 		in.conn = nil
 	}
 	return err

@@ -197,16 +197,19 @@ func (s *system) consume(ctx context.Context, deadline func() (context.Context, 
 		}
 		retrying.Go(func() { w.run(ctx) }) // ends with ctx
 	}
-	in := newInserter(s.store, s.cfg, &s.stats.store)
-	in.past.partitions.Store(int32(partitions))
-	c, err := newConsumer(s.cfg, in, side)
-	if err != nil {
-		slog.Error("consumer cannot be set up", "error", err)
-		return
+	s.stats.watch(&s.ready.consumer)
+	for torn := map[int64]struct{}{}; ctx.Err() == nil; {
+		in := newInserter(s.store, s.cfg, &s.stats.store)
+		in.past.partitions.Store(int32(partitions))
+		in.past.torn = torn // the hours that the last consumer had noted
+		c, err := newConsumer(s.cfg, in, side)
+		if err != nil {
+			slog.Error("consumer cannot be set up", "error", err)
+			return
+		}
+		s.ready.consumer.Store(c)
+		c.run(ctx, deadline)
 	}
-	s.stats.watch(in)
-	s.ready.consumer.Store(c)
-	c.run(ctx, deadline)
 }
 
 // untilDone repeats prepare until it succeeds; false when ctx ended first.

@@ -31,7 +31,6 @@ type worker struct {
 	cur    *block
 	spare  *block // the inserter's, from takeBlock to reset
 	seen   seen
-	losses uint64 // how often the group took partitions away without asking
 	closed bool
 }
 
@@ -71,19 +70,6 @@ func (w *worker) drop(partition int32) {
 	w.queue = kept
 }
 
-// lose forgets everything that came from the group before: somebody else has the partitions and reads it again.
-func (w *worker) lose() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.losses++
-	for _, f := range w.queue {
-		w.consumer.release(len(f.records))
-	}
-	clear(w.queue)
-	w.queue = w.queue[:0]
-	w.cur.reset()
-}
-
 func (w *worker) close() {
 	w.mu.Lock()
 	w.closed = true
@@ -99,8 +85,6 @@ func (w *worker) takeBlock() *block {
 	if len(w.cur.reached) == 0 {
 		return nil
 	}
-	w.cur.losses = w.losses
-	w.cur.owner = w
 	w.cur, w.spare = w.spare, w.cur
 	w.wake.Broadcast()
 	return w.spare
