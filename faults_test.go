@@ -338,6 +338,23 @@ func TestAnswersCut(t *testing.T) {
 	mustHold(t, env, l)
 }
 
+// TestKafkaAnswersCut: the brokers carry requests out and their answers are lost: what was produced is produced again
+// under its sequence number, what was committed is committed again.
+func TestKafkaAnswersCut(t *testing.T) {
+	env := newSpace(t)
+	p := startProgram(t, env)
+	l, done := loadInto(t, p.url, 4000, time.Hour, "-dup", "0.1")
+	for range 30 * tortureFactor() {
+		target := l.ok.Load() + 300
+		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
+		control(t, "/kafka/cut")
+	}
+	l.stop()
+	done()
+	mustAgree(t, l, p.url)
+	mustHold(t, env, l)
+}
+
 // cutter is a TCP proxy whose connections can lose their answers.
 type cutter struct {
 	listener net.Listener

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"slices"
@@ -470,5 +471,36 @@ func mustAgree(t testing.TB, l *loader, url string) {
 	}
 	if l.ok.Load() == 0 {
 		t.Fatal("nothing was accepted")
+	}
+}
+
+// TestMetricsOddNames: a name that means something to SQL, TSV or a URL is a name like any other.
+func TestMetricsOddNames(t *testing.T) {
+	p := startProgram(t, newSpace(t))
+	names := []string{`it's`, `'`, `\`, `\'`, `a\b`, `\n`, `|\|`, `x|y`, `{event_name:String}`, `') OR 1=1 --`, `%27`, `a b+c&d=e`, `"quoted"`, "ünïcode 😀", `\N`, `\0`}
+	for _, name := range names {
+		body, _ := json.Marshal(map[string]any{"event_name": name, "user_id": "u'\\", "timestamp": time.Now().Unix(), "campaign_id": name})
+		if status, _, answer := p.do("POST", onePath, jsonCT, "", body); status != http.StatusAccepted {
+			t.Fatal(status, answer)
+		}
+	}
+	drained(p)
+	ask := func(name string) (a metricsAnswer) {
+		path := fmt.Sprintf("%sevent_name=%s&from=1&to=%d&group_by=campaign", metricsPath, url.QueryEscape(name), time.Now().Unix())
+		status, _, answer := p.do("GET", path, "", "", nil)
+		if err := json.Unmarshal([]byte(answer), &a); err != nil || status != http.StatusOK {
+			t.Errorf("%q: %d %s", name, status, answer)
+		}
+		return a
+	}
+	for _, name := range names {
+		if a := ask(name); a.Total != 1 || len(a.Groups) != 1 || a.Groups[0].Key != name {
+			t.Errorf("%q: %+v", name, a)
+		}
+	}
+	for _, name := range []string{"\n", "a\tb", "x\x00y", "\r\b\f"} { // cannot be stored, may be asked
+		if a := ask(name); a.Total != 0 {
+			t.Errorf("%q: %+v", name, a)
+		}
 	}
 }

@@ -230,13 +230,9 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery, now int64) (tot
 		count, users proto.ColUInt64
 		isTotal      proto.ColUInt8
 	)
-	params := map[string]any{"event_name": q.eventName}
-	if q.channel != "" {
-		params["channel"] = q.channel
-	}
 	query := ch.Query{
 		Body:       q.sql(m.store.database, now),
-		Parameters: ch.Parameters(params),
+		Parameters: []proto.Parameter{parameter("event_name", q.eventName), parameter("channel", q.channel)},
 		Settings:   []ch.Setting{{Key: "max_execution_time", Value: "10"}, {Key: "enable_positional_arguments", Value: "0"}},
 		Result:     proto.Results{{Name: "key", Data: &key}, {Name: "total", Data: &count}, {Name: "users", Data: &users}, {Name: "is_total", Data: &isTotal}},
 		OnResult: func(context.Context, proto.Block) error {

@@ -80,6 +80,17 @@ func isRejection(err error) bool {
 	return ok && slices.Contains(rejections, e.Code)
 }
 
+// parameter is a query parameter of type String. The server takes the value for a quoted literal, and what is in the
+// quotes for a field of TSV: each layer has its escapes. ch-go's Parameters knows neither.
+func parameter(key, value string) proto.Parameter {
+	return proto.Parameter{Key: key, Value: "'" + literalEscapes.Replace(tsvEscapes.Replace(value)) + "'"}
+}
+
+var (
+	tsvEscapes     = strings.NewReplacer(`\`, `\\`, "\n", `\n`, "\r", `\r`, "\t", `\t`, "\b", `\b`, "\f", `\f`, "\x00", `\0`)
+	literalEscapes = strings.NewReplacer(`\`, `\\`, `'`, `\'`)
+)
+
 func firstLine(s string) string {
 	s, _, _ = strings.Cut(s, "\n")
 	return s

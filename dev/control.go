@@ -7,6 +7,7 @@
 //	POST /clickhouse/resume    SIGCONT
 //	POST /kafka/stop           closes both brokers and every connection
 //	POST /kafka/start          the same ports and data; returns when they answer
+//	POST /kafka/cut            every connection of now takes in one more request and breaks instead of answering
 //
 // 200 and one line of JSON, or 409 and what went wrong. What is so already (stop, start) is no error.
 
@@ -34,6 +35,7 @@ func serveControl(kafka *brokers, ch *clickhouse) (*http.Server, error) {
 		"/clickhouse/resume": func(*http.Request) error { return ch.signal(syscall.SIGCONT) },
 		"/kafka/stop":        func(*http.Request) error { kafka.stop(); return nil },
 		"/kafka/start":       func(*http.Request) error { return kafka.start() },
+		"/kafka/cut":         func(*http.Request) error { kafka.clients.cut(); return nil },
 	} {
 		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {
 			if err := action(r); err != nil {

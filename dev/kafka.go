@@ -42,6 +42,7 @@ type brokers struct {
 
 	mu      sync.Mutex // guards cluster
 	cluster *kfake.Cluster
+	clients cuttable
 }
 
 // addresses lists host:port, separated by commas.
@@ -71,6 +72,7 @@ func (b *brokers) start() error {
 		kfake.GroupMinSessionTimeout(minSession),
 		kfake.BrokerConfigs(brokerConfigs),
 		kfake.WithLogger(kafkaLog{b.verbose}),
+		kfake.ListenFn(b.clients.listen),
 	)
 	if err != nil {
 		return fmt.Errorf("start the Kafka brokers on %s with data in %s: %w", b.addresses(), b.dir, err)
