@@ -65,9 +65,7 @@ func newConsumer(cfg *settings, in *inserter, side *sideways) (*consumer, error)
 	c.holding, c.letGo = context.WithCancelCause(context.Background())
 	in.alone = func() bool { return c.assigned.Load() == in.past.partitions.Load() }
 	var err error
-	c.kafka, err = kgo.NewClient(
-		kgo.SeedBrokers(cfg.kafkaBrokers...),
-		kgo.ClientID("event-ingestion-consumer"),
+	c.kafka, err = newKafka(cfg, "event-ingestion-consumer",
 		kgo.ConsumerGroup(cfg.kafkaGroup),
 		kgo.ConsumeTopics(cfg.kafkaTopic),
 		kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()),
@@ -136,6 +134,7 @@ func (c *consumer) poll(ctx context.Context) {
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 {
 				c.queued.Add(int64(len(p.Records)))
+				c.inserter.stats.consumed.Add(len(p.Records))
 				c.workers[int(p.Partition)%len(c.workers)].enqueue(p.Partition, p.Records)
 			}
 		})

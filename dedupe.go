@@ -193,7 +193,7 @@ func (in *inserter) awaitStrangers(ctx context.Context) error {
 		}
 		var running proto.ColUInt64
 		err := in.query(ctx, ch.Query{
-			Body: "SELECT count() AS n FROM system.processes WHERE startsWith(query_id, {ours:String}) AND NOT startsWith(query_id, {mine:String}) AND elapsed > {since:Float64}",
+			Body: "SELECT count() AS n FROM " + in.store.processes() + " WHERE startsWith(query_id, {ours:String}) AND NOT startsWith(query_id, {mine:String}) AND elapsed > {since:Float64}",
 			Parameters: []proto.Parameter{
 				parameter("ours", in.group+"-"), parameter("mine", in.group+"-"+in.instance+"-"),
 				parameter("since", fmt.Sprint(time.Since(time.Unix(0, assigned)).Seconds())),

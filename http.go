@@ -1,15 +1,21 @@
 // The HTTP server: routes, time limits, and the form of every answer.
 //
-// http.go owns the route table and the append-style writers that ingest.go and query.go answer with. Every answer is
-// JSON with a Content-Length, every error has an "error" string.
+// http.go owns the route table, what every request has (an id, a place in the counters and in the log), and the
+// append-style writers that ingest.go and query.go answer with. Every answer is JSON with a Content-Length, every error
+// has an "error" string and the request's id. access.go decides who is let in.
 
 package main
 
 import (
+	"encoding/binary"
+	"encoding/hex"
+	"log/slog"
+	"math/rand/v2"
 	"net/http"
 	"path"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -25,18 +31,22 @@ const (
 	idleTimeout       = 2 * time.Minute
 )
 
-// route is one line of the API: a method, a path and who answers.
+// route is one line of the API: a method, a path, who answers, and the name that its counters have.
 type route struct {
-	method, path string
-	handler      http.HandlerFunc
+	method, path, name string
+	handler            http.HandlerFunc
 }
 
 // newServer returns the API's server, not yet listening. Unknown paths get 404, known paths with another method 405.
-func newServer(addr string, routes []route, cfg *settings) *http.Server {
+func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats) *http.Server {
 	mux := http.NewServeMux()
 	methods := map[string][]string{}
 	for _, rt := range routes {
-		mux.HandleFunc(rt.method+" "+rt.path, rt.handler)
+		counts := st.route(rt.name)
+		mux.HandleFunc(rt.method+" "+rt.path, func(w http.ResponseWriter, r *http.Request) {
+			w.(*exchange).route = counts
+			rt.handler(w, r)
+		})
 		methods[rt.path] = append(methods[rt.path], rt.method)
 		if rt.method == http.MethodGet {
 			methods[rt.path] = append(methods[rt.path], http.MethodHead)
@@ -53,23 +63,93 @@ func newServer(addr string, routes []route, cfg *settings) *http.Server {
 		writeError(w, http.StatusNotFound, "not found", "nothing is at "+r.URL.Path)
 	}
 	mux.HandleFunc("/", notFound)
+	other := st.route("other")
 	return &http.Server{
 		Addr: addr,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			// The mux would answer an unclean path with an HTML redirect.
-			if p := r.URL.Path; p == "" || p[0] != '/' || len(p) > 1 && path.Clean(p) != strings.TrimSuffix(p, "/") {
-				notFound(w, r)
-				return
+			x := exchanges.Get().(*exchange)
+			*x = exchange{ResponseWriter: w, route: other, started: time.Now()}
+			x.begin(r)
+			switch p := r.URL.Path; {
+			case !ac.admits(x, r): // and has answered
+			case p == "" || p[0] != '/' || len(p) > 1 && path.Clean(p) != strings.TrimSuffix(p, "/"):
+				notFound(x, r) // the mux would answer an unclean path with an HTML redirect
+			default:
+				mux.ServeHTTP(x, r)
 			}
-			mux.ServeHTTP(w, r)
+			x.end(r, ac)
+			exchanges.Put(x)
 		}),
 		ReadHeaderTimeout: readHeaderTimeout,
 		ReadTimeout:       cfg.readTimeout,
 		WriteTimeout:      cfg.writeTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
+		TLSConfig:         ac.tls,
+		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug), // what clients do wrong
 	}
 }
+
+// exchange is one request and its answer: the writer that every handler gets, with what is to be counted and logged.
+type exchange struct {
+	http.ResponseWriter
+	id      string // X-Request-Id
+	route   *routeStats
+	status  int
+	started time.Time
+}
+
+var exchanges = sync.Pool{New: func() any { return new(exchange) }}
+
+// maxRequestID is how much of a client's X-Request-Id is believed.
+const maxRequestID = 64
+
+// begin names the request: as the client did, or at random.
+func (x *exchange) begin(r *http.Request) {
+	if given := r.Header["X-Request-Id"]; len(given) == 1 && isRequestID(given[0]) {
+		x.id = given[0]
+	} else {
+		var b [16]byte
+		x.id = string(hex.AppendEncode(b[:0], binary.BigEndian.AppendUint64(make([]byte, 0, 8), rand.Uint64())))
+	}
+	x.Header()["X-Request-Id"] = []string{x.id}
+}
+
+// isRequestID keeps what could forge a line of the log out of it.
+func isRequestID(s string) bool {
+	for _, c := range []byte(s) {
+		if (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && c != '-' && c != '_' && c != '.' {
+			return false
+		}
+	}
+	return s != "" && len(s) <= maxRequestID
+}
+
+func (x *exchange) end(r *http.Request, ac *access) {
+	took := time.Since(x.started)
+	x.route.count(x.status, took)
+	if ac.logs(x.status) {
+		slog.Info("request", "id", x.id, "method", r.Method, "path", r.URL.Path, "status", x.status, "ms", float64(took.Microseconds())/1000, "from", r.RemoteAddr)
+	}
+	x.ResponseWriter = nil
+}
+
+func (x *exchange) WriteHeader(status int) {
+	if x.status == 0 {
+		x.status = status
+	}
+	x.ResponseWriter.WriteHeader(status)
+}
+
+func (x *exchange) Write(b []byte) (int, error) {
+	if x.status == 0 {
+		x.status = http.StatusOK
+	}
+	return x.ResponseWriter.Write(b)
+}
+
+// Unwrap is how http.ResponseController finds the connection's writer.
+func (x *exchange) Unwrap() http.ResponseWriter { return x.ResponseWriter }
 
 // jsonHeader is shared by every answer: setting the map entry directly saves the canonicalisation and the slice.
 var jsonHeader = []string{typeJSON}
@@ -90,7 +170,7 @@ func writeError(w http.ResponseWriter, status int, message, detail string) {
 		b = append(b, `,"detail":`...)
 		b = appendString(b, strings.ToValidUTF8(detail, "�"))
 	}
-	writeJSON(w, status, append(b, '}'))
+	writeJSON(w, status, appendRequestID(b, w))
 }
 
 func writeUnavailable(w http.ResponseWriter, detail string) {
@@ -102,7 +182,17 @@ func writeUnavailable(w http.ResponseWriter, detail string) {
 func writeProblems(w http.ResponseWriter, problems []problem) {
 	b := append(make([]byte, 0, 512), `{"error":"validation failed","errors":`...)
 	b = appendProblems(b, problems)
-	writeJSON(w, http.StatusBadRequest, append(b, '}'))
+	writeJSON(w, http.StatusBadRequest, appendRequestID(b, w))
+}
+
+// appendRequestID ends an error's object with the request's id.
+func appendRequestID(b []byte, w http.ResponseWriter) []byte {
+	if x, ok := w.(*exchange); ok {
+		b = append(b, `,"request_id":"`...)
+		b = append(b, x.id...)
+		b = append(b, '"')
+	}
+	return append(b, '}')
 }
 
 func appendProblems(dst []byte, problems []problem) []byte {

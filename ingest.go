@@ -176,6 +176,8 @@ func (in *ingester) produce(q *ingestRequest) {
 	for i := range q.records {
 		in.kafka.Produce(ctx, &q.records[i].Record, q.records[i].promise)
 	}
+	started := time.Now()
+	defer func() { in.stats.ack.Update(time.Since(started).Seconds()) }()
 	timeout := time.NewTimer(in.ackTimeout)
 	defer timeout.Stop()
 	select {
@@ -347,7 +349,6 @@ const (
 func (in *ingester) get() *ingestRequest {
 	q := in.requests.Get().(*ingestRequest)
 	q.holders.Store(1)
-	in.stats.requests.Add(1)
 	return q
 }
 

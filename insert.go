@@ -173,6 +173,9 @@ func (in *inserter) insertRound(ctx context.Context) {
 		return
 	}
 	for i, b := range in.round {
+		if len(b.records) > 0 {
+			in.stats.freshness.Update(time.Since(b.records[0].Timestamp).Seconds())
+		}
 		in.stored(b.reached)
 		b.reset()
 		in.round[i] = nil
@@ -333,6 +336,7 @@ func (in *inserter) insertOnce(ctx context.Context, blocks []*block, token strin
 func (in *inserter) query(ctx context.Context, q ch.Query) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, insertTimeout)
 	defer cancel()
+	q.Settings = append(q.Settings, in.store.exactly()...)
 	if in.conn == nil || in.conn.IsClosed() {
 		if in.conn, err = in.store.dial(ctx); err != nil {
 			return err

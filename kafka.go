@@ -7,6 +7,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -16,6 +17,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/sasl/plain"
+	"github.com/twmb/franz-go/pkg/sasl/scram"
 )
 
 // Partitions of the side topics: two for each of the five retry delays, and a few for what is given up.
@@ -27,15 +30,30 @@ const (
 // minEventBytes is about the smallest body of an event: what the byte budget allows bounds the records by it.
 const minEventBytes = 64
 
+// newKafka returns a client; every one of the program reaches the brokers like this.
+func newKafka(cfg *settings, clientID string, opts ...kgo.Opt) (*kgo.Client, error) {
+	all := []kgo.Opt{kgo.SeedBrokers(cfg.kafkaBrokers...), kgo.ClientID(clientID)}
+	if cfg.kafkaTLS {
+		all = append(all, kgo.DialTLSConfig(&tls.Config{RootCAs: cfg.kafkaCA}))
+	}
+	switch login := (scram.Auth{User: cfg.kafkaUsername, Pass: cfg.kafkaPassword}); cfg.kafkaSASL {
+	case "PLAIN":
+		all = append(all, kgo.SASL(plain.Auth{User: login.User, Pass: login.Pass}.AsMechanism()))
+	case "SCRAM-SHA-256":
+		all = append(all, kgo.SASL(login.AsSha256Mechanism()))
+	case "SCRAM-SHA-512":
+		all = append(all, kgo.SASL(login.AsSha512Mechanism()))
+	}
+	return kgo.NewClient(append(all, opts...)...)
+}
+
 // newProducer returns a client to produce with. acks=all and idempotence are franz-go's defaults, and required here:
 // 202 means that all in-sync replicas have the event. Later options override the ones given here.
 func newProducer(cfg *settings, more ...kgo.Opt) (*kgo.Client, error) {
 	codec := map[string]kgo.CompressionCodec{
 		"none": kgo.NoCompression(), "snappy": kgo.SnappyCompression(), "lz4": kgo.Lz4Compression(), "zstd": kgo.ZstdCompression(),
 	}[cfg.kafkaCompression]
-	return kgo.NewClient(append([]kgo.Opt{
-		kgo.SeedBrokers(cfg.kafkaBrokers...),
-		kgo.ClientID("event-ingestion"),
+	return newKafka(cfg, "event-ingestion", append([]kgo.Opt{
 		kgo.RequiredAcks(kgo.AllISRAcks()),
 		kgo.RecordPartitioner(kgo.StickyKeyPartitioner(nil)), // murmur2 of the key, as every Kafka client computes it
 		kgo.ProducerBatchCompression(codec),
@@ -102,8 +120,16 @@ type watermark struct {
 	admin        *kadm.Client
 	topic, group string
 	through      atomic.Int64 // Unix seconds, 0 while unknown
-	lag          atomic.Int64 // records, -1 while unknown
 	samples      []sample     // oldest first; only run touches it
+	lags         atomic.Pointer[[]int64]
+}
+
+// partitionLags is the lag of each partition, nil while unknown.
+func (w *watermark) partitionLags() []int64 {
+	if lags := w.lags.Load(); lags != nil {
+		return *lags
+	}
+	return nil
 }
 
 // sample is where the partitions ended at a moment.
@@ -113,9 +139,7 @@ type sample struct {
 }
 
 func newWatermark(kafka *kgo.Client, cfg *settings) *watermark {
-	w := &watermark{admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup}
-	w.lag.Store(-1)
-	return w
+	return &watermark{admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup}
 }
 
 // run samples until ctx is done.
@@ -149,16 +173,15 @@ func (w *watermark) sample(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	ends, stored := make([]int64, len(listed[w.topic])), make([]int64, len(listed[w.topic]))
-	lag := int64(0)
+	ends, stored, lags := make([]int64, len(listed[w.topic])), make([]int64, len(listed[w.topic])), make([]int64, len(listed[w.topic]))
 	for p, o := range listed[w.topic] {
 		ends[p] = o.Offset
 		if c, ok := committed.Lookup(w.topic, p); ok && c.Err == nil {
 			stored[p] = max(0, c.At)
 		}
-		lag += max(0, ends[p]-stored[p])
+		lags[p] = max(0, ends[p]-stored[p])
 	}
-	w.lag.Store(lag)
+	w.lags.Store(&lags)
 	if n := len(w.samples); n > 1 && w.samples[n-1].at.Sub(w.samples[n-2].at) < time.Second {
 		w.samples = w.samples[:n-1] // a second apart, but for the newest
 	}

@@ -216,7 +216,7 @@ func (l *ledger) print(w io.Writer) {
 
 // readWhole hands each record of a topic to f, up to the ends that the partitions have when it starts.
 func readWhole(ctx context.Context, cfg *settings, topic string, f func(*kgo.Record)) error {
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(cfg.kafkaBrokers...), kgo.ClientID("event-ingestion-audit"), kgo.FetchMaxWait(fetchWait))
+	kafka, err := newKafka(cfg, "event-ingestion-audit", kgo.FetchMaxWait(fetchWait))
 	if err != nil {
 		return err
 	}

@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"runtime"
 	"sync"
 	"syscall"
 	"time"
@@ -28,6 +29,8 @@ const usage = `event-ingestion takes events over HTTP and answers metrics about 
   event-ingestion audit      compare what Kafka acknowledged with what is stored, to the last event (audit -h)
   event-ingestion reconcile  make events_hourly agree with events (reconcile -h)
   event-ingestion dlq        list, show and replay dead letters (dlq -h)
+  event-ingestion healthcheck  exit 0 when the copy of this machine is ready, for containers
+  event-ingestion version    print the version
   event-ingestion -h         this page
 
 Settings:
@@ -49,6 +52,10 @@ func main() {
 		os.Exit(runReconcile(os.Args[2:], os.Stdout, os.Stderr))
 	case "dlq":
 		os.Exit(runDLQ(os.Args[2:], os.Stdout, os.Stderr))
+	case "healthcheck":
+		os.Exit(runHealthcheck(os.Stderr))
+	case "version", "-version", "--version":
+		fmt.Println(version(), runtime.Version())
 	case "-h", "-help", "--help", "help":
 		fmt.Print(usage)
 		printSettings(os.Stdout)
@@ -65,7 +72,11 @@ func serve() int {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
 	}
-	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: cfg.logLevel})))
+	options := &slog.HandlerOptions{Level: cfg.logLevel}
+	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, options)))
+	if cfg.logFormat == "json" {
+		slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, options)))
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop)
@@ -89,6 +100,7 @@ type system struct {
 	watermark *watermark
 	metrics   *metricsAPI
 	ready     *readiness
+	access    *access
 	api       *http.Server
 	admin     *http.Server
 	listener  net.Listener // of the API
@@ -100,6 +112,9 @@ func newSystem(cfg *settings) (*system, error) {
 	s := &system{cfg: cfg, stats: newStats(), store: newStore(cfg)}
 	addr := net.JoinHostPort(cfg.serverHost, fmt.Sprint(cfg.serverPort))
 	var err error
+	if s.access, err = newAccess(cfg); err != nil {
+		return nil, err
+	}
 	if s.listener, err = net.Listen("tcp", addr); err != nil {
 		return nil, fmt.Errorf("listen for the API (SERVER_PORT): %w", err)
 	}
@@ -113,23 +128,38 @@ func newSystem(cfg *settings) (*system, error) {
 	}
 	s.watermark = newWatermark(s.producer, cfg)
 	s.metrics = newMetricsAPI(s.store, s.watermark)
-	s.ready = &readiness{kafka: s.producer, metrics: s.metrics}
+	s.ready = &readiness{kafka: s.producer, metrics: s.metrics, consumes: cfg.role != "api"}
 	in := newIngester(s.producer, cfg, &s.stats.ingest)
-	s.api = newServer(addr, []route{
-		{http.MethodPost, "/api/v1/events", in.serveOne},
-		{http.MethodPost, "/api/v1/events/bulk", in.serveBulk},
-		{http.MethodGet, "/api/v1/metrics", s.metrics.serve},
-		{http.MethodGet, "/health", serveHealth},
-		{http.MethodGet, "/ready", s.ready.serve},
-	}, cfg)
-	s.admin = newAdminServer(cfg.adminAddr, s.stats, s.watermark)
+	routes := []route{
+		{http.MethodGet, "/health", "health", serveHealth},
+		{http.MethodGet, "/ready", "ready", s.ready.serve},
+	}
+	if cfg.role != "consumer" {
+		routes = append(routes,
+			route{http.MethodPost, "/api/v1/events", "events", in.serveOne},
+			route{http.MethodPost, "/api/v1/events/bulk", "bulk", in.serveBulk},
+			route{http.MethodGet, "/api/v1/metrics", "metrics", s.metrics.serve},
+		)
+	}
+	s.api = newServer(addr, routes, cfg, s.access, s.stats)
+	s.admin = newAdminServer(cfg.adminAddr, s.stats)
+	s.stats.watch(&s.ready.consumer, s.watermark, &in.bodies)
 	return s, nil
 }
 
 // run serves until ctx is done and then stops within SHUTDOWN_TIMEOUT.
 func (s *system) run(ctx context.Context) error {
 	serving := make(chan error, 2)
-	go func() { serving <- s.api.Serve(s.listener) }() // ends with Shutdown
+	go func() { // ends with Shutdown
+		if s.access.tls != nil {
+			serving <- s.api.ServeTLS(s.listener, "", "")
+		} else {
+			serving <- s.api.Serve(s.listener)
+		}
+	}()
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
 	if s.adminL != nil {
 		go func() { serving <- s.admin.Serve(s.adminL) }() // ends with Close
 	}
@@ -144,13 +174,23 @@ func (s *system) run(ctx context.Context) error {
 	}
 	stages.Go(func() { s.consume(consuming, deadline) }) // ends with stopConsuming
 	var err error
-	select {
-	case <-ctx.Done():
-	case err = <-serving:
+	for running := true; running; {
+		select {
+		case <-hup:
+			s.access.reload()
+			continue
+		case <-ctx.Done():
+		case err = <-serving:
+		}
+		running = false
 	}
 
-	slog.Info("stopping: first requests, then rows, then offsets")
 	s.ready.stopping.Store(true)
+	if err == nil && s.cfg.shutdownDelay > 0 {
+		slog.Info("not ready any more, still serving", "for", s.cfg.shutdownDelay)
+		time.Sleep(s.cfg.shutdownDelay)
+	}
+	slog.Info("stopping: first requests, then rows, then offsets")
 	end, cancel := deadline()
 	defer cancel()
 	if e := s.api.Shutdown(end); e != nil {
@@ -181,6 +221,10 @@ func (s *system) consume(ctx context.Context, deadline func() (context.Context, 
 	if !untilDone(ctx, "tables", func() error { return s.store.applySchema(ctx) }) {
 		return
 	}
+	if s.cfg.role == "api" {
+		<-ctx.Done()
+		return
+	}
 	side, err := newSideways(s.cfg, &s.stats.sideways)
 	if err != nil {
 		slog.Error("producer beside the main way cannot be set up", "error", err)
@@ -197,7 +241,6 @@ func (s *system) consume(ctx context.Context, deadline func() (context.Context, 
 		}
 		retrying.Go(func() { w.run(ctx) }) // ends with ctx
 	}
-	s.stats.watch(&s.ready.consumer)
 	for torn := map[int64]struct{}{}; ctx.Err() == nil; {
 		in := newInserter(s.store, s.cfg, &s.stats.store)
 		in.past.partitions.Store(int32(partitions))

@@ -81,8 +81,9 @@ func reconcile(ctx context.Context, st *store, r timeRange, quiet int, dryRun bo
 	)
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	err = c.Do(ctx, ch.Query{
-		Body:   "SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") + " AS at, missing, aggregated FROM (" + query + ") ORDER BY hour, name, ch",
-		Result: proto.Results{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "at", Data: &hour}, {Name: "missing", Data: &missing}, {Name: "aggregated", Data: &has}},
+		Body:     "SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") + " AS at, missing, aggregated FROM (" + query + ") ORDER BY hour, name, ch",
+		Settings: st.exactly(),
+		Result:   proto.Results{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "at", Data: &hour}, {Name: "missing", Data: &missing}, {Name: "aggregated", Data: &has}},
 		OnResult: func(context.Context, proto.Block) error {
 			for i := range missing {
 				if rows++; rows == 1 {
@@ -100,7 +101,7 @@ func reconcile(ctx context.Context, st *store, r timeRange, quiet int, dryRun bo
 	return rows, c.Do(ctx, ch.Query{
 		Body: fmt.Sprintf("INSERT INTO %s.events_hourly (event_name, channel, hour, event_count, unique_users_state, revenue, campaigns_state) "+
 			"SELECT event_name, channel, hour, missing, users_state, revenue_missing, campaigns_state FROM (%s)", st.database, query),
-		Settings: []ch.Setting{{Key: "async_insert", Value: "0"}, {Key: "insert_deduplicate", Value: "0"}},
+		Settings: append(st.exactly(), ch.Setting{Key: "async_insert", Value: "0"}, ch.Setting{Key: "insert_deduplicate", Value: "0"}),
 	})
 }
 

@@ -71,7 +71,7 @@ func (s *sideways) deadLetter(rec *kgo.Record, errorType, message string, stoppe
 	if !s.produce(letter, stopped) {
 		return false
 	}
-	s.stats.dead.Inc()
+	s.stats.dead(errorType)
 	slog.Warn("record sent to the dead letters", "topic", rec.Topic, "partition", rec.Partition, "offset", rec.Offset, "type", errorType, "error", message)
 	return true
 }
@@ -184,9 +184,7 @@ func newRetryWorker(cfg *settings, s *sideways) (*retryWorker, error) {
 		}
 	}
 	var err error
-	w.kafka, err = kgo.NewClient(
-		kgo.SeedBrokers(cfg.kafkaBrokers...),
-		kgo.ClientID("event-ingestion-retry"),
+	w.kafka, err = newKafka(cfg, "event-ingestion-retry",
 		kgo.ConsumerGroup(cfg.kafkaGroup+".retry"),
 		kgo.ConsumeTopics(cfg.kafkaTopic+".retry"),
 		kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()),

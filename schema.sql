@@ -1,11 +1,12 @@
 -- The tables, in the order in which an event meets them. Applied at every start: each statement is idempotent.
--- {database} is replaced by the setting CLICKHOUSE_DATABASE; a statement ends with a semicolon at the end of a line.
+-- {database} is replaced by the setting CLICKHOUSE_DATABASE; with CLICKHOUSE_CLUSTER the other braces say ON CLUSTER and
+-- Replicated, else nothing. A statement ends with a semicolon at the end of a line.
 
-CREATE DATABASE IF NOT EXISTS {database};
+CREATE DATABASE IF NOT EXISTS {database}{on cluster};
 
 -- One row an event. The sorting key answers "which of these ids are here?" by primary key, and the cut hours of a
 -- metrics query by event_name and time. ReplacingMergeTree merges away a copy that got past the dedupe.
-CREATE TABLE IF NOT EXISTS {database}.events
+CREATE TABLE IF NOT EXISTS {database}.events{on cluster}
 (
     event_id    FixedString(32)          COMMENT 'SHA-256 of event_name|user_id|timestamp|channel, raw; lower(hex(event_id)) is the API''s event_id',
     event_name  LowCardinality(String),
@@ -19,17 +20,18 @@ CREATE TABLE IF NOT EXISTS {database}.events
     currency    LowCardinality(String)   COMMENT 'metadata.currency',
     created_at  DateTime64(3, 'UTC')     DEFAULT now64(3) COMMENT 'when ClickHouse got the row' CODEC(DoubleDelta, LZ4)
 )
-ENGINE = ReplacingMergeTree
+ENGINE = {replicated}ReplacingMergeTree
 PARTITION BY toYYYYMM(timestamp)
 ORDER BY (event_name, timestamp, event_id)
 SETTINGS
     -- An insert whose answer was lost is sent again with the same token; this many tokens are remembered.
     non_replicated_deduplication_window = 10000,
+    replicated_deduplication_window = 10000,
     -- Parts below this size keep all columns in one file: a third less CPU for a small insert.
     min_bytes_for_wide_part = 67108864;
 
 -- One row an event_name, channel and hour: what the metrics endpoint and the dashboards read.
-CREATE TABLE IF NOT EXISTS {database}.events_hourly
+CREATE TABLE IF NOT EXISTS {database}.events_hourly{on cluster}
 (
     event_name         LowCardinality(String),
     channel            LowCardinality(String),
@@ -41,12 +43,12 @@ CREATE TABLE IF NOT EXISTS {database}.events_hourly
     revenue            SimpleAggregateFunction(sum, Decimal(38, 4)) COMMENT 'of purchases in TRY',
     campaigns_state    AggregateFunction(uniqCombined64(12), LowCardinality(String))
 )
-ENGINE = AggregatingMergeTree
+ENGINE = {replicated}AggregatingMergeTree
 PARTITION BY toYYYYMM(hour)
 ORDER BY (event_name, channel, hour)
-SETTINGS non_replicated_deduplication_window = 10000, min_bytes_for_wide_part = 67108864;
+SETTINGS non_replicated_deduplication_window = 10000, replicated_deduplication_window = 10000, min_bytes_for_wide_part = 67108864;
 
-CREATE MATERIALIZED VIEW IF NOT EXISTS {database}.events_hourly_mv TO {database}.events_hourly AS
+CREATE MATERIALIZED VIEW IF NOT EXISTS {database}.events_hourly_mv{on cluster} TO {database}.events_hourly AS
 SELECT
     event_name,
     channel,

@@ -1,19 +1,24 @@
 // Settings: environment variables, their defaults, limits and meanings, in one table.
 //
 // settings.go owns the table; `event-ingestion -h` prints it, loadSettings reads the environment by it, and a start
-// with a bad value ends with one message that names every bad one.
+// with a bad value ends with one message that names every bad one. A secret may stand in a file that NAME_FILE names.
 
 package main
 
 import (
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
+	"net/url"
+	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 )
 
 // settings is what the environment says; see settingsTable for units and defaults.
@@ -25,7 +30,14 @@ type settings struct {
 	ackTimeout       time.Duration
 	maxInFlightBytes int64
 	adminAddr        string
+	role             string
+	apiKeys          []string
+	corsOrigins      []string
+	tlsCertFile      string
+	tlsKeyFile       string
 	logLevel         slog.Level
+	logFormat        string
+	accessLog        float64
 
 	kafkaBrokers     []string
 	kafkaTopic       string
@@ -36,12 +48,20 @@ type settings struct {
 	kafkaLinger      time.Duration
 	kafkaCompression string
 	kafkaSession     time.Duration
+	kafkaTLS         bool
+	kafkaCA          *x509.CertPool // nil means the system's
+	kafkaSASL        string
+	kafkaUsername    string
+	kafkaPassword    string
 
 	clickhouseHost     string
 	clickhousePort     int
 	clickhouseDatabase string
 	clickhouseUsername string
 	clickhousePassword string
+	clickhouseTLS      bool
+	clickhouseCA       *x509.CertPool // nil means the system's
+	clickhouseCluster  string
 
 	workerCount        int
 	workerBatchSize    int
@@ -50,12 +70,16 @@ type settings struct {
 	retryWorkers       int
 	maxRetryAttempts   int
 	shutdownTimeout    time.Duration
+	shutdownDelay      time.Duration
 }
 
 type setting struct {
 	name, fallback, meaning string
 	set                     func(string) error
 }
+
+// secrets are the settings that may be given as a file, and whose values no message repeats.
+var secrets = []string{"API_KEYS", "KAFKA_SASL_PASSWORD", "CLICKHOUSE_PASSWORD"}
 
 // settingsTable is every setting of the program, in the order in which -h prints them.
 func (c *settings) settingsTable() []setting {
@@ -67,7 +91,14 @@ func (c *settings) settingsTable() []setting {
 		{"ACK_TIMEOUT", "10s", "Kafka has to acknowledge a request's events within this, else 503; below SERVER_WRITE_TIMEOUT", duration(&c.ackTimeout, 100*time.Millisecond, time.Hour)},
 		{"MAX_IN_FLIGHT_BYTES", "67108864", "bytes of request bodies held at once, else 503", integer(&c.maxInFlightBytes, maxBulkBody+1, 1<<40)},
 		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", address(&c.adminAddr)},
+		{"ROLE", "all", "all; api serves HTTP and leaves consuming to others; consumer only consumes, and answers /health and /ready", oneOf(&c.role, "all", "api", "consumer")},
+		{"API_KEYS", "", "comma-separated keys, one of which a request to /api/ has to bring; none lets everybody in", keys(&c.apiKeys)},
+		{"CORS_ORIGINS", "", "comma-separated origins whose pages may call the API, such as https://shop.example; * is all of them", origins(&c.corsOrigins)},
+		{"TLS_CERT_FILE", "", "certificate chain in PEM; with TLS_KEY_FILE the API speaks HTTPS", text(&c.tlsCertFile, true)},
+		{"TLS_KEY_FILE", "", "its private key in PEM; both are read again on SIGHUP", text(&c.tlsKeyFile, true)},
 		{"LOG_LEVEL", "info", "debug, info, warn or error", func(s string) error { return c.logLevel.UnmarshalText([]byte(s)) }},
+		{"LOG_FORMAT", "text", "text or json", oneOf(&c.logFormat, "text", "json")},
+		{"ACCESS_LOG", "0", "share of requests that are logged, 0 to 1; those that fail with 5xx are logged anyway, at most 10 a second", share(&c.accessLog)},
 
 		{"KAFKA_BROKERS", "localhost:29092,localhost:29093", "comma-separated host:port of the first brokers to ask", addresses(&c.kafkaBrokers)},
 		{"KAFKA_TOPIC", "events", "main topic; retries go to TOPIC.retry, dead letters to TOPIC.dlq", text(&c.kafkaTopic, false)},
@@ -78,12 +109,20 @@ func (c *settings) settingsTable() []setting {
 		{"KAFKA_LINGER", "1ms", "the producer waits this long for more records before it sends; 0 sends at once", duration(&c.kafkaLinger, 0, time.Minute)},
 		{"KAFKA_COMPRESSION", "snappy", "of produced batches: none, snappy, lz4 or zstd", oneOf(&c.kafkaCompression, "none", "snappy", "lz4", "zstd")},
 		{"KAFKA_SESSION_TIMEOUT", "10s", "the group gives the partitions of a copy that died without a word to others after this", duration(&c.kafkaSession, time.Second, time.Hour)},
+		{"KAFKA_TLS", "false", "true speaks TLS to the brokers", boolean(&c.kafkaTLS)},
+		{"KAFKA_TLS_CA_FILE", "", "certificates in PEM that sign those of the brokers; empty means the system's", certificates(&c.kafkaCA)},
+		{"KAFKA_SASL_MECHANISM", "none", "none, PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512", oneOf(&c.kafkaSASL, "none", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")},
+		{"KAFKA_SASL_USERNAME", "", "user of SASL", text(&c.kafkaUsername, true)},
+		{"KAFKA_SASL_PASSWORD", "", "its password", text(&c.kafkaPassword, true)},
 
 		{"CLICKHOUSE_HOST", "localhost", "host of ClickHouse", text(&c.clickhouseHost, false)},
 		{"CLICKHOUSE_PORT", "9000", "native port of ClickHouse", integer(&c.clickhousePort, 1, 65535)},
 		{"CLICKHOUSE_DATABASE", "event_ingestion", "database; created when missing", identifier(&c.clickhouseDatabase)},
 		{"CLICKHOUSE_USERNAME", "default", "user", text(&c.clickhouseUsername, false)},
 		{"CLICKHOUSE_PASSWORD", "", "password", text(&c.clickhousePassword, true)},
+		{"CLICKHOUSE_TLS", "false", "true speaks TLS to ClickHouse, whose port for it is usually 9440", boolean(&c.clickhouseTLS)},
+		{"CLICKHOUSE_TLS_CA_FILE", "", "certificates in PEM that sign that of ClickHouse; empty means the system's", certificates(&c.clickhouseCA)},
+		{"CLICKHOUSE_CLUSTER", "", "name of a cluster of replicas: tables are made ON CLUSTER with Replicated engines, inserts wait for a quorum", clusterName(&c.clickhouseCluster)},
 
 		{"WORKER_COUNT", "20", "workers; partition p belongs to worker p mod WORKER_COUNT", integer(&c.workerCount, 1, 1000)},
 		{"WORKER_BATCH_SIZE", "2000", "rows of a worker's block; a full block starts an insert", integer(&c.workerBatchSize, 1, 100000)},
@@ -92,6 +131,7 @@ func (c *settings) settingsTable() []setting {
 		{"RETRY_WORKER_COUNT", "1", "workers that put rejected records back when they are due; 0 leaves that to other copies", integer(&c.retryWorkers, 0, retryPartitions)},
 		{"MAX_RETRY_ATTEMPTS", "5", "retries after 2, 4, 8, 16, 32 s before a rejected record becomes a dead letter", integer(&c.maxRetryAttempts, 0, 100)},
 		{"SHUTDOWN_TIMEOUT", "8s", "a stop finishes requests and inserts within this; what is left is read from Kafka again", duration(&c.shutdownTimeout, time.Second, time.Hour)},
+		{"SHUTDOWN_DELAY", "0", "a stop first turns /ready to 503 and goes on serving for this long, so that a load balancer sees it", duration(&c.shutdownDelay, 0, time.Hour)},
 	}
 }
 
@@ -100,13 +140,29 @@ func loadSettings(getenv func(string) string) (*settings, error) {
 	c := new(settings)
 	var bad []error
 	for _, s := range c.settingsTable() {
-		value := getenv(s.name)
+		value, err := getenv(s.name), error(nil)
+		secret := slices.Contains(secrets, s.name)
+		if secret {
+			value, err = orFile(getenv, s.name)
+		}
 		if value == "" {
 			value = s.fallback
 		}
-		if err := s.set(value); err != nil {
+		if err == nil {
+			err = s.set(value)
+		}
+		switch {
+		case err != nil && secret:
+			bad = append(bad, fmt.Errorf("%s: %w", s.name, err))
+		case err != nil:
 			bad = append(bad, fmt.Errorf("%s=%q: %w", s.name, value, err))
 		}
+	}
+	if (c.tlsCertFile == "") != (c.tlsKeyFile == "") {
+		bad = append(bad, errors.New("TLS_CERT_FILE and TLS_KEY_FILE: only one of them is set, HTTPS needs both"))
+	}
+	if len(bad) == 0 && c.kafkaSASL != "none" && (c.kafkaUsername == "" || c.kafkaPassword == "") {
+		bad = append(bad, fmt.Errorf("KAFKA_SASL_MECHANISM=%s: needs KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD", c.kafkaSASL))
 	}
 	if len(bad) == 0 && c.kafkaMinISR > c.kafkaReplication {
 		bad = append(bad, fmt.Errorf("KAFKA_MIN_ISR=%d: cannot be above KAFKA_REPLICATION_FACTOR=%d, nothing would ever be acknowledged", c.kafkaMinISR, c.kafkaReplication))
@@ -124,6 +180,102 @@ func loadSettings(getenv func(string) string) (*settings, error) {
 func printSettings(w io.Writer) {
 	for _, s := range new(settings).settingsTable() {
 		fmt.Fprintf(w, "  %-26s %s (default %q)\n", s.name, s.meaning, s.fallback)
+	}
+	fmt.Fprintf(w, "\n%s may stand in a file instead: NAME_FILE is its path.\n", strings.Join(secrets, ", "))
+}
+
+// orFile returns the value of a secret, from the environment or from the file that NAME_FILE names.
+func orFile(getenv func(string) string, name string) (string, error) {
+	value, path := getenv(name), getenv(name+"_FILE")
+	if path == "" {
+		return value, nil
+	}
+	if value != "" {
+		return "", fmt.Errorf("%s_FILE is set, too; one of them has to go", name)
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return "", fmt.Errorf("read %s_FILE: %w", name, err)
+	}
+	if value = strings.TrimSpace(string(b)); value == "" {
+		return "", fmt.Errorf("the file %s of %s_FILE is empty", path, name)
+	}
+	return value, nil
+}
+
+// minKeyLength keeps out keys that can be guessed.
+const minKeyLength = 16
+
+// keys takes API keys, separated by commas or the ends of lines.
+func keys(dst *[]string) func(string) error {
+	return func(s string) error {
+		*dst = strings.FieldsFunc(s, func(r rune) bool { return r == ',' || unicode.IsSpace(r) })
+		for i, k := range *dst {
+			if len(k) < minKeyLength {
+				return fmt.Errorf("key %d of %d is shorter than %d characters", i+1, len(*dst), minKeyLength)
+			}
+		}
+		return nil
+	}
+}
+
+func origins(dst *[]string) func(string) error {
+	return func(s string) error {
+		*dst = nil
+		for _, o := range strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' }) {
+			u, err := url.Parse(o)
+			if o != "*" && (err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" || u.Scheme+"://"+u.Host != o) {
+				return fmt.Errorf("%q has to be scheme://host or scheme://host:port, or *", o)
+			}
+			*dst = append(*dst, o)
+		}
+		return nil
+	}
+}
+
+func boolean(dst *bool) func(string) error {
+	return func(s string) (err error) {
+		if *dst, err = strconv.ParseBool(s); err != nil {
+			return errors.New("has to be true or false")
+		}
+		return nil
+	}
+}
+
+// certificates reads a file of them.
+func certificates(dst **x509.CertPool) func(string) error {
+	return func(path string) error {
+		if path == "" {
+			return nil
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		if *dst = x509.NewCertPool(); !(*dst).AppendCertsFromPEM(b) {
+			return errors.New("has no certificate in PEM")
+		}
+		return nil
+	}
+}
+
+func share(dst *float64) func(string) error {
+	return func(s string) (err error) {
+		if *dst, err = strconv.ParseFloat(s, 64); err != nil || !(*dst >= 0 && *dst <= 1) {
+			return errors.New("has to be a number from 0 to 1")
+		}
+		return nil
+	}
+}
+
+// clusterName takes what can stand between quotes in SQL.
+func clusterName(dst *string) func(string) error {
+	return func(s string) error {
+		if strings.ContainsAny(s, "'\\`\"") {
+			return errors.New("cannot hold quotes or backslashes")
+		}
+		*dst = s
+		return nil
 	}
 }
 

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	_ "embed"
 	"fmt"
 	"net"
@@ -23,11 +24,13 @@ var schemaSQL string
 type store struct {
 	options  ch.Options
 	database string
+	cluster  string // of replicas, or empty
 }
 
 func newStore(cfg *settings) *store {
-	return &store{
+	st := &store{
 		database: cfg.clickhouseDatabase,
+		cluster:  cfg.clickhouseCluster,
 		options: ch.Options{
 			Address:          net.JoinHostPort(cfg.clickhouseHost, strconv.Itoa(cfg.clickhousePort)),
 			User:             cfg.clickhouseUsername,
@@ -38,6 +41,10 @@ func newStore(cfg *settings) *store {
 			ReadTimeout:      insertTimeout,
 		},
 	}
+	if cfg.clickhouseTLS {
+		st.options.TLS = &tls.Config{RootCAs: cfg.clickhouseCA, ServerName: cfg.clickhouseHost}
+	}
+	return st
 }
 
 func (s *store) dial(ctx context.Context) (*ch.Client, error) {
@@ -55,15 +62,48 @@ func (s *store) applySchema(ctx context.Context) error {
 		return err
 	}
 	defer c.Close()
-	for _, stmt := range strings.Split(strings.ReplaceAll(schemaSQL, "{database}", s.database), ";\n") {
-		if strings.TrimSpace(stmt) == "" {
-			continue
-		}
+	for _, stmt := range s.schema() {
 		if err := c.Do(ctx, ch.Query{Body: stmt}); err != nil {
 			return fmt.Errorf("apply schema.sql: %w", err)
 		}
 	}
 	return nil
+}
+
+// schema returns the statements of schema.sql, for one server or for a cluster of replicas. A replicated table finds its
+// place in Keeper by the server's default_replica_path and default_replica_name.
+func (s *store) schema() (statements []string) {
+	onCluster, replicated := "", ""
+	if s.cluster != "" {
+		onCluster, replicated = " ON CLUSTER '"+s.cluster+"'", "Replicated"
+	}
+	text := strings.NewReplacer("{database}", s.database, "{on cluster}", onCluster, "{replicated}", replicated).Replace(schemaSQL)
+	for stmt := range strings.SplitSeq(text, ";\n") {
+		if strings.TrimSpace(stmt) != "" {
+			statements = append(statements, stmt)
+		}
+	}
+	return statements
+}
+
+// exactly are the settings without which a replica may not have what another one acknowledged: inserts go to a majority,
+// one after another, and a read that decides what is counted sees all of them.
+func (s *store) exactly() []ch.Setting {
+	if s.cluster == "" {
+		return nil
+	}
+	return []ch.Setting{
+		{Key: "insert_quorum", Value: "auto"}, {Key: "insert_quorum_parallel", Value: "0"},
+		{Key: "select_sequential_consistency", Value: "1"},
+	}
+}
+
+// processes is the table of running queries, of every replica.
+func (s *store) processes() string {
+	if s.cluster == "" {
+		return "system.processes"
+	}
+	return "clusterAllReplicas('" + s.cluster + "', system.processes)"
 }
 
 // rejections are ClickHouse's codes for "this data, never", by

@@ -1,0 +1,216 @@
+// What is counted on an event's way, and how Prometheus reads it.
+//
+// stats.go owns every counter and histogram of a running system; the other files count with them, admin.go serves them.
+
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+)
+
+type ingestStats struct {
+	accepted, refused, unavailable *metrics.Counter
+	ack                            *metrics.PrometheusHistogram
+}
+
+type sidewaysStats struct {
+	set     *metrics.Set
+	retried *metrics.Counter
+}
+
+// dead counts a dead letter by its error_type.
+func (s *sidewaysStats) dead(why string) {
+	s.set.GetOrCreateCounter(`event_ingestion_dead_letters_total{type="` + why + `"}`).Inc()
+}
+
+type storeStats struct {
+	consumed                            *metrics.Counter
+	inserts, rows, failures             *metrics.Counter
+	suspects, duplicates, falseSuspects *metrics.Counter
+	seconds, lookupSeconds, freshness   *metrics.PrometheusHistogram
+}
+
+func (s *storeStats) resolved(suspects, duplicates, new int, took time.Duration) {
+	s.suspects.Add(suspects)
+	s.duplicates.Add(duplicates)
+	s.falseSuspects.Add(new)
+	s.lookupSeconds.Update(took.Seconds())
+}
+
+func (s *storeStats) inserted(rows int, took time.Duration) {
+	s.inserts.Inc()
+	s.rows.Add(rows)
+	s.seconds.Update(took.Seconds())
+}
+
+// routeStats counts the requests of one route.
+type routeStats struct {
+	set     *metrics.Set
+	name    string
+	seconds *metrics.PrometheusHistogram
+	codes   [600]atomic.Pointer[metrics.Counter] // by status, made when first seen
+}
+
+func (rs *routeStats) count(status int, took time.Duration) {
+	if status < 100 || status >= len(rs.codes) {
+		status = 0 // no answer was written
+	}
+	c := rs.codes[status].Load()
+	if c == nil {
+		c = rs.set.GetOrCreateCounter(fmt.Sprintf(`event_ingestion_http_requests_total{route="%s",code="%d"}`, rs.name, status))
+		rs.codes[status].Store(c)
+	}
+	c.Inc()
+	rs.seconds.Update(took.Seconds())
+}
+
+// stats is every counter of one running system; its set is what /metrics prints.
+type stats struct {
+	set      *metrics.Set
+	ingest   ingestStats
+	sideways sidewaysStats
+	store    storeStats
+	lags     func() []int64 // by partition
+}
+
+// seconds are the buckets of every histogram: requests and acknowledgements take milliseconds, inserts tens of them, and
+// what matters of a bad day is whether it was one second or thirty.
+var seconds = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
+
+func newStats() *stats {
+	set := metrics.NewSet()
+	s := &stats{
+		set: set,
+		ingest: ingestStats{
+			accepted:    set.NewCounter("event_ingestion_events_accepted_total"),
+			refused:     set.NewCounter("event_ingestion_events_refused_total"),
+			unavailable: set.NewCounter("event_ingestion_events_unavailable_total"),
+			ack:         set.NewPrometheusHistogramExt("event_ingestion_produce_duration_seconds", seconds),
+		},
+		sideways: sidewaysStats{set: set, retried: set.NewCounter("event_ingestion_retries_total")},
+		store: storeStats{
+			consumed:  set.NewCounter("event_ingestion_records_consumed_total"),
+			inserts:   set.NewCounter("event_ingestion_inserts_total"),
+			rows:      set.NewCounter("event_ingestion_rows_stored_total"),
+			failures:  set.NewCounter("event_ingestion_insert_failures_total"),
+			seconds:   set.NewPrometheusHistogramExt("event_ingestion_insert_duration_seconds", seconds),
+			freshness: set.NewPrometheusHistogramExt("event_ingestion_freshness_seconds", seconds),
+
+			suspects:      set.NewCounter("event_ingestion_suspects_total"),
+			duplicates:    set.NewCounter("event_ingestion_duplicates_total"),
+			falseSuspects: set.NewCounter("event_ingestion_false_suspects_total"),
+			lookupSeconds: set.NewPrometheusHistogramExt("event_ingestion_suspect_lookup_duration_seconds", seconds),
+		},
+	}
+	set.NewGauge(fmt.Sprintf(`event_ingestion_build_info{version="%s",goversion="%s"}`, version(), runtime.Version()), func() float64 { return 1 })
+	for _, why := range []string{errorInsertFailed, errorUnmarshal, errorExhausted} { // there from the start, so that an alert sees the first one
+		set.NewCounter(`event_ingestion_dead_letters_total{type="` + why + `"}`)
+	}
+	return s
+}
+
+// route returns the counters of a route; once for each name.
+func (s *stats) route(name string) *routeStats {
+	return &routeStats{set: s.set, name: name, seconds: s.set.GetOrCreatePrometheusHistogramExt(`event_ingestion_http_request_duration_seconds{route="`+name+`"}`, seconds)}
+}
+
+// watch adds what others know.
+func (s *stats) watch(current *atomic.Pointer[consumer], wm *watermark, bodies *byteBudget) {
+	s.lags = wm.partitionLags
+	s.set.NewGauge("event_ingestion_in_flight_bytes", func() float64 { return float64(bodies.used.Load()) })
+	s.set.NewGauge("event_ingestion_complete_through_timestamp_seconds", func() float64 { return float64(wm.through.Load()) })
+	gauge := func(name string, value func(*consumer) float64) {
+		s.set.NewGauge(name, func() float64 {
+			if c := current.Load(); c != nil {
+				return value(c)
+			}
+			return 0
+		})
+	}
+	gauge("event_ingestion_partitions_assigned", func(c *consumer) float64 { return float64(c.assigned.Load()) })
+	gauge("event_ingestion_dedupe_filter_bytes", func(c *consumer) float64 { return float64(c.inserter.past.bytes.Load()) })
+	gauge("event_ingestion_dedupe_covered_hours", func(c *consumer) float64 { return float64(len(c.inserter.covered())) })
+}
+
+// help says what each metric is; the words before the colon are the type.
+var help = map[string]string{
+	"event_ingestion_http_requests_total":                "counter: Answers by route and status code; code 0 is none.",
+	"event_ingestion_http_request_duration_seconds":      "histogram: Time from a request's header to the end of its answer, by route.",
+	"event_ingestion_events_accepted_total":              "counter: Events that Kafka has acknowledged.",
+	"event_ingestion_events_refused_total":               "counter: Events that are not valid.",
+	"event_ingestion_events_unavailable_total":           "counter: Good events that Kafka did not acknowledge in time.",
+	"event_ingestion_in_flight_bytes":                    "gauge: Bytes of request bodies held at the moment.",
+	"event_ingestion_produce_duration_seconds":           "histogram: Time from handing a request's events to Kafka to the last acknowledgement.",
+	"event_ingestion_records_consumed_total":             "counter: Records read from the main topic.",
+	"event_ingestion_partitions_assigned":                "gauge: Partitions of the main topic that this copy has.",
+	"event_ingestion_consumer_lag_records":               "gauge: Records of the main topic that are not yet stored, by partition.",
+	"event_ingestion_freshness_seconds":                  "histogram: Age of a block's first record when its round is stored.",
+	"event_ingestion_complete_through_timestamp_seconds": "gauge: Unix second up to which everything acknowledged is stored.",
+	"event_ingestion_inserts_total":                      "counter: Inserts that ClickHouse has taken.",
+	"event_ingestion_rows_stored_total":                  "counter: Rows of these inserts.",
+	"event_ingestion_insert_failures_total":              "counter: Attempts at an insert or a lookup that failed and were repeated.",
+	"event_ingestion_insert_duration_seconds":            "histogram: Time of an insert with all its attempts.",
+	"event_ingestion_suspects_total":                     "counter: Records that may be copies and were looked up in ClickHouse.",
+	"event_ingestion_duplicates_total":                   "counter: Suspects that were copies.",
+	"event_ingestion_false_suspects_total":               "counter: Suspects that were new.",
+	"event_ingestion_suspect_lookup_duration_seconds":    "histogram: Time of looking up a round's suspects.",
+	"event_ingestion_dedupe_filter_bytes":                "gauge: Memory of the dedupe filters.",
+	"event_ingestion_dedupe_covered_hours":               "gauge: Hours of event time that have a filter.",
+	"event_ingestion_retries_total":                      "counter: Rejected records put on the retry topic.",
+	"event_ingestion_dead_letters_total":                 "counter: Records given up, by error type.",
+	"event_ingestion_build_info":                         "gauge: 1, with the version as label.",
+}
+
+// write prints every metric in Prometheus' text format. The library sorts by name, so that a family stands together.
+func (s *stats) write(w io.Writer) {
+	var b, out bytes.Buffer
+	s.set.WritePrometheus(&b)
+	if s.lags != nil {
+		for p, n := range s.lags() {
+			fmt.Fprintf(&b, "event_ingestion_consumer_lag_records{partition=\"%d\"} %d\n", p, n)
+		}
+	}
+	metrics.WriteProcessMetrics(&b)
+	last := ""
+	for line := range bytes.Lines(b.Bytes()) {
+		if family := familyOf(string(line)); family != last {
+			kind, text, known := strings.Cut(help[family], ": ")
+			if !known {
+				kind, text = "untyped", "Of the Go runtime or the process, by github.com/VictoriaMetrics/metrics."
+			}
+			fmt.Fprintf(&out, "# HELP %s %s\n# TYPE %s %s\n", family, text, family, kind)
+			last = family
+		}
+		out.Write(line)
+	}
+	w.Write(out.Bytes())
+}
+
+// familyOf is the name on a line of samples, for a histogram without the suffix of its series.
+func familyOf(line string) string {
+	name := line[:strings.IndexAny(line, "{ ")]
+	for _, suffix := range []string{"_bucket", "_sum", "_count"} {
+		if base, ok := strings.CutSuffix(name, suffix); ok && strings.HasPrefix(help[base], "histogram") {
+			return base
+		}
+	}
+	return name
+}
+
+// version is what `go build` knows of the source: a tag, or a commit and whether the tree was clean.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	return info.Main.Version
+}
