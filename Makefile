@@ -8,7 +8,10 @@ GO_FILES := $(wildcard *.go) schema.sql go.mod go.sum
 DEV      := bin/dev
 APP      := bin/event-ingestion
 
-.PHONY: help run stop build test torture fuzz bench profile lint clean
+# make up SCALE=1: three copies of the program behind a load balancer.
+COMPOSE := docker compose -f docker-compose.yml $(if $(SCALE),-f deploy/compose.scale.yml)
+
+.PHONY: help run stop build up down logs test torture fuzz bench profile lint clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +33,16 @@ $(APP): $(GO_FILES)
 
 $(DEV): $(wildcard dev/*.go) dev/clickhouse.xml dev/go.mod dev/go.sum
 	cd dev && CGO_ENABLED=0 go build -trimpath -o ../$@ .
+
+up: ## the production stack in containers: Kafka, ClickHouse, Grafana, the program; SCALE=1 for three copies
+	$(COMPOSE) up -d --build --wait
+	@$(COMPOSE) ps
+
+down: ## stop the production stack; its data stays in Docker's volumes
+	$(COMPOSE) down
+
+logs: ## follow what the production stack says
+	$(COMPOSE) logs -f --tail=100
 
 test: $(DEV) ## all tests, with the race detector, on an embedded stack of their own
 	cd dev && go test -race ./...
