@@ -11,10 +11,10 @@ APP      := bin/event-ingestion
 # make up SCALE=1: three copies of the program behind a load balancer.
 COMPOSE := docker compose -f docker-compose.yml $(if $(SCALE),-f deploy/compose.scale.yml)
 
-.PHONY: help run stop build up down logs test torture fuzz bench profile lint clean
+.PHONY: help run stop build up down logs test test-cluster torture fuzz bench profile lint clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(APP) $(DEV) ## the whole system on the embedded stack; Ctrl-C or `make stop` ends it
 	@echo "API        http://localhost:$${SERVER_PORT:-8080}/api/v1   (/health, /ready)"
@@ -47,6 +47,10 @@ logs: ## follow what the production stack says
 test: $(DEV) ## all tests, with the race detector, on an embedded stack of their own
 	cd dev && go test -race ./...
 	$(DEV) -ephemeral -- go test -race -count=1 -timeout 20m $(TESTFLAGS) ./...
+
+test-cluster: $(DEV) ## the program's tests on a real Kafka cluster, set up as docker-compose.yml says; needs Java 17 and Maven
+	cd dev && DEV_TEST_CLUSTER=1 go test -race -count=1 -v -run 'TestCluster' .
+	$(DEV) -ephemeral -kafka cluster -- go test -race -count=1 -timeout 40m $(TESTFLAGS) ./...
 
 torture: $(DEV) ## the tests that kill things, with five times as many kills; TORTURE=n for more
 	TORTURE=$${TORTURE:-5} $(DEV) -ephemeral -- go test -race -count=1 -timeout 80m -v -run 'Kill|Power|Paused|Away|Answers|Copies|Stop' .
