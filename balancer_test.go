@@ -69,7 +69,13 @@ func TestBalancer(t *testing.T) {
 		t.Errorf("a roll-out was noticed: %d without an answer, refused %v", n, l.refused)
 	}
 	l.mu.Unlock()
-	// A copy dies: the balancer sends what that had in hand to another.
+	l.stop()
+	done()
+	mustAgree(t, l, b.url)
+	mustHold(t, env, l)
+
+	// A copy dies: the balancer sends most of what that had in hand to another, the client the rest once more.
+	l, done = loadInto(t, b.url, 2000, time.Hour)
 	target := l.ok.Load() + 2000
 	b.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
 	copies[0] = copies[0].killAndRestart()
