@@ -107,11 +107,12 @@ func TestBrokerKilledGoesOn(t *testing.T) {
 		killed := time.Now()
 		target = l.ok.Load() + 10_000 // more than was in flight
 		p.await("accepting with "+node+" dead", electionTimeout, func() bool { return l.ok.Load() > target })
+		accepted := time.Since(killed).Round(time.Second / 10)
 		p.await("storing with "+node+" dead", electionTimeout, func() bool { return stored(t, env, l) > target })
 		if n := c.brokers(); n != 1 {
 			t.Errorf("%d brokers, %s was to be dead all the time", n, node)
 		}
-		t.Logf("%s: 10000 events accepted and stored %s after kill -9", node, time.Since(killed).Round(time.Second/10))
+		t.Logf("%s: 10000 events accepted %s after kill -9, stored after %s", node, accepted, time.Since(killed).Round(time.Second/10))
 		control(t, "/kafka/start")
 	}
 	l.stop()
