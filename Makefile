@@ -8,10 +8,13 @@ GO_FILES := $(wildcard *.go) schema.sql go.mod go.sum
 DEV      := bin/dev
 APP      := bin/event-ingestion
 
-.PHONY: help run stop build test torture fuzz bench profile lint clean
+# make up SCALE=1: three copies of the program behind a load balancer.
+COMPOSE := docker compose -f docker-compose.yml $(if $(SCALE),-f deploy/compose.scale.yml)
+
+.PHONY: help run stop build up down logs test test-cluster torture fuzz bench profile lint clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(APP) $(DEV) ## the whole system on the embedded stack; Ctrl-C or `make stop` ends it
 	@echo "API        http://localhost:$${SERVER_PORT:-8080}/api/v1   (/health, /ready)"
@@ -31,9 +34,23 @@ $(APP): $(GO_FILES)
 $(DEV): $(wildcard dev/*.go) dev/clickhouse.xml dev/go.mod dev/go.sum
 	cd dev && CGO_ENABLED=0 go build -trimpath -o ../$@ .
 
+up: ## the production stack in containers: Kafka, ClickHouse, Grafana, the program; SCALE=1 for three copies
+	$(COMPOSE) up -d --build --wait
+	@$(COMPOSE) ps
+
+down: ## stop the production stack; its data stays in Docker's volumes
+	$(COMPOSE) down
+
+logs: ## follow what the production stack says
+	$(COMPOSE) logs -f --tail=100
+
 test: $(DEV) ## all tests, with the race detector, on an embedded stack of their own
 	cd dev && go test -race ./...
 	$(DEV) -ephemeral -- go test -race -count=1 -timeout 20m $(TESTFLAGS) ./...
+
+test-cluster: $(DEV) ## the program's tests on a real Kafka cluster, set up as docker-compose.yml says; needs Java 17 and Maven
+	cd dev && DEV_TEST_CLUSTER=1 go test -race -count=1 -v -run 'TestCluster' .
+	$(DEV) -ephemeral -kafka cluster -- go test -race -count=1 -timeout 40m $(TESTFLAGS) ./...
 
 torture: $(DEV) ## the tests that kill things, with five times as many kills; TORTURE=n for more
 	TORTURE=$${TORTURE:-5} $(DEV) -ephemeral -- go test -race -count=1 -timeout 80m -v -run 'Kill|Power|Paused|Away|Answers|Copies|Stop' .

@@ -341,6 +341,9 @@ func TestAnswersCut(t *testing.T) {
 // TestKafkaAnswersCut: the brokers carry requests out and their answers are lost: what was produced is produced again
 // under its sequence number, what was committed is committed again.
 func TestKafkaAnswersCut(t *testing.T) {
+	if isCluster() {
+		t.Skip("the brokers of a cluster are killed instead, see cluster_test.go")
+	}
 	env := newSpace(t)
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 4000, time.Hour, "-dup", "0.1")

@@ -5,9 +5,11 @@
 //	POST /clickhouse/start     returns when it answers queries
 //	POST /clickhouse/pause     SIGSTOP: connections stay open and nothing answers
 //	POST /clickhouse/resume    SIGCONT
-//	POST /kafka/stop           closes both brokers and every connection
-//	POST /kafka/start          the same ports and data; returns when they answer
-//	POST /kafka/cut            every connection of now takes in one more request and breaks instead of answering
+//	POST /kafka/stop           closes both brokers and every connection; of a cluster, kill -9 of every node
+//	POST /kafka/kill/{node}    kill -9 of one node of a cluster; DEV_KAFKA_NODES has the names
+//	POST /kafka/start          the same ports and data; returns when all brokers answer
+//	POST /kafka/cut            every connection of now takes in one more request and breaks instead of answering;
+//	                           not with a cluster
 //
 // 200 and one line of JSON, or 409 and what went wrong. What is so already (stop, start) is no error.
 
@@ -21,7 +23,7 @@ import (
 )
 
 // serveControl serves on a free port of loopback, which is in Addr, until Close.
-func serveControl(kafka *brokers, ch *clickhouse) (*http.Server, error) {
+func serveControl(kafka kafka, ch *clickhouse) (*http.Server, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
@@ -34,8 +36,9 @@ func serveControl(kafka *brokers, ch *clickhouse) (*http.Server, error) {
 		"/clickhouse/pause":  func(*http.Request) error { return ch.signal(syscall.SIGSTOP) },
 		"/clickhouse/resume": func(*http.Request) error { return ch.signal(syscall.SIGCONT) },
 		"/kafka/stop":        func(*http.Request) error { kafka.stop(); return nil },
-		"/kafka/start":       func(*http.Request) error { return kafka.start() },
-		"/kafka/cut":         func(*http.Request) error { kafka.clients.cut(); return nil },
+		"/kafka/start":       func(r *http.Request) error { return kafka.start(r.Context()) },
+		"/kafka/kill/{node}": func(r *http.Request) error { return kafka.kill(r.PathValue("node")) },
+		"/kafka/cut":         func(*http.Request) error { return kafka.cut() },
 	} {
 		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {
 			if err := action(r); err != nil {

@@ -43,6 +43,7 @@ func TestFlags(t *testing.T) {
 		"-clickhouse-port 70000 -- true":    "port 70000",
 		"-clickhouse-port 8123 -- true":     "port 8123 is given twice",
 		"-ephemeral -data d -- true":        "leave out -data",
+		"-kafka x -- true":                  `-kafka "x"`,
 		"-data d stop":                      "",
 		"-kafka-ports 1,2 -- stop -data -h": "",
 	} {

@@ -13,6 +13,12 @@ import (
 	"strings"
 )
 
+// The kinds of Kafka that there are.
+const (
+	kindEmbedded = "embedded"
+	kindCluster  = "cluster"
+)
+
 const usage = `dev runs a command with what the program needs around it: two Kafka-protocol brokers and a ClickHouse.
 
   dev [flags] -- CMD ARGS…   start both, wait until they answer, run CMD, stop everything with it;
@@ -20,9 +26,10 @@ const usage = `dev runs a command with what the program needs around it: two Kaf
   dev [-data DIR] stop       stop the dev that runs on DIR and wait until it is gone
 
 CMD finds in its environment KAFKA_BROKERS, CLICKHOUSE_HOST, CLICKHOUSE_PORT, CLICKHOUSE_HTTP_PORT,
-CLICKHOUSE_USERNAME, CLICKHOUSE_PASSWORD and DEV_CONTROL, where fault tests take parts of the stack away.
+CLICKHOUSE_USERNAME, CLICKHOUSE_PASSWORD and DEV_CONTROL, where fault tests take parts of the stack away;
+DEV_KAFKA_NODES names the brokers of a cluster that can be killed one by one.
 ClickHouse is the library CLICKHOUSE_LIB if that is set, else a recent clickhouse from the PATH, else a library
-that npm brings once.
+that npm brings once. -kafka cluster needs Java 17 and, once, Maven.
 
 Flags:
 `
@@ -31,6 +38,8 @@ Flags:
 type config struct {
 	data       string
 	ephemeral  bool
+	kafka      string // kindEmbedded or kindCluster
+	compose    string
 	kafkaPorts []int
 	nativePort int
 	httpPort   int
@@ -56,6 +65,8 @@ func parseFlags(args []string, out io.Writer) (*config, error) {
 	fs := flag.NewFlagSet("dev", flag.ContinueOnError)
 	fs.StringVar(&cfg.data, "data", data, "keep the data in `DIR`; DATA_DIR sets the default")
 	fs.BoolVar(&cfg.ephemeral, "ephemeral", false, "free ports and a temporary data directory, removed at the end: for tests")
+	fs.StringVar(&cfg.kafka, "kafka", kindEmbedded, "`KIND` of brokers: embedded, in this process; or cluster, Apache Kafka as the compose file sets it up")
+	fs.StringVar(&cfg.compose, "compose", "docker-compose.yml", "`FILE` that a cluster is derived from")
 	fs.StringVar(&kafkaPorts, "kafka-ports", "29092,29093", "a broker on each of these `PORTS` of 127.0.0.1")
 	fs.IntVar(&cfg.nativePort, "clickhouse-port", 9000, "ClickHouse's native `PORT`")
 	fs.IntVar(&cfg.httpPort, "clickhouse-http-port", 8123, "ClickHouse's HTTP `PORT`")
@@ -83,9 +94,12 @@ func parseFlags(args []string, out io.Writer) (*config, error) {
 	case len(cfg.args) == 0:
 		return nil, errors.New("no command")
 	}
+	if cfg.kafka != kindEmbedded && cfg.kafka != kindCluster {
+		return nil, fmt.Errorf("-kafka %q is neither %s nor %s", cfg.kafka, kindEmbedded, kindCluster)
+	}
 	var chosen []string // what -ephemeral chooses by itself
 	fs.Visit(func(f *flag.Flag) {
-		if f.Name != "ephemeral" && f.Name != "v" {
+		if f.Name == "data" || strings.HasSuffix(f.Name, "-port") || strings.HasSuffix(f.Name, "-ports") {
 			chosen = append(chosen, "-"+f.Name)
 		}
 	})

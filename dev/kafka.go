@@ -1,14 +1,16 @@
-// The brokers: franz-go's kfake, two of them in this process, with their logs on disk.
+// The brokers: franz-go's kfake, two of them in this process, with their logs on disk; or a cluster (cluster.go).
 //
-// kafka.go owns the cluster and its directory. kfake does in one goroutine what a cluster does in many processes: the
-// replicas of a partition are one log, always in sync, and both brokers come and go together.
+// kafka.go owns kfake's cluster and its directory. kfake does in one goroutine what a cluster does in many processes:
+// the replicas of a partition are one log, always in sync, and both brokers come and go together.
 
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -34,7 +36,25 @@ var brokerConfigs = map[string]string{
 // until it is missed.
 const minSession = time.Second
 
-// brokers is the cluster, running or not.
+// kafka is what dev starts, takes away and gives back: brokers or a cluster.
+type kafka interface {
+	start(context.Context) error // whatever does not run, on the same ports and data; returns when all of it answers
+	stop()                       // all of it
+	kill(node string) error      // one node
+	cut() error                  // the connections of now, at their next answers
+	addresses() string           // host:port, separated by commas
+	names() string               // of the nodes that kill takes, "" when there are none
+}
+
+// newKafka returns what -kafka says, not yet started.
+func newKafka(ctx context.Context, cfg *config) (kafka, error) {
+	if cfg.kafka == kindCluster {
+		return newCluster(ctx, cfg)
+	}
+	return &brokers{ports: cfg.kafkaPorts, dir: filepath.Join(cfg.data, "kafka"), verbose: cfg.verbose}, nil
+}
+
+// brokers is kfake's cluster, running or not.
 type brokers struct {
 	ports   []int
 	dir     string
@@ -45,10 +65,19 @@ type brokers struct {
 	clients cuttable
 }
 
-// addresses lists host:port, separated by commas.
-func (b *brokers) addresses() string {
+func (b *brokers) addresses() string { return loopbackAddresses(b.ports) }
+
+func (b *brokers) names() string { return "" }
+
+func (b *brokers) kill(string) error {
+	return errors.New("these brokers are one process: only `dev -kafka cluster` has nodes that can be killed")
+}
+
+func (b *brokers) cut() error { b.clients.cut(); return nil }
+
+func loopbackAddresses(ports []int) string {
 	var list []string
-	for _, p := range b.ports {
+	for _, p := range ports {
 		list = append(list, fmt.Sprintf("127.0.0.1:%d", p))
 	}
 	return strings.Join(list, ",")
@@ -57,7 +86,7 @@ func (b *brokers) addresses() string {
 // start opens the cluster on its ports and on what the last one left in dir, and returns when it answers. Started
 // already: nothing to do. kfake reads every log first: 0.3 s a GB and some hundred MB of memory after a clean end; 0.6 to
 // 3 s a GB, and as much memory as the logs have, after a kill.
-func (b *brokers) start() error {
+func (b *brokers) start(context.Context) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.cluster != nil {

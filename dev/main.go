@@ -100,12 +100,15 @@ func run(cfg *config) (code int, err error) {
 		return 1, err
 	}
 
-	started := time.Now()
-	kafka := &brokers{ports: cfg.kafkaPorts, dir: filepath.Join(cfg.data, "kafka"), verbose: cfg.verbose}
-	if err := kafka.start(); err != nil {
+	kafka, err := newKafka(ctx, cfg)
+	if err != nil {
 		return 1, err
 	}
+	started := time.Now()
 	defer kafka.stop()
+	if err := kafka.start(ctx); err != nil {
+		return 1, err
+	}
 	progress("kafka ready on %s (%s)", kafka.addresses(), since(started))
 
 	started = time.Now()
@@ -123,6 +126,7 @@ func run(cfg *config) (code int, err error) {
 	defer control.Close()
 	return runCommand(cfg.args, signals, []string{
 		"KAFKA_BROKERS=" + kafka.addresses(),
+		"DEV_KAFKA_NODES=" + kafka.names(),
 		"CLICKHOUSE_HOST=127.0.0.1",
 		"CLICKHOUSE_PORT=" + strconv.Itoa(cfg.nativePort),
 		"CLICKHOUSE_HTTP_PORT=" + strconv.Itoa(cfg.httpPort),

@@ -1,0 +1,100 @@
+// Three copies behind the load balancer of deploy/compose.scale.yml, with its own configuration: a roll-out that no
+// client notices, a copy that dies, a store that is away.
+
+package main
+
+import (
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// startBalancer runs HAProxy with deploy/haproxy.cfg in front of the copies and returns a program that stands for it.
+// Only addresses are replaced.
+func startBalancer(t *testing.T, haproxy string, copies []*program) *program {
+	t.Helper()
+	cfg, err := os.ReadFile("deploy/haproxy.cfg")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := freePort(t)
+	replace := []string{"bind :8080", "bind 127.0.0.1:" + port, "bind 127.0.0.1:8404", "bind 127.0.0.1:" + freePort(t)}
+	for i, name := range []string{"event-ingestion", "event-ingestion-2", "event-ingestion-3"} {
+		replace = append(replace, " "+name+":8080", " "+strings.TrimPrefix(copies[i].url, "http://"))
+	}
+	path := filepath.Join(t.TempDir(), "haproxy.cfg")
+	if err := os.WriteFile(path, []byte(strings.NewReplacer(replace...).Replace(string(cfg))), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	b := &program{t: t, url: "http://127.0.0.1:" + port, log: new(logBuffer)}
+	b.cmd = exec.Command(haproxy, "-db", "-f", path)
+	b.cmd.Stdout, b.cmd.Stderr = b.log, b.log
+	if err := b.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		b.cmd.Process.Kill()
+		b.cmd.Wait()
+		if t.Failed() {
+			t.Logf("haproxy:\n%.4000s", b.log)
+		}
+	})
+	b.await("balancing", 20*time.Second, func() bool { return b.status("/ready") == http.StatusOK })
+	return b
+}
+
+func TestBalancer(t *testing.T) {
+	haproxy, err := exec.LookPath("haproxy")
+	if err != nil {
+		t.Skip("haproxy is not installed")
+	}
+	env := newSpace(t)
+	copies := []*program{startProgram(t, env), startProgram(t, env), startProgram(t, env)}
+	b := startBalancer(t, haproxy, copies)
+
+	// A roll-out: each copy is stopped and comes back; the client, which tries everything once, sees no failure.
+	l, done := loadInto(t, b.url, 2000, time.Hour, "-retries", "0")
+	for i, p := range copies {
+		target := l.ok.Load() + 2000
+		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
+		p.terminate()
+		copies[i] = startProgram(t, p.env)
+	}
+	l.mu.Lock()
+	if n := l.unknown.Load(); n > 0 || len(l.refused) > 0 {
+		t.Errorf("a roll-out was noticed: %d without an answer, refused %v", n, l.refused)
+	}
+	l.mu.Unlock()
+	l.stop()
+	done()
+	mustAgree(t, l, b.url)
+	mustHold(t, env, l)
+
+	// A copy dies: the balancer sends most of what that had in hand to another, the client the rest once more.
+	l, done = loadInto(t, b.url, 2000, time.Hour)
+	target := l.ok.Load() + 2000
+	b.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
+	copies[0] = copies[0].killAndRestart()
+	target = l.ok.Load() + 2000
+	b.await("under load again", 20*time.Second, func() bool { return l.ok.Load() > target })
+	l.stop()
+	done()
+	mustAgree(t, l, b.url)
+	mustHold(t, env, l)
+
+	// ClickHouse is away: no copy is ready, and events are accepted all the same.
+	t.Cleanup(func() { control(t, "/clickhouse/start") })
+	control(t, "/clickhouse/stop")
+	b.await("no copy ready", 20*time.Second, func() bool { return b.status("/ready") == http.StatusServiceUnavailable })
+	away, done := loadInto(t, b.url, 1000, 5*time.Second) // the checks notice in the meantime
+	done()
+	control(t, "/clickhouse/start")
+	mustAgree(t, away, b.url)
+	if away.ok.Load() < 4000 {
+		t.Errorf("%d events accepted while ClickHouse was away", away.ok.Load())
+	}
+}
