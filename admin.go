@@ -7,6 +7,7 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -38,7 +39,7 @@ func (rd *readiness) serve(w http.ResponseWriter, r *http.Request) {
 		name string
 		err  error
 	}{
-		{"kafka", rd.kafka.Ping(ctx)},
+		{"kafka", rd.brokers(ctx)},
 		{"clickhouse", rd.metrics.ping(ctx)},
 		{"consumers", rd.consuming()},
 	}
@@ -65,6 +66,14 @@ func (rd *readiness) serve(w http.ResponseWriter, r *http.Request) {
 		b = append(b, `,"error":"not ready to serve"`...)
 	}
 	writeJSON(w, status, append(append(b, body...), "}\n"...))
+}
+
+func (rd *readiness) brokers(ctx context.Context) error {
+	err := rd.kafka.Ping(ctx)
+	if errors.Is(err, io.EOF) {
+		return fmt.Errorf("no broker keeps the connection (%w); look at KAFKA_TLS and KAFKA_SASL_MECHANISM, user and password", err)
+	}
+	return err
 }
 
 func (rd *readiness) consuming() error {

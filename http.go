@@ -128,7 +128,7 @@ func isRequestID(s string) bool {
 func (x *exchange) end(r *http.Request, ac *access) {
 	took := time.Since(x.started)
 	x.route.count(x.status, took)
-	if ac.logs(x.status) {
+	if ac.logs(x.status) && x.route.name != "ready" { // which says 503 until it is
 		slog.Info("request", "id", x.id, "method", r.Method, "path", r.URL.Path, "status", x.status, "ms", float64(took.Microseconds())/1000, "from", r.RemoteAddr)
 	}
 	x.ResponseWriter = nil

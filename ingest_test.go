@@ -92,9 +92,19 @@ func startProgram(t testing.TB, env []string) *program {
 		port = freePort(t)
 		env = append(slices.Clone(env), "SERVER_PORT="+port)
 	}
-	p := &program{t: t, env: env, url: "http://127.0.0.1:" + port, log: new(logBuffer)}
+	p := &program{t: t, env: env, url: "http://127.0.0.1:" + port}
+	p.start()
+	p.await("ready", 30*time.Second, func() bool { return p.status("/ready") == http.StatusOK })
+	return p
+}
+
+// start runs the program's binary, which is this test's, and does not wait.
+func (p *program) start() {
+	t := p.t
+	t.Helper()
+	p.log = new(logBuffer)
 	p.cmd = exec.Command(os.Args[0])
-	p.cmd.Env = append(append(os.Environ(), asProgram+"=1"), env...)
+	p.cmd.Env = append(append(os.Environ(), asProgram+"=1"), p.env...)
 	p.cmd.Stderr = p.log
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -108,8 +118,6 @@ func startProgram(t testing.TB, env []string) *program {
 			t.Logf("log of %s:\n%.8000s", p.url, p.log)
 		}
 	})
-	p.await("ready", 30*time.Second, func() bool { return p.status("/ready") == http.StatusOK })
-	return p
 }
 
 func freePort(t testing.TB) string {

@@ -1,0 +1,538 @@
+// Who is let in, what is asked too much, and what operators are told.
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	crand "crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kfake"
+)
+
+const (
+	firstKey  = "key-one-0123456789abcdef"
+	secondKey = "key-two-0123456789abcdef"
+)
+
+// ask sends a request with headers ("Name: value") and returns its status, headers and body.
+func (p *program) ask(method, path string, body []byte, headers ...string) (int, http.Header, string) {
+	p.t.Helper()
+	req, err := http.NewRequest(method, p.url+path, bytes.NewReader(body))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	for _, h := range headers {
+		name, value, _ := strings.Cut(h, ": ")
+		req.Header.Set(name, value)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	answer, _ := io.ReadAll(resp.Body)
+	return resp.StatusCode, resp.Header, string(answer)
+}
+
+func freshEvent(name string) []byte {
+	return fmt.Appendf(nil, `{"event_name":%q,"user_id":"u%d","timestamp":%d}`, name, time.Now().UnixNano(), time.Now().Unix())
+}
+
+func TestKeys(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "keys")
+	os.WriteFile(file, []byte(firstKey+"\n"+secondKey+"\n"), 0o600)
+	p := startProgram(t, newSpace(t, "API_KEYS_FILE="+file))
+	for _, c := range []struct {
+		name, header string
+		status       int
+	}{
+		{"none", "X-Other: 1", 401}, {"empty", "X-API-Key: ", 401}, {"empty bearer", "Authorization: Bearer ", 401},
+		{"wrong", "X-API-Key: key-six-0123456789abcdef", 401}, {"shorter", "X-API-Key: " + firstKey[:len(firstKey)-1], 401},
+		{"longer", "X-API-Key: " + firstKey + "0", 401}, {"other case", "X-API-Key: " + strings.ToUpper(firstKey), 401},
+		{"both in one", "X-API-Key: " + firstKey + "," + secondKey, 401}, {"basic", "Authorization: Basic " + firstKey, 401},
+		{"no scheme", "Authorization: " + firstKey, 401}, {"hash", "X-API-Key: 0000000000000000000000000000000000000000000000000000000000000000", 401},
+		{"first", "X-API-Key: " + firstKey, 202}, {"second", "X-API-Key: " + secondKey, 202},
+		{"bearer", "Authorization: Bearer " + secondKey, 202}, {"lower-case scheme", "Authorization: bearer " + firstKey, 202},
+	} {
+		status, header, answer := p.ask("POST", onePath, freshEvent("k"), c.header)
+		if status != c.status {
+			t.Errorf("%s: %d %s, want %d", c.name, status, answer, c.status)
+		}
+		if status == 401 && (header.Get("WWW-Authenticate") == "" || !strings.HasPrefix(answer, `{"error":"unauthorized"`)) {
+			t.Errorf("%s: %v %s", c.name, header, answer)
+		}
+	}
+	for _, path := range []string{"/api/v1/metrics?event_name=k&from=1&to=2", "/api/v1/none", "/api/"} {
+		if status, _, _ := p.ask("GET", path, nil); status != 401 {
+			t.Errorf("%s without a key: %d", path, status)
+		}
+	}
+	for _, path := range []string{"/health", "/ready"} {
+		if status, _, answer := p.ask("GET", path, nil); status != 200 {
+			t.Errorf("%s without a key: %d %s", path, status, answer)
+		}
+	}
+	third := "key-three-0123456789abcdef"
+	os.WriteFile(file, []byte(secondKey+"\n"+third), 0o600)
+	p.cmd.Process.Signal(syscall.SIGHUP)
+	p.await("rotated", 5*time.Second, func() bool {
+		status, _, _ := p.ask("POST", onePath, freshEvent("k"), "X-API-Key: "+third)
+		return status == 202
+	})
+	if status, _, _ := p.ask("POST", onePath, freshEvent("k"), "X-API-Key: "+firstKey); status != 401 {
+		t.Errorf("a removed key: %d", status)
+	}
+	os.Remove(file)
+	p.cmd.Process.Signal(syscall.SIGHUP)
+	p.await("told", 5*time.Second, func() bool { return strings.Contains(p.log.String(), "stay as they were") })
+	if status, _, _ := p.ask("POST", onePath, freshEvent("k"), "X-API-Key: "+third); status != 202 {
+		t.Errorf("after a failed reload: %d", status)
+	}
+}
+
+func TestCORS(t *testing.T) {
+	p := startProgram(t, newSpace(t, "CORS_ORIGINS=https://shop.example, http://localhost:5173", "API_KEYS="+firstKey))
+	preflight := []string{"Access-Control-Request-Method: POST", "Access-Control-Request-Headers: content-type,x-api-key"}
+	status, header, _ := p.ask("OPTIONS", onePath, nil, append(preflight, "Origin: https://shop.example")...)
+	if status != 204 || header.Get("Access-Control-Allow-Origin") != "https://shop.example" || header.Get("Vary") != "Origin" ||
+		!strings.Contains(header.Get("Access-Control-Allow-Headers"), "X-API-Key") || !strings.Contains(header.Get("Access-Control-Allow-Methods"), "POST") {
+		t.Errorf("preflight: %d %v", status, header)
+	}
+	for _, origin := range []string{"https://evil.example", "https://shop.example.evil.example", "http://shop.example", "null"} {
+		if status, header, _ := p.ask("OPTIONS", onePath, nil, append(preflight, "Origin: "+origin)...); status == 204 || header.Get("Access-Control-Allow-Origin") != "" {
+			t.Errorf("%s: %d %v", origin, status, header)
+		}
+	}
+	status, header, _ = p.ask("POST", onePath, freshEvent("c"), "Origin: http://localhost:5173", "X-API-Key: "+firstKey)
+	if status != 202 || header.Get("Access-Control-Allow-Origin") != "http://localhost:5173" {
+		t.Errorf("request: %d %v", status, header)
+	}
+	if status, header, _ := p.ask("POST", onePath, freshEvent("c"), "Origin: http://localhost:5173"); status != 401 || header.Get("Access-Control-Allow-Origin") == "" {
+		t.Errorf("a page has to see that its key is missing: %d %v", status, header)
+	}
+}
+
+func TestRequestIDs(t *testing.T) {
+	p := startProgram(t, newSpace(t, "ACCESS_LOG=1", "LOG_FORMAT=json"))
+	_, header, answer := p.ask("POST", onePath, []byte(`{}`), "X-Request-Id: trace-1.a_B")
+	if header.Get("X-Request-Id") != "trace-1.a_B" || !strings.Contains(answer, `"request_id":"trace-1.a_B"`) {
+		t.Errorf("given: %v %s", header, answer)
+	}
+	for _, forged := range []string{`a" level="ERROR`, strings.Repeat("x", 65), "a b", "ü"} {
+		if _, header, _ := p.ask("GET", "/health", nil, "X-Request-Id: "+forged); len(header.Get("X-Request-Id")) != 16 {
+			t.Errorf("%q: %v", forged, header)
+		}
+	}
+	if _, header, answer := p.ask("GET", "/none", nil); !strings.Contains(answer, `"request_id":"`+header.Get("X-Request-Id")+`"`) {
+		t.Errorf("made: %v %s", header, answer)
+	}
+	found := false
+	for line := range strings.Lines(p.log.String()) {
+		var entry struct {
+			Msg, ID, Path string
+			Status        int
+		}
+		if err := json.Unmarshal([]byte(line), &entry); err != nil {
+			t.Errorf("not JSON: %s", line)
+		}
+		found = found || entry.Msg == "request" && entry.ID == "trace-1.a_B" && entry.Status == 400 && entry.Path == onePath
+	}
+	if !found {
+		t.Errorf("the request is not in the log:\n%s", p.log)
+	}
+}
+
+// newCertificate writes a certificate for localhost, signed by itself, and returns the files.
+func newCertificate(t *testing.T, dir, name string) (certFile, keyFile string, pair tls.Certificate) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, NotAfter: time.Now().Add(time.Hour),
+		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(crand.Reader, &template, &template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certPEM := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	keyPEM := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})
+	certFile, keyFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	os.WriteFile(certFile, certPEM, 0o600)
+	os.WriteFile(keyFile, keyPEM, 0o600)
+	pair, err = tls.X509KeyPair(certPEM, keyPEM)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return certFile, keyFile, pair
+}
+
+func TestTLS(t *testing.T) {
+	dir := t.TempDir()
+	certFile, keyFile, _ := newCertificate(t, dir, "first")
+	port := freePort(t)
+	env := newSpace(t, "TLS_CERT_FILE="+certFile, "TLS_KEY_FILE="+keyFile, "SERVER_PORT="+port)
+	p := &program{t: t, env: env, url: "https://127.0.0.1:" + port}
+	p.start()
+	healthy := func() bool {
+		check := exec.Command(os.Args[0], "healthcheck")
+		check.Env = append(append(os.Environ(), asProgram+"=1"), env...)
+		return check.Run() == nil
+	}
+	p.await("healthy", 30*time.Second, healthy)
+	served := func() string {
+		roots := x509.NewCertPool()
+		b, _ := os.ReadFile(certFile)
+		roots.AppendCertsFromPEM(b)
+		conn, err := tls.Dial("tcp", "127.0.0.1:"+port, &tls.Config{RootCAs: roots})
+		if err != nil {
+			return err.Error()
+		}
+		defer conn.Close()
+		fmt.Fprintf(conn, "GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+		if answer, _ := io.ReadAll(conn); !bytes.Contains(answer, []byte(`{"status":"ok"}`)) {
+			return string(answer)
+		}
+		return conn.ConnectionState().PeerCertificates[0].Subject.CommonName
+	}
+	if got := served(); got != "first" {
+		t.Fatal(got)
+	}
+	newCertificate(t, dir, "second")
+	p.cmd.Process.Signal(syscall.SIGHUP)
+	p.await("renewed", 5*time.Second, func() bool { return served() == "second" })
+	p.terminate()
+	if healthy() {
+		t.Error("healthy after the end")
+	}
+}
+
+// TestSecureDependencies: SCRAM and TLS towards Kafka, TLS towards ClickHouse, counted to the last event; and a wrong
+// password is said in words.
+func TestSecureDependencies(t *testing.T) {
+	certFile, _, pair := newCertificate(t, t.TempDir(), "dependencies")
+	config := &tls.Config{Certificates: []tls.Certificate{pair}}
+	password := "scram-secret-4711"
+	brokers, err := kfake.NewCluster(kfake.NumBrokers(2), kfake.GroupMinSessionTimeout(time.Second), kfake.TLS(config), kfake.EnableSASL(), kfake.Superuser("SCRAM-SHA-512", "ingest", password))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer brokers.Close()
+	secure := secureProxy(t, config, "127.0.0.1:"+os.Getenv("CLICKHOUSE_PORT"))
+	env := newSpace(t, "KAFKA_BROKERS="+strings.Join(brokers.ListenAddrs(), ","), "KAFKA_TLS=true", "KAFKA_TLS_CA_FILE="+certFile,
+		"KAFKA_SASL_MECHANISM=SCRAM-SHA-512", "KAFKA_SASL_USERNAME=ingest", "KAFKA_SASL_PASSWORD="+password,
+		"CLICKHOUSE_HOST=localhost", "CLICKHOUSE_PORT="+secure, "CLICKHOUSE_TLS=true", "CLICKHOUSE_TLS_CA_FILE="+certFile)
+	p := startProgram(t, env)
+	l, done := loadInto(t, p.url, 1000, time.Second)
+	done()
+	mustAgree(t, l, p.url)
+	mustHold(t, env, l)
+
+	port := freePort(t)
+	wrong := &program{t: t, env: append(env, "KAFKA_SASL_PASSWORD=no", "SERVER_PORT="+port), url: "http://127.0.0.1:" + port}
+	wrong.start()
+	wrong.await("said", 20*time.Second, func() bool {
+		resp, err := http.Get(wrong.url + "/ready")
+		if err != nil {
+			return false
+		}
+		defer resp.Body.Close()
+		answer, _ := io.ReadAll(resp.Body)
+		return resp.StatusCode == 503 && strings.Contains(string(answer), "KAFKA_SASL")
+	})
+}
+
+// secureProxy speaks TLS and passes on to target in the clear; it returns its port.
+func secureProxy(t *testing.T, config *tls.Config, target string) string {
+	t.Helper()
+	l, err := tls.Listen("tcp", "127.0.0.1:0", config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() { // ends with the listener
+		for {
+			client, err := l.Accept()
+			if err != nil {
+				return
+			}
+			server, err := net.Dial("tcp", target)
+			if err != nil {
+				client.Close()
+				continue
+			}
+			go func() { io.Copy(server, client); server.Close() }() // ends with either side
+			go func() { io.Copy(client, server); client.Close() }() // ends with either side
+		}
+	}()
+	return strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
+}
+
+func TestRoles(t *testing.T) {
+	env := newSpace(t, "SHUTDOWN_DELAY=1s")
+	api := startProgram(t, append(env, "ROLE=api"))
+	consumer := startProgram(t, append(env, "ROLE=consumer"))
+	l, done := loadInto(t, api.url, 2000, 2*time.Second)
+	if status, _, _ := consumer.do("POST", onePath, jsonCT, "", freshEvent("r")); status != 404 {
+		t.Errorf("a consumer takes events: %d", status)
+	}
+	if _, _, answer := api.do("GET", "/ready", "", "", nil); strings.Contains(answer, "consumers") {
+		t.Errorf("an API copy asks for consumers: %s", answer)
+	}
+	done()
+	mustAgree(t, l, api.url)
+	mustHold(t, env, l)
+
+	api.cmd.Process.Signal(syscall.SIGTERM)
+	api.await("unready", 5*time.Second, func() bool { return api.status("/ready") == 503 })
+	if status, _, answer := api.do("POST", onePath, jsonCT, "", freshEvent("r")); status != 202 {
+		t.Errorf("not served in SHUTDOWN_DELAY: %d %s", status, answer)
+	}
+	if err := api.cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	consumer.terminate()
+}
+
+// TestStrain: clients that are slow, many, or send too much hold nobody else up.
+func TestStrain(t *testing.T) {
+	p := startProgram(t, newSpace(t, "SERVER_READ_TIMEOUT=1s"))
+	host := strings.TrimPrefix(p.url, "http://")
+	dial := func() net.Conn {
+		conn, err := net.Dial("tcp", host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.SetDeadline(time.Now().Add(20 * time.Second))
+		return conn
+	}
+	slow := map[string]func(net.Conn) error{
+		"header": func(c net.Conn) error { _, err := c.Write([]byte("X: y\r\n")); return err },
+		"body":   func(c net.Conn) error { _, err := c.Write([]byte(" ")); return err },
+	}
+	for name, drip := range slow {
+		conn := dial()
+		defer conn.Close()
+		fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n", onePath)
+		if name == "body" {
+			fmt.Fprint(conn, "\r\n{")
+		}
+		cut := make(chan error, 1)
+		go func() { // ends when the server closes the connection, or at the deadline
+			_, err := io.Copy(io.Discard, conn)
+			cut <- err
+		}()
+		tick := time.NewTicker(100 * time.Millisecond)
+		for waiting := true; waiting; {
+			select {
+			case err := <-cut:
+				if ne, ok := err.(net.Error); ok && ne.Timeout() {
+					t.Errorf("slow %s: not cut off", name)
+				}
+				waiting = false
+			case <-tick.C:
+				drip(conn)
+			}
+		}
+		tick.Stop()
+	}
+
+	var limit syscall.Rlimit
+	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
+	many := min(10_000, int(limit.Cur)-500)
+	for range many {
+		conn := dial()
+		defer conn.Close()
+	}
+	t.Logf("%d idle connections", many)
+	if status, _, answer := p.do("POST", onePath, jsonCT, "", freshEvent("s")); status != 202 {
+		t.Errorf("beside idle connections: %d %s", status, answer)
+	}
+
+	for _, c := range []struct {
+		name, request string
+		status        []int
+	}{
+		{"one huge header", "GET /health HTTP/1.1\r\nHost: x\r\nX-A: " + strings.Repeat("a", 30<<10) + "\r\n\r\n", []int{431}},
+		{"many headers", "GET /health HTTP/1.1\r\nHost: x\r\n" + strings.Repeat("X-A: b\r\n", 5000) + "\r\n", []int{431}},
+		{"two slashes", "GET //health HTTP/1.1\r\nHost: x\r\n\r\n", []int{404}},
+		{"dots", "GET /api/../health HTTP/1.1\r\nHost: x\r\n\r\n", []int{404}},
+		{"encoded dots", "GET /api/%2e%2e/health HTTP/1.1\r\nHost: x\r\n\r\n", []int{404}},
+		{"encoded slash", "GET /api%2Fv1%2Fmetrics HTTP/1.1\r\nHost: x\r\n\r\n", []int{404, 400}},
+		{"NUL", "GET /health%00 HTTP/1.1\r\nHost: x\r\n\r\n", []int{404}},
+		{"long path", "GET /" + strings.Repeat("a", 12<<10) + " HTTP/1.1\r\nHost: x\r\n\r\n", []int{404}},
+		{"absolute", "GET http://other.example/health HTTP/1.1\r\nHost: x\r\n\r\n", []int{200}},
+		{"no host", "GET /health HTTP/1.1\r\n\r\n", []int{400}},
+		{"two lengths", "POST " + onePath + " HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}", []int{400}},
+		{"length and chunks", "POST " + onePath + " HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{400}},
+		{"negative length", "POST " + onePath + " HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", []int{400}},
+	} {
+		conn := dial()
+		io.WriteString(conn, c.request)
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		conn.Close()
+		if err != nil {
+			t.Errorf("%s: %v", c.name, err)
+			continue
+		}
+		ok := false
+		for _, s := range c.status {
+			ok = ok || s == resp.StatusCode
+		}
+		if !ok {
+			t.Errorf("%s: %s, want %v", c.name, resp.Status, c.status)
+		}
+	}
+}
+
+// TestSecretsAreNotTold: whatever goes wrong, keys and passwords stay out of the log and of messages.
+func TestSecretsAreNotTold(t *testing.T) {
+	secrets := []string{firstKey, "clickhouse-secret-4711", "kafka-secret-4711", "sent-by-a-client-4711"}
+	port := freePort(t)
+	env := append(newSpace(t), "LOG_LEVEL=debug", "ACCESS_LOG=1", "SERVER_PORT="+port, "API_KEYS="+secrets[0], "CLICKHOUSE_PASSWORD="+secrets[1],
+		"CLICKHOUSE_PORT=1", "KAFKA_BROKERS=127.0.0.1:1", "KAFKA_SASL_MECHANISM=PLAIN", "KAFKA_SASL_USERNAME=u", "KAFKA_SASL_PASSWORD="+secrets[2], "ACK_TIMEOUT=1s")
+	p := &program{t: t, env: env, url: "http://127.0.0.1:" + port}
+	p.start()
+	p.await("up", 10*time.Second, func() bool { return p.status("/health") == 200 })
+	var told strings.Builder
+	for _, key := range []string{secrets[0], secrets[3]} {
+		for _, path := range []string{metricsPath + "event_name=x&from=1&to=2", "/api/none", "/ready"} {
+			_, _, answer := p.ask("GET", path, nil, "X-API-Key: "+key, "Authorization: Bearer "+key)
+			told.WriteString(answer)
+		}
+		_, _, answer := p.ask("POST", onePath, freshEvent("s"), "X-API-Key: "+key)
+		told.WriteString(answer)
+	}
+	p.terminate()
+	told.WriteString(p.log.String())
+	bad := exec.Command(os.Args[0])
+	bad.Env = append(append(os.Environ(), asProgram+"=1", "API_KEYS="+secrets[0]+",short-4711", "SERVER_PORT=x"), "CLICKHOUSE_PASSWORD="+secrets[1], "CLICKHOUSE_PASSWORD_FILE=/none")
+	out, _ := bad.CombinedOutput()
+	told.Write(out)
+	if !strings.Contains(string(out), "API_KEYS") || !strings.Contains(string(out), "SERVER_PORT") || !strings.Contains(string(out), "CLICKHOUSE_PASSWORD_FILE") {
+		t.Errorf("bad settings are not all named: %s", out)
+	}
+	if !strings.Contains(told.String(), "ClickHouse") || !strings.Contains(told.String(), "request") {
+		t.Errorf("nothing was said: %s", &told)
+	}
+	for _, s := range append(secrets, "short-4711") {
+		if strings.Contains(told.String(), s) {
+			t.Errorf("%s is told", s)
+		}
+	}
+}
+
+// TestMetricsPage: every metric is there with its meaning, histograms are ones, and the numbers are those of the load.
+func TestMetricsPage(t *testing.T) {
+	port := freePort(t)
+	env := newSpace(t, "ADMIN_ADDR=127.0.0.1:"+port)
+	p := startProgram(t, env)
+	l, done := loadInto(t, p.url, 1000, time.Second, "-dup", "0.5")
+	done()
+	mustAgree(t, l, p.url)
+	drained(p)
+	p.do("POST", onePath, jsonCT, "", []byte(`{}`))
+	p.do("GET", "/none", "", "", nil)
+	resp, err := http.Get("http://127.0.0.1:" + port + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	page, _ := io.ReadAll(resp.Body)
+	sums, kinds := map[string]float64{}, map[string]string{}
+	for line := range strings.Lines(string(page)) {
+		line = strings.TrimSpace(line)
+		if rest, ok := strings.CutPrefix(line, "# TYPE "); ok {
+			name, kind, _ := strings.Cut(rest, " ")
+			if kinds[name] != "" {
+				t.Errorf("%s stands in two places", name)
+			}
+			kinds[name] = kind
+		} else if !strings.HasPrefix(line, "#") {
+			value, err := strconv.ParseFloat(line[strings.LastIndexByte(line, ' ')+1:], 64)
+			if err != nil {
+				t.Error(err)
+			}
+			series := line[:strings.LastIndexByte(line, ' ')]
+			family, _, labelled := strings.Cut(series, "{")
+			sums[series] += value
+			if labelled {
+				sums[family] += value
+			}
+		}
+	}
+	for name := range help {
+		if kinds[name] == "" {
+			t.Errorf("%s is missing", name)
+		}
+	}
+	sent := float64(l.ok.Load())
+	distinct := float64(l.src.expected()[0].count)
+	for name, want := range map[string]float64{
+		"event_ingestion_events_accepted_total": sent, "event_ingestion_rows_stored_total": distinct,
+		"event_ingestion_records_consumed_total": sent, "event_ingestion_duplicates_total": sent - distinct,
+		"event_ingestion_events_refused_total": 1, `event_ingestion_http_requests_total{route="events",code="400"}`: 1,
+		`event_ingestion_http_requests_total{route="other",code="404"}`: 1, "event_ingestion_partitions_assigned": 20,
+		"event_ingestion_consumer_lag_records": 0, "event_ingestion_in_flight_bytes": 0, "event_ingestion_dead_letters_total": 0,
+		`event_ingestion_consumer_lag_records{partition="19"}`: 0,
+	} {
+		if got, ok := sums[name]; !ok || got != want {
+			t.Errorf("%s is %v, want %v", name, got, want)
+		}
+	}
+	if n := sums[`event_ingestion_freshness_seconds_bucket{le="60"}`]; n == 0 || n != sums["event_ingestion_freshness_seconds_count"] {
+		t.Errorf("freshness has %v in its buckets, %v in all", n, sums["event_ingestion_freshness_seconds_count"])
+	}
+	if promtool, err := exec.LookPath("promtool"); err == nil { // Debian's prometheus has it
+		check := exec.Command(promtool, "check", "metrics")
+		check.Stdin = bytes.NewReader(page)
+		if out, err := check.CombinedOutput(); err != nil {
+			t.Errorf("promtool: %v\n%s", err, out)
+		}
+	}
+}
+
+// TestClusterSchema: a real cluster is not at hand; the server at least parses every statement.
+func TestClusterSchema(t *testing.T) {
+	cfg := settingsFrom(t, newSpace(t, "CLICKHOUSE_CLUSTER=main"))
+	statements := newStore(cfg).schema()
+	replicated := 0
+	for _, stmt := range statements {
+		formatted := clickhouseQuery(t, "SELECT formatQuery('"+literalEscapes.Replace(stmt)+"')")
+		if !strings.Contains(formatted, "ON CLUSTER main") {
+			t.Errorf("not on the cluster: %s", formatted)
+		}
+		replicated += strings.Count(formatted, "ENGINE = Replicated")
+	}
+	if len(statements) != 4 || replicated != 2 {
+		t.Errorf("%d statements, %d replicated tables", len(statements), replicated)
+	}
+}
