@@ -4,20 +4,21 @@
 DATA_DIR ?= .data
 export DATA_DIR
 
-GO_FILES := $(wildcard *.go) schema.sql go.mod go.sum
+GO_FILES := $(wildcard *.go web/*) schema.sql go.mod go.sum
 DEV      := bin/dev
 APP      := bin/event-ingestion
 
 # make up SCALE=1: three copies of the program behind a load balancer.
 COMPOSE := docker compose -f docker-compose.yml $(if $(SCALE),-f deploy/compose.scale.yml)
 
-.PHONY: help run stop build up down logs test test-cluster torture fuzz bench profile lint clean
+.PHONY: help run stop build up down logs test test-cluster torture fuzz bench profile lint clean test-api
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(APP) $(DEV) ## the whole system on the embedded stack; Ctrl-C or `make stop` ends it
-	@echo "API        http://localhost:$${SERVER_PORT:-8080}/api/v1   (/health, /ready)"
+	@echo "Dashboard  http://localhost:$${SERVER_PORT:-8080}/"
+	@echo "API        http://localhost:$${SERVER_PORT:-8080}/api/v1   (/swagger/index.html, /health, /ready)"
 	@echo "Kafka      localhost:29092, localhost:29093"
 	@echo "ClickHouse http://localhost:8123 (native 9000), database event_ingestion, user default, no password"
 	@echo "Admin      http://$${ADMIN_ADDR:-127.0.0.1:6060}/metrics, /debug/pprof/"
@@ -51,6 +52,9 @@ test: $(DEV) ## all tests, with the race detector, on an embedded stack of their
 test-cluster: $(DEV) ## the program's tests on a real Kafka cluster, set up as docker-compose.yml says; needs Java 17 and Maven
 	cd dev && DEV_TEST_CLUSTER=1 go test -race -count=1 -v -run 'TestCluster' .
 	$(DEV) -ephemeral -kafka cluster -- go test -race -count=1 -timeout 40m $(TESTFLAGS) ./...
+
+test-api: $(APP) $(DEV) ## the OpenAPI document validated, and the running program fuzzed by it
+	$(DEV) -ephemeral -- scripts/test_api.sh $(APP)
 
 torture: $(DEV) ## the tests that kill things, with five times as many kills; TORTURE=n for more
 	TORTURE=$${TORTURE:-5} $(DEV) -ephemeral -- go test -race -count=1 -timeout 80m -v -run 'Kill|Power|Paused|Away|Answers|Copies|Stop' .

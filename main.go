@@ -130,21 +130,28 @@ func newSystem(cfg *settings) (*system, error) {
 	s.metrics = newMetricsAPI(s.store, s.watermark)
 	s.ready = &readiness{kafka: s.producer, metrics: s.metrics, consumes: cfg.role != "api"}
 	in := newIngester(s.producer, cfg, &s.stats.ingest)
+	s.api = newServer(addr, s.routes(in), cfg, s.access, s.stats)
+	s.admin = newAdminServer(cfg.adminAddr, s.stats)
+	s.stats.watch(&s.ready.consumer, s.watermark, &in.bodies)
+	return s, nil
+}
+
+// routes is everything that the API's listener answers, by ROLE.
+func (s *system) routes(in *ingester) []route {
 	routes := []route{
 		{http.MethodGet, "/health", "health", serveHealth},
 		{http.MethodGet, "/ready", "ready", s.ready.serve},
 	}
-	if cfg.role != "consumer" {
+	if s.cfg.role != "consumer" {
 		routes = append(routes,
 			route{http.MethodPost, "/api/v1/events", "events", in.serveOne},
 			route{http.MethodPost, "/api/v1/events/bulk", "bulk", in.serveBulk},
 			route{http.MethodGet, "/api/v1/metrics", "metrics", s.metrics.serve},
+			route{http.MethodGet, "/api/v1/overview", "overview", s.metrics.serveOverview},
 		)
+		routes = append(routes, pages()...)
 	}
-	s.api = newServer(addr, routes, cfg, s.access, s.stats)
-	s.admin = newAdminServer(cfg.adminAddr, s.stats)
-	s.stats.watch(&s.ready.consumer, s.watermark, &in.bodies)
-	return s, nil
+	return routes
 }
 
 // run serves until ctx is done and then stops within SHUTDOWN_TIMEOUT.

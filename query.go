@@ -100,13 +100,15 @@ func appendMetrics(b []byte, q *metricsQuery, total metricsGroup, groups []metri
 		}
 		b = append(b, ']')
 	}
+	return append(appendThrough(b, through), '}')
+}
+
+func appendThrough(b []byte, through int64) []byte {
 	b = append(b, `,"complete_through":`...)
-	if through > 0 {
-		b = strconv.AppendInt(b, through, 10)
-	} else {
-		b = append(b, "null"...) // not known yet: a backlog from before the start is being worked off
+	if through == 0 { // not known yet: a backlog from before the start is being worked off
+		return append(b, "null"...)
 	}
-	return append(b, '}')
+	return strconv.AppendInt(b, through, 10)
 }
 
 // parseMetricsQuery checks the parameters; all problems come back at once.
@@ -126,26 +128,9 @@ func parseMetricsQuery(v url.Values) (*metricsQuery, []problem) {
 	} else if hasBadText([]byte(q.eventName)) {
 		fail("event_name", codeInvalidFormat, "is not valid UTF-8 text")
 	}
-	seconds := func(name string) (int64, bool) {
-		s := v.Get(name)
-		if s == "" {
-			fail(name, codeRequired, "is required")
-			return 0, false
-		}
-		n, err := strconv.ParseInt(s, 10, 64)
-		if err != nil {
-			fail(name, codeInvalidFormat, "must be an integer of Unix seconds")
-			return 0, false
-		}
-		if n >= minMilliseconds {
-			fail(name, codeInvalidFormat, "looks like milliseconds or finer, send Unix seconds")
-			return 0, false
-		}
-		return n, true
-	}
 	var fromOK, toOK bool
-	q.from, fromOK = seconds("from")
-	q.to, toOK = seconds("to")
+	q.from, fromOK = parseSeconds(v.Get("from"), "from", fail)
+	q.to, toOK = parseSeconds(v.Get("to"), "to", fail)
 	if fromOK && toOK && q.to <= q.from {
 		fail("to", codeInvalidRange, "must be after from")
 	}
@@ -160,18 +145,36 @@ func parseMetricsQuery(v url.Values) (*metricsQuery, []problem) {
 	return q, problems
 }
 
+// parseSeconds reads a required parameter; what is wrong with it goes to fail.
+func parseSeconds(s, name string, fail func(field, code, message string)) (int64, bool) {
+	if s == "" {
+		fail(name, codeRequired, "is required")
+		return 0, false
+	}
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil {
+		fail(name, codeInvalidFormat, "must be an integer of Unix seconds")
+		return 0, false
+	}
+	if n >= minMilliseconds {
+		fail(name, codeInvalidFormat, "looks like milliseconds or finer, send Unix seconds")
+		return 0, false
+	}
+	return n, true
+}
+
 // span is a range of seconds, end excluded.
 type span struct{ from, end int64 }
 
-// cut splits the query's range into the whole hours and what is cut off at both ends. now decides whether the last
-// hour is whole although `to` lies within it: no event is from after now.
-func (q *metricsQuery) cut(now int64) (hours span, cuts []span) {
-	from, end := max(q.from, 0), min(q.to, maxUnixSeconds)+1
+// cutHours splits a range, both ends included, into the whole hours and what is cut off at both ends. now decides
+// whether the last hour is whole although `to` lies within it: no event is from after now.
+func cutHours(from, to, now int64) (hours span, cuts []span) {
+	from, end := max(from, 0), min(to, maxUnixSeconds)+1
 	if end > now+clockSlackSecs+clockSkew {
 		end = max(end, (end+hourSeconds-1)/hourSeconds*hourSeconds)
 	}
 	hours = span{(from + hourSeconds - 1) / hourSeconds * hourSeconds, end / hourSeconds * hourSeconds}
-	if q.groupBy == "campaign" || hours.from >= hours.end { // the hourly table does not know campaigns
+	if hours.from >= hours.end {
 		return span{}, []span{{from, end}}
 	}
 	for _, s := range []span{{from, hours.from}, {hours.end, end}} {
@@ -185,7 +188,10 @@ func (q *metricsQuery) cut(now int64) (hours span, cuts []span) {
 // sql writes the query: each part gives key, count and user state; the outer one adds them up by key and, in a row
 // marked by is_total, over all keys, so that a user in two groups counts once in the total.
 func (q *metricsQuery) sql(database string, now int64) string {
-	hours, cuts := q.cut(now)
+	hours, cuts := cutHours(q.from, q.to, now)
+	if q.groupBy == "campaign" { // the hourly table does not know campaigns
+		hours, cuts = span{}, []span{{max(q.from, 0), min(q.to, maxUnixSeconds) + 1}}
+	}
 	hourKey, eventKey := "''", "''"
 	switch q.groupBy {
 	case "channel":
@@ -221,19 +227,14 @@ func (q *metricsQuery) sql(database string, now int64) string {
 func isoHour(expr string) string { return "formatDateTime(" + expr + ", '%Y-%m-%dT%H:00:00Z', 'UTC')" }
 
 func (m *metricsAPI) query(ctx context.Context, q *metricsQuery, now int64) (total metricsGroup, groups []metricsGroup, err error) {
-	pool, err := m.pool(ctx)
-	if err != nil {
-		return total, nil, err
-	}
 	var (
 		key          proto.ColStr
 		count, users proto.ColUInt64
 		isTotal      proto.ColUInt8
 	)
-	query := ch.Query{
+	err = m.do(ctx, func() { total, groups = metricsGroup{}, groups[:0] }, ch.Query{
 		Body:       q.sql(m.store.database, now),
 		Parameters: []proto.Parameter{parameter("event_name", q.eventName), parameter("channel", q.channel)},
-		Settings:   []ch.Setting{{Key: "max_execution_time", Value: "10"}, {Key: "enable_positional_arguments", Value: "0"}},
 		Result:     proto.Results{{Name: "key", Data: &key}, {Name: "total", Data: &count}, {Name: "users", Data: &users}, {Name: "is_total", Data: &isTotal}},
 		OnResult: func(context.Context, proto.Block) error {
 			for i := range count {
@@ -245,13 +246,23 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery, now int64) (tot
 			}
 			return nil
 		},
+	})
+	return total, groups, err
+}
+
+// do runs a query on a pooled connection. That may be one which the server closed since: a first failure without an
+// answer is tried again, after reset; a second one is the server's.
+func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error {
+	pool, err := m.pool(ctx)
+	if err != nil {
+		return err
 	}
+	query.Settings = []ch.Setting{{Key: "max_execution_time", Value: "10"}, {Key: "enable_positional_arguments", Value: "0"}}
 	for attempt := 0; ; attempt++ {
-		total, groups = metricsGroup{}, groups[:0]
+		reset()
 		err = pool.Do(ctx, query)
-		// A pooled connection may be one that the server closed since; a second failure is the server's.
 		if _, answered := ch.AsException(err); err == nil || answered || attempt > 0 || ctx.Err() != nil {
-			return total, groups, err
+			return err
 		}
 	}
 }

@@ -164,7 +164,7 @@ var help = map[string]string{
 	"event_ingestion_false_suspects_total":               "counter: Suspects that were new.",
 	"event_ingestion_suspect_lookup_duration_seconds":    "histogram: Time of looking up a round's suspects.",
 	"event_ingestion_dedupe_filter_bytes":                "gauge: Memory of the dedupe filters.",
-	"event_ingestion_dedupe_filters":               "gauge: Hours of event time that have a filter.",
+	"event_ingestion_dedupe_filters":                     "gauge: Hours of event time that have a filter.",
 	"event_ingestion_retries_total":                      "counter: Rejected records put on the retry topic.",
 	"event_ingestion_dead_letters_total":                 "counter: Records given up, by error type.",
 	"event_ingestion_build_info":                         "gauge: 1, with the version as label.",

@@ -1,0 +1,231 @@
+// The overview: what the dashboard page draws, in one call and one query.
+//
+// overview.go counts like query.go, whole hours from events_hourly and cut hours from events, over all event names: in
+// total, by channel, by event name and along time, in one pass with GROUPING SETS. Only campaigns, which the hourly table
+// does not know, are a query of the raw table.
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/ClickHouse/ch-go"
+	"github.com/ClickHouse/ch-go/proto"
+)
+
+const (
+	// overviewTop is how many event names and campaigns are listed.
+	overviewTop = 10
+	// maxHourBuckets is the longest time that is drawn by the hour; beyond it by the day.
+	maxHourBuckets = 3 * 24
+	daySeconds     = 24 * hourSeconds
+)
+
+// overviewQuery is a parsed request. from and to are Unix seconds, both inclusive.
+type overviewQuery struct {
+	channel  string
+	from, to int64
+}
+
+// overviewGroup is one line of the answer. revenue is in TRY, in ten-thousandths.
+type overviewGroup struct {
+	key              string
+	count, purchases int64
+	users, campaigns uint64
+	revenue          int64
+}
+
+// overview is the answer, before it is JSON.
+type overview struct {
+	total                              overviewGroup
+	channels, names, campaigns, series []overviewGroup
+}
+
+func (m *metricsAPI) serveOverview(w http.ResponseWriter, r *http.Request) {
+	now := time.Now().Unix()
+	q, problems := parseOverviewQuery(r.URL.Query(), now)
+	if len(problems) > 0 {
+		writeProblems(w, problems)
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
+	defer cancel()
+	through := m.watermark.through.Load() // before the query, which then sees at least that much
+	o, err := m.overview(ctx, q, now)
+	if err != nil {
+		writeUnavailable(w, "ClickHouse does not answer the query: "+firstLine(err.Error()))
+		return
+	}
+	writeJSON(w, http.StatusOK, appendOverview(nil, q, o, through))
+}
+
+// parseOverviewQuery checks the parameters, all of which may be absent: the last 24 hours, every channel.
+func parseOverviewQuery(v url.Values, now int64) (*overviewQuery, []problem) {
+	q := &overviewQuery{channel: v.Get("channel"), from: now - daySeconds, to: now}
+	var problems []problem
+	fail := func(field, code, message string) {
+		problems = append(problems, problem{field, code, field + " " + message})
+	}
+	for name, values := range v {
+		if len(values) > 1 {
+			fail(name, codeInvalidFormat, "appears more than once")
+		}
+	}
+	if v.Has("to") {
+		q.to, _ = parseSeconds(v.Get("to"), "to", fail)
+		q.from = q.to - daySeconds
+	}
+	if v.Has("from") {
+		q.from, _ = parseSeconds(v.Get("from"), "from", fail)
+	}
+	if len(problems) == 0 && q.to <= q.from {
+		fail("to", codeInvalidRange, "must be after from")
+	}
+	if !validChannel([]byte(q.channel)) {
+		fail("channel", codeInvalidChannel, "must be one of web, mobile_app, api")
+	}
+	return q, problems
+}
+
+// bucket is the width of the series: hour or day.
+func (q *overviewQuery) bucket() string {
+	if q.to-q.from > maxHourBuckets*hourSeconds {
+		return "day"
+	}
+	return "hour"
+}
+
+func (q *overviewQuery) where() string {
+	if q.channel == "" {
+		return "1"
+	}
+	return "channel = {channel:String}"
+}
+
+// sql writes the query: a row for the total, one a channel, one an event name, one a bucket. kind says which.
+func (q *overviewQuery) sql(database string, now int64) string {
+	hours, cuts := cutHours(q.from, q.to, now)
+	bucket := func(column string) string {
+		if q.bucket() == "day" {
+			return "toStartOfDay(" + column + ")"
+		}
+		return "toStartOfHour(" + column + ")"
+	}
+	var parts []string
+	if hours.from < hours.end {
+		parts = append(parts, fmt.Sprintf("SELECT event_name, channel, %s AS at, event_count AS n, unique_users_state AS u, revenue AS r, campaigns_state AS c FROM %s.events_hourly WHERE %s AND hour >= %d AND hour < %d",
+			bucket("hour"), database, q.where(), hours.from, hours.end))
+	}
+	for _, c := range cuts { // as events_hourly_mv in schema.sql
+		parts = append(parts, fmt.Sprintf("SELECT event_name, channel, %s AS at, toInt64(count()) AS n, uniqCombined64State(19)(user_id) AS u, "+
+			"sumIf(toDecimal128(price, 4), event_name = 'purchase' AND currency IN ('TRY', '')) AS r, uniqCombined64StateIf(12)(campaign_id, campaign_id != '') AS c "+
+			"FROM %s.events WHERE %s AND timestamp >= %d AND timestamp < %d GROUP BY event_name, channel, at",
+			bucket("timestamp"), database, q.where(), c.from, c.end))
+	}
+	return "SELECT toUInt8(multiIf(grouping(channel) = 0, 1, grouping(event_name) = 0, 2, grouping(at) = 0, 3, 0)) AS kind, " +
+		"CAST(multiIf(kind = 1, channel, kind = 2, event_name, kind = 3, " + isoHour("at") + ", ''), 'String') AS key, " +
+		"sum(n) AS total, sumIf(n, event_name = 'purchase') AS purchases, uniqCombined64Merge(19)(u) AS users, toInt64(sum(r) * 10000) AS revenue, uniqCombined64Merge(12)(c) AS campaigns " +
+		"FROM (" + strings.Join(parts, " UNION ALL ") + ") GROUP BY GROUPING SETS ((), (channel), (event_name), (at)) " +
+		"ORDER BY kind, if(kind = 3, 0, -total), key"
+}
+
+func (m *metricsAPI) overview(ctx context.Context, q *overviewQuery, now int64) (*overview, error) {
+	var (
+		o                         = new(overview)
+		kind                      proto.ColUInt8
+		key                       proto.ColStr
+		total, purchases, revenue proto.ColInt64
+		users, campaigns          proto.ColUInt64
+	)
+	err := m.do(ctx, func() { *o = overview{} }, ch.Query{
+		Body:       q.sql(m.store.database, now),
+		Parameters: []proto.Parameter{parameter("channel", q.channel)},
+		Result: proto.Results{{Name: "kind", Data: &kind}, {Name: "key", Data: &key}, {Name: "total", Data: &total}, {Name: "purchases", Data: &purchases},
+			{Name: "users", Data: &users}, {Name: "revenue", Data: &revenue}, {Name: "campaigns", Data: &campaigns}},
+		OnResult: func(context.Context, proto.Block) error {
+			for i := range kind {
+				g := overviewGroup{key.Row(i), total[i], purchases[i], users[i], campaigns[i], revenue[i]}
+				switch kind[i] {
+				case 0:
+					o.total = g
+				case 1:
+					o.channels = append(o.channels, g)
+				case 2:
+					if len(o.names) < overviewTop {
+						o.names = append(o.names, g)
+					}
+				case 3:
+					o.series = append(o.series, g)
+				}
+			}
+			return nil
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return o, m.topCampaigns(ctx, q, o)
+}
+
+func (m *metricsAPI) topCampaigns(ctx context.Context, q *overviewQuery, o *overview) error {
+	var (
+		key          proto.ColStr
+		total, users proto.ColUInt64
+	)
+	return m.do(ctx, func() { o.campaigns = o.campaigns[:0] }, ch.Query{
+		Body: fmt.Sprintf("SELECT CAST(campaign_id, 'String') AS key, count() AS total, uniqCombined64(19)(user_id) AS users FROM %s.events "+
+			"WHERE %s AND campaign_id != '' AND timestamp >= %d AND timestamp <= %d GROUP BY key ORDER BY total DESC, key LIMIT %d",
+			m.store.database, q.where(), max(q.from, 0), min(q.to, maxUnixSeconds), overviewTop),
+		Parameters: []proto.Parameter{parameter("channel", q.channel)},
+		Result:     proto.Results{{Name: "key", Data: &key}, {Name: "total", Data: &total}, {Name: "users", Data: &users}},
+		OnResult: func(context.Context, proto.Block) error {
+			for i := range total {
+				o.campaigns = append(o.campaigns, overviewGroup{key: key.Row(i), count: int64(total[i]), users: users[i]})
+			}
+			return nil
+		},
+	})
+}
+
+func appendOverview(b []byte, q *overviewQuery, o *overview, through int64) []byte {
+	b = fmt.Appendf(b, `{"from":%d,"to":%d,"bucket":%q,"total_count":%d,"unique_users":%d,"purchases":%d,"revenue":`, q.from, q.to, q.bucket(), o.total.count, o.total.users, o.total.purchases)
+	b = appendMoney(b, o.total.revenue)
+	b = fmt.Appendf(b, `,"active_campaigns":%d`, o.total.campaigns)
+	for _, list := range []struct {
+		name   string
+		groups []overviewGroup
+	}{{"channels", o.channels}, {"event_names", o.names}, {"campaigns", o.campaigns}, {"series", o.series}} {
+		b = append(append(append(b, `,"`...), list.name...), `":[`...)
+		for i, g := range list.groups {
+			if i > 0 {
+				b = append(b, ',')
+			}
+			b = appendString(append(b, `{"key":`...), g.key)
+			b = fmt.Appendf(b, `,"total_count":%d,"unique_users":%d`, g.count, g.users)
+			if list.name != "campaigns" {
+				b = appendMoney(append(b, `,"revenue":`...), g.revenue)
+			}
+			b = append(b, '}')
+		}
+		b = append(b, ']')
+	}
+	return append(appendThrough(b, through), '}')
+}
+
+// appendMoney writes ten-thousandths as a decimal number.
+func appendMoney(b []byte, n int64) []byte {
+	if n < 0 {
+		b, n = append(b, '-'), -n
+	}
+	b = strconv.AppendInt(b, n/10000, 10)
+	if n%10000 != 0 {
+		b = fmt.Appendf(b, ".%04d", n%10000)
+	}
+	return b
+}
