@@ -532,7 +532,7 @@ func TestClusterSchema(t *testing.T) {
 		}
 		replicated += strings.Count(formatted, "ENGINE = Replicated")
 	}
-	if len(statements) != 4 || replicated != 2 {
+	if len(statements) != 5 || replicated != 2 {
 		t.Errorf("%d statements, %d replicated tables", len(statements), replicated)
 	}
 }

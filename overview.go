@@ -1,8 +1,7 @@
 // The overview: what the dashboard page draws, in one call and one query.
 //
-// overview.go counts like query.go, whole hours from events_hourly and cut hours from events, over all event names: in
-// total, by channel, by event name and along time, in one pass with GROUPING SETS. Only campaigns, which the hourly table
-// does not know, are a query of the raw table.
+// overview.go counts over all event names, by schema.sql's events_between: in total, by channel, by event name and along
+// time, in one pass with GROUPING SETS. Only campaigns, which the hourly table does not know, are a query of the raw table.
 
 package main
 
@@ -12,7 +11,6 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/ClickHouse/ch-go"
@@ -57,7 +55,7 @@ func (m *metricsAPI) serveOverview(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
 	defer cancel()
 	through := m.watermark.through.Load() // before the query, which then sees at least that much
-	o, err := m.overview(ctx, q, now)
+	o, err := m.overview(ctx, q)
 	if err != nil {
 		writeUnavailable(w, "ClickHouse does not answer the query: "+firstLine(err.Error()))
 		return
@@ -109,33 +107,21 @@ func (q *overviewQuery) where() string {
 }
 
 // sql writes the query: a row for the total, one a channel, one an event name, one a bucket. kind says which.
-func (q *overviewQuery) sql(database string, now int64) string {
-	hours, cuts := cutHours(q.from, q.to, now)
-	bucket := func(column string) string {
-		if q.bucket() == "day" {
-			return "toStartOfDay(" + column + ")"
-		}
-		return "toStartOfHour(" + column + ")"
-	}
-	var parts []string
-	if hours.from < hours.end {
-		parts = append(parts, fmt.Sprintf("SELECT event_name, channel, %s AS at, event_count AS n, unique_users_state AS u, revenue AS r, campaigns_state AS c FROM %s.events_hourly WHERE %s AND hour >= %d AND hour < %d",
-			bucket("hour"), database, q.where(), hours.from, hours.end))
-	}
-	for _, c := range cuts { // as events_hourly_mv in schema.sql
-		parts = append(parts, fmt.Sprintf("SELECT event_name, channel, %s AS at, toInt64(count()) AS n, uniqCombined64State(19)(user_id) AS u, "+
-			"sumIf(toDecimal128(price, 4), event_name = 'purchase' AND currency IN ('TRY', '')) AS r, uniqCombined64StateIf(12)(campaign_id, campaign_id != '') AS c "+
-			"FROM %s.events WHERE %s AND timestamp >= %d AND timestamp < %d GROUP BY event_name, channel, at",
-			bucket("timestamp"), database, q.where(), c.from, c.end))
+func (q *overviewQuery) sql(database string) string {
+	bucket := "hour"
+	if q.bucket() == "day" {
+		bucket = "toStartOfDay(hour)"
 	}
 	return "SELECT toUInt8(multiIf(grouping(channel) = 0, 1, grouping(event_name) = 0, 2, grouping(at) = 0, 3, 0)) AS kind, " +
 		"CAST(multiIf(kind = 1, channel, kind = 2, event_name, kind = 3, " + isoHour("at") + ", ''), 'String') AS key, " +
 		"sum(n) AS total, sumIf(n, event_name = 'purchase') AS purchases, uniqCombined64Merge(19)(u) AS users, toInt64(sum(r) * 10000) AS revenue, uniqCombined64Merge(12)(c) AS campaigns " +
-		"FROM (" + strings.Join(parts, " UNION ALL ") + ") GROUP BY GROUPING SETS ((), (channel), (event_name), (at)) " +
+		fmt.Sprintf("FROM (SELECT event_name, channel, %s AS at, event_count AS n, unique_users_state AS u, revenue AS r, campaigns_state AS c FROM %s.events_between(from = %d, to = %d) WHERE %s) ",
+			bucket, database, max(q.from, 0), min(q.to, maxUnixSeconds), q.where()) +
+		"GROUP BY GROUPING SETS ((), (channel), (event_name), (at)) " +
 		"ORDER BY kind, if(kind = 3, 0, -total), key"
 }
 
-func (m *metricsAPI) overview(ctx context.Context, q *overviewQuery, now int64) (*overview, error) {
+func (m *metricsAPI) overview(ctx context.Context, q *overviewQuery) (*overview, error) {
 	var (
 		o                         = new(overview)
 		kind                      proto.ColUInt8
@@ -144,7 +130,7 @@ func (m *metricsAPI) overview(ctx context.Context, q *overviewQuery, now int64) 
 		users, campaigns          proto.ColUInt64
 	)
 	err := m.do(ctx, func() { *o = overview{} }, ch.Query{
-		Body:       q.sql(m.store.database, now),
+		Body:       q.sql(m.store.database),
 		Parameters: []proto.Parameter{parameter("channel", q.channel)},
 		Result: proto.Results{{Name: "kind", Data: &kind}, {Name: "key", Data: &key}, {Name: "total", Data: &total}, {Name: "purchases", Data: &purchases},
 			{Name: "users", Data: &users}, {Name: "revenue", Data: &revenue}, {Name: "campaigns", Data: &campaigns}},

@@ -59,3 +59,27 @@ SELECT
     uniqCombined64StateIf(12)(campaign_id, campaign_id != '') AS campaigns_state
 FROM {database}.events
 GROUP BY event_name, channel, hour;
+
+-- What happened from one Unix second to another, both included, in the columns of events_hourly: whole hours from there, cut
+-- hours at both ends from events. When the end is now, the last hour counts as whole: no event is from later. Use:
+-- SELECT sum(event_count) FROM events_between(from = 1767139200, to = 1767225600) WHERE channel = 'web'
+CREATE OR REPLACE VIEW {database}.events_between{on cluster} AS
+WITH
+    toStartOfHour(toDateTime({from:UInt32}, 'UTC') + 3599) AS first_whole,
+    if({to:UInt32} + 5 >= toUnixTimestamp(now()), toStartOfHour(toDateTime({to:UInt32}, 'UTC')) + 3600, toStartOfHour(toDateTime({to:UInt32}, 'UTC') + 1)) AS end_whole
+SELECT event_name, channel, hour, event_count, unique_users_state, revenue, campaigns_state
+FROM {database}.events_hourly
+WHERE hour >= first_whole AND hour < end_whole
+UNION ALL
+SELECT
+    event_name,
+    channel,
+    toStartOfHour(timestamp) AS hour,
+    toInt64(count()) AS event_count,
+    uniqCombined64State(19)(user_id) AS unique_users_state,
+    sumIf(toDecimal128(price, 4), event_name = 'purchase' AND currency IN ('TRY', '')) AS revenue,
+    uniqCombined64StateIf(12)(campaign_id, campaign_id != '') AS campaigns_state
+FROM {database}.events
+WHERE timestamp >= toDateTime({from:UInt32}, 'UTC') AND timestamp <= toDateTime({to:UInt32}, 'UTC')
+    AND (timestamp < first_whole OR timestamp >= end_whole OR first_whole >= end_whole)
+GROUP BY event_name, channel, hour;
