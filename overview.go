@@ -85,6 +85,7 @@ func parseOverviewQuery(v url.Values, now int64) (*overviewQuery, []problem) {
 	if len(problems) == 0 && q.to <= q.from {
 		fail("to", codeInvalidRange, "must be after from")
 	}
+	q.from, q.to = min(max(q.from, 0), maxUnixSeconds), min(max(q.to, 0), maxUnixSeconds) // no event is outside
 	if !validChannel([]byte(q.channel)) {
 		fail("channel", codeInvalidChannel, "must be one of web, mobile_app, api")
 	}
@@ -116,7 +117,7 @@ func (q *overviewQuery) sql(database string) string {
 		"CAST(multiIf(kind = 1, channel, kind = 2, event_name, kind = 3, " + isoHour("at") + ", ''), 'String') AS key, " +
 		"sum(n) AS total, sumIf(n, event_name = 'purchase') AS purchases, uniqCombined64Merge(19)(u) AS users, toInt64(sum(r) * 10000) AS revenue, uniqCombined64Merge(12)(c) AS campaigns " +
 		fmt.Sprintf("FROM (SELECT event_name, channel, %s AS at, event_count AS n, unique_users_state AS u, revenue AS r, campaigns_state AS c FROM %s.events_between(from = %d, to = %d) WHERE %s) ",
-			bucket, database, max(q.from, 0), min(q.to, maxUnixSeconds), q.where()) +
+			bucket, database, q.from, q.to, q.where()) +
 		"GROUP BY GROUPING SETS ((), (channel), (event_name), (at)) " +
 		"ORDER BY kind, if(kind = 3, 0, -total), key"
 }
@@ -167,7 +168,7 @@ func (m *metricsAPI) topCampaigns(ctx context.Context, q *overviewQuery, o *over
 	return m.do(ctx, func() { o.campaigns = o.campaigns[:0] }, ch.Query{
 		Body: fmt.Sprintf("SELECT CAST(campaign_id, 'String') AS key, count() AS total, uniqCombined64(19)(user_id) AS users FROM %s.events "+
 			"WHERE %s AND campaign_id != '' AND timestamp >= %d AND timestamp <= %d GROUP BY key ORDER BY total DESC, key LIMIT %d",
-			m.store.database, q.where(), max(q.from, 0), min(q.to, maxUnixSeconds), overviewTop),
+			m.store.database, q.where(), q.from, q.to, overviewTop),
 		Parameters: []proto.Parameter{parameter("channel", q.channel)},
 		Result:     proto.Results{{Name: "key", Data: &key}, {Name: "total", Data: &total}, {Name: "users", Data: &users}},
 		OnResult: func(context.Context, proto.Block) error {

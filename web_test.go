@@ -254,6 +254,11 @@ func TestOverview(t *testing.T) {
 			t.Errorf("%s: %d %s", query, status, answer)
 		}
 	}
+	for _, query := range []string{"from=-300&to=-50", "from=-9223372036854775808&to=0", "from=-1&to=99999999999", "to=-1", "from=0&to=4294967296"} {
+		if status, _, answer := p.do("GET", "/api/v1/overview?"+query, "", "", nil); status != 200 {
+			t.Errorf("%s: %d %s", query, status, answer)
+		}
+	}
 	if status, _, answer := p.do("GET", "/api/v1/overview", "", "", nil); status != 200 || !strings.Contains(answer, `"total_count":0,`) {
 		t.Errorf("of the last day: %d %s", status, answer)
 	}
