@@ -8,12 +8,14 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -229,6 +231,101 @@ func insertOverHTTP(b testing.TB, database string, rowsPerInsert int) float64 {
 		b.Fatalf("%s rows", got)
 	}
 	return wholePathEvents / took.Seconds()
+}
+
+// BenchmarkDedupe is what counting once costs. In turns, over 8 connections in bulks of 1000: events of this hour, the same
+// again (all of them duplicates), and events in time order over 30 days, as a backfill sends them. One operation is
+// dedupeEvents events of each.
+func BenchmarkDedupe(b *testing.B) {
+	const dedupeEvents = 200_000
+	admin := freePort(b)
+	p := startProgram(b, newSpace(b, "ADMIN_ADDR=127.0.0.1:"+admin))
+	now, serial, want, sent := time.Now().Unix(), 0, 0, 0
+	settled := func() (n int) { // records that are stored or known to be duplicates
+		resp, err := http.Get("http://127.0.0.1:" + admin + "/metrics")
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer resp.Body.Close()
+		page, _ := io.ReadAll(resp.Body)
+		for line := range strings.Lines(string(page)) {
+			if name, value, _ := strings.Cut(strings.TrimSpace(line), " "); name == "event_ingestion_rows_stored_total" || name == "event_ingestion_duplicates_total" {
+				v, _ := strconv.Atoi(value)
+				n += v
+			}
+		}
+		return n
+	}
+	send := func(at func(i int) int64, from int) float64 {
+		bodies := make(chan []byte, dedupeEvents/1000)
+		for i := 0; i < dedupeEvents; {
+			var body []byte
+			for range 1000 {
+				body = fmt.Appendf(body, `{"event_name":"dedupe","user_id":"user_%d","timestamp":%d,"channel":"web","campaign_id":"cmp_%d"}`+"\n", from+i, at(i), i%50)
+				i++
+			}
+			bodies <- body
+		}
+		close(bodies)
+		started := time.Now()
+		var clients sync.WaitGroup
+		for range 8 {
+			clients.Go(func() { // ends with the bodies
+				for body := range bodies {
+					resp, err := http.Post(p.url+bulkPath, ndjson, bytes.NewReader(body))
+					if err != nil || resp.StatusCode != http.StatusAccepted {
+						b.Error(err, resp)
+						return
+					}
+					resp.Body.Close()
+				}
+			})
+		}
+		clients.Wait()
+		sent += dedupeEvents
+		p.await("settled", time.Minute, func() bool { return settled() >= sent })
+		took := time.Since(started).Seconds()
+		_, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=dedupe&from=1&to=%d", metricsPath, now), "", "", nil)
+		if !strings.Contains(answer, fmt.Sprintf(`"total_count":%d,`, want)) {
+			b.Fatalf("%s, want %d", answer, want)
+		}
+		return dedupeEvents / took
+	}
+	thisHour := func(int) int64 { return now - 60 }
+	thirtyDays := func(i int) int64 { return now - 29*daySeconds + int64(i)*28*daySeconds/dedupeEvents }
+	var fresh, again, backfill []float64
+	for b.Loop() {
+		want += dedupeEvents
+		fresh = append(fresh, send(thisHour, serial))
+		again = append(again, send(thisHour, serial))
+		want += dedupeEvents
+		backfill = append(backfill, send(thirtyDays, serial))
+		serial += dedupeEvents
+	}
+	b.ReportMetric(median(fresh), "new-events/s")
+	b.ReportMetric(median(again), "duplicate-events/s")
+	b.ReportMetric(median(backfill), "backfill-events/s")
+	b.ReportMetric(median(backfill)/median(fresh), "backfill-ratio")
+}
+
+// BenchmarkFilter is the dedupe of an event that is new: one question, one addition, over an hour of a million events.
+func BenchmarkFilter(b *testing.B) {
+	var id eventID
+	f := newIDFilter(1_000_000)
+	hits := 0
+	for i := uint64(0); b.Loop(); i++ {
+		if i%1_000_000 == 0 {
+			f = newIDFilter(1_000_000)
+		}
+		binary.LittleEndian.PutUint64(id[:], i*0x9e3779b97f4a7c15)
+		binary.LittleEndian.PutUint64(id[8:], i*0xbf58476d1ce4e5b9)
+		binary.LittleEndian.PutUint64(id[16:], i*0x94d049bb133111eb)
+		if f.mayContain(&id) {
+			hits++
+		}
+		f.add(&id)
+	}
+	b.ReportMetric(float64(hits)/float64(b.N), "false-hits/event")
 }
 
 // BenchmarkSinglePost compares single events over 128 connections with a net/http handler that only parses, hashes

@@ -14,6 +14,8 @@ import (
 	"encoding/hex"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -216,12 +218,12 @@ func (in *inserter) awaitStrangers(ctx context.Context) error {
 	}
 }
 
-// cover loads filters for the hours that the round's suspects asked for. It runs between rounds, so that ClickHouse
+// cover loads filters for the hours that the round's suspects asked for, newest first. It runs between rounds, so that ClickHouse
 // holds all that was taken in except what is in the workers' current blocks.
 func (in *inserter) cover(ctx context.Context) {
 	loads := 0
-	for hour, n := range in.past.uncovered {
-		if n < loadSuspects || loads == loadsARound || in.isCovered(hour) {
+	for _, hour := range slices.Backward(slices.Sorted(maps.Keys(in.past.uncovered))) {
+		if in.past.uncovered[hour] < loadSuspects || loads == loadsARound || in.isCovered(hour) {
 			continue
 		}
 		loads++
