@@ -1,9 +1,8 @@
-// Who is let in, what is asked too much, and what operators are told.
+// Who is let in, by key, origin, certificate and role, and that no secret is told.
 
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -11,7 +10,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"io"
@@ -21,7 +19,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -34,30 +31,6 @@ const (
 	firstKey  = "key-one-0123456789abcdef"
 	secondKey = "key-two-0123456789abcdef"
 )
-
-// ask sends a request with headers ("Name: value") and returns its status, headers and body.
-func (p *program) ask(method, path string, body []byte, headers ...string) (int, http.Header, string) {
-	p.t.Helper()
-	req, err := http.NewRequest(method, p.url+path, bytes.NewReader(body))
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	for _, h := range headers {
-		name, value, _ := strings.Cut(h, ": ")
-		req.Header.Set(name, value)
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	answer, _ := io.ReadAll(resp.Body)
-	return resp.StatusCode, resp.Header, string(answer)
-}
-
-func freshEvent(name string) []byte {
-	return fmt.Appendf(nil, `{"event_name":%q,"user_id":"u%d","timestamp":%d}`, name, time.Now().UnixNano(), time.Now().Unix())
-}
 
 func TestKeys(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "keys")
@@ -130,36 +103,6 @@ func TestCORS(t *testing.T) {
 	}
 	if status, header, _ := p.ask("POST", onePath, freshEvent("c"), "Origin: http://localhost:5173"); status != 401 || header.Get("Access-Control-Allow-Origin") == "" {
 		t.Errorf("a page has to see that its key is missing: %d %v", status, header)
-	}
-}
-
-func TestRequestIDs(t *testing.T) {
-	p := startProgram(t, newSpace(t, "ACCESS_LOG=1", "LOG_FORMAT=json"))
-	_, header, answer := p.ask("POST", onePath, []byte(`{}`), "X-Request-Id: trace-1.a_B")
-	if header.Get("X-Request-Id") != "trace-1.a_B" || !strings.Contains(answer, `"request_id":"trace-1.a_B"`) {
-		t.Errorf("given: %v %s", header, answer)
-	}
-	for _, forged := range []string{`a" level="ERROR`, strings.Repeat("x", 65), "a b", "ü"} {
-		if _, header, _ := p.ask("GET", "/health", nil, "X-Request-Id: "+forged); len(header.Get("X-Request-Id")) != 16 {
-			t.Errorf("%q: %v", forged, header)
-		}
-	}
-	if _, header, answer := p.ask("GET", "/none", nil); !strings.Contains(answer, `"request_id":"`+header.Get("X-Request-Id")+`"`) {
-		t.Errorf("made: %v %s", header, answer)
-	}
-	found := false
-	for line := range strings.Lines(p.log.String()) {
-		var entry struct {
-			Msg, ID, Path string
-			Status        int
-		}
-		if err := json.Unmarshal([]byte(line), &entry); err != nil {
-			t.Errorf("not JSON: %s", line)
-		}
-		found = found || entry.Msg == "request" && entry.ID == "trace-1.a_B" && entry.Status == 400 && entry.Path == onePath
-	}
-	if !found {
-		t.Errorf("the request is not in the log:\n%s", p.log)
 	}
 }
 
@@ -246,7 +189,7 @@ func TestSecureDependencies(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer brokers.Close()
-	secure := secureProxy(t, config, "127.0.0.1:"+os.Getenv("CLICKHOUSE_PORT"))
+	secure := newProxy(t, "127.0.0.1:"+os.Getenv("CLICKHOUSE_PORT"), config).port()
 	env := newSpace(t, "KAFKA_BROKERS="+strings.Join(brokers.ListenAddrs(), ","), "KAFKA_TLS=true", "KAFKA_TLS_CA_FILE="+certFile,
 		"KAFKA_SASL_MECHANISM=SCRAM-SHA-512", "KAFKA_SASL_USERNAME=ingest", "KAFKA_SASL_PASSWORD="+password,
 		"CLICKHOUSE_HOST=localhost", "CLICKHOUSE_PORT="+secure, "CLICKHOUSE_TLS=true", "CLICKHOUSE_TLS_CA_FILE="+certFile)
@@ -268,32 +211,6 @@ func TestSecureDependencies(t *testing.T) {
 		answer, _ := io.ReadAll(resp.Body)
 		return resp.StatusCode == 503 && strings.Contains(string(answer), "KAFKA_SASL")
 	})
-}
-
-// secureProxy speaks TLS and passes on to target in the clear; it returns its port.
-func secureProxy(t *testing.T, config *tls.Config, target string) string {
-	t.Helper()
-	l, err := tls.Listen("tcp", "127.0.0.1:0", config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	go func() { // ends with the listener
-		for {
-			client, err := l.Accept()
-			if err != nil {
-				return
-			}
-			server, err := net.Dial("tcp", target)
-			if err != nil {
-				client.Close()
-				continue
-			}
-			go func() { io.Copy(server, client); server.Close() }() // ends with either side
-			go func() { io.Copy(client, server); client.Close() }() // ends with either side
-		}
-	}()
-	return strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
 }
 
 func TestRoles(t *testing.T) {
@@ -320,97 +237,6 @@ func TestRoles(t *testing.T) {
 		t.Error(err)
 	}
 	consumer.terminate()
-}
-
-// TestStrain: clients that are slow, many, or send too much hold nobody else up.
-func TestStrain(t *testing.T) {
-	p := startProgram(t, newSpace(t, "SERVER_READ_TIMEOUT=1s"))
-	host := strings.TrimPrefix(p.url, "http://")
-	dial := func() net.Conn {
-		conn, err := net.Dial("tcp", host)
-		if err != nil {
-			t.Fatal(err)
-		}
-		conn.SetDeadline(time.Now().Add(20 * time.Second))
-		return conn
-	}
-	slow := map[string]func(net.Conn) error{
-		"header": func(c net.Conn) error { _, err := c.Write([]byte("X: y\r\n")); return err },
-		"body":   func(c net.Conn) error { _, err := c.Write([]byte(" ")); return err },
-	}
-	for name, drip := range slow {
-		conn := dial()
-		defer conn.Close()
-		fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n", onePath)
-		if name == "body" {
-			fmt.Fprint(conn, "\r\n{")
-		}
-		cut := make(chan error, 1)
-		go func() { // ends when the server closes the connection, or at the deadline
-			_, err := io.Copy(io.Discard, conn)
-			cut <- err
-		}()
-		tick := time.NewTicker(100 * time.Millisecond)
-		for waiting := true; waiting; {
-			select {
-			case err := <-cut:
-				if ne, ok := err.(net.Error); ok && ne.Timeout() {
-					t.Errorf("slow %s: not cut off", name)
-				}
-				waiting = false
-			case <-tick.C:
-				drip(conn)
-			}
-		}
-		tick.Stop()
-	}
-
-	var limit syscall.Rlimit
-	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
-	many := min(10_000, int(limit.Cur)-500)
-	for range many {
-		conn := dial()
-		defer conn.Close()
-	}
-	t.Logf("%d idle connections", many)
-	if status, _, answer := p.do("POST", onePath, jsonCT, "", freshEvent("s")); status != 202 {
-		t.Errorf("beside idle connections: %d %s", status, answer)
-	}
-
-	for _, c := range []struct {
-		name, request string
-		status        []int
-	}{
-		{"one huge header", "GET /health HTTP/1.1\r\nHost: x\r\nX-A: " + strings.Repeat("a", 30<<10) + "\r\n\r\n", []int{431}},
-		{"many headers", "GET /health HTTP/1.1\r\nHost: x\r\n" + strings.Repeat("X-A: b\r\n", 5000) + "\r\n", []int{431}},
-		{"two slashes", "GET //health HTTP/1.1\r\nHost: x\r\n\r\n", []int{404}},
-		{"dots", "GET /api/../health HTTP/1.1\r\nHost: x\r\n\r\n", []int{404}},
-		{"encoded dots", "GET /api/%2e%2e/health HTTP/1.1\r\nHost: x\r\n\r\n", []int{404}},
-		{"encoded slash", "GET /api%2Fv1%2Fmetrics HTTP/1.1\r\nHost: x\r\n\r\n", []int{404, 400}},
-		{"NUL", "GET /health%00 HTTP/1.1\r\nHost: x\r\n\r\n", []int{404}},
-		{"long path", "GET /" + strings.Repeat("a", 12<<10) + " HTTP/1.1\r\nHost: x\r\n\r\n", []int{404}},
-		{"absolute", "GET http://other.example/health HTTP/1.1\r\nHost: x\r\n\r\n", []int{200}},
-		{"no host", "GET /health HTTP/1.1\r\n\r\n", []int{400}},
-		{"two lengths", "POST " + onePath + " HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}", []int{400}},
-		{"length and chunks", "POST " + onePath + " HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{400}},
-		{"negative length", "POST " + onePath + " HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", []int{400}},
-	} {
-		conn := dial()
-		io.WriteString(conn, c.request)
-		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
-		conn.Close()
-		if err != nil {
-			t.Errorf("%s: %v", c.name, err)
-			continue
-		}
-		ok := false
-		for _, s := range c.status {
-			ok = ok || s == resp.StatusCode
-		}
-		if !ok {
-			t.Errorf("%s: %s, want %v", c.name, resp.Status, c.status)
-		}
-	}
 }
 
 // TestSecretsAreNotTold: whatever goes wrong, keys and passwords stay out of the log and of messages.
@@ -447,92 +273,5 @@ func TestSecretsAreNotTold(t *testing.T) {
 		if strings.Contains(told.String(), s) {
 			t.Errorf("%s is told", s)
 		}
-	}
-}
-
-// TestMetricsPage: every metric is there with its meaning, histograms are ones, and the numbers are those of the load.
-func TestMetricsPage(t *testing.T) {
-	port := freePort(t)
-	env := newSpace(t, "ADMIN_ADDR=127.0.0.1:"+port)
-	p := startProgram(t, env)
-	l, done := loadInto(t, p.url, 1000, time.Second, "-dup", "0.5")
-	done()
-	mustAgree(t, l, p.url)
-	drained(p)
-	p.do("POST", onePath, jsonCT, "", []byte(`{}`))
-	p.do("GET", "/none", "", "", nil)
-	resp, err := http.Get("http://127.0.0.1:" + port + "/metrics")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	page, _ := io.ReadAll(resp.Body)
-	sums, kinds := map[string]float64{}, map[string]string{}
-	for line := range strings.Lines(string(page)) {
-		line = strings.TrimSpace(line)
-		if rest, ok := strings.CutPrefix(line, "# TYPE "); ok {
-			name, kind, _ := strings.Cut(rest, " ")
-			if kinds[name] != "" {
-				t.Errorf("%s stands in two places", name)
-			}
-			kinds[name] = kind
-		} else if !strings.HasPrefix(line, "#") {
-			value, err := strconv.ParseFloat(line[strings.LastIndexByte(line, ' ')+1:], 64)
-			if err != nil {
-				t.Error(err)
-			}
-			series := line[:strings.LastIndexByte(line, ' ')]
-			family, _, labelled := strings.Cut(series, "{")
-			sums[series] += value
-			if labelled {
-				sums[family] += value
-			}
-		}
-	}
-	for name := range help {
-		if kinds[name] == "" {
-			t.Errorf("%s is missing", name)
-		}
-	}
-	sent := float64(l.ok.Load())
-	distinct := float64(l.src.expected()[0].count)
-	for name, want := range map[string]float64{
-		"event_ingestion_events_accepted_total": sent, "event_ingestion_rows_stored_total": distinct,
-		"event_ingestion_records_consumed_total": sent, "event_ingestion_duplicates_total": sent - distinct,
-		"event_ingestion_events_refused_total": 1, `event_ingestion_http_requests_total{route="events",code="400"}`: 1,
-		`event_ingestion_http_requests_total{route="other",code="404"}`: 1, "event_ingestion_partitions_assigned": 20,
-		"event_ingestion_consumer_lag_records": 0, "event_ingestion_in_flight_bytes": 0, "event_ingestion_dead_letters_total": 0,
-		`event_ingestion_consumer_lag_records{partition="19"}`: 0,
-	} {
-		if got, ok := sums[name]; !ok || got != want {
-			t.Errorf("%s is %v, want %v", name, got, want)
-		}
-	}
-	if n := sums[`event_ingestion_freshness_seconds_bucket{le="60"}`]; n == 0 || n != sums["event_ingestion_freshness_seconds_count"] {
-		t.Errorf("freshness has %v in its buckets, %v in all", n, sums["event_ingestion_freshness_seconds_count"])
-	}
-	if promtool, err := exec.LookPath("promtool"); err == nil { // Debian's prometheus has it
-		check := exec.Command(promtool, "check", "metrics")
-		check.Stdin = bytes.NewReader(page)
-		if out, err := check.CombinedOutput(); err != nil {
-			t.Errorf("promtool: %v\n%s", err, out)
-		}
-	}
-}
-
-// TestClusterSchema: a real cluster is not at hand; the server at least parses every statement.
-func TestClusterSchema(t *testing.T) {
-	cfg := settingsFrom(t, newSpace(t, "CLICKHOUSE_CLUSTER=main"))
-	statements := newStore(cfg).schema()
-	replicated := 0
-	for _, stmt := range statements {
-		formatted := clickhouseQuery(t, "SELECT formatQuery('"+literalEscapes.Replace(stmt)+"')")
-		if !strings.Contains(formatted, "ON CLUSTER main") {
-			t.Errorf("not on the cluster: %s", formatted)
-		}
-		replicated += strings.Count(formatted, "ENGINE = Replicated")
-	}
-	if len(statements) != 5 || replicated != 2 {
-		t.Errorf("%d statements, %d replicated tables", len(statements), replicated)
 	}
 }

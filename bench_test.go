@@ -139,20 +139,6 @@ func BenchmarkInsert(b *testing.B) {
 	}
 }
 
-func settingsFrom(b testing.TB, env []string) *settings {
-	b.Helper()
-	cfg, err := loadSettings(func(name string) string {
-		if v := space(env, name); v != "" {
-			return v
-		}
-		return os.Getenv(name)
-	})
-	if err != nil {
-		b.Fatal(err)
-	}
-	return cfg
-}
-
 const wholePathEvents = 200_000
 
 // BenchmarkWholePath sends events in bulks of 1000 over 8 connections and waits until metrics count them all. In the

@@ -46,50 +46,30 @@ type overview struct {
 }
 
 func (m *metricsAPI) serveOverview(w http.ResponseWriter, r *http.Request) {
-	now := time.Now().Unix()
-	q, problems := parseOverviewQuery(r.URL.Query(), now)
-	if len(problems) > 0 {
-		writeProblems(w, problems)
-		return
-	}
-	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
-	defer cancel()
-	through := m.watermark.through.Load() // before the query, which then sees at least that much
-	o, err := m.overview(ctx, q)
-	if err != nil {
-		writeUnavailable(w, "ClickHouse does not answer the query: "+firstLine(err.Error()))
-		return
-	}
-	writeJSON(w, http.StatusOK, appendOverview(nil, q, o, through))
+	q, problems := parseOverviewQuery(r.URL.Query(), time.Now().Unix())
+	m.answer(w, r, problems, func(ctx context.Context, _, through int64) ([]byte, error) {
+		o, err := m.overview(ctx, q)
+		if err != nil {
+			return nil, err
+		}
+		return appendOverview(nil, q, o, through), nil
+	})
 }
 
 // parseOverviewQuery checks the parameters, all of which may be absent: the last 24 hours, every channel.
 func parseOverviewQuery(v url.Values, now int64) (*overviewQuery, []problem) {
 	q := &overviewQuery{channel: v.Get("channel"), from: now - daySeconds, to: now}
-	var problems []problem
-	fail := func(field, code, message string) {
-		problems = append(problems, problem{field, code, field + " " + message})
-	}
-	for name, values := range v {
-		if len(values) > 1 {
-			fail(name, codeInvalidFormat, "appears more than once")
-		}
-	}
+	c := newQueryCheck(v)
 	if v.Has("to") {
-		q.to, _ = parseSeconds(v.Get("to"), "to", fail)
+		q.to = c.seconds("to")
 		q.from = q.to - daySeconds
 	}
 	if v.Has("from") {
-		q.from, _ = parseSeconds(v.Get("from"), "from", fail)
+		q.from = c.seconds("from")
 	}
-	if len(problems) == 0 && q.to <= q.from {
-		fail("to", codeInvalidRange, "must be after from")
-	}
+	c.rangeAndChannel(q.from, q.to, q.channel)
 	q.from, q.to = min(max(q.from, 0), maxUnixSeconds), min(max(q.to, 0), maxUnixSeconds) // no event is outside
-	if !validChannel([]byte(q.channel)) {
-		fail("channel", codeInvalidChannel, "must be one of web, mobile_app, api")
-	}
-	return q, problems
+	return q, c.problems
 }
 
 // bucket is the width of the series: hour or day.

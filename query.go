@@ -64,6 +64,14 @@ func newMetricsAPI(st *store, wm *watermark) *metricsAPI {
 
 func (m *metricsAPI) serve(w http.ResponseWriter, r *http.Request) {
 	q, problems := parseMetricsQuery(r.URL.Query())
+	m.answer(w, r, problems, func(ctx context.Context, now, through int64) ([]byte, error) {
+		total, groups, err := m.query(ctx, q, now)
+		return appendMetrics(nil, q, total, groups, through), err
+	})
+}
+
+// answer writes what ask returns, or why it cannot.
+func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []problem, ask func(ctx context.Context, now, through int64) ([]byte, error)) {
 	if len(problems) > 0 {
 		writeProblems(w, problems)
 		return
@@ -71,12 +79,12 @@ func (m *metricsAPI) serve(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
 	defer cancel()
 	through := m.watermark.through.Load() // before the query, which then sees at least that much
-	total, groups, err := m.query(ctx, q, time.Now().Unix())
+	body, err := ask(ctx, time.Now().Unix(), through)
 	if err != nil {
 		writeUnavailable(w, "ClickHouse does not answer the query: "+firstLine(err.Error()))
 		return
 	}
-	writeJSON(w, http.StatusOK, appendMetrics(nil, q, total, groups, through))
+	writeJSON(w, http.StatusOK, body)
 }
 
 func appendMetrics(b []byte, q *metricsQuery, total metricsGroup, groups []metricsGroup, through int64) []byte {
@@ -114,53 +122,68 @@ func appendThrough(b []byte, through int64) []byte {
 // parseMetricsQuery checks the parameters; all problems come back at once.
 func parseMetricsQuery(v url.Values) (*metricsQuery, []problem) {
 	q := &metricsQuery{eventName: v.Get("event_name"), channel: v.Get("channel"), groupBy: v.Get("group_by")}
-	var problems []problem
-	fail := func(field, code, message string) {
-		problems = append(problems, problem{field, code, field + " " + message})
-	}
-	for name, values := range v {
-		if len(values) > 1 {
-			fail(name, codeInvalidFormat, "appears more than once")
-		}
-	}
+	c := newQueryCheck(v)
 	if q.eventName == "" {
-		fail("event_name", codeRequired, "is required")
+		c.fail("event_name", codeRequired, "is required")
 	} else if hasBadText([]byte(q.eventName)) {
-		fail("event_name", codeInvalidFormat, "is not valid UTF-8 text")
+		c.fail("event_name", codeInvalidFormat, "is not valid UTF-8 text")
 	}
-	var fromOK, toOK bool
-	q.from, fromOK = parseSeconds(v.Get("from"), "from", fail)
-	q.to, toOK = parseSeconds(v.Get("to"), "to", fail)
-	if fromOK && toOK && q.to <= q.from {
-		fail("to", codeInvalidRange, "must be after from")
-	}
-	if !validChannel([]byte(q.channel)) {
-		fail("channel", codeInvalidChannel, "must be one of web, mobile_app, api")
-	}
+	q.from, q.to = c.seconds("from"), c.seconds("to")
+	c.rangeAndChannel(q.from, q.to, q.channel)
 	switch q.groupBy {
 	case "", "channel", "hour", "day", "campaign":
 	default:
-		fail("group_by", codeInvalidGroupBy, "must be one of channel, hour, day, campaign")
+		c.fail("group_by", codeInvalidGroupBy, "must be one of channel, hour, day, campaign")
 	}
-	return q, problems
+	return q, c.problems
 }
 
-// parseSeconds reads a required parameter; what is wrong with it goes to fail.
-func parseSeconds(s, name string, fail func(field, code, message string)) (int64, bool) {
-	if s == "" {
-		fail(name, codeRequired, "is required")
-		return 0, false
+// queryCheck collects what is wrong with the parameters of a request.
+type queryCheck struct {
+	values   url.Values
+	problems []problem
+	noRange  bool // from or to is wrong by itself
+}
+
+func newQueryCheck(v url.Values) *queryCheck {
+	c := &queryCheck{values: v}
+	for name, values := range v {
+		if len(values) > 1 {
+			c.fail(name, codeInvalidFormat, "appears more than once")
+		}
 	}
+	return c
+}
+
+func (c *queryCheck) fail(field, code, message string) {
+	c.problems = append(c.problems, problem{field, code, field + " " + message})
+}
+
+// seconds reads a required parameter.
+func (c *queryCheck) seconds(name string) int64 {
+	s := c.values.Get(name)
 	n, err := strconv.ParseInt(s, 10, 64)
-	if err != nil {
-		fail(name, codeInvalidFormat, "must be an integer of Unix seconds")
-		return 0, false
+	switch {
+	case s == "":
+		c.fail(name, codeRequired, "is required")
+	case err != nil:
+		c.fail(name, codeInvalidFormat, "must be an integer of Unix seconds")
+	case n >= minMilliseconds:
+		c.fail(name, codeInvalidFormat, "looks like milliseconds or finer, send Unix seconds")
+	default:
+		return n
 	}
-	if n >= minMilliseconds {
-		fail(name, codeInvalidFormat, "looks like milliseconds or finer, send Unix seconds")
-		return 0, false
+	c.noRange = true
+	return 0
+}
+
+func (c *queryCheck) rangeAndChannel(from, to int64, channel string) {
+	if !c.noRange && to <= from {
+		c.fail("to", codeInvalidRange, "must be after from")
 	}
-	return n, true
+	if !validChannel([]byte(channel)) {
+		c.fail("channel", codeInvalidChannel, "must be one of web, mobile_app, api")
+	}
 }
 
 // span is a range of seconds, end excluded.

@@ -1,0 +1,106 @@
+// Clients that are slow, many, or send too much.
+
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// TestStrain: clients that are slow, many, or send too much hold nobody else up.
+func TestStrain(t *testing.T) {
+	p := startProgram(t, newSpace(t, "SERVER_READ_TIMEOUT=1s"))
+	host := strings.TrimPrefix(p.url, "http://")
+	dial := func() net.Conn {
+		conn, err := net.Dial("tcp", host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.SetDeadline(time.Now().Add(20 * time.Second))
+		return conn
+	}
+	slow := map[string]func(net.Conn) error{
+		"header": func(c net.Conn) error { _, err := c.Write([]byte("X: y\r\n")); return err },
+		"body":   func(c net.Conn) error { _, err := c.Write([]byte(" ")); return err },
+	}
+	for name, drip := range slow {
+		conn := dial()
+		defer conn.Close()
+		fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n", onePath)
+		if name == "body" {
+			fmt.Fprint(conn, "\r\n{")
+		}
+		cut := make(chan error, 1)
+		go func() { // ends when the server closes the connection, or at the deadline
+			_, err := io.Copy(io.Discard, conn)
+			cut <- err
+		}()
+		tick := time.NewTicker(100 * time.Millisecond)
+		for waiting := true; waiting; {
+			select {
+			case err := <-cut:
+				if ne, ok := err.(net.Error); ok && ne.Timeout() {
+					t.Errorf("slow %s: not cut off", name)
+				}
+				waiting = false
+			case <-tick.C:
+				drip(conn)
+			}
+		}
+		tick.Stop()
+	}
+
+	var limit syscall.Rlimit
+	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
+	many := min(10_000, int(limit.Cur)-500)
+	for range many {
+		conn := dial()
+		defer conn.Close()
+	}
+	t.Logf("%d idle connections", many)
+	if status, _, answer := p.do("POST", onePath, jsonCT, "", freshEvent("s")); status != 202 {
+		t.Errorf("beside idle connections: %d %s", status, answer)
+	}
+
+	for _, c := range []struct {
+		name, request string
+		status        []int
+	}{
+		{"one huge header", "GET /health HTTP/1.1\r\nHost: x\r\nX-A: " + strings.Repeat("a", 30<<10) + "\r\n\r\n", []int{431}},
+		{"many headers", "GET /health HTTP/1.1\r\nHost: x\r\n" + strings.Repeat("X-A: b\r\n", 5000) + "\r\n", []int{431}},
+		{"two slashes", "GET //health HTTP/1.1\r\nHost: x\r\n\r\n", []int{404}},
+		{"dots", "GET /api/../health HTTP/1.1\r\nHost: x\r\n\r\n", []int{404}},
+		{"encoded dots", "GET /api/%2e%2e/health HTTP/1.1\r\nHost: x\r\n\r\n", []int{404}},
+		{"encoded slash", "GET /api%2Fv1%2Fmetrics HTTP/1.1\r\nHost: x\r\n\r\n", []int{404, 400}},
+		{"NUL", "GET /health%00 HTTP/1.1\r\nHost: x\r\n\r\n", []int{404}},
+		{"long path", "GET /" + strings.Repeat("a", 12<<10) + " HTTP/1.1\r\nHost: x\r\n\r\n", []int{404}},
+		{"absolute", "GET http://other.example/health HTTP/1.1\r\nHost: x\r\n\r\n", []int{200}},
+		{"no host", "GET /health HTTP/1.1\r\n\r\n", []int{400}},
+		{"two lengths", "POST " + onePath + " HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}", []int{400}},
+		{"length and chunks", "POST " + onePath + " HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{400}},
+		{"negative length", "POST " + onePath + " HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", []int{400}},
+	} {
+		conn := dial()
+		io.WriteString(conn, c.request)
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		conn.Close()
+		if err != nil {
+			t.Errorf("%s: %v", c.name, err)
+			continue
+		}
+		ok := false
+		for _, s := range c.status {
+			ok = ok || s == resp.StatusCode
+		}
+		if !ok {
+			t.Errorf("%s: %s, want %v", c.name, resp.Status, c.status)
+		}
+	}
+}

@@ -1,0 +1,373 @@
+// The stand that the tests share: a database, topics and a group for each, the program as a process, the embedded stack to
+// ask and to break, and the counts that have to agree.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// asProgram makes the test binary behave as the program: fault tests start and kill real processes of it.
+const asProgram = "EVENT_INGESTION_TEST_AS_PROGRAM"
+
+func TestMain(m *testing.M) {
+	switch os.Getenv(asProgram) {
+	case "":
+		os.Exit(m.Run())
+	case "bare":
+		fmt.Fprintln(os.Stderr, bareHandler())
+		os.Exit(1)
+	default:
+		main()
+	}
+}
+
+// program is one running copy.
+type program struct {
+	t   testing.TB
+	env []string
+	url string
+	cmd *exec.Cmd
+	log *logBuffer
+}
+
+// logBuffer is what a running copy has logged so far.
+type logBuffer struct {
+	mu sync.Mutex // guards b
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// newSpace returns the environment of a database, topics and a group of the test's own.
+func newSpace(t testing.TB, more ...string) []string {
+	t.Helper()
+	if os.Getenv("KAFKA_BROKERS") == "" {
+		if testing.Short() {
+			t.Skip("needs the embedded stack")
+		}
+		t.Fatal("needs the embedded stack: run `make test`, or give -short to leave these tests out")
+	}
+	name := fmt.Sprintf("t%d_%d", os.Getpid(), time.Now().UnixNano())
+	t.Cleanup(func() { clickhouseQuery(t, "DROP DATABASE IF EXISTS "+name) })
+	return append([]string{
+		"CLICKHOUSE_DATABASE=" + name, "KAFKA_TOPIC=" + name, "KAFKA_CONSUMER_GROUP=" + name,
+		"SERVER_HOST=127.0.0.1", "ADMIN_ADDR=off", "KAFKA_SESSION_TIMEOUT=1s",
+	}, more...)
+}
+
+// startProgram runs a copy in the space and waits until it is ready. It is killed with the test if it still runs.
+func startProgram(t testing.TB, env []string) *program {
+	t.Helper()
+	port := space(env, "SERVER_PORT")
+	if port == "" {
+		port = freePort(t)
+		env = append(slices.Clone(env), "SERVER_PORT="+port)
+	}
+	p := &program{t: t, env: env, url: "http://127.0.0.1:" + port}
+	p.start()
+	p.await("ready", 30*time.Second, func() bool { return p.status("/ready") == http.StatusOK })
+	return p
+}
+
+// start runs the program's binary, which is this test's, and does not wait.
+func (p *program) start() {
+	t := p.t
+	t.Helper()
+	p.log = new(logBuffer)
+	p.cmd = exec.Command(os.Args[0])
+	p.cmd.Env = append(append(os.Environ(), asProgram+"=1"), p.env...)
+	p.cmd.Stderr = p.log
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if p.cmd.ProcessState == nil {
+			p.cmd.Process.Kill()
+			p.cmd.Wait()
+		}
+		if t.Failed() {
+			t.Logf("log of %s:\n%.8000s", p.url, p.log)
+		}
+	})
+}
+
+func freePort(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
+}
+
+// killAndRestart ends the program with -9 and starts another copy in its place, on the same port.
+func (p *program) killAndRestart() *program {
+	p.t.Helper()
+	p.cmd.Process.Kill()
+	p.cmd.Wait()
+	return startProgram(p.t, p.env)
+}
+
+func (p *program) await(what string, limit time.Duration, done func() bool) {
+	p.t.Helper()
+	for deadline := time.Now().Add(limit); !done(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			p.t.Fatalf("not %s within %s; log:\n%.8000s", what, limit, p.log)
+		}
+	}
+}
+
+func (p *program) status(path string) int {
+	resp, err := http.Get(p.url + path)
+	if err != nil {
+		return 0
+	}
+	resp.Body.Close()
+	return resp.StatusCode
+}
+
+// terminate ends the program as an orchestrator does and fails the test unless it ends well.
+func (p *program) terminate() {
+	p.t.Helper()
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	if err := p.cmd.Wait(); err != nil {
+		p.t.Fatalf("ended with %v; log:\n%s", err, p.log)
+	}
+}
+
+func (p *program) do(method, path, contentType, encoding string, body []byte) (int, http.Header, string) {
+	p.t.Helper()
+	var headers []string
+	if contentType != "" {
+		headers = append(headers, "Content-Type: "+contentType)
+	}
+	if encoding != "" {
+		headers = append(headers, "Content-Encoding: "+encoding)
+	}
+	return p.ask(method, path, body, headers...)
+}
+
+func clickhouseQuery(t testing.TB, sql string) string {
+	t.Helper()
+	resp, err := http.Post("http://127.0.0.1:"+os.Getenv("CLICKHOUSE_HTTP_PORT"), "text/plain", strings.NewReader(sql))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, _ := io.ReadAll(resp.Body)
+	if resp.StatusCode != http.StatusOK {
+		t.Fatalf("%s: %s", sql, b)
+	}
+	return strings.TrimSpace(string(b))
+}
+
+const (
+	onePath     = "/api/v1/events"
+	bulkPath    = "/api/v1/events/bulk"
+	metricsPath = "/api/v1/metrics?"
+	jsonCT      = "application/json"
+	ndjson      = "application/x-ndjson"
+	good        = `"event_name":"e","user_id":"u","timestamp":$NOW`
+)
+
+// loadInto sends made-up events to url and returns the loader for its counts. It runs in the background until done.
+func loadInto(t testing.TB, url string, rate float64, d time.Duration, more ...string) (l *loader, done func()) {
+	t.Helper()
+	args := append([]string{"-url", url, "-rate", fmt.Sprint(rate), "-duration", d.String(), "-bulk", "50", "-connections", "16", "-users", "500", "-retries", "100"}, more...)
+	cfg, err := parseLoadFlags(args, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.event = fmt.Sprintf("%s_%d", cfg.event, time.Now().UnixNano())
+	l = newLoader(cfg, newGenerator(cfg))
+	t.Cleanup(l.stop)
+	finished := make(chan struct{})
+	go func() { // ends after d, or l.stop
+		defer close(finished)
+		l.send(context.Background(), io.Discard)
+	}()
+	return l, func() { <-finished }
+}
+
+// mustAgree fails the test unless the metrics endpoint counts exactly what the loader had accepted.
+func mustAgree(t testing.TB, l *loader, url string) {
+	t.Helper()
+	l.cfg.url = url
+	var out bytes.Buffer
+	if code := l.report(&out, l.verify(&out)); code != 0 {
+		t.Fatalf("counts differ:\n%s", &out)
+	}
+	if l.ok.Load() == 0 {
+		t.Fatal("nothing was accepted")
+	}
+}
+
+// control asks the embedded stack to take a part away or to give it back.
+func control(t testing.TB, action string) {
+	t.Helper()
+	resp, err := http.Post(os.Getenv("DEV_CONTROL")+action, "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		t.Fatalf("%s: %s", action, resp.Status)
+	}
+}
+
+// tortureFactor is TORTURE from the environment: how many times more often `make torture` kills.
+func tortureFactor() int {
+	n, _ := strconv.Atoi(os.Getenv("TORTURE"))
+	return max(n, 1)
+}
+
+// space returns the value of a variable in a space's environment.
+func space(env []string, name string) string {
+	value := ""
+	for _, kv := range env { // the last one counts, as in a process's environment
+		if v, ok := strings.CutPrefix(kv, name+"="); ok {
+			value = v
+		}
+	}
+	return value
+}
+
+// mustHold compares the raw table, too: the metrics endpoint reads the aggregate.
+func mustHold(t testing.TB, env []string, l *loader) {
+	t.Helper()
+	db := space(env, "CLICKHOUSE_DATABASE")
+	want := fmt.Sprint(l.src.expected()[0].count)
+	var got, hourly string
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		got = clickhouseQuery(t, fmt.Sprintf("SELECT uniqExact(event_id) FROM %s.events WHERE event_name = '%s'", db, l.cfg.event))
+		hourly = clickhouseQuery(t, fmt.Sprintf("SELECT sum(event_count) FROM %s.events_hourly WHERE event_name = '%s'", db, l.cfg.event))
+		if got == want && hourly == want {
+			break
+		}
+		if time.Now().After(deadline) { // after a double fault the aggregate is mended a moment later
+			t.Fatalf("accepted %s, events has %s, events_hourly %s", want, got, hourly)
+		}
+	}
+	ledger, err := readLedger(t.Context(), settingsFrom(t, env), timeRange{0, maxUnixSeconds})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ledger.difference() != 0 || ledger.rows != ledger.aggregated || ledger.stored == 0 {
+		var out bytes.Buffer
+		ledger.print(&out)
+		t.Fatalf("the ledger does not balance:\n%s", &out)
+	}
+}
+
+// drained returns when everything that was acknowledged before the call is stored.
+func drained(p *program) {
+	p.t.Helper()
+	second := time.Now().Unix()
+	p.await("drained", 20*time.Second, func() bool {
+		var a struct {
+			Through int64 `json:"complete_through"`
+		}
+		_, _, answer := p.do("GET", metricsPath+"event_name=x&from=1&to=2", "", "", nil)
+		json.Unmarshal([]byte(answer), &a)
+		return a.Through >= second
+	})
+}
+
+// subcommand runs one of the program's commands in the space and returns what it printed and its exit code.
+func subcommand(t *testing.T, env []string, run func([]string, io.Writer, io.Writer) int, args string) (string, int) {
+	t.Helper()
+	for _, kv := range env {
+		name, value, _ := strings.Cut(kv, "=")
+		t.Setenv(name, value)
+	}
+	var out bytes.Buffer
+	code := run(strings.Fields(args), &out, &out)
+	return out.String(), code
+}
+
+// readTopic returns the records of a topic once there are n.
+func readTopic(t testing.TB, topic string, n int) (records []*kgo.Record) {
+	t.Helper()
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...), kgo.ConsumeTopics(topic))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for len(records) < n {
+		fetches := kafka.PollFetches(ctx)
+		if ctx.Err() != nil {
+			t.Fatalf("%d records on %s, want %d", len(records), topic, n)
+		}
+		records = append(records, fetches.Records()...)
+	}
+	return records
+}
+
+// ask sends a request with headers ("Name: value") and returns its status, headers and body.
+func (p *program) ask(method, path string, body []byte, headers ...string) (int, http.Header, string) {
+	p.t.Helper()
+	req, err := http.NewRequest(method, p.url+path, bytes.NewReader(body))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	for _, h := range headers {
+		name, value, _ := strings.Cut(h, ": ")
+		req.Header.Set(name, value)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	answer, _ := io.ReadAll(resp.Body)
+	return resp.StatusCode, resp.Header, string(answer)
+}
+
+func freshEvent(name string) []byte {
+	return fmt.Appendf(nil, `{"event_name":%q,"user_id":"u%d","timestamp":%d}`, name, time.Now().UnixNano(), time.Now().Unix())
+}
+
+func settingsFrom(b testing.TB, env []string) *settings {
+	b.Helper()
+	cfg, err := loadSettings(func(name string) string {
+		if v := space(env, name); v != "" {
+			return v
+		}
+		return os.Getenv(name)
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	return cfg
+}
