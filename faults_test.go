@@ -249,7 +249,7 @@ func TestAnswersCut(t *testing.T) {
 	env := newSpace(t, "CLICKHOUSE_PORT="+cut.port())
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 4000, time.Hour, "-dup", "0.1")
-	for range 30 {
+	for range 30 * tortureFactor() {
 		target := l.ok.Load() + 300
 		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
 		cut.cutAnswers()
