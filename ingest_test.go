@@ -60,6 +60,7 @@ func TestContract(t *testing.T) {
 		{"zero", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":0}`, 400, `validation.timestamp-expired.error`},
 		{"milliseconds", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":$MS}`, 400, `validation.invalid-format.error…milliseconds`},
 		{"timestamp string", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":"$NOW"}`, 400, `"field":"timestamp","code":"validation.invalid-format.error"`},
+		{"timestamp with .0", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":$NOW.0}`, 202, `queued`},
 		{"timestamp fraction", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":$NOW.5}`, 400, `"field":"timestamp","code":"validation.invalid-format.error"`},
 		{"timestamp huge", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":99999999999999999999}`, 400, `"field":"timestamp","code":"validation.invalid-format.error"`},
 		{"channel", "POST", onePath, jsonCT, `{` + good + `,"channel":"tv"}`, 400, `validation.invalid-channel.error`},

@@ -9,6 +9,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"unicode/utf8"
 
 	"github.com/valyala/fastjson"
@@ -256,9 +257,12 @@ func (p *eventParser) timestamp(v *fastjson.Value) {
 		return
 	}
 	n, err := v.Int64()
-	if err != nil {
-		p.addf("timestamp", codeInvalidFormat, "must be an integer of Unix seconds")
-		return
+	if err != nil { // Slow path: 1795441976.0 is the same number, and some languages write it so
+		f := v.GetFloat64()
+		if n = int64(f); f != math.Trunc(f) || math.Abs(f) >= 1<<53 {
+			p.addf("timestamp", codeInvalidFormat, "must be an integer of Unix seconds")
+			return
+		}
 	}
 	if n >= minMilliseconds {
 		p.addf("timestamp", codeInvalidFormat, "looks like milliseconds or finer, send Unix seconds: %d", n)
