@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -15,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/twmb/franz-go/pkg/kgo"
 )
 
 func TestStopUnderLoad(t *testing.T) {
@@ -194,6 +197,34 @@ func TestCopiesComeAndGo(t *testing.T) {
 	done()
 	mustAgree(t, l, first.url)
 	mustHold(t, env, l)
+}
+
+// TestFence: when the group is asked, the insert stands in system.processes and has no row; without a yes none gets there.
+func TestFence(t *testing.T) {
+	cfg := settingsFrom(t, newSpace(t))
+	st := newStore(cfg)
+	if err := st.applySchema(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	stored := func() string { return clickhouseQuery(t, "SELECT count() FROM "+st.database+".events") }
+	in, asked := newInserter(st, cfg, &newStats().store), 0
+	in.isMember = func(context.Context) error {
+		if n := clickhouseQuery(t, "SELECT count() FROM system.processes WHERE startsWith(query_id, '"+cfg.kafkaGroup+"-')"); n != "1" || stored() != "0" {
+			t.Errorf("%s inserts in system.processes, %s rows", n, stored())
+		}
+		if asked++; asked < 3 {
+			return errors.New("no answer")
+		}
+		return nil
+	}
+	ev := mustParse(t, new(eventParser), sampleEvent)
+	id, _ := ev.id(nil)
+	b := newBlock(1)
+	b.append(&id, ev, &kgo.Record{})
+	if err := in.insertUntilStored(t.Context(), []*block{b}, ""); err != nil || asked != 3 || stored() != "1" {
+		t.Errorf("%v, asked %d times, %s rows", err, asked, stored())
+	}
+	in.conn.Close()
 }
 
 // TestPausedCopy: a copy sleeps beyond its session and wakes up with blocks that somebody else has stored meanwhile, or

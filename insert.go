@@ -27,6 +27,9 @@ import (
 const (
 	// insertTimeout bounds one attempt. A healthy insert takes 30 ms; one that waits for merges, seconds.
 	insertTimeout = 60 * time.Second
+	// insertSilence, in seconds, is how long ClickHouse waits for the next block of an insert: a copy that is paused in the
+	// middle of one holds the next owner of its partitions up for so long.
+	insertSilence = "20"
 	minBackoff    = 100 * time.Millisecond
 	maxBackoff    = 5 * time.Second
 )
@@ -323,6 +326,7 @@ func (in *inserter) insertOnce(ctx context.Context, blocks []*block, token strin
 			{Key: "deduplicate_blocks_in_dependent_materialized_views", Value: "1"},
 			{Key: "materialized_views_ignore_errors", Value: "0"},
 			{Key: "max_partitions_per_insert_block", Value: "0"}, // other producers' events may be of any age
+			{Key: "receive_timeout", Value: insertSilence},
 		},
 	})
 	if e, ok := ch.AsException(err); ok {

@@ -43,6 +43,7 @@ request "Metrics of one channel" 200 "$base/api/v1/metrics?event_name=product_vi
 for group in channel hour day campaign; do
 	request "Metrics by $group" 200 "$base/api/v1/metrics?event_name=product_view&from=$from&to=$now&group_by=$group"
 done
+request "Everything at once, of the last day" 200 "$base/api/v1/overview"
 request "Liveness" 200 "$base/health"
 request "Readiness" 200 "$base/ready"
 exit $failed
