@@ -26,6 +26,9 @@ const (
 	maxZstdWindow = 8 << 20
 	// firstRead is what a body without a length gets as its first buffer.
 	firstRead = 4 << 10
+	// firstClaim is the most that a body gets for the length that it claims: what a request holds beyond it was sent, or half
+	// of it. A client that claims 8 MiB and sends nothing would else take an eighth of the budget of all.
+	firstClaim = 16 << 10
 )
 
 var (
@@ -81,6 +84,7 @@ func (in *ingester) readAll(q *ingestRequest, dst *[]byte, src io.Reader, hint, 
 	if hint < 0 {
 		hint = firstRead
 	}
+	hint = min(hint, firstClaim)
 	for {
 		// One byte more than expected, so that the end is seen without growing again.
 		if free := cap(b) - len(b); free == 0 || len(b) == 0 && free <= hint {

@@ -57,6 +57,18 @@ func TestStrain(t *testing.T) {
 		tick.Stop()
 	}
 
+	for i := range 200 { // they claim all that requests may hold, and send nothing of it
+		conn := dial()
+		defer conn.Close()
+		fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n", bulkPath, maxBulkBody>>min(i/8, 10))
+	}
+	for range 20 { // while the handlers of some of them wait for certain
+		if status, _, answer := p.do("POST", bulkPath, ndjson, "", freshEvent("s")); status != 202 {
+			t.Fatalf("beside empty promises: %d %s", status, answer)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+
 	var limit syscall.Rlimit
 	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
 	many := min(10_000, int(limit.Cur)-500)
