@@ -88,10 +88,10 @@ func (a *access) reload() {
 
 // admits lets a request through, or answers it: a browser's preflight, or one without a valid key.
 func (a *access) admits(w http.ResponseWriter, r *http.Request) bool {
-	if origin := r.Header.Get("Origin"); len(a.origins) > 0 && origin != "" {
+	if origin := r.Header.Get("Origin"); len(a.origins) > 0 {
 		h := w.Header()
-		h.Add("Vary", "Origin")
-		if slices.Contains(a.origins, "*") || slices.Contains(a.origins, origin) {
+		h.Add("Vary", "Origin") // also without one: a cache must not give this answer to a page
+		if origin != "" && (slices.Contains(a.origins, "*") || slices.Contains(a.origins, origin)) {
 			h.Set("Access-Control-Allow-Origin", origin)
 			h.Set("Access-Control-Expose-Headers", "Retry-After, X-Request-Id")
 			if r.Method == http.MethodOptions && r.Header.Get("Access-Control-Request-Method") != "" {

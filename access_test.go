@@ -97,6 +97,9 @@ func TestCORS(t *testing.T) {
 			t.Errorf("%s: %d %v", origin, status, header)
 		}
 	}
+	if _, header, _ := p.ask("GET", "/health", nil); header.Get("Vary") != "Origin" || header.Get("Access-Control-Allow-Origin") != "" {
+		t.Errorf("without an origin: %v", header)
+	}
 	status, header, _ = p.ask("POST", onePath, freshEvent("c"), "Origin: http://localhost:5173", "X-API-Key: "+firstKey)
 	if status != 202 || header.Get("Access-Control-Allow-Origin") != "http://localhost:5173" {
 		t.Errorf("request: %d %v", status, header)
