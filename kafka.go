@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -120,7 +121,10 @@ type watermark struct {
 	admin        *kadm.Client
 	topic, group string
 	through      atomic.Int64 // Unix seconds, 0 while unknown
-	samples      []sample     // oldest first; only run touches it
+	samples      []sample     // oldest first; only run touches it, and what follows
+	retryEnds    []int64
+	hold         holdPhase
+	putBack      []int64 // ends of the topic when all that waited on the retry topic was back on it
 	lags         atomic.Pointer[[]int64]
 }
 
@@ -131,6 +135,17 @@ func (w *watermark) partitionLags() []int64 {
 	}
 	return nil
 }
+
+// holdPhase is how far the records are that ClickHouse rejected: they are acknowledged and not counted, so the watermark
+// stays where it is until they are stored or given up.
+type holdPhase int
+
+const (
+	holdNone    holdPhase = iota
+	holdWaiting           // there are records on the retry topic, or there were since the last look
+	holdEmptied           // there are none any more: what the next look finds as the topic's ends is behind all of them
+	holdStoring           // putBack is known, and not stored yet
+)
 
 // sample is where the partitions ended at a moment.
 type sample struct {
@@ -162,26 +177,20 @@ func (w *watermark) sample(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	now := time.Now() // before the ends are read: what is acknowledged later is not covered
-	listed, err := w.admin.ListEndOffsets(ctx, w.topic)
-	if err == nil {
-		err = listed.Error()
-	}
+	ends, stored, err := w.offsets(ctx, w.topic, w.group)
 	if err != nil {
 		return err
 	}
-	committed, err := w.admin.FetchOffsetsForTopics(ctx, w.group, w.topic)
+	retryEnds, retried, err := w.offsets(ctx, w.topic+".retry", w.group+".retry") // after stored: what was rejected is there
 	if err != nil {
 		return err
 	}
-	ends, stored, lags := make([]int64, len(listed[w.topic])), make([]int64, len(listed[w.topic])), make([]int64, len(listed[w.topic]))
-	for p, o := range listed[w.topic] {
-		ends[p] = o.Offset
-		if c, ok := committed.Lookup(w.topic, p); ok && c.Err == nil {
-			stored[p] = max(0, c.At)
-		}
+	lags := make([]int64, len(ends))
+	for p := range ends {
 		lags[p] = max(0, ends[p]-stored[p])
 	}
 	w.lags.Store(&lags)
+	w.holdFor(ends, stored, retryEnds, retried)
 	if n := len(w.samples); n > 1 && w.samples[n-1].at.Sub(w.samples[n-2].at) < time.Second {
 		w.samples = w.samples[:n-1] // a second apart, but for the newest
 	}
@@ -189,12 +198,53 @@ func (w *watermark) sample(ctx context.Context) error {
 		w.samples = append(w.samples, sample{now, ends})
 	}
 	reached := 0
-	for reached < len(w.samples) && covers(stored, w.samples[reached].ends) {
+	for w.hold == holdNone && reached < len(w.samples) && covers(stored, w.samples[reached].ends) {
 		w.through.Store(w.samples[reached].at.Unix() - 1) // the second of the sample itself is not over
 		reached++
 	}
 	w.samples = append(w.samples[:0], w.samples[reached:]...)
 	return nil
+}
+
+// offsets returns where the partitions of a topic end, and how far the group has committed them.
+func (w *watermark) offsets(ctx context.Context, topic, group string) (ends, committed []int64, err error) {
+	listed, err := w.admin.ListEndOffsets(ctx, topic)
+	if err == nil {
+		err = listed.Error()
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	fetched, err := w.admin.FetchOffsetsForTopics(ctx, group, topic)
+	if err != nil && !errors.Is(err, kerr.GroupIDNotFound) { // nobody has joined yet: nothing is committed
+		return nil, nil, err
+	}
+	ends, committed = make([]int64, len(listed[topic])), make([]int64, len(listed[topic]))
+	for p, o := range listed[topic] {
+		ends[p] = o.Offset
+		if c, ok := fetched.Lookup(topic, p); ok && c.Err == nil {
+			committed[p] = max(0, c.At)
+		}
+	}
+	return ends, committed, nil
+}
+
+// holdFor takes a look at the rejected records. A record goes to the retry topic before its offset is committed, and back
+// before its offset there is.
+func (w *watermark) holdFor(ends, stored, retryEnds, retried []int64) {
+	if w.hold == holdEmptied {
+		w.putBack, w.hold = ends, holdStoring
+	}
+	came := !slices.Equal(retryEnds, w.retryEnds)
+	w.retryEnds = retryEnds
+	switch {
+	case came || !covers(retried, retryEnds):
+		w.hold = holdWaiting
+	case w.hold == holdWaiting:
+		w.hold = holdEmptied
+	case w.hold == holdStoring && covers(stored, w.putBack):
+		w.hold = holdNone
+	}
 }
 
 func covers(stored, ends []int64) bool {

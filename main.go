@@ -165,8 +165,10 @@ func (s *system) run(ctx context.Context) error {
 		}
 	}()
 	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, syscall.SIGHUP)
-	defer signal.Stop(hup)
+	if s.cfg.tlsCertFile != "" || os.Getenv("API_KEYS_FILE") != "" { // else the end of a terminal ends the program
+		signal.Notify(hup, syscall.SIGHUP)
+		defer signal.Stop(hup)
+	}
 	if s.adminL != nil {
 		go func() { serving <- s.admin.Serve(s.adminL) }() // ends with Close
 	}

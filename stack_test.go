@@ -267,7 +267,7 @@ func mustHold(t testing.TB, env []string, l *loader) {
 	db := space(env, "CLICKHOUSE_DATABASE")
 	want := fmt.Sprint(l.src.expected()[0].count)
 	var got, hourly string
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		got = clickhouseQuery(t, fmt.Sprintf("SELECT uniqExact(event_id) FROM %s.events WHERE event_name = '%s'", db, l.cfg.event))
 		hourly = clickhouseQuery(t, fmt.Sprintf("SELECT sum(event_count) FROM %s.events_hourly WHERE event_name = '%s'", db, l.cfg.event))
 		if got == want && hourly == want {
@@ -292,14 +292,18 @@ func mustHold(t testing.TB, env []string, l *loader) {
 func drained(p *program) {
 	p.t.Helper()
 	second := time.Now().Unix()
-	p.await("drained", 20*time.Second, func() bool {
-		var a struct {
-			Through int64 `json:"complete_through"`
-		}
-		_, _, answer := p.do("GET", metricsPath+"event_name=x&from=1&to=2", "", "", nil)
-		json.Unmarshal([]byte(answer), &a)
-		return a.Through >= second
-	})
+	p.await("drained", time.Minute, func() bool { return completeThrough(p) >= second })
+}
+
+// completeThrough is what the metrics endpoint says, 0 for null.
+func completeThrough(p *program) int64 {
+	p.t.Helper()
+	var a struct {
+		Through int64 `json:"complete_through"`
+	}
+	_, _, answer := p.do("GET", metricsPath+"event_name=x&from=1&to=2", "", "", nil)
+	json.Unmarshal([]byte(answer), &a)
+	return a.Through
 }
 
 // subcommand runs one of the program's commands in the space and returns what it printed and its exit code.

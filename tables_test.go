@@ -107,6 +107,7 @@ func TestRejectedRows(t *testing.T) {
 		t.Fatal(status, answer)
 	}
 	const bad = each / 20 // of either kind
+	accepted := time.Now().Unix()
 	count := func(want int64) func() bool {
 		return func() bool {
 			_, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=r&from=%d&to=%d", metricsPath, at-2000, at+1), "", "", nil)
@@ -114,6 +115,11 @@ func TestRejectedRows(t *testing.T) {
 		}
 	}
 	p.await("stored but for the rejected", 20*time.Second, count(events-2*bad))
+	for look := time.Now(); time.Since(look) < 1500*time.Millisecond; time.Sleep(50 * time.Millisecond) { // well within the first delay
+		if through := completeThrough(p); through >= accepted {
+			t.Fatalf("complete through %d, and what was acknowledged at %d waits to be tried again", through, accepted)
+		}
+	}
 	clickhouseQuery(t, "ALTER TABLE "+db+".events DROP CONSTRAINT late")
 	p.await("stored with those that were late", 30*time.Second, count(events-bad))
 	for _, rec := range readTopic(t, topic+".dlq", bad) {
