@@ -33,6 +33,7 @@ async function call(path, options = {}) {
 async function refresh() {
   clearTimeout(timer)
   const mine = ++asked
+  const started = Date.now()
   const range = +document.querySelector('input[name=range]:checked').value
   const to = Math.floor(Date.now() / 1000)
   try {
@@ -46,7 +47,7 @@ async function refresh() {
     if (mine === asked) say(e instanceof TypeError ? 'the API does not answer' : e.message, true)
   }
   $('main').setAttribute('aria-busy', 'false')
-  if ($('auto').checked) timer = setTimeout(refresh, 5000)
+  if ($('auto').checked) timer = setTimeout(refresh, Math.max(5000, 10 * (Date.now() - started))) // a tenth of its time at most
 }
 
 function say(text, bad) {
