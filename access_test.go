@@ -199,8 +199,7 @@ func TestSecureDependencies(t *testing.T) {
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 1000, time.Second)
 	done()
-	mustAgree(t, l, p.url)
-	mustHold(t, env, l)
+	mustHold(p, l)
 
 	port := freePort(t)
 	wrong := &program{t: t, env: append(env, "KAFKA_SASL_PASSWORD=no", "SERVER_PORT="+port), url: "http://127.0.0.1:" + port}
@@ -228,8 +227,7 @@ func TestRoles(t *testing.T) {
 		t.Errorf("an API copy asks for consumers: %s", answer)
 	}
 	done()
-	mustAgree(t, l, api.url)
-	mustHold(t, env, l)
+	mustHold(api, l)
 
 	api.cmd.Process.Signal(syscall.SIGTERM)
 	api.await("unready", 5*time.Second, func() bool { return api.status("/ready") == 503 })

@@ -12,25 +12,36 @@ import (
 	"github.com/valyala/fastjson"
 )
 
-// block is up to cap rows of the table events, in the order of its columns.
+// block is rows of the table events. A column is declared, named in newBlock's table and filled in append.
 type block struct {
-	eventID    proto.ColFixedStr
+	eventID    idColumn
 	eventName  dictColumn
 	channel    dictColumn
 	campaignID dictColumn
-	userID     proto.ColStr
-	timestamp  proto.ColDateTime
-	tagOffsets proto.ColUInt64 // running total, as Array wants it
-	tags       dictColumn
-	metadata   proto.ColStr
-	price      proto.ColDecimal64
+	userID     textColumn
+	timestamp  timeColumn
+	tags       listColumn
+	metadata   textColumn
+	price      priceColumn
 	currency   dictColumn
 
-	priceInput proto.ColInput // price under the type with its scale
-	tagsArray  arrayColumn
-	records    []*kgo.Record // of the rows, for the case that ClickHouse rejects some
-	suspects   []suspect     // records that may be copies, beside the rows
-	reached    []position
+	columns []namedColumn
+	records []*kgo.Record // of the rows, for the case that ClickHouse rejects some
+	bytes   int           // of keys and values of the records
+	reread  bool          // some of the rows may have been stored by an owner that died over it
+	reached []position
+}
+
+// column is what ch-go sends, and how rows are taken out of it.
+type column interface {
+	proto.ColInput
+	keep(rows []int) // leaves these rows, which ascend
+	reset()
+}
+
+type namedColumn struct {
+	name string
+	column
 }
 
 // position is how far a partition has been taken in: next is the offset to go on from.
@@ -44,54 +55,66 @@ type position struct {
 const (
 	expectUserBytes     = 24
 	expectMetadataBytes = 128
-	expectTags          = 2
 )
 
 func newBlock(rows int) *block {
 	b := new(block)
-	b.eventID = proto.ColFixedStr{Size: len(eventID{}), Buf: make([]byte, 0, rows*len(eventID{}))}
-	b.userID = newColStr(rows, expectUserBytes)
-	b.metadata = newColStr(rows, expectMetadataBytes)
+	b.columns = []namedColumn{
+		{"event_id", &b.eventID}, {"event_name", &b.eventName}, {"channel", &b.channel}, {"campaign_id", &b.campaignID},
+		{"user_id", &b.userID}, {"timestamp", &b.timestamp}, {"tags", &b.tags}, {"metadata", &b.metadata},
+		{"price", &b.price}, {"currency", &b.currency},
+	}
+	b.eventID.ColFixedStr = proto.ColFixedStr{Size: len(eventID{}), Buf: make([]byte, 0, rows*len(eventID{}))}
+	b.userID.init(rows, expectUserBytes)
+	b.metadata.init(rows, expectMetadataBytes)
 	b.timestamp.Data = make([]proto.DateTime, 0, rows)
-	b.tagOffsets = make(proto.ColUInt64, 0, rows)
-	b.price = make(proto.ColDecimal64, 0, rows)
+	b.tags.offsets = make(proto.ColUInt64, 0, rows)
+	b.price.ColDecimal64 = make(proto.ColDecimal64, 0, rows)
 	b.records = make([]*kgo.Record, 0, rows)
-	for _, d := range []*dictColumn{&b.eventName, &b.channel, &b.campaignID, &b.tags, &b.currency} {
+	for _, d := range []*dictColumn{&b.eventName, &b.channel, &b.campaignID, &b.tags.dictColumn, &b.currency} {
 		d.init(rows)
 	}
-	b.priceInput = proto.Alias(&b.price, "Decimal(18, 4)")
-	b.tagsArray = arrayColumn{offsets: &b.tagOffsets, data: &b.tags}
 	return b
-}
-
-func newColStr(rows, width int) proto.ColStr {
-	return proto.ColStr{Buf: make([]byte, 0, rows*width), Pos: make([]proto.Position, 0, rows)}
 }
 
 // rows is the number of events in the block.
 func (b *block) rows() int { return len(b.timestamp.Data) }
 
-// size is what the block holds, of what it may: rows and suspects.
-func (b *block) size() int { return b.rows() + len(b.suspects) }
-
 // append adds one event and the record that it came from. It copies every byte of ev that it keeps: ev may be reused
 // at once.
 func (b *block) append(id *eventID, ev *event, rec *kgo.Record) {
 	b.records = append(b.records, rec)
+	b.bytes += len(rec.Key) + len(rec.Value)
 	b.eventID.Buf = append(b.eventID.Buf, id[:]...)
 	b.eventName.append(ev.name)
 	b.channel.append(ev.channel)
 	b.campaignID.append(ev.campaignID)
 	b.userID.AppendBytes(ev.userID)
 	b.timestamp.Data = append(b.timestamp.Data, proto.DateTime(ev.timestamp))
-	for _, t := range ev.tags {
-		b.tags.append(t)
-	}
-	b.tagOffsets = append(b.tagOffsets, uint64(b.tags.rows()))
+	b.tags.append(ev.tags)
 	b.metadata.AppendBytes(ev.metadata)
 	price, currency := priceOf(ev.meta)
-	b.price = append(b.price, price)
+	b.price.ColDecimal64 = append(b.price.ColDecimal64, price)
 	b.currency.append(currency)
+}
+
+// id is the row's event id; it lives until the block changes.
+func (b *block) id(row int) *eventID { return (*eventID)(b.eventID.Row(row)) }
+
+// at is the row's Unix second.
+func (b *block) at(row int) int64 { return int64(b.timestamp.Data[row]) }
+
+// keep leaves these rows, which ascend, and what the block has reached.
+func (b *block) keep(rows []int) {
+	if len(rows) == b.rows() {
+		return
+	}
+	for _, c := range b.columns {
+		c.keep(rows)
+	}
+	kept := keepRows(b.records, rows)
+	clear(b.records[len(kept):])
+	b.records = kept
 }
 
 // reach notes that the block takes in the partition up to, not including, next.
@@ -105,26 +128,17 @@ func (b *block) reach(partition, epoch int32, next int64) {
 	b.reached = append(b.reached, position{partition: partition, epoch: epoch, next: next})
 }
 
-// input points columns at the block's, in insertColumns' order, for the next Data packet.
+// input points columns, of insertColumns, at the block's, for the next Data packet.
 func (b *block) input(columns proto.Input) {
-	columns[0].Data = &b.eventID
-	columns[1].Data = &b.eventName
-	columns[2].Data = &b.channel
-	columns[3].Data = &b.campaignID
-	columns[4].Data = &b.userID
-	columns[5].Data = &b.timestamp
-	columns[6].Data = &b.tagsArray
-	columns[7].Data = &b.metadata
-	columns[8].Data = b.priceInput
-	columns[9].Data = &b.currency
+	for i := range b.columns {
+		columns[i].Data = b.columns[i].column
+	}
 }
 
 // insertColumns is the input of an insert with no rows yet. created_at is left to the server's clock.
-func insertColumns() proto.Input {
-	names := []string{"event_id", "event_name", "channel", "campaign_id", "user_id", "timestamp", "tags", "metadata", "price", "currency"}
-	in := make(proto.Input, len(names))
-	for i, name := range names {
-		in[i].Name = name
+func insertColumns() (in proto.Input) {
+	for _, c := range newBlock(0).columns {
+		in = append(in, proto.InputColumn{Name: c.name, Data: c.column})
 	}
 	return in
 }
@@ -154,6 +168,60 @@ func priceOf(meta *fastjson.Value) (proto.Decimal64, []byte) {
 	return proto.Decimal64(price), currency
 }
 
+// idColumn is FixedString(32).
+type idColumn struct{ proto.ColFixedStr }
+
+func (c *idColumn) keep(rows []int) {
+	for i, row := range rows {
+		copy(c.Row(i), c.Row(row))
+	}
+	c.Buf = c.Buf[:len(rows)*c.Size]
+}
+
+func (c *idColumn) reset() { c.Buf = c.Buf[:0] }
+
+// timeColumn is DateTime.
+type timeColumn struct{ proto.ColDateTime }
+
+func (c *timeColumn) keep(rows []int) { c.Data = keepRows(c.Data, rows) }
+func (c *timeColumn) reset()          { c.Data = c.Data[:0] }
+
+// priceColumn is the table's Decimal(18, 4).
+type priceColumn struct{ proto.ColDecimal64 }
+
+func (*priceColumn) Type() proto.ColumnType { return "Decimal(18, 4)" }
+func (c *priceColumn) keep(rows []int)      { c.ColDecimal64 = keepRows(c.ColDecimal64, rows) }
+func (c *priceColumn) reset()               { c.ColDecimal64 = c.ColDecimal64[:0] }
+
+// textColumn is String.
+type textColumn struct {
+	proto.ColStr
+	room int // that one value is expected to take
+}
+
+func (c *textColumn) init(rows, width int) {
+	c.ColStr = proto.ColStr{Buf: make([]byte, 0, rows*width), Pos: make([]proto.Position, 0, rows)}
+	c.room = width
+}
+
+func (c *textColumn) keep(rows []int) { c.Pos = keepRows(c.Pos, rows) }
+
+// reset drops the memory of a block of huge values.
+func (c *textColumn) reset() {
+	c.Reset()
+	if most := 4 * cap(c.Pos) * c.room; cap(c.Buf) > most {
+		c.Buf = make([]byte, 0, most/4)
+	}
+}
+
+// keepRows moves the values of these rows, which ascend, to the front.
+func keepRows[T any](values []T, rows []int) []T {
+	for i, row := range rows {
+		values[i] = values[row]
+	}
+	return values[:len(rows)]
+}
+
 // dictColumn is LowCardinality(String) with its dictionary kept from block to block: a value costs one map lookup,
 // and only a new one allocates. ch-go's generic column builds the dictionary anew for each block.
 type dictColumn struct {
@@ -162,8 +230,11 @@ type dictColumn struct {
 	lookup map[string]uint32
 }
 
-// maxDict drops a dictionary that the data has outgrown: it is sent with every block.
-const maxDict = 1024
+// A dictionary beyond these is dropped: it is sent with every block, and each block of each worker has five.
+const (
+	maxDict      = 1024
+	maxDictBytes = 16 << 10
+)
 
 func (d *dictColumn) init(rows int) {
 	d.Key = proto.KeyUInt16
@@ -173,7 +244,7 @@ func (d *dictColumn) init(rows int) {
 }
 
 func (d *dictColumn) clearDict() {
-	d.index.Reset()
+	d.index = proto.ColStr{}
 	d.index.AppendBytes(nil) // ClickHouse keeps the default value at 0
 	d.lookup = map[string]uint32{"": 0}
 }
@@ -199,6 +270,14 @@ func (d *dictColumn) rows() int {
 	return len(d.Keys32)
 }
 
+// value is the row's; it lives until the column changes.
+func (d *dictColumn) value(row int) []byte {
+	if d.Key == proto.KeyUInt16 {
+		return d.index.RowBytes(int(d.Keys16[row]))
+	}
+	return d.index.RowBytes(int(d.Keys32[row]))
+}
+
 // widen moves to 32-bit keys when one block has more than 65,536 values (its tags can).
 func (d *dictColumn) widen() {
 	for _, k := range d.Keys16 {
@@ -210,44 +289,70 @@ func (d *dictColumn) widen() {
 func (d *dictColumn) reset() {
 	d.Keys16, d.Keys32 = d.Keys16[:0], d.Keys32[:0]
 	d.Key = proto.KeyUInt16
-	if d.index.Rows() > maxDict {
+	if d.index.Rows() > maxDict || len(d.index.Buf) > maxDictBytes {
 		d.clearDict()
 	}
 }
 
-// arrayColumn is Array(LowCardinality(String)) over a dictColumn.
-type arrayColumn struct {
-	offsets *proto.ColUInt64
-	data    *dictColumn
+func (d *dictColumn) keep(rows []int) {
+	if d.Key == proto.KeyUInt16 {
+		d.Keys16 = keepRows(d.Keys16, rows)
+	} else {
+		d.Keys32 = keepRows(d.Keys32, rows)
+	}
 }
 
-func (a *arrayColumn) Type() proto.ColumnType        { return proto.ColumnTypeArray.Sub(a.data.Type()) }
-func (a *arrayColumn) Rows() int                     { return a.offsets.Rows() }
-func (a *arrayColumn) EncodeState(buf *proto.Buffer) { a.data.EncodeState(buf) }
-func (a *arrayColumn) EncodeColumn(buf *proto.Buffer) {
-	a.offsets.EncodeColumn(buf)
-	a.data.EncodeColumn(buf)
+// listColumn is Array(LowCardinality(String)).
+type listColumn struct {
+	dictColumn                 // of the items
+	offsets    proto.ColUInt64 // running total of items, as Array wants it
 }
-func (a *arrayColumn) WriteColumn(w *proto.Writer) { a.offsets.WriteColumn(w); a.data.WriteColumn(w) }
 
-// reset empties the block and keeps its memory, unless one block of huge events blew it up.
+func (l *listColumn) append(items [][]byte) {
+	for _, v := range items {
+		l.dictColumn.append(v)
+	}
+	l.offsets = append(l.offsets, uint64(l.dictColumn.rows()))
+}
+
+func (l *listColumn) Type() proto.ColumnType { return proto.ColumnTypeArray.Sub(l.dictColumn.Type()) }
+func (l *listColumn) Rows() int              { return len(l.offsets) }
+func (l *listColumn) EncodeColumn(buf *proto.Buffer) {
+	l.offsets.EncodeColumn(buf)
+	l.dictColumn.EncodeColumn(buf)
+}
+func (l *listColumn) WriteColumn(w *proto.Writer) {
+	l.offsets.WriteColumn(w)
+	l.dictColumn.WriteColumn(w)
+}
+
+func (l *listColumn) keep(rows []int) {
+	var items []int
+	var ends proto.ColUInt64
+	for _, row := range rows {
+		first := uint64(0)
+		if row > 0 {
+			first = l.offsets[row-1]
+		}
+		for ; first < l.offsets[row]; first++ {
+			items = append(items, int(first))
+		}
+		ends = append(ends, uint64(len(items)))
+	}
+	l.dictColumn.keep(items)
+	l.offsets = append(l.offsets[:0], ends...)
+}
+
+func (l *listColumn) reset() {
+	l.dictColumn.reset()
+	l.offsets = l.offsets[:0]
+}
+
+// reset empties the block and keeps its memory, unless huge events blew it up.
 func (b *block) reset() {
-	b.eventID.Buf = b.eventID.Buf[:0]
-	b.userID.Reset()
-	b.timestamp.Data = b.timestamp.Data[:0]
-	b.tagOffsets = b.tagOffsets[:0]
-	b.metadata.Reset()
-	b.price = b.price[:0]
-	for _, d := range []*dictColumn{&b.eventName, &b.channel, &b.campaignID, &b.tags, &b.currency} {
-		d.reset()
+	for _, c := range b.columns {
+		c.reset()
 	}
 	clear(b.records)
-	clear(b.suspects)
-	b.records, b.suspects, b.reached = b.records[:0], b.suspects[:0], b.reached[:0]
-	if cap(b.metadata.Buf) > maxBlockMetadata {
-		b.metadata.Buf = make([]byte, 0, cap(b.timestamp.Data)*expectMetadataBytes)
-	}
+	b.records, b.reached, b.bytes, b.reread = b.records[:0], b.reached[:0], 0, false
 }
-
-// maxBlockMetadata is 1 KiB a row of a default block: 40 blocks of the largest metadata would be 1.3 GB.
-const maxBlockMetadata = 2 << 20

@@ -80,21 +80,18 @@ func BenchmarkBodyToRecords(b *testing.B) {
 // BenchmarkRecordToRow is the hot path of a worker: decode, hash, append.
 func BenchmarkRecordToRow(b *testing.B) {
 	const rows = 2000
-	w := newWorker(&consumer{inserter: newInserter(nil, &settings{}, nil), room: make(chan struct{}, 1)}, rows)
+	w := idleWorker(rows)
 	records := make([]*kgo.Record, rows)
 	for i := range records {
 		ev := mustParse(b, new(eventParser), strings.Replace(sampleEvent, "user_123", fmt.Sprint("user_", i), 1))
 		id, _ := ev.id(nil)
 		records[i] = &kgo.Record{Key: hex.AppendEncode(nil, id[:]), Value: appendEvent(nil, ev)}
 	}
-	covered := newIDFilter(rows)
-	w.seen.hours[1795441976/hourSeconds] = covered
 	b.ReportAllocs()
 	for b.Loop() {
 		w.cur.reset()
-		clear(covered.layers[0].lines)
 		w.queue = append(w.queue[:0], fetched{0, records})
-		if bad, err := w.takeIn(rows); bad != nil || w.cur.size() != rows {
+		if bad, err := w.takeIn(rows); bad != nil || w.cur.rows() != rows {
 			b.Fatal(err)
 		}
 	}
@@ -111,8 +108,7 @@ func BenchmarkInsert(b *testing.B) {
 			if err := st.applySchema(b.Context()); err != nil {
 				b.Fatal(err)
 			}
-			in := newInserter(st, cfg, &newStats().store)
-			in.isMember = func(context.Context) error { return nil }
+			in := newInserter(st, cfg, &newStats().store, nil, newRoundCall(), membership{isMember: func(context.Context) error { return nil }})
 			ev := mustParse(b, new(eventParser), sampleEvent)
 			serial := uint64(0)
 			for b.Loop() {
@@ -124,12 +120,11 @@ func BenchmarkInsert(b *testing.B) {
 						var id eventID
 						serial++
 						copy(id[:], fmt.Sprint(serial))
-						blk.append(&id, ev, nil)
+						blk.append(&id, ev, &kgo.Record{})
 					}
 					in.round = append(in.round, blk)
 				}
 				b.StartTimer()
-				in.seq.Add(1)
 				in.insertRows(b.Context())
 			}
 			if got := clickhouseQuery(b, "SELECT count() FROM "+cfg.clickhouseDatabase+".events"); got != fmt.Sprint(serial) {
@@ -294,24 +289,37 @@ func BenchmarkDedupe(b *testing.B) {
 	b.ReportMetric(median(backfill)/median(fresh), "backfill-ratio")
 }
 
-// BenchmarkFilter is the dedupe of an event that is new: one question, one addition, over an hour of a million events.
-func BenchmarkFilter(b *testing.B) {
-	var id eventID
-	f := newIDFilter(1_000_000)
-	hits := 0
-	for i := uint64(0); b.Loop(); i++ {
-		if i%1_000_000 == 0 {
-			f = newIDFilter(1_000_000)
-		}
-		binary.LittleEndian.PutUint64(id[:], i*0x9e3779b97f4a7c15)
-		binary.LittleEndian.PutUint64(id[8:], i*0xbf58476d1ce4e5b9)
-		binary.LittleEndian.PutUint64(id[16:], i*0x94d049bb133111eb)
-		if f.mayContain(&id) {
-			hits++
-		}
-		f.add(&id)
+// BenchmarkKnown is the dedupe of an event that is new: one look and one addition, in rounds of 20,000, in a minute that
+// grows to a million ids.
+func BenchmarkKnown(b *testing.B) {
+	const rows = 20_000
+	ev := mustParse(b, new(eventParser), sampleEvent)
+	blk, id := newBlock(rows), eventID{}
+	for range rows {
+		blk.append(&id, ev, &kgo.Record{})
 	}
-	b.ReportMetric(float64(hits)/float64(b.N), "false-hits/event")
+	known := newPast(nil, "", 1<<28)
+	serial, n := uint64(0), 0
+	for b.Loop() {
+		if n%1_000_000 == 0 {
+			known.forgetAll()
+			known.minutes[ev.timestamp/minuteSeconds] = new(idSet)
+		}
+		b.StopTimer()
+		for row := range rows {
+			serial++
+			binary.LittleEndian.PutUint64(blk.id(row)[:], serial*0x9e3779b97f4a7c15)
+		}
+		b.StartTimer()
+		if err := known.prepare(b.Context(), []*block{blk}); err != nil {
+			b.Fatal(err)
+		}
+		if dups := known.cut([]*block{blk}); dups > 0 {
+			b.Fatalf("%d falsely known", dups)
+		}
+		n += rows
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/rows, "ns/event")
 }
 
 // BenchmarkSinglePost compares single events over 128 connections with a net/http handler that only parses, hashes

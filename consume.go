@@ -32,38 +32,46 @@ const (
 	fetchBytes = 1 << 20
 	// pollRecords bounds one poll, and with it the time that a rebalance waits.
 	pollRecords = 10000
+	// CONSUME_MEMORY is for what waits in the queues (one part), the records of two rounds, the one that is sent and the
+	// one that fills (two parts), the same as columns (two parts), and what the client fetches ahead.
+	queueShare = 8
+	roundShare = 8
 )
 
 // consumer reads the main topic in the group, spread over the workers.
 type consumer struct {
-	kafka     *kgo.Client
-	topic     string
-	group     string
-	workers   []*worker
-	inserter  *inserter
-	sideways  *sideways
-	maxQueued int64
-	queued    atomic.Int64
-	room      chan struct{}          // a worker has emptied part of its queue
-	assigned  atomic.Int32           // partitions
-	member    atomic.Pointer[string] // the group's name for this copy since the first assignment
-	holding   context.Context
-	letGo     context.CancelCauseFunc // ends holding: nothing that was taken in may be stored any more
+	kafka    *kgo.Client
+	topic    string
+	group    string
+	parts    int // partitions of the topic
+	workers  []*worker
+	inserter *inserter
+	backlog  *backlog
+	stats    *storeStats
+	assigned atomic.Int32           // partitions
+	member   atomic.Pointer[string] // the group's name for this copy since the first assignment
+	holding  context.Context
+	letGo    context.CancelCauseFunc // ends holding: nothing that was taken in may be stored any more
 }
 
-func newConsumer(cfg *settings, in *inserter, side *sideways) (*consumer, error) {
+// newConsumer returns a consumer of the topic, which has so many partitions.
+func newConsumer(cfg *settings, st *store, partitions int, side *sideways, stats *storeStats) (*consumer, error) {
 	c := &consumer{
-		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, inserter: in, sideways: side,
-		maxQueued: int64(cfg.workerCount * cfg.workerBatchSize),
-		room:      make(chan struct{}, 1),
+		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, stats: stats,
+		backlog: newBacklog(cfg.consumeMemory / queueShare),
 	}
+	limits := blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / roundShare / int64(cfg.workerCount))}
+	call := newRoundCall()
 	for range cfg.workerCount {
-		c.workers = append(c.workers, newWorker(c, cfg.workerBatchSize))
+		c.workers = append(c.workers, newWorker(limits, partitions, c.backlog, call, side))
 	}
-	in.workers, in.stored, in.rejected = c.workers, c.mark, side.retry
-	in.isMember = c.isMember
+	c.inserter = newInserter(st, cfg, stats, c.workers, call, membership{
+		isMember: c.isMember,
+		alone:    func() bool { return int(c.assigned.Load()) == partitions },
+		stored:   c.mark,
+		rejected: side.retry,
+	})
 	c.holding, c.letGo = context.WithCancelCause(context.Background())
-	in.alone = func() bool { return c.assigned.Load() == in.past.partitions.Load() }
 	var err error
 	c.kafka, err = newKafka(cfg, "event-ingestion-consumer",
 		kgo.ConsumerGroup(cfg.kafkaGroup),
@@ -133,18 +141,12 @@ func (c *consumer) poll(ctx context.Context) {
 		})
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 {
-				c.queued.Add(int64(len(p.Records)))
-				c.inserter.stats.consumed.Add(len(p.Records))
+				c.stats.consumed.Add(len(p.Records))
 				c.workers[int(p.Partition)%len(c.workers)].enqueue(p.Partition, p.Records)
 			}
 		})
 		c.kafka.AllowRebalance()
-		for c.queued.Load() > c.maxQueued && ctx.Err() == nil {
-			select {
-			case <-c.room:
-			case <-ctx.Done():
-			}
-		}
+		c.backlog.wait(ctx)
 	}
 }
 
@@ -163,11 +165,15 @@ func (c *consumer) mark(reached []position) {
 func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[string][]int32) {
 	member, _ := kafka.GroupMetadata()
 	c.member.CompareAndSwap(nil, &member)
-	owners := map[*worker]struct{}{}
+	came := time.Now()
+	c.inserter.cameAt.Store(&came)
 	for _, p := range topics[c.topic] {
-		owners[c.workers[int(p)%len(c.workers)]] = struct{}{}
+		if int(p) >= c.parts {
+			c.letGo(errGrown)
+			return
+		}
+		c.workers[int(p)%len(c.workers)].assign(p, came)
 	}
-	c.inserter.onAssigned(owners)
 	if n := len(topics[c.topic]); n > 0 {
 		slog.Info("partitions assigned", "count", n, "all", c.assigned.Add(int32(n)))
 	}
@@ -176,12 +182,16 @@ func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[s
 // onRevoked lets partitions go: what is queued is dropped, what is in blocks is stored, marks are committed. Only then
 // may another copy have them.
 func (c *consumer) onRevoked(ctx context.Context, _ *kgo.Client, topics map[string][]int32) {
+	leaving := map[int32]struct{}{}
+	for _, p := range topics[c.topic] {
+		leaving[p] = struct{}{}
+	}
 	if c.forget(topics) == 0 {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
 	defer cancel()
-	if err := c.inserter.flush(ctx); err != nil {
+	if err := c.inserter.flush(ctx, leaving); err != nil {
 		c.letGo(fmt.Errorf("partitions had to go before their rows were stored: %w", err))
 		return
 	}
@@ -199,6 +209,8 @@ func (c *consumer) onLost(_ context.Context, _ *kgo.Client, topics map[string][]
 }
 
 var errGivenUp = errors.New("the consumer group did not hear from this copy in time and has given its partitions to others")
+
+var errGrown = errors.New("the topic has more partitions than before: every key has to be looked at anew")
 
 // isMember asks the group's coordinator whether this copy belongs to the group at this moment, under the name that it
 // was given its partitions by: franz-go joins under another one without a word when a rebalance finds the old one
@@ -237,11 +249,4 @@ func (c *consumer) forget(topics map[string][]int32) int {
 		slog.Info("partitions revoked", "count", len(lost), "all", c.assigned.Add(int32(-len(lost))))
 	}
 	return len(lost)
-}
-
-// release says that n records have left the queues.
-func (c *consumer) release(n int) {
-	if c.queued.Add(int64(-n)) <= c.maxQueued {
-		notify(c.room)
-	}
 }

@@ -1,171 +1,163 @@
 // Counted once: which events have been here before.
 //
-// The materialized view counts every inserted row, so a copy has to be caught before the insert. All copies of an
-// event have the same id, the same Kafka key and so the same worker. Each worker keeps, per hour of event time, a Bloom
-// filter over every id that ClickHouse has or that it took in itself. "No" is certain: the event is new. "Maybe", and
-// any event of an hour without a filter, makes a suspect, which the inserter looks up in ClickHouse by primary key
-// before the round's insert. Rounds follow one another strictly, so a lookup sees all earlier ones; copies within the
-// round are found by comparing ids. dedupe.go owns the filters, the suspects and the lookups.
+// The materialized view counts every inserted row, so a duplicate has to be caught before the insert. What is known of
+// the past belongs to the inserter alone, which checks a round's ids in one goroutine, when everything earlier is either
+// in ClickHouse or in its sets. A set holds the ids of one minute of event time; a minute with a set is known
+// completely. What is in a set is stored, so a duplicate costs no lookup; rows of a minute without a set are looked up in
+// ClickHouse by primary key, until there are enough of them to load the hour. Memory is bounded by DEDUPE_MEMORY; the
+// minutes that were used longest ago go first.
 
 package main
 
 import (
+	"cmp"
 	"context"
-	"encoding/hex"
+	"encoding/binary"
 	"fmt"
 	"log/slog"
 	"maps"
+	"math/bits"
 	"slices"
+	"strings"
 	"sync/atomic"
-	"time"
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
-	"github.com/twmb/franz-go/pkg/kgo"
 )
 
 const (
-	// loadSuspects is how many suspects of an hour without a filter in one round make it worth loading.
-	loadSuspects = 64
-	// loadsARound bounds the time between two rounds.
-	loadsARound = 4
+	minuteSeconds = 60
+	hourMinutes   = hourSeconds / minuteSeconds
+	// loadRows is how many rows of an hour without sets make it worth loading; below, they are looked up.
+	loadRows = 64
+	// loadIDs bounds one loading, and with it the time between two rounds: about 0.3 s.
+	loadIDs = 2_000_000
+	// loadAgain is after how many more rows a minute is loaded again that did not fit.
+	loadAgain = 100_000
+	// setOverhead is about what a set takes beside its table, in bytes.
+	setOverhead = 128
 )
 
-// suspect is a record that may be a copy.
-type suspect struct {
-	id      eventID
-	hour    int64
-	covered bool // there was a filter, and it said maybe
-	record  *kgo.Record
-}
-
-// seen is what a worker knows of the past; the worker's lock guards it.
-type seen struct {
-	hours map[int64]*idFilter // by Unix hour
-	era   uint64              // goes up when the past changed behind our back: partitions came
-}
-
-// check says whether the event is certainly new, and remembers it then.
-func (w *worker) check(id *eventID, hour int64) (isNew, covered bool) {
-	f := w.seen.hours[hour]
-	if f == nil {
-		return false, false
-	}
-	f.lastUsed = w.consumer.inserter.seq.Load()
-	if f.mayContain(id) {
-		return false, true
-	}
-	if grown := f.add(id); grown > 0 {
-		w.consumer.inserter.past.bytes.Add(grown)
-	}
-	return true, true
-}
-
-// past is the inserter's side of the dedupe.
+// past knows which events are stored. Only the inserter's goroutine uses it, except for bytes and sets.
 type past struct {
-	budget     int64 // DEDUPE_MEMORY, bytes of all filters
-	bytes      atomic.Int64
-	assignedAt atomic.Int64 // Unix nanoseconds of an assignment not yet waited out, 0 when none
-	cameAt     atomic.Int64 // Unix nanoseconds of the last assignment
-	router     kgo.TopicPartitioner
-	partitions atomic.Int32 // of the topic
+	query    func(context.Context, ch.Query) error
+	database string
+	budget   int64        // DEDUPE_MEMORY, bytes of all sets
+	bytes    atomic.Int64 // never above budget, a table and its larger successor included
+	sets     atomic.Int64 // len(minutes)
+	minutes  map[int64]*idSet
+	wanted   map[int64]int // rows that had to be looked up, by minute
+	round    uint64
+	stuck    uint64 // the round in which nothing was left to drop
 
-	parser    eventParser
-	suspects  []suspect
-	extra     *block // suspects that turned out to be new
-	found     map[eventID]struct{}
-	uncovered map[int64]int // suspects by hour without a filter
-
-	torn     map[int64]struct{} // hours that the aggregate may not agree on, see mend
-	mendedAt time.Time
+	tally    map[int64]int // rows of the round, by minute
+	doubtful []rowOf
+	found    map[eventID]struct{} // of the rows looked up: those that ClickHouse has
+	kept     []int
 }
 
-func newPast(budget int64) *past {
-	return &past{
-		budget: budget, extra: newBlock(0), found: map[eventID]struct{}{}, uncovered: map[int64]int{}, torn: map[int64]struct{}{},
-		router: kgo.StickyKeyPartitioner(nil).ForTopic(""),
-	}
+// rowOf is a row of a block.
+type rowOf struct {
+	*block
+	row int
 }
 
-// onAssigned forgets what the workers of new partitions knew: another copy may have stored events of theirs since.
-func (in *inserter) onAssigned(workers map[*worker]struct{}) {
-	came := time.Now().UnixNano()
-	in.past.cameAt.Store(came)
-	in.past.assignedAt.Store(came) // before era: load reads them the other way round
-	for w := range workers {
-		w.mu.Lock()
-		w.seen.era++
-		for _, f := range w.seen.hours {
-			in.past.bytes.Add(-f.bytes())
+func newPast(query func(context.Context, ch.Query) error, database string, budget int64) *past {
+	p := &past{query: query, database: database, budget: budget, tally: map[int64]int{}, found: map[eventID]struct{}{}}
+	p.forgetAll()
+	return p
+}
+
+// forgetAll starts over: others have stored events that the sets do not know.
+func (p *past) forgetAll() {
+	p.minutes, p.wanted = map[int64]*idSet{}, map[int64]int{}
+	p.bytes.Store(0)
+	p.sets.Store(0)
+}
+
+// prepare does what needs ClickHouse before the round can be checked: it loads minutes that are worth it, and looks up
+// the rows of minutes that are not known. It changes nothing in the round, so it can be repeated when it fails.
+func (p *past) prepare(ctx context.Context, round []*block) error {
+	p.round++
+	clear(p.tally)
+	for _, b := range round {
+		for _, at := range b.timestamp.Data {
+			p.tally[int64(at)/minuteSeconds]++
 		}
-		clear(w.seen.hours)
-		w.mu.Unlock()
+	}
+	if err := p.load(ctx); err != nil {
+		return err
+	}
+	for minute, n := range p.tally {
+		if set := p.minutes[minute]; set != nil && !p.makeRoom(set, n) {
+			p.drop(minute)
+		}
+	}
+	p.doubtful = p.doubtful[:0]
+	for _, b := range round {
+		for row := range b.rows() {
+			if p.minutes[b.at(row)/minuteSeconds] == nil {
+				p.doubtful = append(p.doubtful, rowOf{b, row})
+			}
+		}
+	}
+	return p.lookUp(ctx, p.doubtful)
+}
+
+// cut takes the duplicates out of a prepared round, remembers what stays, and returns how many there were.
+func (p *past) cut(round []*block) (duplicates int) {
+	for _, b := range round {
+		p.kept = p.kept[:0]
+		for row := range b.rows() {
+			if p.add(b.id(row), b.at(row)) {
+				p.kept = append(p.kept, row)
+			}
+		}
+		duplicates += b.rows() - len(p.kept)
+		b.keep(p.kept)
+	}
+	return duplicates
+}
+
+// add says whether the event is new, and remembers it.
+func (p *past) add(id *eventID, at int64) bool {
+	if set := p.minutes[at/minuteSeconds]; set != nil { // Fast path
+		return set.add(keyOf(id))
+	}
+	if _, there := p.found[*id]; there {
+		return false
+	}
+	p.found[*id] = struct{}{} // for its duplicates in this round
+	return true
+}
+
+// forget is for an event that will not be stored now after all.
+func (p *past) forget(id *eventID, at int64) {
+	if set := p.minutes[at/minuteSeconds]; set != nil {
+		set.remove(keyOf(id))
 	}
 }
 
-// resolve looks up the round's suspects and appends the new ones among them to the round, as a block of their own.
-func (in *inserter) resolve(ctx context.Context) error {
-	p := in.past
-	p.suspects = p.suspects[:0]
-	for _, b := range in.round {
-		p.suspects = append(p.suspects, b.suspects...)
-	}
-	if len(p.suspects) == 0 {
+// lookUp fills found with the rows that ClickHouse has, by primary key.
+func (p *past) lookUp(ctx context.Context, rows []rowOf) error {
+	clear(p.found)
+	if len(rows) == 0 {
 		return nil
 	}
-	if err := in.awaitStrangers(ctx); err != nil {
-		return err
-	}
-	started := time.Now()
-	if err := in.lookUp(ctx); err != nil {
-		return err
-	}
-	inRound, duplicates := false, 0
-	p.extra.reset()
-	for i := range p.suspects {
-		s := &p.suspects[i]
-		if !s.covered {
-			p.uncovered[s.hour]++
-		}
-		if _, dup := p.found[s.id]; !dup && !inRound {
-			in.addRoundIDs() // only now: most rounds have no suspect that ClickHouse does not know
-			inRound = true
-		}
-		if _, dup := p.found[s.id]; dup {
-			duplicates++
-			p.noteReread(s)
-			continue
-		}
-		p.found[s.id] = struct{}{}
-		ev, _, _ := p.parser.parse(s.record.Value) // the worker has parsed it without complaint
-		p.extra.append(&s.id, ev, s.record)
-	}
-	in.round = append(in.round, p.extra)
-	in.stats.resolved(len(p.suspects), duplicates, p.extra.rows(), time.Since(started))
-	return nil
-}
-
-// lookUp fills found with the suspects that ClickHouse has, by primary key.
-func (in *inserter) lookUp(ctx context.Context) error {
-	p := in.past
-	clear(p.found)
-	clear(p.uncovered)
 	var (
 		name proto.ColStr
 		at   proto.ColDateTime
 		id   = proto.ColFixedStr{Size: len(eventID{})}
 		got  = proto.ColFixedStr{Size: len(eventID{})}
 	)
-	for i := range p.suspects {
-		ev, _, _ := p.parser.parse(p.suspects[i].record.Value)
-		name.AppendBytes(ev.name)
-		at.Data = append(at.Data, proto.DateTime(ev.timestamp))
-		id.Buf = append(id.Buf, p.suspects[i].id[:]...)
+	for _, r := range rows {
+		name.AppendBytes(r.eventName.value(r.row))
+		at.Data = append(at.Data, r.timestamp.Data[r.row])
+		id.Buf = append(id.Buf, r.id(r.row)[:]...)
 	}
-	return in.query(ctx, ch.Query{
-		Body: "SELECT event_id FROM " + in.store.database + ".events " +
-			"WHERE (event_name, timestamp, event_id) IN (SELECT name, at, id FROM suspects)",
-		ExternalTable: "suspects",
+	return p.query(ctx, ch.Query{
+		Body:          "SELECT event_id FROM " + p.database + ".events WHERE (event_name, timestamp, event_id) IN (SELECT name, at, id FROM doubtful)",
+		ExternalTable: "doubtful",
 		ExternalData:  []proto.InputColumn{{Name: "name", Data: &name}, {Name: "at", Data: &at}, {Name: "id", Data: &id}},
 		Result:        proto.Results{{Name: "event_id", Data: &got}},
 		OnResult: func(context.Context, proto.Block) error {
@@ -177,187 +169,289 @@ func (in *inserter) lookUp(ctx context.Context) error {
 	})
 }
 
-func (in *inserter) addRoundIDs() {
-	for _, b := range in.round {
-		for i := range b.rows() {
-			in.past.found[eventID(b.eventID.Row(i))] = struct{}{}
+// span is minutes of event time, end excluded.
+type minuteSpan struct{ from, end int64 }
+
+// load makes known what the round and those before it asked for in vain, newest first: whole hours, so that the minutes
+// to come are known, too, or single minutes of an hour that is too large for that.
+func (p *past) load(ctx context.Context) error {
+	hours := map[int64]int{}
+	for minute, n := range p.tally {
+		if set := p.minutes[minute]; set != nil {
+			set.lastUsed = p.round
+		} else if p.budget > 0 {
+			p.wanted[minute] += n
+			hours[minute/hourMinutes] = 0
 		}
 	}
-}
-
-// awaitStrangers waits until no insert that was running when partitions came here is left on the server: the last one
-// of a copy that was killed may still be at work, and a lookup before its end would miss its rows.
-func (in *inserter) awaitStrangers(ctx context.Context) error {
-	for {
-		assigned := in.past.assignedAt.Load()
-		if assigned == 0 {
-			return nil
-		}
-		var running proto.ColUInt64
-		err := in.query(ctx, ch.Query{
-			Body: "SELECT count() AS n FROM " + in.store.processes() + " WHERE startsWith(query_id, {ours:String}) AND NOT startsWith(query_id, {mine:String}) AND elapsed > {since:Float64}",
-			Parameters: []proto.Parameter{
-				parameter("ours", in.group+"-"), parameter("mine", in.group+"-"+in.instance+"-"),
-				parameter("since", fmt.Sprint(time.Since(time.Unix(0, assigned)).Seconds())),
-			},
-			Result: proto.Results{{Name: "n", Data: &running}},
-		})
-		if err != nil {
-			return err
-		}
-		if len(running) == 0 || running[0] == 0 {
-			in.past.assignedAt.CompareAndSwap(assigned, 0)
-			continue
-		}
-		slog.Info("waiting for the last insert of another copy")
-		select {
-		case <-time.After(minBackoff):
-		case <-ctx.Done():
-			return ctx.Err()
+	if len(hours) == 0 {
+		return nil
+	}
+	for minute, n := range p.wanted {
+		if _, asked := hours[minute/hourMinutes]; asked {
+			hours[minute/hourMinutes] += max(n, 0)
 		}
 	}
-}
-
-// cover loads filters for the hours that the round's suspects asked for, newest first. It runs between rounds, so that ClickHouse
-// holds all that was taken in except what is in the workers' current blocks.
-func (in *inserter) cover(ctx context.Context) {
-	loads := 0
-	for _, hour := range slices.Backward(slices.Sorted(maps.Keys(in.past.uncovered))) {
-		if in.past.uncovered[hour] < loadSuspects || loads == loadsARound || in.isCovered(hour) {
+	maps.DeleteFunc(hours, func(_ int64, n int) bool { return n < loadRows })
+	if len(hours) == 0 {
+		return nil
+	}
+	counts, err := p.countHours(ctx, hours)
+	if err != nil {
+		return err
+	}
+	var spans []minuteSpan
+	room := min(loadIDs, p.budget/4/slotBytes)
+	for _, hour := range slices.Backward(slices.Sorted(maps.Keys(hours))) {
+		first := hour * hourMinutes
+		if n := counts[hour]; n <= room {
+			room -= n
+			spans = append(spans, minuteSpan{first, first + hourMinutes})
 			continue
 		}
-		loads++
-		if err := in.load(ctx, hour); err != nil {
-			slog.Warn("hour not loaded into the dedupe filter, its events are looked up one by one", "hour", hourKey(hour*hourSeconds), "error", err)
+		for minute := first; minute < first+hourMinutes && room > 0; minute++ {
+			if p.wanted[minute] >= loadRows && p.minutes[minute] == nil {
+				room -= counts[hour] / hourMinutes
+				spans = append(spans, minuteSpan{minute, minute + 1})
+			}
+		}
+		if room <= 0 {
 			break
 		}
 	}
-	clear(in.past.uncovered)
-	for in.past.bytes.Load() > in.past.budget && in.evict() {
-	}
+	return p.read(ctx, spans)
 }
 
-// load reads the ids of an hour and gives each worker the filter over its own.
-func (in *inserter) load(ctx context.Context, hour int64) error {
-	eras := make([]uint64, len(in.workers))
-	for i, w := range in.workers {
-		w.mu.Lock()
-		eras[i] = w.seen.era
-		w.mu.Unlock()
+// countHours returns about how many events each hour has. events_hourly answers at once.
+func (p *past) countHours(ctx context.Context, hours map[int64]int) (map[int64]int64, error) {
+	list := []byte("0")
+	for hour := range hours {
+		list = fmt.Appendf(list, ",%d", hour*hourSeconds)
 	}
-	if err := in.awaitStrangers(ctx); err != nil {
-		return err
-	}
-	where := fmt.Sprintf(" FROM %s.events WHERE timestamp >= %d AND timestamp < %d", in.store.database, hour*hourSeconds, (hour+1)*hourSeconds)
-	var count proto.ColUInt64
-	if err := in.query(ctx, ch.Query{Body: "SELECT count() AS n" + where, Result: proto.Results{{Name: "n", Data: &count}}}); err != nil {
-		return err
-	}
-	need := int64(count[0]) * bitsPerID / 8
-	if need > in.past.budget*3/4 {
-		return fmt.Errorf("its %d ids need %d bytes of DEDUPE_MEMORY=%d", count[0], need, in.past.budget)
-	}
-	for in.past.bytes.Load()+need > in.past.budget && in.evict() {
-	}
-	filters := make([]*idFilter, len(in.workers))
-	for i := range filters {
-		filters[i] = newIDFilter(int(count[0]) / len(in.workers))
-		filters[i].lastUsed = in.seq.Load()
-	}
-	ids := proto.ColFixedStr{Size: len(eventID{})}
-	err := in.query(ctx, ch.Query{
-		Body:   "SELECT event_id" + where,
-		Result: proto.Results{{Name: "event_id", Data: &ids}},
+	counts := map[int64]int64{}
+	var hour proto.ColUInt32
+	var n proto.ColInt64
+	err := p.query(ctx, ch.Query{
+		Body:   fmt.Sprintf("SELECT toUnixTimestamp(hour) AS h, sum(event_count) AS n FROM %s.events_hourly WHERE h IN (%s) GROUP BY h", p.database, list),
+		Result: proto.Results{{Name: "h", Data: &hour}, {Name: "n", Data: &n}},
 		OnResult: func(context.Context, proto.Block) error {
-			for i := range ids.Rows() {
-				id := eventID(ids.Row(i))
-				filters[in.workerOf(&id)].add(&id)
+			for i := range hour {
+				counts[int64(hour[i])/hourSeconds] = n[i]
+			}
+			return nil
+		},
+	})
+	return counts, err
+}
+
+// read makes sets of all ids in the spans that have none.
+func (p *past) read(ctx context.Context, spans []minuteSpan) error {
+	if len(spans) == 0 {
+		return nil
+	}
+	var where []string
+	loading := map[int64]*idSet{}
+	for _, s := range spans {
+		where = append(where, fmt.Sprintf("timestamp >= %d AND timestamp < %d", s.from*minuteSeconds, s.end*minuteSeconds))
+		for minute := s.from; minute < s.end; minute++ {
+			if p.minutes[minute] == nil {
+				loading[minute] = &idSet{lastUsed: p.round}
+			}
+		}
+	}
+	var minute proto.ColUInt32
+	var key proto.ColUInt64
+	err := p.query(ctx, ch.Query{
+		Body: fmt.Sprintf("SELECT toUInt32(intDiv(toUnixTimestamp(timestamp), %d)) AS minute, reinterpretAsUInt64(event_id) AS key FROM %s.events WHERE %s",
+			minuteSeconds, p.database, strings.Join(where, " OR ")),
+		Result: proto.Results{{Name: "minute", Data: &minute}, {Name: "key", Data: &key}},
+		OnResult: func(context.Context, proto.Block) error {
+			for i, k := range key {
+				m := int64(minute[i])
+				set := loading[m]
+				if set == nil {
+					continue
+				}
+				if !p.makeRoom(set, 1) {
+					p.bytes.Add(-set.bytes())
+					p.wanted[m] = -loadAgain
+					delete(loading, m)
+					continue
+				}
+				set.add(max(1, idKey(k)))
 			}
 			return nil
 		},
 	})
 	if err != nil {
+		for _, set := range loading {
+			p.bytes.Add(-set.bytes())
+		}
 		return err
 	}
-	for i, w := range in.workers {
-		w.install(hour, filters[i], eras[i])
+	for m, set := range loading {
+		if p.bytes.Load()+setOverhead > p.budget {
+			p.bytes.Add(-set.bytes())
+			continue
+		}
+		p.bytes.Add(setOverhead)
+		p.minutes[m] = set
+		delete(p.wanted, m)
 	}
+	p.sets.Store(int64(len(p.minutes)))
+	slog.Debug("loaded into the dedupe's memory", "minutes", len(loading), "bytes", p.bytes.Load())
 	return nil
 }
 
-// workerOf is the worker whose partition the id's key goes to.
-func (in *inserter) workerOf(id *eventID) int {
-	var key [2 * len(eventID{})]byte
-	hex.Encode(key[:], id[:])
-	return in.past.router.Partition(&kgo.Record{Key: key[:]}, int(in.past.partitions.Load())) % len(in.workers)
-}
-
-// install makes the hour covered. The suspects that wait in the current block are neither in ClickHouse nor in the
-// filter yet: they go in now, so that their copies become suspects, too.
-func (w *worker) install(hour int64, f *idFilter, era uint64) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.seen.era != era {
-		return // partitions came while the hour was read
+// makeRoom lets n more ids fit into the set, for which others may have to go. False when they cannot.
+func (p *past) makeRoom(set *idSet, n int) bool {
+	slots := set.slotsFor(n)
+	if slots == len(set.slots) { // Fast path
+		return true
 	}
-	if w.seen.hours[hour] != nil {
-		return // it also knows the rows that wait in the current block, which f does not
-	}
-	for i := range w.cur.suspects {
-		if s := &w.cur.suspects[i]; s.hour == hour {
-			f.add(&s.id)
-		}
-	}
-	w.seen.hours[hour] = f
-	w.consumer.inserter.past.bytes.Add(f.bytes())
-}
-
-// covered returns the hours that have filters, with the round in which each was used last.
-func (in *inserter) covered() map[int64]uint64 {
-	used := map[int64]uint64{}
-	for _, w := range in.workers {
-		w.mu.Lock()
-		for hour, f := range w.seen.hours {
-			used[hour] = max(used[hour], f.lastUsed)
-		}
-		w.mu.Unlock()
-	}
-	return used
-}
-
-// isCovered says whether every worker has a filter for the hour. The suspects of a round may have been taken in before
-// the filter came.
-func (in *inserter) isCovered(hour int64) bool {
-	for _, w := range in.workers {
-		w.mu.Lock()
-		f := w.seen.hours[hour]
-		w.mu.Unlock()
-		if f == nil {
-			return false
-		}
-	}
-	return true
-}
-
-// evict drops the filters of the hour that was used longest ago; false when there is none.
-func (in *inserter) evict() bool {
-	used := in.covered()
-	oldest, found := int64(0), false
-	for hour, at := range used {
-		if !found || at < used[oldest] || at == used[oldest] && hour < oldest {
-			oldest, found = hour, true
-		}
-	}
-	if !found {
+	need := int64(slots) * slotBytes // the present table stays until the ids have moved
+	if p.bytes.Load()+need > p.budget && !p.evict(need) {
 		return false
 	}
-	for _, w := range in.workers {
-		w.mu.Lock()
-		if f := w.seen.hours[oldest]; f != nil {
-			in.past.bytes.Add(-f.bytes())
-			delete(w.seen.hours, oldest)
+	before := set.bytes()
+	set.resize(slots)
+	p.bytes.Add(set.bytes() - before)
+	return true
+}
+
+// evict drops the minutes that were used longest ago, never one of this round, until need bytes are free and some more.
+func (p *past) evict(need int64) bool {
+	if p.stuck == p.round {
+		return false
+	}
+	var old []int64
+	for minute, set := range p.minutes {
+		if set.lastUsed < p.round {
+			old = append(old, minute)
 		}
-		w.mu.Unlock()
+	}
+	slices.SortFunc(old, func(a, b int64) int {
+		return cmp.Or(cmp.Compare(p.minutes[a].lastUsed, p.minutes[b].lastUsed), cmp.Compare(a, b))
+	})
+	for _, minute := range old {
+		if p.bytes.Load()+need <= p.budget*15/16 { // or each set that grows would sort again
+			break
+		}
+		p.drop(minute)
+	}
+	if p.bytes.Load()+need > p.budget {
+		p.stuck = p.round
+		return false
 	}
 	return true
 }
+
+func (p *past) drop(minute int64) {
+	p.bytes.Add(-p.minutes[minute].bytes() - setOverhead)
+	delete(p.minutes, minute)
+	p.sets.Store(int64(len(p.minutes)))
+}
+
+// idKey is what a set keeps of an id: 64 bits, never 0. A new event is taken for a known one when it shares them with
+// another one of its minute: one in 10^13 when that minute has a million.
+type idKey uint64
+
+func keyOf(id *eventID) idKey { return max(1, idKey(binary.LittleEndian.Uint64(id[:8]))) }
+
+// Sizes of an idSet's table.
+const (
+	firstSlots = 32 // of a set's first table
+	// A table grows by half when four of five slots are taken: 10 to 15 bytes an id, and one or two cache lines a look.
+	fullNum, fullDen = 4, 5
+	growNum, growDen = 3, 2
+)
+
+// idSet is an open-addressing table with linear probing. The zero value is an empty set without a table.
+type idSet struct {
+	slots    []idKey // 0 is free
+	used     int
+	lastUsed uint64 // round
+}
+
+// home is the slot that a key belongs in. It keeps the keys' order, so that growing reads and writes straight ahead.
+func (s *idSet) home(k idKey) int {
+	hi, _ := bits.Mul64(uint64(k), uint64(len(s.slots)))
+	return int(hi)
+}
+
+// find returns the slot of k, or the free one where it belongs. The table must have a free slot.
+func (s *idSet) find(k idKey) int {
+	i := s.home(k)
+	for s.slots[i] != k && s.slots[i] != 0 {
+		if i++; i == len(s.slots) {
+			i = 0
+		}
+	}
+	return i
+}
+
+// slotsFor is the size of the table that the set needs for n ids more; its present size when that will do.
+func (s *idSet) slotsFor(n int) int {
+	size := max(len(s.slots), firstSlots)
+	for (s.used+n)*fullDen > size*fullNum {
+		size = size * growNum / growDen
+	}
+	return size
+}
+
+// resize moves to a table of that many slots.
+func (s *idSet) resize(slots int) {
+	old := s.slots
+	s.slots = make([]idKey, slots)
+	for _, k := range old {
+		if k != 0 {
+			s.slots[s.find(k)] = k
+		}
+	}
+}
+
+// add puts k in, for which there must be room, and says whether it is new.
+func (s *idSet) add(k idKey) bool {
+	i := s.find(k)
+	if s.slots[i] == k {
+		return false
+	}
+	s.slots[i] = k
+	s.used++
+	return true
+}
+
+// remove takes k out. What was put behind it because its slot was taken moves up.
+func (s *idSet) remove(k idKey) {
+	if s.used == 0 {
+		return
+	}
+	free := s.find(k)
+	if s.slots[free] == 0 {
+		return
+	}
+	for i := free; ; {
+		if i++; i == len(s.slots) {
+			i = 0
+		}
+		k := s.slots[i]
+		if k == 0 {
+			break
+		}
+		home, stays := s.home(k), false // k stays when its home is behind free, going round
+		if free < i {
+			stays = free < home && home <= i
+		} else {
+			stays = free < home || home <= i
+		}
+		if !stays {
+			s.slots[free], free = k, i
+		}
+	}
+	s.slots[free] = 0
+	s.used--
+}
+
+const slotBytes = 8
+
+func (s *idSet) bytes() int64 { return int64(len(s.slots)) * slotBytes }

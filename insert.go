@@ -1,11 +1,11 @@
 // The one inserter.
 //
 // An insert costs ClickHouse about 26 ms of CPU whether it holds 100 or 2,000 rows, so one inserter serves all
-// workers: when a block is full, or a row has waited long enough, it takes what every worker has and sends it as ONE
-// insert of several blocks, which becomes one part. While that runs the next blocks fill, so the round grows with the
-// load by itself. A round is repeated, the same rows under the same token, until ClickHouse has it; only then are its
-// offsets marked for commit. insert.go owns the rounds; worker.go owns the blocks between them, dedupe.go what happens
-// between taking a round and sending it.
+// workers: when a block is full, or a row has waited long enough, it takes what every worker has, cuts the duplicates out
+// and sends the rest as ONE insert of several blocks, which becomes one part. While that runs the next blocks fill, so the
+// round grows with the load by itself. Rounds are strictly one after another. A round is repeated until ClickHouse has
+// it; only then may its offsets be committed. insert.go owns the rounds; worker.go owns the blocks between them,
+// dedupe.go what is known of the past, reject.go rows that ClickHouse does not take, mend.go what a fault may have left.
 
 package main
 
@@ -27,52 +27,65 @@ import (
 const (
 	// insertTimeout bounds one attempt. A healthy insert takes 30 ms; one that waits for merges, seconds.
 	insertTimeout = 60 * time.Second
-	// insertSilence, in seconds, is how long ClickHouse waits for the next block of an insert: a copy that is paused in the
-	// middle of one holds the next owner of its partitions up for so long.
+	// insertSilence, in seconds, is how long ClickHouse waits for the next block of an insert: an instance that is paused in
+	// the middle of one holds the next owner of its partitions up for so long.
 	insertSilence = "20"
 	minBackoff    = 100 * time.Millisecond
 	maxBackoff    = 5 * time.Second
 )
 
-// inserter runs the rounds, strictly one after another.
+// membership is what an inserter needs to know of the consumer group, and tells it.
+type membership struct {
+	isMember func(context.Context) error                                         // nil when this instance is in the group now
+	alone    func() bool                                                         // it has all partitions
+	stored   func([]position)                                                    // these may be committed
+	rejected func(recs []*kgo.Record, why string, stopped func() bool) (ok bool) // takes what ClickHouse does not
+}
+
+// inserter runs the rounds.
 type inserter struct {
+	membership
 	store    *store
 	workers  []*worker
+	call     *roundCall
 	wait     time.Duration // WORKER_BATCH_TIMEOUT
-	instance string        // random: makes tokens and query ids this process's own
+	instance string        // random: makes query ids this process's own
 	group    string
-	stored   func([]position)                                            // told what a finished round reached, for the offsets
-	rejected func(rec *kgo.Record, why string, stopped func() bool) bool // takes a record that ClickHouse does not
-	alone    func() bool                                                 // this copy has all partitions
-	isMember func(context.Context) error                                 // nil when this copy is in the consumer group now
 	stats    *storeStats
-
-	arrived chan struct{} // a block has its first row
-	full    chan struct{} // a block has its last row
-	oldest  atomic.Int64  // Unix nanoseconds of the first row since the last round was taken, 0 when none
-	flushes chan chan struct{}
-	ended   chan struct{} // closed when run returns
+	past     *past
+	cameAt   atomic.Pointer[time.Time] // of partitions whose former owner's last insert was not waited out yet
+	flushes  chan flushRequest
+	ended    chan struct{} // closed when run returns
 
 	conn    *ch.Client // nil when the last attempt failed
 	columns proto.Input
 	empty   *block
-	round   []*block
-	seq     atomic.Uint64 // of the round; run counts, workers read
-	past    *past
+	taken   []*block // of the round, one a worker
+	round   []*block // what is still to be stored: those of taken, or what is left of them
+	seq     uint64   // of the round
+	queries uint64   // number of the last insert
+	unknown bool     // the last insert has been given rows and got no answer
+	torn
 }
 
-func newInserter(st *store, cfg *settings, stats *storeStats) *inserter {
-	return &inserter{
-		store: st, wait: cfg.workerBatchTimeout, group: cfg.kafkaGroup, stats: stats,
+// flushRequest asks for a round, and to forget what is known of partitions that leave.
+type flushRequest struct {
+	leaving map[int32]struct{}
+	done    chan struct{}
+}
+
+func newInserter(st *store, cfg *settings, stats *storeStats, workers []*worker, call *roundCall, m membership) *inserter {
+	in := &inserter{
+		membership: m, store: st, workers: workers, call: call, wait: cfg.workerBatchTimeout, group: cfg.kafkaGroup, stats: stats,
 		instance: strconv.FormatUint(rand.Uint64(), 36),
-		arrived:  make(chan struct{}, 1),
-		full:     make(chan struct{}, 1),
-		flushes:  make(chan chan struct{}),
+		flushes:  make(chan flushRequest),
 		ended:    make(chan struct{}),
 		columns:  insertColumns(),
 		empty:    newBlock(0),
-		past:     newPast(cfg.dedupeMemory),
+		torn:     torn{hours: map[int64]struct{}{}, held: map[int32]position{}},
 	}
+	in.past = newPast(in.query, st.database, cfg.dedupeMemory)
+	return in
 }
 
 // run inserts until stop is closed, then once more what is left, bounded by ctx; ctx also ends a round that cannot
@@ -93,23 +106,22 @@ func (in *inserter) run(ctx context.Context, stop <-chan struct{}) {
 			continue
 		case <-stop:
 			in.insertRound(ctx)
+			in.mend(ctx)
 			return
 		case <-ctx.Done():
 			return
-		case done := <-in.flushes:
-			in.insertRound(ctx)
-			close(done)
+		case f := <-in.flushes:
+			in.flushFor(ctx, f)
 			continue
-		case <-in.arrived:
+		case <-in.call.arrived:
 		}
-		timer := time.NewTimer(time.Until(time.Unix(0, in.oldest.Load()).Add(in.wait)))
+		timer := time.NewTimer(time.Until(time.Unix(0, in.call.oldest.Load()).Add(in.wait)))
 		select {
 		case <-stop:
 			continue
-		case done := <-in.flushes:
-			in.insertRound(ctx)
-			close(done)
-		case <-in.full:
+		case f := <-in.flushes:
+			in.flushFor(ctx, f)
+		case <-in.call.full:
 			in.insertRound(ctx)
 		case <-timer.C:
 			in.insertRound(ctx)
@@ -118,109 +130,222 @@ func (in *inserter) run(ctx context.Context, stop <-chan struct{}) {
 	}
 }
 
-// flush returns when every row that was in a block before the call is stored, or ctx is done.
-func (in *inserter) flush(ctx context.Context) error {
-	done := make(chan struct{})
+// flush returns when every row that was in a block before the call is stored, or ctx is done. Nothing of the leaving
+// partitions is committed by this instance after the commit that follows.
+func (in *inserter) flush(ctx context.Context, leaving map[int32]struct{}) error {
+	f := flushRequest{leaving, make(chan struct{})}
 	select {
-	case in.flushes <- done:
+	case in.flushes <- f:
 	case <-in.ended:
 		return nil // run has stored what there was, or said that it could not
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 	select {
-	case <-done:
+	case <-f.done:
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 }
 
-// noteRow is called by a worker, under its lock, when its block gets its first row.
-func (in *inserter) noteRow() {
-	in.oldest.CompareAndSwap(0, time.Now().UnixNano())
-	notify(in.arrived)
-}
-
-func notify(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
+func (in *inserter) flushFor(ctx context.Context, f flushRequest) {
+	in.insertRound(ctx)
+	in.mend(ctx)
+	for p := range f.leaving { // what waits for a mending is read again by the next owner, who mends it
+		delete(in.held, p)
 	}
-}
-
-func drain(c chan struct{}) {
-	select {
-	case <-c:
-	default:
-	}
+	close(f.done)
 }
 
 // insertRound takes the blocks of all workers and stores what is new in them as one insert. It returns when that is
 // done, or when ctx is: then the blocks' offsets stay unmarked.
 func (in *inserter) insertRound(ctx context.Context) {
-	in.oldest.Store(0)
-	drain(in.arrived) // what asked for this round: a row that comes after takeBlock asks again
-	drain(in.full)
-	in.round = in.round[:0]
+	in.call.answered()
+	in.taken = in.taken[:0]
 	for _, w := range in.workers {
 		if b := w.takeBlock(); b != nil {
-			in.round = append(in.round, b)
+			in.taken = append(in.taken, b)
 		}
 	}
-	if len(in.round) == 0 {
+	if len(in.taken) == 0 {
 		return
 	}
-	in.seq.Add(1)
-	if in.persist(ctx, "look up suspects", func(int) error { return in.resolve(ctx) }) != nil || in.insertRows(ctx) != nil {
+	in.seq++
+	in.round = append(in.round[:0], in.taken...)
+	oldest := in.oldestRecord()
+	if in.persist(ctx, "look for duplicates", func() error { return in.prepare(ctx) }) != nil {
 		return
 	}
-	for i, b := range in.round {
-		if len(b.records) > 0 {
-			in.stats.freshness.Update(time.Since(b.records[0].Timestamp).Seconds())
-		}
-		in.stored(b.reached)
+	in.noteReread()
+	in.stats.duplicates.Add(in.past.cut(in.round))
+	if in.insertRows(ctx) != nil {
+		return
+	}
+	for i, b := range in.taken {
+		in.hold(b.reached)
 		b.reset()
-		in.round[i] = nil
+		in.taken[i] = nil
 	}
-	in.cover(ctx)
+	in.stats.freshness.Update(time.Since(oldest).Seconds())
 	in.mend(ctx)
+}
+
+// oldestRecord is when the first record of the round was produced.
+func (in *inserter) oldestRecord() time.Time {
+	oldest := time.Now()
+	for _, b := range in.taken {
+		if len(b.records) > 0 && b.records[0].Timestamp.Before(oldest) {
+			oldest = b.records[0].Timestamp
+		}
+	}
+	return oldest
+}
+
+// prepare makes the round ready to be checked. After partitions came nothing is known, and nothing is looked up until
+// the last insert of their former owner has ended.
+func (in *inserter) prepare(ctx context.Context) error {
+	if came := in.cameAt.Load(); came != nil {
+		in.past.forgetAll()
+		if err := in.awaitInserts(ctx, *came); err != nil {
+			return err
+		}
+		in.cameAt.CompareAndSwap(came, nil)
+	}
+	started := time.Now()
+	err := in.past.prepare(ctx, in.round)
+	if n := len(in.past.doubtful); n > 0 && err == nil {
+		in.stats.lookedUp(n, time.Since(started))
+	}
+	return err
 }
 
 // insertRows stores the round, or all of it that ClickHouse takes. The error is ctx's.
 func (in *inserter) insertRows(ctx context.Context) error {
-	rows := 0
-	for _, b := range in.round {
-		rows += b.rows()
-	}
-	if rows == 0 {
-		return nil
-	}
-	started := time.Now()
-	err := in.insertUntilStored(ctx, in.round, "")
-	if isRejection(err) {
-		slog.Warn("ClickHouse rejects rows, looking for them", "rows", rows, "error", err)
-		err = in.bisect(ctx)
-	}
-	if err == nil {
+	rows, started := in.rows(), time.Now()
+	err := in.storeRound(ctx)
+	if err == nil && rows > 0 {
 		in.stats.inserted(rows, time.Since(started))
 	}
 	return err
 }
 
-// insertUntilStored repeats an insert of the blocks until ClickHouse has taken or rejected it. The token is the same
-// for every attempt and no other rows': what a lost answer left behind is not stored again.
-func (in *inserter) insertUntilStored(ctx context.Context, blocks []*block, part string) error {
-	token := fmt.Sprintf("%s-%d%s", in.instance, in.seq.Load(), part)
-	return in.persist(ctx, "insert", func(attempt int) error { return in.insertOnce(ctx, blocks, token, attempt) })
+// storeRound is insertRows without counting.
+func (in *inserter) storeRound(ctx context.Context) error {
+	for in.rows() > 0 {
+		rejection, err := in.insertUntilAnswered(ctx)
+		if err != nil || rejection == nil {
+			return err
+		}
+		slog.Warn("ClickHouse rejects rows, looking for them", "rows", in.rows(), "error", rejection)
+		if err := in.setAside(ctx, rejection); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-// persist repeats try with backoff until it succeeds or ClickHouse rejects the data. Any other error is ctx's.
-func (in *inserter) persist(ctx context.Context, what string, try func(attempt int) error) error {
-	for attempt := 1; ; attempt++ {
-		err := try(attempt)
-		if err == nil || isRejection(err) {
+func (in *inserter) rows() (n int) {
+	for _, b := range in.round {
+		n += b.rows()
+	}
+	return n
+}
+
+// insertUntilAnswered repeats the round's insert until ClickHouse has taken or rejected it. The error is ctx's.
+func (in *inserter) insertUntilAnswered(ctx context.Context) (rejection, err error) {
+	err = in.persist(ctx, "insert", func() error {
+		if in.unknown {
+			in.noteRound() // the aggregate may have got something else than the table
+			if err := in.settle(ctx); err != nil || in.rows() == 0 {
+				return err
+			}
+		}
+		err := in.insertOnce(ctx)
+		if isRejection(err) { // and has stored nothing
+			rejection, err, in.unknown = err, nil, false
+		}
+		return err
+	})
+	return rejection, err
+}
+
+// settle finds out what became of an insert whose outcome is unknown: it waits until none of our inserts runs any more
+// and takes the rows out of the round that are there.
+func (in *inserter) settle(ctx context.Context) error {
+	if err := in.awaitInserts(ctx, time.Time{}); err != nil {
+		return err
+	}
+	var all []rowOf
+	for _, b := range in.round {
+		for row := range b.rows() {
+			all = append(all, rowOf{b, row})
+		}
+	}
+	if err := in.past.lookUp(ctx, all); err != nil {
+		return err
+	}
+	for _, b := range in.round {
+		var missing []int
+		for row := range b.rows() {
+			if _, there := in.past.found[*b.id(row)]; !there {
+				missing = append(missing, row)
+			}
+		}
+		b.keep(missing)
+	}
+	in.unknown = false
+	return nil
+}
+
+// awaitInserts waits until an insert that may still add rows has ended: with a zero time each of this instance, else each
+// of another one that was running at that time. The last one of an instance that was killed may still be at work.
+func (in *inserter) awaitInserts(ctx context.Context, since time.Time) error {
+	mine := in.group + "-" + in.instance + "-"
+	for first := true; ; first = false {
+		where, params := "startsWith(query_id, {mine:String})", []proto.Parameter{parameter("mine", mine)}
+		if !since.IsZero() {
+			where = "startsWith(query_id, {group:String}) AND NOT startsWith(query_id, {mine:String}) AND elapsed > {since:Float64}"
+			params = append(params, parameter("group", in.group+"-"), parameter("since", fmt.Sprint(time.Since(since).Seconds())))
+		}
+		n, err := in.running(ctx, where, params)
+		if err != nil || n == 0 {
 			return err
+		}
+		if first {
+			slog.Info("waiting for an insert that ClickHouse still works at", "own", since.IsZero())
+		}
+		select {
+		case <-time.After(minBackoff / 2):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// running counts queries on the server.
+func (in *inserter) running(ctx context.Context, where string, params []proto.Parameter) (uint64, error) {
+	var n proto.ColUInt64
+	err := in.query(ctx, ch.Query{
+		Body:       "SELECT count() AS n FROM " + in.store.processes() + " WHERE " + where,
+		Parameters: params,
+		Result:     proto.Results{{Name: "n", Data: &n}},
+	})
+	if err == nil && len(n) != 1 {
+		err = fmt.Errorf("%s answered %d rows to a count", in.store.processes(), len(n))
+	}
+	if err != nil {
+		return 0, err
+	}
+	return n[0], nil
+}
+
+// persist repeats try with backoff until it succeeds. The error is ctx's.
+func (in *inserter) persist(ctx context.Context, what string, try func() error) error {
+	for attempt := 1; ; attempt++ {
+		err := try()
+		if err == nil {
+			return nil
 		}
 		in.stats.failures.Inc()
 		if ctx.Err() != nil {
@@ -236,69 +361,20 @@ func (in *inserter) persist(ctx context.Context, what string, try func(attempt i
 	}
 }
 
-// bisect stores the good rows of a rejected round and sends the bad ones to be retried, by halving until the bad stand
-// alone: 2 log n inserts for one bad row. Which rows an attempt may have left behind is looked up first.
-func (in *inserter) bisect(ctx context.Context) error {
-	var records []*kgo.Record
-	for _, b := range in.round {
-		records = append(records, b.records...)
-	}
-	p := in.past
-	p.suspects = p.suspects[:0]
-	for _, rec := range records {
-		ev, _, _ := p.parser.parse(rec.Value)
-		id, _ := ev.id(nil)
-		p.suspects = append(p.suspects, suspect{id: id, record: rec})
-	}
-	if err := in.persist(ctx, "look up a rejected round", func(int) error { return in.lookUp(ctx) }); err != nil {
-		return err
-	}
-	records = records[:0]
-	for i := range p.suspects {
-		if _, there := p.found[p.suspects[i].id]; !there {
-			records = append(records, p.suspects[i].record)
-		}
-	}
-	return in.insertHalves(ctx, records, 0)
-}
-
-// insertHalves stores records, of which the first is the at-th of the round.
-func (in *inserter) insertHalves(ctx context.Context, records []*kgo.Record, at int) error {
-	if len(records) == 0 {
-		return nil
-	}
-	b := newBlock(len(records))
-	for _, rec := range records {
-		ev, _, _ := in.past.parser.parse(rec.Value)
-		id, _ := ev.id(nil)
-		b.append(&id, ev, rec)
-	}
-	err := in.insertUntilStored(ctx, []*block{b}, fmt.Sprintf("-%d-%d", at, len(records)))
-	if !isRejection(err) {
-		return err
-	}
-	if half := len(records) / 2; half > 0 {
-		if err := in.insertHalves(ctx, records[:half], at); err != nil {
-			return err
-		}
-		return in.insertHalves(ctx, records[half:], at+half)
-	}
-	if !in.rejected(records[0], firstLine(err.Error()), func() bool { return ctx.Err() != nil }) {
-		return ctx.Err()
-	}
-	return nil
-}
-
-// insertOnce is one attempt at an insert. The fence stands in OnInput: a copy that was paused for longer than its session
-// has lost its partitions and does not know. When ClickHouse asks for the rows, the insert is in system.processes and
-// has none: who is in the group at that moment goes on, and whoever is given its partitions later finds the insert there
-// and waits for its end (awaitStrangers). The question costs 0.3 ms.
-func (in *inserter) insertOnce(ctx context.Context, blocks []*block, token string, attempt int) error {
+// insertOnce is one attempt at an insert. The fence stands in OnInput: an instance that was paused for longer than its
+// session has lost its partitions and does not know. When ClickHouse asks for the rows, the insert is in system.processes
+// and has none: an instance that is in the group at that moment goes on, and whoever is given its partitions later finds
+// the insert there and waits for its end (awaitInserts). The question costs 0.3 ms.
+//
+// ClickHouse's own deduplication of inserts is off: it remembers a block before the part is in place, so that an insert
+// may be answered "known" and not be there.
+func (in *inserter) insertOnce(ctx context.Context) error {
+	in.queries++
 	next := 0
 	in.empty.input(in.columns)
 	err := in.query(ctx, ch.Query{
 		Body:    "INSERT INTO " + in.store.database + ".events " + in.columns.Columns() + " VALUES",
-		QueryID: fmt.Sprintf("%s-%s-%d", in.group, token, attempt),
+		QueryID: fmt.Sprintf("%s-%s-%d", in.group, in.instance, in.queries),
 		Input:   in.columns,
 		OnInput: func(ctx context.Context) error {
 			if next == 0 {
@@ -306,9 +382,10 @@ func (in *inserter) insertOnce(ctx context.Context, blocks []*block, token strin
 					in.conn.Close() // or ch-go would wait for an answer to what it did not send
 					return err
 				}
+				in.unknown = true
 			}
-			for next < len(blocks) {
-				b := blocks[next]
+			for next < len(in.round) {
+				b := in.round[next]
 				next++
 				if b.rows() > 0 {
 					b.input(in.columns)
@@ -321,14 +398,15 @@ func (in *inserter) insertOnce(ctx context.Context, blocks []*block, token strin
 		Settings: []ch.Setting{
 			{Key: "async_insert", Value: "0"},
 			{Key: "optimize_on_insert", Value: "0"}, // merges sort duplicates out anyway; a quarter less CPU
-			{Key: "insert_deduplicate", Value: "1"},
-			{Key: "insert_deduplication_token", Value: token},
-			{Key: "deduplicate_blocks_in_dependent_materialized_views", Value: "1"},
+			{Key: "insert_deduplicate", Value: "0"},
 			{Key: "materialized_views_ignore_errors", Value: "0"},
 			{Key: "max_partitions_per_insert_block", Value: "0"}, // other producers' events may be of any age
 			{Key: "receive_timeout", Value: insertSilence},
 		},
 	})
+	if err == nil {
+		in.unknown = false
+	}
 	if e, ok := ch.AsException(err); ok {
 		return fmt.Errorf("insert into %s.events: %w", in.store.database, &ch.Exception{Code: e.Code, Name: e.Name, Message: firstLine(e.Message)})
 	}

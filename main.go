@@ -239,7 +239,7 @@ func (s *system) consume(ctx context.Context, deadline func() (context.Context, 
 		slog.Error("producer beside the main way cannot be set up", "error", err)
 		return
 	}
-	defer side.kafka.Close()
+	defer side.close()
 	var retrying sync.WaitGroup
 	defer retrying.Wait()
 	for range s.cfg.retryWorkers {
@@ -250,11 +250,8 @@ func (s *system) consume(ctx context.Context, deadline func() (context.Context, 
 		}
 		retrying.Go(func() { w.run(ctx) }) // ends with ctx
 	}
-	for torn := map[int64]struct{}{}; ctx.Err() == nil; {
-		in := newInserter(s.store, s.cfg, &s.stats.store)
-		in.past.partitions.Store(int32(partitions))
-		in.past.torn = torn // the hours that the last consumer had noted
-		c, err := newConsumer(s.cfg, in, side)
+	for ctx.Err() == nil {
+		c, err := newConsumer(s.cfg, s.store, partitions, side, &s.stats.store)
 		if err != nil {
 			slog.Error("consumer cannot be set up", "error", err)
 			return

@@ -47,7 +47,7 @@ func TestModel(t *testing.T) {
 		seed = s
 	}
 	t.Logf("MODEL_SEED=%d", seed)
-	m := &model{t: t, env: newSpace(t), rnd: rand.New(rand.NewPCG(seed, 0)), acked: map[modelEvent]struct{}{}, now: time.Now().Unix()}
+	m := &model{t: t, env: faultSpace(t), rnd: rand.New(rand.NewPCG(seed, 0)), acked: map[modelEvent]struct{}{}, now: time.Now().Unix()}
 	m.copies = []*program{startProgram(t, m.env)}
 	t.Cleanup(func() {
 		if t.Failed() {

@@ -1,10 +1,8 @@
 // Mending the aggregate: events_hourly made equal to events.
 //
-// When the program and ClickHouse die together between the two parts of an insert, the aggregate lacks what the raw
-// table has: the records are read again, found, and taken for copies. The other double faults (README.md names them)
-// count twice. User states do not change when a user is added twice, and event_count is a signed sum, so one statement
-// that inserts the difference mends all; a second time it does nothing. The hours of records that were read again are
-// mended by themselves after a start, any range by the subcommand.
+// User states do not change when a user is added twice, and event_count is a signed sum, so one statement that inserts the
+// difference mends all; a second time it does nothing. What a fault can have torn is mended by itself, see mend.go; any
+// range by the subcommand.
 
 package main
 
@@ -13,7 +11,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"log/slog"
 	"text/tabwriter"
 	"time"
 
@@ -103,58 +100,4 @@ func reconcile(ctx context.Context, st *store, r timeRange, quiet int, dryRun bo
 			"SELECT event_name, channel, hour, missing, users_state, revenue_missing, campaigns_state FROM (%s)", st.database, query),
 		Settings: append(st.exactly(), ch.Setting{Key: "async_insert", Value: "0"}, ch.Setting{Key: "insert_deduplicate", Value: "0"}),
 	})
-}
-
-const (
-	// rereadMargin is how long after partitions came a record may still be one that a former owner has stored, by the
-	// producers' clocks.
-	rereadMargin = 10 * time.Second
-	// mendInterval is the least time between two mendings: each reads its hours whole.
-	mendInterval = time.Second
-)
-
-// noteReread remembers the hour of a copy that may have been stored by an owner that died over it.
-func (p *past) noteReread(s *suspect) {
-	if s.record.Timestamp.Before(time.Unix(0, p.cameAt.Load()).Add(rereadMargin)) {
-		p.torn[s.hour] = struct{}{}
-	}
-}
-
-// mend reconciles the noted hours. It takes its turn between rounds, so that no insert of this copy runs; hours of
-// which another copy has partitions wait until nobody has written to them for a while.
-func (in *inserter) mend(ctx context.Context) {
-	p := in.past
-	if len(p.torn) == 0 || time.Since(p.mendedAt) < mendInterval {
-		return
-	}
-	alone := in.alone()
-	for hour := range p.torn {
-		quiet := 0
-		if !alone {
-			if quiet = quietSeconds; !in.isQuiet(ctx, hour) {
-				continue
-			}
-		}
-		n, err := reconcile(ctx, in.store, timeRange{hour * hourSeconds, (hour + 1) * hourSeconds}, quiet, false, io.Discard)
-		if err != nil {
-			slog.Warn("hour not reconciled yet", "hour", hourKey(hour*hourSeconds), "error", err)
-			break
-		}
-		if n > 0 {
-			slog.Warn("events_hourly did not agree with events after an unclean end, mended", "hour", hourKey(hour*hourSeconds), "rows", n)
-		}
-		delete(p.torn, hour)
-	}
-	p.mendedAt = time.Now()
-}
-
-// isQuiet says whether the hour was not written to of late.
-func (in *inserter) isQuiet(ctx context.Context, hour int64) bool {
-	var quiet proto.ColUInt8
-	err := in.query(ctx, ch.Query{
-		Body: fmt.Sprintf("SELECT max(created_at) < now64(3) - %d AS quiet FROM %s.events WHERE timestamp >= %d AND timestamp < %d",
-			quietSeconds, in.store.database, hour*hourSeconds, (hour+1)*hourSeconds),
-		Result: proto.Results{{Name: "quiet", Data: &quiet}},
-	})
-	return err == nil && len(quiet) > 0 && quiet[0] == 1
 }

@@ -67,6 +67,7 @@ type settings struct {
 	workerBatchSize    int
 	workerBatchTimeout time.Duration
 	dedupeMemory       int64
+	consumeMemory      int64
 	retryWorkers       int
 	maxRetryAttempts   int
 	shutdownTimeout    time.Duration
@@ -127,7 +128,8 @@ func (c *settings) settingsTable() []setting {
 		{"WORKER_COUNT", "20", "workers; partition p belongs to worker p mod WORKER_COUNT", integer(&c.workerCount, 1, 1000)},
 		{"WORKER_BATCH_SIZE", "2000", "rows of a worker's block; a full block starts an insert", integer(&c.workerBatchSize, 1, 100000)},
 		{"WORKER_BATCH_TIMEOUT", "50ms", "a waiting row starts an insert after this", duration(&c.workerBatchTimeout, time.Millisecond, time.Minute)},
-		{"DEDUPE_MEMORY", "268435456", "bytes of the filters that know which events were stored; hours beyond it are looked up in ClickHouse", integer(&c.dedupeMemory, 0, 1<<40)},
+		{"CONSUME_MEMORY", "134217728", "bytes that records may take between Kafka and ClickHouse, fetched, queued and in blocks", integer(&c.consumeMemory, 1<<20, 1<<40)},
+		{"DEDUPE_MEMORY", "268435456", "bytes for the ids of stored events, about 12 an id; events beyond it are looked up in ClickHouse", integer(&c.dedupeMemory, 0, 1<<40)},
 		{"RETRY_WORKER_COUNT", "1", "workers that put rejected records back when they are due; 0 leaves that to other copies", integer(&c.retryWorkers, 0, retryPartitions)},
 		{"MAX_RETRY_ATTEMPTS", "5", "retries after 2, 4, 8, 16, 32 s before a rejected record becomes a dead letter", integer(&c.maxRetryAttempts, 0, 100)},
 		{"SHUTDOWN_TIMEOUT", "8s", "a stop finishes requests and inserts within this; what is left is read from Kafka again", duration(&c.shutdownTimeout, time.Second, time.Hour)},

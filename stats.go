@@ -33,16 +33,14 @@ func (s *sidewaysStats) dead(why string) {
 }
 
 type storeStats struct {
-	consumed                            *metrics.Counter
-	inserts, rows, failures             *metrics.Counter
-	suspects, duplicates, falseSuspects *metrics.Counter
-	seconds, lookupSeconds, freshness   *metrics.PrometheusHistogram
+	consumed                          *metrics.Counter
+	inserts, rows, failures           *metrics.Counter
+	lookups, duplicates, mended       *metrics.Counter
+	seconds, lookupSeconds, freshness *metrics.PrometheusHistogram
 }
 
-func (s *storeStats) resolved(suspects, duplicates, new int, took time.Duration) {
-	s.suspects.Add(suspects)
-	s.duplicates.Add(duplicates)
-	s.falseSuspects.Add(new)
+func (s *storeStats) lookedUp(rows int, took time.Duration) {
+	s.lookups.Add(rows)
 	s.lookupSeconds.Update(took.Seconds())
 }
 
@@ -105,10 +103,10 @@ func newStats() *stats {
 			seconds:   set.NewPrometheusHistogramExt("event_ingestion_insert_duration_seconds", seconds),
 			freshness: set.NewPrometheusHistogramExt("event_ingestion_freshness_seconds", seconds),
 
-			suspects:      set.NewCounter("event_ingestion_suspects_total"),
+			lookups:       set.NewCounter("event_ingestion_lookups_total"),
 			duplicates:    set.NewCounter("event_ingestion_duplicates_total"),
-			falseSuspects: set.NewCounter("event_ingestion_false_suspects_total"),
-			lookupSeconds: set.NewPrometheusHistogramExt("event_ingestion_suspect_lookup_duration_seconds", seconds),
+			mended:        set.NewCounter("event_ingestion_mended_rows_total"),
+			lookupSeconds: set.NewPrometheusHistogramExt("event_ingestion_lookup_duration_seconds", seconds),
 		},
 	}
 	set.NewGauge(fmt.Sprintf(`event_ingestion_build_info{version="%s",goversion="%s"}`, version(), runtime.Version()), func() float64 { return 1 })
@@ -137,8 +135,8 @@ func (s *stats) watch(current *atomic.Pointer[consumer], wm *watermark, bodies *
 		})
 	}
 	gauge("event_ingestion_partitions_assigned", func(c *consumer) float64 { return float64(c.assigned.Load()) })
-	gauge("event_ingestion_dedupe_filter_bytes", func(c *consumer) float64 { return float64(c.inserter.past.bytes.Load()) })
-	gauge("event_ingestion_dedupe_filters", func(c *consumer) float64 { return float64(len(c.inserter.covered())) })
+	gauge("event_ingestion_dedupe_bytes", func(c *consumer) float64 { return float64(c.inserter.past.bytes.Load()) })
+	gauge("event_ingestion_dedupe_minutes", func(c *consumer) float64 { return float64(c.inserter.past.sets.Load()) })
 }
 
 // help says what each metric is; the words before the colon are the type.
@@ -159,12 +157,12 @@ var help = map[string]string{
 	"event_ingestion_rows_stored_total":                  "counter: Rows of these inserts.",
 	"event_ingestion_insert_failures_total":              "counter: Attempts at an insert or a lookup that failed and were repeated.",
 	"event_ingestion_insert_duration_seconds":            "histogram: Time of an insert with all its attempts.",
-	"event_ingestion_suspects_total":                     "counter: Records that may be copies and were looked up in ClickHouse.",
-	"event_ingestion_duplicates_total":                   "counter: Suspects that were copies.",
-	"event_ingestion_false_suspects_total":               "counter: Suspects that were new.",
-	"event_ingestion_suspect_lookup_duration_seconds":    "histogram: Time of looking up a round's suspects.",
-	"event_ingestion_dedupe_filter_bytes":                "gauge: Memory of the dedupe filters.",
-	"event_ingestion_dedupe_filters":                     "gauge: Hours of event time that have a filter.",
+	"event_ingestion_duplicates_total":                   "counter: Records of events that were stored before.",
+	"event_ingestion_lookups_total":                      "counter: Records that memory did not know about and that were looked up in ClickHouse.",
+	"event_ingestion_lookup_duration_seconds":            "histogram: Time of loading ids and of looking up, of rounds that looked up.",
+	"event_ingestion_dedupe_bytes":                       "gauge: Memory of the ids that are known to be stored.",
+	"event_ingestion_dedupe_minutes":                     "gauge: Minutes of event time of which all ids are in memory.",
+	"event_ingestion_mended_rows_total":                  "counter: Rows of events_hourly that did not agree with events after a fault and were mended.",
 	"event_ingestion_retries_total":                      "counter: Rejected records put on the retry topic.",
 	"event_ingestion_dead_letters_total":                 "counter: Records given up, by error type.",
 	"event_ingestion_build_info":                         "gauge: 1, with the version as label.",

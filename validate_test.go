@@ -184,18 +184,15 @@ func TestHotPathAllocations(t *testing.T) {
 		t.Errorf("body to records: %.0f allocations for %d events", n, events)
 	}
 
-	w := newWorker(&consumer{inserter: newInserter(nil, &settings{}, nil), room: make(chan struct{}, 1)}, 2*events)
+	w := idleWorker(2 * events)
 	records := make([]*kgo.Record, events)
 	for i := range records {
 		records[i] = &kgo.Record{Key: q.records[i].Key, Value: q.records[i].Value, Offset: int64(i)}
 	}
 	w.queue = make([]fetched, 1)
 	queue := w.queue
-	covered := newIDFilter(1000)
-	w.seen.hours[now/hourSeconds] = covered
 	toRows := func() {
 		w.cur.reset()
-		clear(covered.layers[0].lines)
 		queue[0] = fetched{0, records}
 		w.queue = queue
 		if bad, err := w.takeIn(events); bad != nil {
@@ -209,6 +206,11 @@ func TestHotPathAllocations(t *testing.T) {
 	if n := testing.AllocsPerRun(100, toRows); n > 0 {
 		t.Errorf("records to rows: %.0f allocations for %d events", n, events)
 	}
+}
+
+// idleWorker takes in what is put into its queue, of a topic with one partition.
+func idleWorker(rows int) *worker {
+	return newWorker(blockLimits{rows, 1 << 30}, 1, newBacklog(1<<40), newRoundCall(), nil)
 }
 
 func TestSettings(t *testing.T) {

@@ -7,10 +7,13 @@
 package main
 
 import (
+	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/twmb/franz-go/pkg/kgo"
 )
@@ -18,21 +21,114 @@ import (
 // lockRecords is how many records a worker takes in before it lets the inserter at its block: about 0.2 ms.
 const lockRecords = 128
 
+// backlog bounds the bytes of records that wait in the workers' queues.
+type backlog struct {
+	limit int64
+	bytes atomic.Int64
+	room  chan struct{} // some have left
+}
+
+// recordOverhead is about what a record takes in memory beside its bytes: kgo.Record, and its places in slices.
+const recordOverhead = 200
+
+func newBacklog(limit int64) *backlog { return &backlog{limit: limit, room: make(chan struct{}, 1)} }
+
+func (b *backlog) add(rec *kgo.Record) { b.bytes.Add(int64(recordBytes(rec) + recordOverhead)) }
+
+func (b *backlog) remove(rec *kgo.Record) {
+	if b.bytes.Add(-int64(recordBytes(rec)+recordOverhead)) <= b.limit {
+		notify(b.room)
+	}
+}
+
+// wait returns when the queues are below the limit, or ctx is done.
+func (b *backlog) wait(ctx context.Context) {
+	for b.bytes.Load() > b.limit && ctx.Err() == nil {
+		select {
+		case <-b.room:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// roundCall is how workers ask for a round.
+type roundCall struct {
+	arrived chan struct{} // a block has its first row
+	full    chan struct{} // a block has its last row
+	oldest  atomic.Int64  // Unix nanoseconds of the first row since the last round was taken, 0 when none
+}
+
+func newRoundCall() *roundCall {
+	return &roundCall{arrived: make(chan struct{}, 1), full: make(chan struct{}, 1)}
+}
+
+// noteRow is called by a worker, under its lock, when its block gets its first row.
+func (c *roundCall) noteRow() {
+	c.oldest.CompareAndSwap(0, time.Now().UnixNano())
+	notify(c.arrived)
+}
+
+// answered is called before the blocks are taken: a row that comes later asks again.
+func (c *roundCall) answered() {
+	c.oldest.Store(0)
+	drain(c.arrived)
+	drain(c.full)
+}
+
+func notify(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+func drain(c chan struct{}) {
+	select {
+	case <-c:
+	default:
+	}
+}
+
+// blockLimits say when a block is full.
+type blockLimits struct {
+	rows, bytes int
+}
+
 // worker turns the records of its partitions into rows.
 type worker struct {
-	consumer *consumer
-	rows     int // of a full block
+	limits   blockLimits
+	backlog  *backlog
+	call     *roundCall
+	sideways *sideways
+	router   kgo.TopicPartitioner // tells the partition of a key
+	parts    int                  // partitions of the topic
 	parser   eventParser
 	idInput  []byte
+	keyed    kgo.Record // for router
 
 	mu     sync.Mutex // guards everything below
 	wake   sync.Cond  // queue has records, cur has room, or closed
 	queue  []fetched
 	cur    *block
 	spare  *block // the inserter's, from takeBlock to reset
-	seen   seen
 	closed bool
+	came   map[int32]*arrival // by partition
 }
+
+// arrival is when a partition came here, and how many of its first records may still have been taken in by an owner
+// that died.
+type arrival struct {
+	at   time.Time
+	left int
+}
+
+const (
+	// rereadMargin is how far the producers' clocks may be ahead of ours.
+	rereadMargin = 10 * time.Second
+	// rereadBlocks is how many blocks a former owner can have taken in of a partition beyond what it committed: one
+	// whose insert had no answer, and what was stored within a few commitIntervals.
+	rereadBlocks = 10
+)
 
 // fetched is what is left of one fetch of one partition.
 type fetched struct {
@@ -40,14 +136,26 @@ type fetched struct {
 	records   []*kgo.Record
 }
 
-func newWorker(c *consumer, rows int) *worker {
-	w := &worker{consumer: c, rows: rows, cur: newBlock(rows), spare: newBlock(rows)}
+func newWorker(limits blockLimits, partitions int, queued *backlog, call *roundCall, side *sideways) *worker {
+	w := &worker{
+		limits: limits, backlog: queued, call: call, sideways: side, parts: partitions, router: kgo.StickyKeyPartitioner(nil).ForTopic(""),
+		cur: newBlock(limits.rows), spare: newBlock(limits.rows), came: map[int32]*arrival{},
+	}
 	w.wake.L = &w.mu
-	w.seen.hours = map[int64]*idFilter{}
 	return w
 }
 
+// assign is told that a partition came here.
+func (w *worker) assign(partition int32, at time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.came[partition] = &arrival{at.Add(rereadMargin), rereadBlocks * w.limits.rows}
+}
+
 func (w *worker) enqueue(partition int32, records []*kgo.Record) {
+	for _, rec := range records {
+		w.backlog.add(rec)
+	}
 	w.mu.Lock()
 	w.queue = append(w.queue, fetched{partition, records})
 	w.mu.Unlock()
@@ -61,7 +169,9 @@ func (w *worker) drop(partition int32) {
 	kept := w.queue[:0]
 	for _, f := range w.queue {
 		if f.partition == partition {
-			w.consumer.release(len(f.records))
+			for _, rec := range f.records {
+				w.backlog.remove(rec)
+			}
 		} else {
 			kept = append(kept, f)
 		}
@@ -95,7 +205,7 @@ func (w *worker) takeBlock() *block {
 func (w *worker) run() {
 	for {
 		w.mu.Lock()
-		for !w.closed && (len(w.queue) == 0 || w.cur.size() >= w.rows) {
+		for !w.closed && (len(w.queue) == 0 || w.isFull()) {
 			w.wake.Wait()
 		}
 		if w.closed {
@@ -110,13 +220,17 @@ func (w *worker) run() {
 	}
 }
 
-var errMisplaced = errors.New("the record's key is not its event's id")
+var errMisplaced = errors.New("the record is not where its event's id belongs")
+
+func (w *worker) isFull() bool {
+	return w.cur.rows() >= w.limits.rows || w.cur.bytes >= w.limits.bytes
+}
 
 // takeIn appends up to n records of the queue's head to the block, under the lock. It stops at a record that is no
-// event, or not under its own key, which it returns and leaves at the head.
+// event, or not under its own key or on its key's partition, which it returns and leaves at the head.
 func (w *worker) takeIn(n int) (bad *kgo.Record, why error) {
 	head := &w.queue[0]
-	for ; n > 0 && len(head.records) > 0 && w.cur.size() < w.rows; n-- {
+	for ; n > 0 && len(head.records) > 0 && !w.isFull(); n-- {
 		rec := head.records[0]
 		ev, err := w.decode(rec.Value)
 		if err != nil {
@@ -124,36 +238,44 @@ func (w *worker) takeIn(n int) (bad *kgo.Record, why error) {
 		}
 		var id eventID
 		id, w.idInput = ev.id(w.idInput)
-		if !id.isKey(rec.Key) {
+		if !id.isKey(rec.Key) || w.home(rec.Key) != rec.Partition {
 			return rec, errMisplaced
 		}
 		if len(w.cur.reached) == 0 {
-			w.consumer.inserter.noteRow()
+			w.call.noteRow()
 		}
-		hour := ev.timestamp / hourSeconds
-		if isNew, covered := w.check(&id, hour); isNew {
-			w.cur.append(&id, ev, rec)
-		} else {
-			w.cur.suspects = append(w.cur.suspects, suspect{id, hour, covered, rec})
-		}
+		w.cur.append(&id, ev, rec)
 		w.pop(rec)
 	}
-	if w.cur.size() >= w.rows {
-		notify(w.consumer.inserter.full)
+	if w.isFull() {
+		notify(w.call.full)
 	}
 	return nil, nil
+}
+
+// home is the partition that murmur2 gives the key, as every Kafka client computes it.
+func (w *worker) home(key []byte) int32 {
+	w.keyed.Key = key
+	return int32(w.router.Partition(&w.keyed, w.parts))
 }
 
 // pop moves past the record at the queue's head, under the lock.
 func (w *worker) pop(rec *kgo.Record) {
 	w.cur.reach(rec.Partition, rec.LeaderEpoch, rec.Offset+1)
+	if a := w.came[rec.Partition]; a != nil {
+		if a.left--; a.left > 0 && rec.Timestamp.Before(a.at) {
+			w.cur.reread = true
+		} else {
+			delete(w.came, rec.Partition)
+		}
+	}
 	head := &w.queue[0]
 	head.records = head.records[1:]
 	if len(head.records) == 0 {
 		w.queue[0] = fetched{}
 		w.queue = w.queue[1:]
 	}
-	w.consumer.release(1)
+	w.backlog.remove(rec)
 }
 
 // decode reads a record's value as an event. The API's rules hold for other producers too, except the age: a record
@@ -172,14 +294,14 @@ func (w *worker) decode(value []byte) (*event, error) {
 }
 
 // setAside deals with a record that cannot become a row here: what is no event goes to the dead letters, an event under
-// another key goes back to the topic under its own, where its own worker knows its copies. It moves past the record
+// another key or on another partition goes back to the topic under its own. It moves past the record
 // once that is acknowledged, unless the partition was lost meanwhile: then the next owner does it again.
 func (w *worker) setAside(rec *kgo.Record, why error) {
 	done := false
 	if errors.Is(why, errMisplaced) {
-		done = w.consumer.sideways.reroute(rec, w.ownKey(rec), w.isClosed)
+		done = w.sideways.reroute(rec, w.ownKey(rec), w.isClosed)
 	} else {
-		done = w.consumer.sideways.deadLetter(rec, errorUnmarshal, why.Error(), w.isClosed)
+		done = w.sideways.deadLetter(rec, errorUnmarshal, why.Error(), w.isClosed)
 	}
 	if !done {
 		return
@@ -188,7 +310,7 @@ func (w *worker) setAside(rec *kgo.Record, why error) {
 	defer w.mu.Unlock()
 	if len(w.queue) > 0 && len(w.queue[0].records) > 0 && w.queue[0].records[0] == rec {
 		if len(w.cur.reached) == 0 {
-			w.consumer.inserter.noteRow()
+			w.call.noteRow()
 		}
 		w.pop(rec)
 	}

@@ -1,0 +1,170 @@
+// What is known of the past: the sets themselves, and that rows are cut out of a block as they should.
+
+package main
+
+import (
+	"encoding/binary"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/ClickHouse/ch-go/proto"
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// TestIDSet: random additions and removals against a map, with keys that crowd at the ends of the table.
+func TestIDSet(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for run := range 200 {
+		var s idSet
+		want := map[idKey]bool{}
+		for range 2000 {
+			k := idKey(rnd.Uint64N(300) + 1)
+			switch rnd.IntN(3) {
+			case 0: // spread
+				k *= 0x9e3779b97f4a7c15 >> 4
+			case 1: // at the end, so that probing goes round
+				k = -k
+			}
+			if rnd.IntN(3) == 0 {
+				s.remove(k)
+				delete(want, k)
+				continue
+			}
+			if slots := s.slotsFor(1); slots != len(s.slots) {
+				s.resize(slots)
+			}
+			if isNew := s.add(k); isNew == want[k] {
+				t.Fatalf("run %d: %d is new: %v", run, k, isNew)
+			}
+			want[k] = true
+		}
+		if s.used != len(want) || s.used*fullDen > len(s.slots)*fullNum {
+			t.Fatalf("%d ids in %d slots, want %d", s.used, len(s.slots), len(want))
+		}
+		for k := range maps.Keys(want) {
+			if s.slots[s.find(k)] != k {
+				t.Fatalf("%d is not found", k)
+			}
+		}
+	}
+}
+
+// TestBudget: sets never take more than their budget, whatever comes, and what they know is never wrong.
+func TestBudget(t *testing.T) {
+	const budget = 40_000
+	known := newPast(nil, "", budget)
+	ev := mustParse(t, new(eventParser), sampleEvent)
+	rnd := rand.New(rand.NewPCG(3, 4))
+	seen := map[eventID]bool{}
+	for range 300 {
+		minute := rnd.Int64N(30)
+		known.round++
+		if known.minutes[minute] == nil && known.bytes.Load()+setOverhead <= budget { // as if the hour had been read
+			known.minutes[minute] = &idSet{lastUsed: known.round}
+			known.bytes.Add(setOverhead)
+			for id := range seen {
+				if int64(id[31]) == minute && known.makeRoom(known.minutes[minute], 1) {
+					known.minutes[minute].add(keyOf(&id))
+				} else if int64(id[31]) == minute {
+					known.drop(minute)
+					break
+				}
+			}
+		}
+		if known.minutes[minute] == nil {
+			continue
+		}
+		b := newBlock(100)
+		ev.timestamp = minute * minuteSeconds
+		want := 0
+		for range rnd.IntN(400) {
+			var id eventID
+			binary.LittleEndian.PutUint64(id[:], (rnd.Uint64N(2000)+1)*0x9e3779b97f4a7c15)
+			id[31] = byte(minute)
+			b.append(&id, ev, &kgo.Record{})
+			if !seen[id] {
+				want++
+				seen[id] = true
+			}
+		}
+		known.minutes[minute].lastUsed = known.round
+		if !known.makeRoom(known.minutes[minute], b.rows()) {
+			known.drop(minute)
+			continue
+		}
+		if known.cut([]*block{b}); b.rows() != want {
+			t.Fatalf("%d new, want %d", b.rows(), want)
+		}
+		if n := known.bytes.Load(); n > budget || n < 0 {
+			t.Fatalf("%d bytes of %d", n, budget)
+		}
+	}
+}
+
+// TestKeep: what stays of a block is what was there, in every column.
+func TestKeep(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(5, 6))
+	var p eventParser
+	for range 50 {
+		var raw []string
+		b := newBlock(8)
+		add := func(to *block, s string) {
+			ev := mustParse(t, &p, s)
+			id, _ := ev.id(nil)
+			to.append(&id, ev, &kgo.Record{Value: []byte(s)})
+		}
+		for i := range 1 + rnd.IntN(60) {
+			tags := `"a"`
+			for range rnd.IntN(5) {
+				tags += fmt.Sprintf(`,"t%d"`, rnd.IntN(9))
+			}
+			s := fmt.Sprintf(`{"event_name":"e%d","user_id":"u%d","timestamp":%d,"tags":[%s],"metadata":{"price":%d,"currency":"C%d"}}`, rnd.IntN(3), i, 1795441976+i, tags, i, rnd.IntN(4))
+			raw = append(raw, s)
+			add(b, s)
+		}
+		var rows []int
+		want := newBlock(8)
+		for row := range raw {
+			if rnd.IntN(3) > 0 {
+				rows = append(rows, row)
+				add(want, raw[row])
+			}
+		}
+		b.keep(rows)
+		for i := range b.columns {
+			var got, expected proto.Buffer
+			if d, ok := b.columns[i].column.(*dictColumn); ok { // the dictionaries differ
+				for row := range rows {
+					if w := want.columns[i].column.(*dictColumn); string(d.value(row)) != string(w.value(row)) {
+						t.Fatalf("%s of row %d: %s", b.columns[i].name, row, d.value(row))
+					}
+				}
+				continue
+			}
+			if l, ok := b.columns[i].column.(*listColumn); ok {
+				w := want.columns[i].column.(*listColumn)
+				if fmt.Sprint(l.offsets) != fmt.Sprint(w.offsets) || l.rows() != w.rows() {
+					t.Fatalf("tags end at %d, want %d", l.offsets, w.offsets)
+				}
+				for item := range l.rows() {
+					if string(l.value(item)) != string(w.value(item)) {
+						t.Fatalf("item %d: %s", item, l.value(item))
+					}
+				}
+				continue
+			}
+			b.columns[i].EncodeColumn(&got)
+			want.columns[i].EncodeColumn(&expected)
+			if string(got.Buf) != string(expected.Buf) {
+				t.Fatalf("%s differs", b.columns[i].name)
+			}
+		}
+		for row, rec := range b.records {
+			if rec != nil && string(rec.Value) != string(want.records[row].Value) {
+				t.Fatalf("record of row %d", row)
+			}
+		}
+	}
+}

@@ -1,0 +1,211 @@
+// What a fault may have left: an hour of events_hourly that does not agree with events.
+//
+// An insert fills events and, through the view, events_hourly; ClickHouse can die, or fail, between the two. So the hours
+// of an insert without an answer, and of records that a former owner may have been inserting when it died, are looked at
+// and mended before the offsets of their rounds are committed: whatever dies meanwhile, somebody reads the records again
+// and looks again. mend.go owns the hours and the offsets that wait for them.
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/ClickHouse/ch-go"
+	"github.com/ClickHouse/ch-go/proto"
+)
+
+const (
+	// mendInterval is the least time between two looks at agreeing hours, and lookShare how many times the last look's
+	// duration: a look counts the hours whole.
+	mendInterval = time.Second
+	lookShare    = 10
+	// mendTick is the least time between two looks of which the first did not settle it.
+	mendTick = 100 * time.Millisecond
+	// maxSpans bounds the text of a look; beyond it everything from the first hour to the last is counted.
+	maxSpans = 200
+)
+
+// torn is the hours to look at.
+type torn struct {
+	hours map[int64]struct{} // by Unix hour
+	held  map[int32]position // by partition: what may be committed when no hour is left
+	next  time.Time          // of the next look
+	seen  []difference       // by the last look
+}
+
+// difference is a row of events_hourly that lacks so many events, or has too many.
+type difference struct {
+	name, channel string
+	hour          uint32 // Unix seconds
+	missing       int64
+}
+
+// noteRound is called for a round whose insert has no answer.
+func (in *inserter) noteRound() {
+	for _, b := range in.round {
+		in.noteHours(b)
+	}
+}
+
+// noteReread is called for each round, before its duplicates are cut out.
+func (in *inserter) noteReread() {
+	for _, b := range in.round {
+		if b.reread {
+			in.noteHours(b)
+		}
+	}
+}
+
+func (t *torn) noteHours(b *block) {
+	last := int64(-1)
+	for _, at := range b.timestamp.Data {
+		if hour := int64(at) / hourSeconds; hour != last {
+			t.hours[hour] = struct{}{}
+			last = hour
+		}
+	}
+}
+
+// hold says that the partitions are stored up to here. It is what mend passes on.
+func (t *torn) hold(reached []position) {
+	for _, p := range reached {
+		t.held[p.partition] = p
+	}
+}
+
+// mend lets what is held be committed, when every noted hour agrees. It takes its turn between rounds, so that no insert
+// of this instance runs. Where other instances insert, it looks in a moment in which none of them does, and takes a
+// difference for one when a second look finds the same.
+func (in *inserter) mend(ctx context.Context) {
+	if len(in.hours) > 0 && !time.Now().Before(in.next) {
+		started := time.Now()
+		agrees, err := in.lookAndMend(ctx)
+		took := time.Since(started)
+		if in.next = time.Now().Add(max(mendTick, took)); agrees {
+			in.next = time.Now().Add(max(mendInterval, lookShare*took))
+			clear(in.hours)
+		}
+		if err != nil {
+			slog.Warn("hours not reconciled yet, their offsets wait", "hours", len(in.hours), "error", err)
+			in.next = time.Now().Add(mendInterval)
+		}
+	}
+	if len(in.hours) == 0 && len(in.held) > 0 {
+		in.stored(slices.Collect(maps.Values(in.held)))
+		clear(in.held)
+	}
+}
+
+// lookAndMend says whether the noted hours agree. A mending is believed when the next look finds nothing.
+func (in *inserter) lookAndMend(ctx context.Context) (agrees bool, err error) {
+	if came := in.cameAt.Load(); came != nil { // the last insert of a former owner may still be at work
+		if err := in.awaitInserts(ctx, *came); err != nil {
+			return false, err
+		}
+	}
+	alone := in.alone()
+	if busy, err := in.othersInsert(ctx, alone); busy || err != nil {
+		return false, err
+	}
+	seen, err := in.look(ctx)
+	if err != nil {
+		return false, err
+	}
+	if busy, err := in.othersInsert(ctx, alone); busy || err != nil {
+		return false, err
+	}
+	certain := alone || slices.Equal(seen, in.seen)
+	if in.seen = seen; len(seen) == 0 || !certain {
+		return len(seen) == 0, nil
+	}
+	slog.Warn("events_hourly does not agree with events after a fault, mending", "rows", len(seen), "first", fmt.Sprintf("%+v", seen[0]))
+	in.stats.mended.Add(len(seen))
+	return false, in.insertDifferences(ctx, seen)
+}
+
+// othersInsert says whether an insert of another instance runs.
+func (in *inserter) othersInsert(ctx context.Context, alone bool) (bool, error) {
+	if alone {
+		return false, nil
+	}
+	n, err := in.running(ctx, "startsWith(query_id, {group:String}) AND NOT startsWith(query_id, {mine:String})",
+		[]proto.Parameter{parameter("group", in.group+"-"), parameter("mine", in.group+"-"+in.instance+"-")})
+	return n > 0, err
+}
+
+// look counts the noted hours in both tables and returns where they differ.
+func (in *inserter) look(ctx context.Context) (seen []difference, err error) {
+	var (
+		name, channel proto.ColStr
+		hour          proto.ColUInt32
+		missing       proto.ColInt64
+	)
+	err = in.query(ctx, ch.Query{
+		Body: fmt.Sprintf("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, toUnixTimestamp(hour) AS h, sum(n) AS missing FROM ("+
+			"SELECT event_name, channel, toStartOfHour(timestamp) AS hour, toInt64(count()) AS n FROM %[1]s.events WHERE %[2]s GROUP BY event_name, channel, hour"+
+			" UNION ALL SELECT event_name, channel, hour, -event_count FROM %[1]s.events_hourly WHERE %[3]s"+
+			") GROUP BY event_name, channel, hour HAVING missing != 0 ORDER BY h, name, ch", in.store.database, in.within("timestamp"), in.within("hour")),
+		Result: proto.Results{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "h", Data: &hour}, {Name: "missing", Data: &missing}},
+		OnResult: func(context.Context, proto.Block) error {
+			for i := range missing {
+				seen = append(seen, difference{name.Row(i), channel.Row(i), hour[i], missing[i]})
+			}
+			return nil
+		},
+	})
+	return seen, err
+}
+
+// within is the SQL for a column of times being in the noted hours.
+func (t *torn) within(column string) string {
+	hours := slices.Sorted(maps.Keys(t.hours))
+	var spans []span
+	for _, hour := range hours {
+		if n := len(spans); n > 0 && spans[n-1].end == hour*hourSeconds {
+			spans[n-1].end += hourSeconds
+		} else {
+			spans = append(spans, span{hour * hourSeconds, (hour + 1) * hourSeconds})
+		}
+	}
+	if len(spans) > maxSpans {
+		spans = []span{{spans[0].from, spans[len(spans)-1].end}}
+	}
+	var terms []string
+	for _, s := range spans {
+		terms = append(terms, fmt.Sprintf("%[1]s >= %[2]d AND %[1]s <= %[3]d", column, s.from, min(s.end-1, maxUnixSeconds)))
+	}
+	return strings.Join(terms, " OR ")
+}
+
+// insertDifferences gives events_hourly what it lacks, and takes back what it has too much of: just what was seen, if that
+// is what it still finds.
+func (in *inserter) insertDifferences(ctx context.Context, seen []difference) error {
+	var (
+		name, channel proto.ColStr
+		hour          proto.ColUInt32
+		missing       proto.ColInt64
+	)
+	for _, d := range seen {
+		name.Append(d.name)
+		channel.Append(d.channel)
+		hour = append(hour, d.hour)
+		missing = append(missing, d.missing)
+	}
+	from, to := int64(seen[0].hour), int64(seen[len(seen)-1].hour)+hourSeconds
+	return in.query(ctx, ch.Query{
+		Body: fmt.Sprintf("INSERT INTO %s.events_hourly (event_name, channel, hour, event_count, unique_users_state, revenue, campaigns_state) "+
+			"SELECT event_name, channel, hour, missing, users_state, revenue_missing, campaigns_state FROM (%s) "+
+			"WHERE (CAST(event_name, 'String'), CAST(channel, 'String'), toUnixTimestamp(hour), missing) IN (SELECT name, ch, h, n FROM seen)",
+			in.store.database, fmt.Sprintf(strings.Replace(differences, " FINAL", "", 1), in.store.database, from, min(to, maxUnixSeconds), 0)),
+		QueryID:       fmt.Sprintf("%s-%s-mend-%d", in.group, in.instance, in.seq),
+		ExternalTable: "seen",
+		ExternalData:  []proto.InputColumn{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "h", Data: &hour}, {Name: "n", Data: &missing}},
+		Settings:      []ch.Setting{{Key: "async_insert", Value: "0"}, {Key: "insert_deduplicate", Value: "0"}},
+	})
+}

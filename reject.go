@@ -1,0 +1,132 @@
+// Rows that ClickHouse rejects, and those beside them.
+//
+// A rejected insert stores nothing, so the bad rows have to be found. A constraint says its expression, and ClickHouse
+// itself evaluates that over the round: one query finds all rows that break it. For anything else the round is halved
+// until the bad rows stand alone. They go to the retry topic; their neighbours are stored.
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"regexp"
+
+	"github.com/ClickHouse/ch-go"
+	"github.com/ClickHouse/ch-go/proto"
+)
+
+// setAside makes a rejected round smaller by what is bad in it. The error is ctx's.
+func (in *inserter) setAside(ctx context.Context, rejection error) error {
+	if err := in.persist(ctx, "look up a rejected round", func() error { return in.settle(ctx) }); err != nil {
+		return err
+	}
+	all := in.merge()
+	var bad []int
+	if m := violated.FindStringSubmatch(rejection.Error()); m != nil {
+		bad, _ = in.violators(ctx, all, m[1]) // a failure costs the halving
+	}
+	switch {
+	case len(bad) > 0:
+	case all.rows() == 1:
+		bad = []int{0}
+	default:
+		return in.halve(ctx, all)
+	}
+	if err := in.reject(ctx, all, bad, rejection); err != nil {
+		return err
+	}
+	all.keep(others(bad, all.rows()))
+	in.round = append(in.round[:0], all)
+	return nil
+}
+
+// merge is the round as one block.
+func (in *inserter) merge() *block {
+	all := newBlock(in.rows())
+	for _, b := range in.round {
+		all.copyRows(b, 0, b.rows())
+	}
+	return all
+}
+
+// violated finds the expression in ClickHouse's words for error 469, which are in
+// https://github.com/ClickHouse/ClickHouse/blob/master/src/Processors/Transforms/CheckConstraintsTransform.cpp.
+var violated = regexp.MustCompile(`(?s)is violated at row \d+\. Expression: \((.*)\)\. Column values: `)
+
+// violators returns the rows that break a constraint, by asking ClickHouse for its expression over the block.
+func (in *inserter) violators(ctx context.Context, b *block, expression string) (bad []int, err error) {
+	data := proto.Input{}
+	for _, c := range b.columns {
+		data = append(data, proto.InputColumn{Name: c.name, Data: c.column})
+	}
+	number, got := make(proto.ColUInt32, b.rows()), proto.ColUInt32{}
+	for i := range number {
+		number[i] = uint32(i)
+	}
+	err = in.query(ctx, ch.Query{
+		Body:          fmt.Sprintf("SELECT row_number FROM rejected WHERE NOT (%s) ORDER BY row_number", expression),
+		ExternalTable: "rejected",
+		ExternalData:  append(data, proto.InputColumn{Name: "row_number", Data: &number}),
+		Result:        proto.Results{{Name: "row_number", Data: &got}},
+		OnResult: func(context.Context, proto.Block) error {
+			for _, n := range got {
+				bad = append(bad, int(n))
+			}
+			return nil
+		},
+	})
+	return bad, err
+}
+
+// reject puts rows of the block off. They are not known any more: they come back.
+func (in *inserter) reject(ctx context.Context, b *block, bad []int, why error) error {
+	records := keepRows(append(b.records[:0:0], b.records...), bad)
+	if !in.rejected(records, firstLine(why.Error()), func() bool { return ctx.Err() != nil }) {
+		return ctx.Err()
+	}
+	for _, row := range bad {
+		in.past.forget(b.id(row), b.at(row))
+	}
+	return nil
+}
+
+// halve stores the halves of a block each alone, and leaves an empty round. A bad row costs two inserts a halving.
+func (in *inserter) halve(ctx context.Context, all *block) error {
+	middle := all.rows() / 2
+	for _, half := range []*block{part(all, 0, middle), part(all, middle, all.rows())} {
+		in.round = append(in.round[:0], half)
+		if err := in.storeRound(ctx); err != nil {
+			return err
+		}
+	}
+	in.round = in.round[:0]
+	return nil
+}
+
+// part is a block of the rows [from, end) of another.
+func part(all *block, from, end int) *block {
+	b := newBlock(end - from)
+	b.copyRows(all, from, end)
+	return b
+}
+
+// copyRows appends the rows [from, end) of another block. Slow path: each record is parsed once more.
+func (b *block) copyRows(other *block, from, end int) {
+	var p eventParser
+	for row := from; row < end; row++ {
+		ev, _, _ := p.parse(other.records[row].Value) // the worker has parsed it without complaint
+		b.append(other.id(row), ev, other.records[row])
+	}
+}
+
+// others are the numbers below n that are not in bad, which ascend.
+func others(bad []int, n int) (rest []int) {
+	for i := range n {
+		if len(bad) > 0 && bad[0] == i {
+			bad = bad[1:]
+			continue
+		}
+		rest = append(rest, i)
+	}
+	return rest
+}
