@@ -30,7 +30,7 @@ func startBalancer(t *testing.T, haproxy string, copies []*program) *program {
 	if err := os.WriteFile(path, []byte(strings.NewReplacer(replace...).Replace(string(cfg))), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	b := &program{t: t, url: "http://127.0.0.1:" + port, log: new(logBuffer)}
+	b := &program{t: t, env: copies[0].env, url: "http://127.0.0.1:" + port, log: new(logBuffer)}
 	b.cmd = exec.Command(haproxy, "-db", "-f", path)
 	b.cmd.Stdout, b.cmd.Stderr = b.log, b.log
 	if err := b.cmd.Start(); err != nil {

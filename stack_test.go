@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -41,11 +42,12 @@ func TestMain(m *testing.M) {
 
 // program is one running copy.
 type program struct {
-	t   testing.TB
-	env []string
-	url string
-	cmd *exec.Cmd
-	log *logBuffer
+	t      testing.TB
+	binary string // this test's own when empty, see asProgram
+	env    []string
+	url    string
+	cmd    *exec.Cmd
+	log    *logBuffer
 }
 
 // logBuffer is what a running copy has logged so far.
@@ -100,23 +102,29 @@ func faultSpace(t testing.TB, more ...string) []string {
 // startProgram runs a copy in the space and waits until it is ready. It is killed with the test if it still runs.
 func startProgram(t testing.TB, env []string) *program {
 	t.Helper()
+	return startBinary(t, "", env)
+}
+
+// startBinary is startProgram with another build of the program.
+func startBinary(t testing.TB, binary string, env []string) *program {
+	t.Helper()
 	port := space(env, "SERVER_PORT")
 	if port == "" {
 		port = freePort(t)
 		env = append(slices.Clone(env), "SERVER_PORT="+port)
 	}
-	p := &program{t: t, env: env, url: "http://127.0.0.1:" + port}
+	p := &program{t: t, binary: binary, env: env, url: "http://127.0.0.1:" + port}
 	p.start()
 	p.await("ready", 30*time.Second, func() bool { return p.status("/ready") == http.StatusOK })
 	return p
 }
 
-// start runs the program's binary, which is this test's, and does not wait.
+// start runs the program's binary and does not wait.
 func (p *program) start() {
 	t := p.t
 	t.Helper()
 	p.log = new(logBuffer)
-	p.cmd = exec.Command(os.Args[0])
+	p.cmd = exec.Command(cmp.Or(p.binary, os.Args[0]))
 	p.cmd.Env = append(append(os.Environ(), asProgram+"=1"), p.env...)
 	p.cmd.Stderr = p.log
 	if err := p.cmd.Start(); err != nil {
@@ -148,7 +156,7 @@ func (p *program) killAndRestart() *program {
 	p.t.Helper()
 	p.cmd.Process.Kill()
 	p.cmd.Wait()
-	return startProgram(p.t, p.env)
+	return startBinary(p.t, p.binary, p.env)
 }
 
 func (p *program) await(what string, limit time.Duration, done func() bool) {
@@ -229,7 +237,49 @@ func loadInto(t testing.TB, url string, rate float64, d time.Duration, more ...s
 		defer close(finished)
 		l.send(context.Background(), io.Discard)
 	}()
+	if t, isTest := t.(*testing.T); isTest { // a benchmark measures without
+		var watching sync.WaitGroup
+		watching.Go(func() { mustBeHonest(t, l, url, finished) }) // ends with the load
+		t.Cleanup(watching.Wait)
+		t.Cleanup(l.stop)
+	}
 	return l, func() { <-finished }
+}
+
+// mustBeHonest fails the test when complete_through says that something is counted which is not, at any time until done.
+func mustBeHonest(t *testing.T, l *loader, url string, done <-chan struct{}) {
+	type note struct{ second, acknowledged int64 }
+	var notes []note
+	var a struct {
+		Total   int64 `json:"total_count"`
+		Through int64 `json:"complete_through"`
+	}
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case <-done:
+			return
+		case <-tick.C:
+		}
+		l.srcMu.Lock()
+		acknowledged := l.src.expected()[0].count
+		l.srcMu.Unlock()
+		notes = append(notes, note{time.Now().Unix(), acknowledged})
+		resp, err := http.Get(fmt.Sprintf("%s%sevent_name=%s&from=1&to=%d", url, metricsPath, l.cfg.event, time.Now().Unix()+100))
+		if err != nil {
+			continue // the fault
+		}
+		a.Through = 0
+		answered := resp.StatusCode == http.StatusOK && json.NewDecoder(resp.Body).Decode(&a) == nil
+		resp.Body.Close()
+		for answered && len(notes) > 0 && notes[0].second <= a.Through {
+			if a.Total < notes[0].acknowledged {
+				t.Errorf("complete through %d, and %d of the %d events acknowledged then are counted", a.Through, a.Total, notes[0].acknowledged)
+			}
+			notes = notes[1:]
+		}
+	}
 }
 
 // mustAgree fails the test unless the metrics endpoint counts exactly what the loader had accepted.

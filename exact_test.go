@@ -1,0 +1,222 @@
+// Counted once where it is hard: little memory, many hours, other producers, events as large as they may be, rows that
+// ClickHouse refuses all the time.
+
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"hash/crc32"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// postAll sends the bodies as NDJSON over four connections, each until it was accepted.
+func postAll(t *testing.T, p *program, bodies [][]byte) {
+	t.Helper()
+	queue := make(chan []byte)
+	var clients sync.WaitGroup
+	for range 4 {
+		clients.Go(func() { // ends with the queue
+			for body := range queue {
+				for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+					resp, err := http.Post(p.url+bulkPath, ndjson, bytes.NewReader(body))
+					if err == nil {
+						resp.Body.Close()
+					}
+					if err == nil && resp.StatusCode == http.StatusAccepted {
+						break
+					}
+					if time.Now().After(deadline) {
+						t.Error("not accepted within a minute:", err, resp)
+						break
+					}
+				}
+			}
+		})
+	}
+	for _, body := range bodies {
+		queue <- body
+	}
+	close(queue)
+	clients.Wait()
+}
+
+// TestLittleMemory: events over many hours, each sent three times in another order, with memory for a small part of
+// their ids or for none, with other numbers of workers and partitions, and a kill between.
+func TestLittleMemory(t *testing.T) {
+	for _, c := range []struct {
+		events, hours int
+		settings      []string
+	}{
+		{50_000 * tortureFactor(), 24, []string{"DEDUPE_MEMORY=300000"}},
+		{10_000, 24, []string{"DEDUPE_MEMORY=0", "WORKER_COUNT=1", "KAFKA_PARTITIONS=3"}},
+		{20_000, 29 * 24, []string{"DEDUPE_MEMORY=100000", "WORKER_COUNT=7", "KAFKA_PARTITIONS=13"}},
+		{10_000, 29 * 24, []string{"CONSUME_MEMORY=4000000"}},
+	} {
+		t.Run(strings.Join(c.settings, ","), func(t *testing.T) {
+			env := faultSpace(t, c.settings...)
+			p := startProgram(t, env)
+			now := time.Now().Unix()
+			for range 3 {
+				var bodies [][]byte
+				order := rand.Perm(c.events)
+				for len(order) > 0 {
+					var body []byte
+					n := min(len(order), 1000)
+					for _, i := range order[:n] {
+						body = fmt.Appendf(body, `{"event_name":"little","user_id":"u%d","timestamp":%d}`+"\n", i, now-int64(i)*int64(c.hours)*hourSeconds/int64(c.events))
+					}
+					bodies, order = append(bodies, body), order[n:]
+				}
+				postAll(t, p, bodies)
+				p = p.killAndRestart()
+			}
+			drained(p)
+			mustCount(t, env, "little", int64(c.events))
+		})
+	}
+}
+
+// TestOtherPartitioner: a producer that places keys by CRC32, as librdkafka's clients do, sends what the API has, too.
+func TestOtherPartitioner(t *testing.T) {
+	env := faultSpace(t)
+	p := startProgram(t, env)
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...), kgo.RecordPartitioner(kgo.BasicConsistentPartitioner(func(string) func(*kgo.Record, int) int {
+		return func(r *kgo.Record, n int) int { return int(crc32.ChecksumIEEE(r.Key) % uint32(n)) }
+	})))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	const events = 5000
+	var bodies [][]byte
+	var records []*kgo.Record
+	var parser eventParser
+	at := time.Now().Unix()
+	for i := range events {
+		line := fmt.Appendf(nil, `{"event_name":"other","user_id":"u%d","timestamp":%d}`, i, at-int64(i))
+		ev := mustParse(t, &parser, string(line))
+		id, _ := ev.id(nil)
+		records = append(records, &kgo.Record{Topic: space(env, "KAFKA_TOPIC"), Key: fmt.Appendf(nil, "%x", id), Value: line})
+		if i%1000 == 0 {
+			bodies = append(bodies, nil)
+		}
+		bodies[i/1000] = append(append(bodies[i/1000], line...), '\n')
+	}
+	var producing sync.WaitGroup
+	producing.Go(func() {
+		if err := kafka.ProduceSync(t.Context(), records...).FirstErr(); err != nil {
+			t.Error(err)
+		}
+	})
+	postAll(t, p, bodies)
+	producing.Wait()
+	drained(p)
+	mustCount(t, env, "other", events)
+}
+
+// TestLargeEvents: events as large as they may be are accepted while ClickHouse is away, more than memory holds, and pass
+// through when it is back. The program runs without the race detector, whose memory would be counted.
+func TestLargeEvents(t *testing.T) {
+	binary := filepath.Join(t.TempDir(), "event-ingestion")
+	build := exec.Command("go", "build", "-o", binary, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	env := faultSpace(t)
+	p := startBinary(t, binary, env)
+	control(t, "/clickhouse/stop")
+	t.Cleanup(func() { control(t, "/clickhouse/start") })
+	events := 20_000 * tortureFactor()
+	at := time.Now().Unix()
+	rnd := rand.New(rand.NewPCG(7, 8))
+	filler := make([]byte, 64<<10)
+	for i := range filler {
+		filler[i] = "abcdefghijklmnopqrstuvwxyz0123456789"[rnd.IntN(36)]
+	}
+	for from := 0; from < events; {
+		var bodies [][]byte
+		for range 8 { // not all of them at once: the test's own memory
+			var body []byte
+			for range 400 {
+				start := rnd.IntN(len(filler) - 15_000)
+				body = fmt.Appendf(body, `{"event_name":"large","user_id":"u%d","timestamp":%d,"metadata":{"x":"%s"}}`+"\n", from, at-int64(from%5000), filler[start:start+15_000])
+				if from++; from == events {
+					break
+				}
+			}
+			bodies = append(bodies, body)
+			if from == events {
+				break
+			}
+		}
+		postAll(t, p, bodies)
+	}
+	control(t, "/clickhouse/start")
+	drained(p)
+	mustCount(t, env, "large", int64(events))
+	peak := peakMemory(t, p)
+	t.Logf("%d events of 15 KB, at most %d MiB resident", events, peak>>20)
+	if peak > 512<<20 {
+		t.Errorf("%d MiB resident", peak>>20)
+	}
+}
+
+// peakMemory is the most that the program has had resident, in bytes.
+func peakMemory(t *testing.T, p *program) int64 {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+	if err != nil {
+		t.Skip("needs /proc")
+	}
+	for line := range strings.Lines(string(status)) {
+		if rest, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			kib, _ := strconv.ParseInt(strings.Fields(rest)[0], 10, 64)
+			return kib << 10
+		}
+	}
+	t.Fatal("no VmHWM")
+	return 0
+}
+
+// TestManyRejected: a constraint refuses a tenth of the rows, all the time. The others arrive, and all of the tenth become
+// dead letters.
+func TestManyRejected(t *testing.T) {
+	env := faultSpace(t, "MAX_RETRY_ATTEMPTS=1")
+	p := startProgram(t, env)
+	clickhouseQuery(t, "ALTER TABLE "+space(env, "CLICKHOUSE_DATABASE")+".events ADD CONSTRAINT tenth CHECK user_id NOT LIKE '%0'")
+	at := time.Now().Unix()
+	const events = 20_000
+	var bodies [][]byte
+	for i := range events {
+		if i%500 == 0 {
+			bodies = append(bodies, nil)
+		}
+		bodies[i/500] = fmt.Appendf(bodies[i/500], `{"event_name":"tenth","user_id":"u%d","timestamp":%d}`+"\n", i, at-int64(i%3000))
+	}
+	postAll(t, p, bodies)
+	p.await("stored but for the rejected", time.Minute, func() bool {
+		return clickhouseQuery(t, "SELECT count() FROM "+space(env, "CLICKHOUSE_DATABASE")+".events") == fmt.Sprint(events*9/10)
+	})
+	drained(p)
+	mustCount(t, env, "tenth", events*9/10)
+	dead := map[string]bool{}
+	for _, rec := range readTopic(t, space(env, "KAFKA_TOPIC")+".dlq", events/10) {
+		dead[string(rec.Key)] = true
+	}
+	if len(dead) != events/10 {
+		t.Errorf("%d dead letters, want %d", len(dead), events/10)
+	}
+}
