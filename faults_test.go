@@ -106,7 +106,7 @@ func TestKafkaAway(t *testing.T) {
 // TestKilledUnderLoad: kill -9 of the program at random moments. The client resends what has no answer, the next copy
 // reads again what was not committed: everything is counted once.
 func TestKilledUnderLoad(t *testing.T) {
-	killUnderLoad(t, 20*tortureFactor(), func() {}, "-dup", "0.2")
+	killUnderLoad(t, 20*tortureFactor(), func() {})
 }
 
 // TestPowerCut: the program and ClickHouse die together.
@@ -115,10 +115,10 @@ func TestPowerCut(t *testing.T) {
 }
 
 // killUnderLoad kills the program, and first whatever also does, so many times.
-func killUnderLoad(t *testing.T, times int, also func(), loadFlags ...string) {
+func killUnderLoad(t *testing.T, times int, also func()) {
 	env := faultSpace(t)
 	p := startProgram(t, env)
-	l, done := loadInto(t, p.url, 4000, time.Hour, loadFlags...)
+	l, done := loadInto(t, p.url, 4000, time.Hour)
 	for range times {
 		target := l.ok.Load() + 1 + rand.Int64N(1500)
 		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() >= target })
@@ -267,7 +267,7 @@ func TestAnswersCut(t *testing.T) {
 	cut := newProxy(t, "127.0.0.1:"+os.Getenv("CLICKHOUSE_PORT"), nil)
 	env := faultSpace(t, "CLICKHOUSE_PORT="+cut.port())
 	p := startProgram(t, env)
-	l, done := loadInto(t, p.url, 4000, time.Hour, "-dup", "0.1")
+	l, done := loadInto(t, p.url, 4000, time.Hour)
 	for range 30 * tortureFactor() {
 		target := l.ok.Load() + 300
 		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
@@ -286,7 +286,7 @@ func TestKafkaAnswersCut(t *testing.T) {
 	}
 	env := faultSpace(t)
 	p := startProgram(t, env)
-	l, done := loadInto(t, p.url, 4000, time.Hour, "-dup", "0.1")
+	l, done := loadInto(t, p.url, 4000, time.Hour)
 	for range 30 * tortureFactor() {
 		target := l.ok.Load() + 300
 		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })

@@ -28,6 +28,7 @@ const usage = `event-ingestion takes events over HTTP and answers metrics about 
   event-ingestion load       send events to a running system and report (load -h)
   event-ingestion audit      compare what Kafka acknowledged with what is stored, to the last event (audit -h)
   event-ingestion reconcile  make events_hourly agree with events (reconcile -h)
+  event-ingestion rewind     read from Kafka again what ClickHouse lost (rewind -h)
   event-ingestion dlq        list, show and replay dead letters (dlq -h)
   event-ingestion healthcheck  exit 0 when the copy of this machine is ready, for containers
   event-ingestion version    print the version
@@ -50,6 +51,8 @@ func main() {
 		os.Exit(runAudit(os.Args[2:], os.Stdout, os.Stderr))
 	case "reconcile":
 		os.Exit(runReconcile(os.Args[2:], os.Stdout, os.Stderr))
+	case "rewind":
+		os.Exit(runRewind(os.Args[2:], os.Stdout, os.Stderr))
 	case "dlq":
 		os.Exit(runDLQ(os.Args[2:], os.Stdout, os.Stderr))
 	case "healthcheck":

@@ -222,27 +222,31 @@ const (
 )
 
 // loadInto sends made-up events to url and returns the loader for its counts. It runs in the background until done.
-func loadInto(t testing.TB, url string, rate float64, d time.Duration, more ...string) (l *loader, done func()) {
-	t.Helper()
-	args := append([]string{"-url", url, "-rate", fmt.Sprint(rate), "-duration", d.String(), "-bulk", "50", "-connections", "16", "-users", "500", "-retries", "100"}, more...)
+func loadInto(tb testing.TB, url string, rate float64, d time.Duration, more ...string) (l *loader, done func()) {
+	tb.Helper()
+	args := []string{"-url", url, "-rate", fmt.Sprint(rate), "-duration", d.String(), "-bulk", "50", "-connections", "16", "-users", "500", "-retries", "100"}
+	t, isTest := tb.(*testing.T)
+	if isTest { // a benchmark measures without
+		args = append(args, "-dup", "0.1")
+	}
+	args = append(args, more...)
 	cfg, err := parseLoadFlags(args, io.Discard)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	cfg.event = fmt.Sprintf("%s_%d", cfg.event, time.Now().UnixNano())
 	l = newLoader(cfg, newGenerator(cfg))
-	t.Cleanup(l.stop)
 	finished := make(chan struct{})
 	go func() { // ends after d, or l.stop
 		defer close(finished)
 		l.send(context.Background(), io.Discard)
 	}()
-	if t, isTest := t.(*testing.T); isTest { // a benchmark measures without
+	if isTest {
 		var watching sync.WaitGroup
 		watching.Go(func() { mustBeHonest(t, l, url, finished) }) // ends with the load
 		t.Cleanup(watching.Wait)
-		t.Cleanup(l.stop)
 	}
+	tb.Cleanup(l.stop)
 	return l, func() { <-finished }
 }
 
