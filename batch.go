@@ -9,7 +9,7 @@ package main
 import (
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
-	"github.com/valyala/fastjson"
+	"github.com/valyala/fastjson/fastfloat"
 )
 
 // block is rows of the table events. A column is declared, named in newBlock's table and filled in append.
@@ -93,7 +93,7 @@ func (b *block) append(id *eventID, ev *event, rec *kgo.Record) {
 	b.timestamp.Data = append(b.timestamp.Data, proto.DateTime(ev.timestamp))
 	b.tags.append(ev.tags)
 	b.metadata.AppendBytes(ev.metadata)
-	price, currency := priceOf(ev.meta)
+	price, currency := priceOf(ev)
 	b.price.ColDecimal64 = append(b.price.ColDecimal64, price)
 	b.currency.append(currency)
 }
@@ -146,13 +146,21 @@ func insertColumns() (in proto.Input) {
 // priceScale is the Decimal(18, 4) of the table.
 const priceScale = 10000
 
-// priceOf takes metadata.price and metadata.currency out of an event's metadata; 0 and "" when they are not there.
-// A price beyond what Decimal(18, 4) holds counts as none.
-func priceOf(meta *fastjson.Value) (proto.Decimal64, []byte) {
-	if meta == nil {
-		return 0, nil
+// priceOf takes metadata.price and metadata.currency out of an event; 0 and "" when they are not there. A price beyond
+// what Decimal(18, 4) holds counts as none.
+func priceOf(ev *event) (proto.Decimal64, []byte) {
+	price, currency := 0.0, []byte(nil)
+	if ev.meta != nil {
+		price, currency = ev.meta.GetFloat64("price"), ev.meta.GetStringBytes("currency")
+	} else if len(ev.metadata) > 0 { // Fast path: no tree was built, and no escape is in there
+		if raw := member(ev.metadata, "price"); len(raw) > 0 && (raw[0] == '-' || raw[0] >= '0' && raw[0] <= '9') {
+			price = fastfloat.ParseBestEffort(string(raw))
+		}
+		if raw := member(ev.metadata, "currency"); len(raw) > 1 && raw[0] == '"' {
+			currency = raw[1 : len(raw)-1]
+		}
 	}
-	price := meta.GetFloat64("price") * priceScale
+	price *= priceScale
 	if !(price > -1e17 && price < 1e17) {
 		price = 0
 	}
@@ -161,7 +169,6 @@ func priceOf(meta *fastjson.Value) (proto.Decimal64, []byte) {
 	} else {
 		price += 0.5
 	}
-	currency := meta.GetStringBytes("currency")
 	if len(currency) > maxTextChars {
 		currency = nil
 	}

@@ -10,7 +10,6 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -232,7 +231,7 @@ func (w *worker) takeIn(n int) (bad *kgo.Record, why error) {
 	head := &w.queue[0]
 	for ; n > 0 && len(head.records) > 0 && !w.isFull(); n-- {
 		rec := head.records[0]
-		ev, err := w.decode(rec.Value)
+		ev, err := w.parser.decode(rec.Value)
 		if err != nil {
 			return rec, err
 		}
@@ -278,21 +277,6 @@ func (w *worker) pop(rec *kgo.Record) {
 	w.backlog.remove(rec)
 }
 
-// decode reads a record's value as an event. The API's rules hold for other producers too, except the age: a record
-// may have waited.
-func (w *worker) decode(value []byte) (*event, error) {
-	ev, problems, err := w.parser.parse(value)
-	switch {
-	case err != nil:
-		return nil, err
-	case len(problems) > 0:
-		return nil, fmt.Errorf("%s", problems[0].message)
-	case !ev.storable():
-		return nil, fmt.Errorf("timestamp %d is not within 1970 to 2106", ev.timestamp)
-	}
-	return ev, nil
-}
-
 // setAside deals with a record that cannot become a row here: what is no event goes to the dead letters, an event under
 // another key or on another partition goes back to the topic under its own. It moves past the record
 // once that is acknowledged, unless the partition was lost meanwhile: then the next owner does it again.
@@ -318,7 +302,7 @@ func (w *worker) setAside(rec *kgo.Record, why error) {
 
 // ownKey is the key that the record's event should have.
 func (w *worker) ownKey(rec *kgo.Record) []byte {
-	ev, _, _ := w.parser.parse(rec.Value) // only this goroutine uses the parser, and it has parsed this before
+	ev, _ := w.parser.decode(rec.Value) // only this goroutine uses the parser, and it has parsed this before
 	id, _ := ev.id(nil)
 	return hex.AppendEncode(nil, id[:])
 }
