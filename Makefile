@@ -11,7 +11,7 @@ APP      := bin/event-ingestion
 # make up SCALE=1: three copies of the program behind a load balancer.
 COMPOSE := docker compose -f docker-compose.yml $(if $(SCALE),-f deploy/compose.scale.yml)
 
-.PHONY: help run stop build up down logs test test-cluster torture fuzz bench profile lint clean test-api
+.PHONY: help run stop build up down logs test test-cluster torture fuzz bench bench-peers profile lint clean test-api
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,7 +63,10 @@ fuzz: ## each fuzz target for FUZZTIME (default 20s)
 	for t in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do go test -run '^$$' -fuzz "^$$t$$" -fuzztime $${FUZZTIME:-20s} . || exit 1; done
 
 bench: $(DEV) ## all benchmarks on an embedded stack; BENCH=regexp chooses
-	$(DEV) -ephemeral -- go test -run '^$$' -bench '$(or $(BENCH),.)' -benchmem -timeout 30m .
+	$(DEV) -ephemeral -- go test -run '^$$' -bench '$(or $(BENCH),.)' -skip Peers -benchmem -timeout 30m .
+
+bench-peers: $(DEV) ## this program beside other ways into the same tables: medians of RUNS (default 5) runs, 20 minutes
+	$(DEV) -ephemeral -- go test -run '^$$' -bench Peers -benchtime $(or $(RUNS),5)x -timeout 80m .
 
 profile: $(DEV) ## CPU and memory profile of the whole path: cpu.pprof, mem.pprof
 	$(DEV) -ephemeral -- go test -run '^$$' -bench '$(or $(BENCH),WholePath)' -cpuprofile cpu.pprof -memprofile mem.pprof .

@@ -414,8 +414,3 @@ func BenchmarkMetrics(b *testing.B) {
 		})
 	}
 }
-
-func median(v []float64) float64 {
-	slices.Sort(v)
-	return v[len(v)/2]
-}
