@@ -41,10 +41,10 @@ type inserter struct {
 	wait     time.Duration // WORKER_BATCH_TIMEOUT
 	instance string        // random: makes tokens and query ids this process's own
 	group    string
-	stored   func([]position)                                            // told what a finished round reached, for the offsets
-	rejected func(rec *kgo.Record, why string, stopped func() bool) bool // takes a record that ClickHouse does not
-	alone    func() bool                                                 // this copy has all partitions
-	isMember func(context.Context) error                                 // nil when this copy is in the consumer group now
+	stored   func([]position)                                               // told what a finished round reached, for the offsets
+	rejected func(recs []*kgo.Record, why string, stopped func() bool) bool // takes records that ClickHouse does not
+	alone    func() bool                                                    // this copy has all partitions
+	isMember func(context.Context) error                                    // nil when this copy is in the consumer group now
 	stats    *storeStats
 
 	arrived chan struct{} // a block has its first row
@@ -283,7 +283,7 @@ func (in *inserter) insertHalves(ctx context.Context, records []*kgo.Record, at 
 		}
 		return in.insertHalves(ctx, records[half:], at+half)
 	}
-	if !in.rejected(records[0], firstLine(err.Error()), func() bool { return ctx.Err() != nil }) {
+	if !in.rejected(records[:1], firstLine(err.Error()), func() bool { return ctx.Err() != nil }) {
 		return ctx.Err()
 	}
 	return nil

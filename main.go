@@ -239,7 +239,7 @@ func (s *system) consume(ctx context.Context, deadline func() (context.Context, 
 		slog.Error("producer beside the main way cannot be set up", "error", err)
 		return
 	}
-	defer side.kafka.Close()
+	defer side.close()
 	var retrying sync.WaitGroup
 	defer retrying.Wait()
 	for range s.cfg.retryWorkers {

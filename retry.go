@@ -12,6 +12,7 @@ import (
 	"errors"
 	"log/slog"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kerr"
@@ -33,22 +34,30 @@ const (
 	delayPartitions = 2
 	// maxErrorMessage bounds the header error_message, in bytes.
 	maxErrorMessage = 500
+	// maxSideways bounds what is sent at once, in bytes before compression: below every broker's default limit of a batch,
+	// 1,048,588. A record that is larger goes alone.
+	maxSideways = 900 << 10
+	// stopTick is how soon a move that waits sees a stop, and ackGrace what an acknowledgement on its way has left then.
+	stopTick = 50 * time.Millisecond
+	ackGrace = 500 * time.Millisecond
 	// maxTruncated is what is left of a value that the brokers do not take again: below every broker's default limit.
 	maxTruncated = 512 << 10
 )
 
-// sideways moves records off the main way: to the retry topic, to the dead letters, back to the main topic. It has a
-// client of its own: a record can be as large as any that another producer got onto the topic, while the API's batches
-// stay below the brokers' default limit of 1 MB.
+// sideways moves records off the main way: to the retry topic, to the dead letters, back to the main topic. It has
+// clients of its own: a record can be as large as any that another producer got onto the topic, and a batch of several
+// has to stay below the brokers' default limit of 1 MB, or they refuse all of it.
 type sideways struct {
-	kafka       *kgo.Client
+	kafka       *kgo.Client // for records of up to maxSideways
+	large       *kgo.Client // for larger ones, one at a time
+	alone       sync.Mutex  // guards large: two at once could become one batch
 	topic       string
 	maxAttempts int
 	stats       *sidewaysStats
 }
 
 func newSideways(cfg *settings, stats *sidewaysStats) (*sideways, error) {
-	byHand := kgo.BasicConsistentPartitioner(func(topic string) func(*kgo.Record, int) int {
+	byHand := kgo.RecordPartitioner(kgo.BasicConsistentPartitioner(func(topic string) func(*kgo.Record, int) int {
 		byKey := kgo.StickyKeyPartitioner(nil).ForTopic(topic)
 		return func(r *kgo.Record, n int) int {
 			if topic == cfg.kafkaTopic+".retry" {
@@ -56,63 +65,179 @@ func newSideways(cfg *settings, stats *sidewaysStats) (*sideways, error) {
 			}
 			return byKey.Partition(r, n)
 		}
-	})
-	kafka, err := newProducer(cfg, kgo.ProducerBatchMaxBytes(90<<20), kgo.ProducerLinger(0), kgo.RecordPartitioner(byHand))
-	return &sideways{kafka: kafka, topic: cfg.kafkaTopic, maxAttempts: cfg.maxRetryAttempts, stats: stats}, err
+	}))
+	s := &sideways{topic: cfg.kafkaTopic, maxAttempts: cfg.maxRetryAttempts, stats: stats}
+	var err error
+	if s.kafka, err = newProducer(cfg, kgo.ProducerLinger(0), byHand); err != nil {
+		return nil, err
+	}
+	s.large, err = newProducer(cfg, kgo.ProducerBatchMaxBytes(90<<20), kgo.ProducerLinger(0), byHand)
+	return s, err
+}
+
+func (s *sideways) close() {
+	s.kafka.Close()
+	s.large.Close()
 }
 
 // deadLetter gives rec up. It returns true when that is acknowledged by all in-sync replicas, and tries until then;
 // false means that stopped said to end, with nothing lost: the record's offset is not committed.
 func (s *sideways) deadLetter(rec *kgo.Record, errorType, message string, stopped func() bool) bool {
-	retries := retryCount(rec)
-	letter := &kgo.Record{Topic: s.topic + ".dlq", Key: rec.Key, Value: rec.Value, Headers: failureHeaders(rec, retries, errorType, message)}
-	letter.Headers = setHeader(letter.Headers, "final_retry_count", strconv.Itoa(retries))
-	letter.Headers = setHeader(letter.Headers, "sent_to_dlq_at", rfc3339Now())
-	if !s.produce(letter, stopped) {
-		return false
-	}
-	s.stats.dead(errorType)
-	slog.Warn("record sent to the dead letters", "topic", rec.Topic, "partition", rec.Partition, "offset", rec.Offset, "type", errorType, "error", message)
-	return true
+	return s.produce([]*kgo.Record{s.letter(rec, retryCount(rec), errorType, message)}, stopped)
 }
 
-// retry puts off a record that ClickHouse rejected, or gives it up after the last attempt; the result is deadLetter's.
-func (s *sideways) retry(rec *kgo.Record, message string, stopped func() bool) bool {
-	attempt := retryCount(rec) + 1
-	if attempt > s.maxAttempts {
-		return s.deadLetter(rec, errorExhausted, message, stopped)
+// retry puts off records that ClickHouse rejected, and gives those up that had their last attempt. Each has a count of
+// its own. They are sent together, so that a round with a thousand bad rows waits for a few acknowledgements and not for
+// a thousand; the result is deadLetter's, for all of them.
+func (s *sideways) retry(recs []*kgo.Record, message string, stopped func() bool) bool {
+	moved := make([]*kgo.Record, len(recs))
+	for i, rec := range recs {
+		attempt := retryCount(rec) + 1
+		if attempt > s.maxAttempts {
+			moved[i] = s.letter(rec, attempt-1, errorExhausted, message)
+			continue
+		}
+		moved[i] = &kgo.Record{Topic: s.topic + ".retry", Key: rec.Key, Value: rec.Value, Headers: failureHeaders(rec, attempt, errorInsertFailed, message)}
+		moved[i].Partition = int32(min(attempt-1, retryPartitions/delayPartitions-1)*delayPartitions + int(rec.Offset)%delayPartitions)
 	}
-	again := &kgo.Record{Topic: s.topic + ".retry", Key: rec.Key, Value: rec.Value, Headers: failureHeaders(rec, attempt, errorInsertFailed, message)}
-	again.Partition = int32(min(attempt-1, retryPartitions/delayPartitions-1)*delayPartitions + int(rec.Offset)%delayPartitions)
-	if !s.produce(again, stopped) {
-		return false
-	}
-	s.stats.retried.Inc()
-	return true
+	return s.produce(moved, stopped)
 }
 
 // reroute puts a record back on its topic under another key; the result is deadLetter's.
 func (s *sideways) reroute(rec *kgo.Record, key []byte, stopped func() bool) bool {
-	return s.produce(&kgo.Record{Topic: s.topic, Key: key, Value: rec.Value, Headers: rec.Headers}, stopped)
+	return s.produce([]*kgo.Record{{Topic: s.topic, Key: key, Value: rec.Value, Headers: rec.Headers}}, stopped)
 }
 
-func (s *sideways) produce(rec *kgo.Record, stopped func() bool) bool {
-	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
-		err := s.kafka.ProduceSync(context.Background(), rec).FirstErr()
-		if err == nil {
-			return true
+// letter is rec as a dead letter.
+func (s *sideways) letter(rec *kgo.Record, retries int, errorType, message string) *kgo.Record {
+	headers := failureHeaders(rec, retries, errorType, message)
+	headers = setHeader(headers, "final_retry_count", strconv.Itoa(retries))
+	headers = setHeader(headers, "sent_to_dlq_at", rfc3339Now())
+	return &kgo.Record{Topic: s.topic + ".dlq", Key: rec.Key, Value: rec.Value, Headers: headers}
+}
+
+// produce sends records and returns true when all are acknowledged. What is not is sent again, with a pause, until
+// stopped says to end; then what is on its way has ackGrace left. It sends at most maxSideways bytes at once: franz-go
+// makes one batch of what waits for a partition, and the brokers would refuse a larger one as a whole.
+func (s *sideways) produce(recs []*kgo.Record, stopped func() bool) bool {
+	for len(recs) > 0 {
+		n, bytes := 0, 0
+		for ; n < len(recs) && (n == 0 || bytes+recordBytes(recs[n]) <= maxSideways); n++ {
+			bytes += recordBytes(recs[n])
 		}
-		if errors.Is(err, kerr.MessageTooLarge) && len(rec.Value) > maxTruncated && rec.Topic == s.topic+".dlq" {
-			rec.Headers = setHeader(rec.Headers, "value_truncated_from", strconv.Itoa(len(rec.Value)))
-			rec.Value = rec.Value[:maxTruncated]
-			continue
+		if !s.produceAll(recs[:n:n], stopped) {
+			return false
+		}
+		recs = recs[n:]
+	}
+	return true
+}
+
+// produceAll is produce for what can be sent at once.
+func (s *sideways) produceAll(recs []*kgo.Record, stopped func() bool) bool {
+	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
+		var failed, tooLarge []*kgo.Record
+		var why error
+		for _, result := range s.produceOnce(recs, stopped) {
+			switch {
+			case result.Err == nil:
+				s.moved(result.Record)
+			case errors.Is(result.Err, kerr.MessageTooLarge):
+				tooLarge = append(tooLarge, result.Record)
+			default:
+				failed, why = append(failed, result.Record), result.Err
+			}
+		}
+		for _, rec := range tooLarge {
+			if len(recs) == 1 {
+				rec = s.shrink(rec)
+			} // else it may have been the batch
+			if !s.produceAll([]*kgo.Record{rec}, stopped) {
+				return false
+			}
+		}
+		if len(failed) == 0 {
+			return true
 		}
 		if stopped() {
 			return false
 		}
-		slog.Error("record not acknowledged, will try again; its partition waits", "topic", rec.Topic, "in", pause, "error", err)
-		time.Sleep(pause)
+		recs = failed
+		slog.Error("records not acknowledged, will try again; their partitions wait", "records", len(recs), "topic", recs[0].Topic, "in", pause, "error", why)
+		for end := time.Now().Add(pause); time.Now().Before(end) && !stopped(); {
+			time.Sleep(min(stopTick, time.Until(end)))
+		}
 	}
+}
+
+// shrink makes something of a record that the brokers do not take: a dead letter, and of that one the beginning.
+func (s *sideways) shrink(rec *kgo.Record) *kgo.Record {
+	if rec.Topic != s.topic+".dlq" {
+		return s.letter(rec, retryCount(rec), errorInsertFailed, "the brokers do not take the record: "+kerr.MessageTooLarge.Message)
+	}
+	if len(rec.Value) > maxTruncated {
+		rec.Headers = setHeader(rec.Headers, "value_truncated_from", strconv.Itoa(len(rec.Value)))
+	}
+	rec.Value = rec.Value[:min(maxTruncated, len(rec.Value)/2)] // halved where a topic's limit is far below the default
+	return rec
+}
+
+// produceOnce is one attempt. Once stopped says to end, what has no answer after ackGrace has failed: franz-go would
+// wait for a silent broker much longer.
+func (s *sideways) produceOnce(recs []*kgo.Record, stopped func() bool) (all kgo.ProduceResults) {
+	kafka := s.kafka
+	if recordBytes(recs[0]) > maxSideways {
+		s.alone.Lock()
+		defer s.alone.Unlock()
+		kafka = s.large
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel() // takes back what was not sent yet
+	results := make(chan kgo.ProduceResult, len(recs))
+	for _, rec := range recs {
+		sent := &kgo.Record{Topic: rec.Topic, Partition: rec.Partition, Key: rec.Key, Value: rec.Value, Headers: rec.Headers}
+		kafka.Produce(ctx, sent, func(_ *kgo.Record, err error) { results <- kgo.ProduceResult{Record: rec, Err: err} })
+	}
+	tick := time.NewTicker(stopTick)
+	defer tick.Stop()
+	var giveUp time.Time
+	for len(all) < len(recs) {
+		select {
+		case result := <-results:
+			all = append(all, result)
+		case now := <-tick.C:
+			if giveUp.IsZero() && stopped() {
+				giveUp = now.Add(ackGrace)
+			}
+			if !giveUp.IsZero() && now.After(giveUp) {
+				return append(all, kgo.ProduceResult{Record: recs[0], Err: errNoAnswer})
+			}
+		}
+	}
+	return all
+}
+
+var errNoAnswer = errors.New("no answer from Kafka before the end")
+
+// moved counts and tells what has become of a record.
+func (s *sideways) moved(rec *kgo.Record) {
+	switch rec.Topic {
+	case s.topic + ".retry":
+		s.stats.retried.Inc()
+	case s.topic + ".dlq":
+		s.stats.dead(header(rec, "error_type"))
+		slog.Warn("record sent to the dead letters", "topic", header(rec, "original_topic"), "partition", header(rec, "original_partition"),
+			"offset", header(rec, "original_offset"), "type", header(rec, "error_type"), "error", header(rec, "error_message"))
+	}
+}
+
+// recordBytes is about what a record takes in a batch.
+func recordBytes(rec *kgo.Record) int {
+	n := 64 + len(rec.Key) + len(rec.Value)
+	for _, h := range rec.Headers {
+		n += len(h.Key) + len(h.Value) + 8
+	}
+	return n
 }
 
 // delayOf is how long the attempt-th retry waits.
