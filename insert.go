@@ -220,15 +220,16 @@ func (in *inserter) persist(ctx context.Context, what string, try func(attempt i
 	for attempt := 1; ; attempt++ {
 		err := try(attempt)
 		if err == nil || isRejection(err) {
+			in.stats.troubles.clear(what)
 			return err
 		}
 		in.stats.failures.Inc()
+		in.stats.troubles.note(what, err)
 		if ctx.Err() != nil {
 			slog.Warn("round abandoned, its records will be read from Kafka again", "what", what, "error", err)
 			return ctx.Err()
 		}
 		pause := min(minBackoff<<min(attempt-1, 10), maxBackoff)
-		slog.Warn("the same round will be tried again", "failed", what, "attempt", attempt, "in", pause, "error", err)
 		select {
 		case <-time.After(pause/2 + rand.N(pause/2)):
 		case <-ctx.Done():

@@ -225,7 +225,7 @@ func (s *system) consume(ctx context.Context, deadline func() (context.Context, 
 		return
 	}
 	var sampling sync.WaitGroup
-	sampling.Go(func() { s.watermark.run(ctx) }) // ends with ctx
+	sampling.Go(func() { s.watermark.run(ctx, s.stats.troubles) }) // ends with ctx
 	defer sampling.Wait()
 	if !untilDone(ctx, "tables", func() error { return s.store.applySchema(ctx) }) {
 		return
@@ -243,12 +243,12 @@ func (s *system) consume(ctx context.Context, deadline func() (context.Context, 
 	var retrying sync.WaitGroup
 	defer retrying.Wait()
 	for range s.cfg.retryWorkers {
-		w, err := newRetryWorker(s.cfg, side)
+		w, err := newRetryWorker(s.cfg, side, func(err error) { s.stats.troubles.note(readRetries, err) })
 		if err != nil {
 			slog.Error("retry worker cannot be set up", "error", err)
 			return
 		}
-		retrying.Go(func() { w.run(ctx) }) // ends with ctx
+		retrying.Go(func() { w.run(ctx, deadline) }) // ends with ctx
 	}
 	for torn := map[int64]struct{}{}; ctx.Err() == nil; {
 		in := newInserter(s.store, s.cfg, &s.stats.store)

@@ -3,7 +3,9 @@
 package main
 
 import (
+	"context"
 	"fmt"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -87,4 +89,103 @@ func TestPutOffStopped(t *testing.T) {
 	case <-time.After(20 * time.Second):
 		t.Error("goes on after it was told to end")
 	}
+}
+
+// TestRetryWorkers: 20,000 records of 16 KB wait for an hour, and take little memory; those with a short delay pass them, each
+// once, while workers come and go; what waits is still uncommitted in the end.
+func TestRetryWorkers(t *testing.T) {
+	cfg := settingsFrom(t, newSpace(t))
+	side := newTestSideways(t, cfg)
+	kafka, err := newProducer(cfg, kgo.RecordPartitioner(kgo.ManualPartitioner()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	put := func(n int, partition func(i int) int32, at time.Time, value string) {
+		recs := make([]*kgo.Record, n)
+		for i := range recs {
+			p := partition(i)
+			count := strconv.Itoa(int(p)/delayPartitions + 1)
+			recs[i] = &kgo.Record{Topic: cfg.kafkaTopic + ".retry", Partition: p, Key: []byte(fmt.Sprint(at.UnixNano(), i)), Value: []byte(value), Timestamp: at,
+				Headers: []kgo.RecordHeader{{Key: "retry_count", Value: []byte(count)}}}
+		}
+		if err := kafka.ProduceSync(t.Context(), recs...).FirstErr(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const long = 2500 // in each of the long partitions
+	for range 10 {
+		put(retryPartitions*long/10, func(i int) int32 { return int32(max(i%retryPartitions, delayPartitions)) }, time.Now().Add(time.Hour), strings.Repeat("waits ", 16<<10/6))
+	}
+	peak := uint64(0)
+	measure := func() {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		peak = max(peak, m.HeapAlloc)
+	}
+	measure()
+	before := peak
+	start := func() (stop func()) {
+		ctx, cancel := context.WithCancel(t.Context())
+		w, err := newRetryWorker(cfg, side, func(err error) { t.Log(err) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan struct{})
+		go func() { // ends with cancel
+			defer close(done)
+			w.run(ctx, func() (context.Context, context.CancelFunc) {
+				return context.WithTimeout(context.Background(), 20*time.Second)
+			})
+		}()
+		return func() { cancel(); <-done }
+	}
+	stop := start()
+	const rounds, short = 3, 200
+	back := map[string]int{}
+	for round := range rounds {
+		put(short, func(i int) int32 { return int32(i % delayPartitions) }, time.Now(), "short")
+		another := start()
+		for _, rec := range readTopic(t, cfg.kafkaTopic, short*(round+1)) {
+			back[string(rec.Key)]++
+			if string(rec.Value) != "short" {
+				t.Fatal("a record is back before it was due")
+			}
+		}
+		measure()
+		stop()
+		stop = another
+	}
+	stop()
+	for _, rec := range readTopic(t, cfg.kafkaTopic, short*rounds) {
+		back[string(rec.Key)]++
+	}
+	if len(back) != short*rounds {
+		t.Errorf("%d records are back, want %d", len(back), short*rounds)
+	}
+	w := newWatermark(side.kafka, cfg)
+	committed, err := w.committed(t.Context(), cfg.kafkaTopic+".retry", cfg.kafkaGroup+".retry")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for p := range committed {
+		if want := short * rounds / delayPartitions; p < delayPartitions && committed[p] != int64(want) || p >= delayPartitions && committed[p] != 0 {
+			t.Errorf("partition %d is committed to %d", p, committed[p])
+		}
+	}
+	if ends, err := offsetsOf(w.admin.ListEndOffsets(t.Context(), cfg.kafkaTopic)); err != nil || totalOf(ends) != short*rounds {
+		t.Errorf("%v, %v were put back, want %d", err, ends, short*rounds)
+	}
+	if grown := peak - before; grown > 64<<20 {
+		t.Errorf("%d MB for waiting", grown>>20)
+	}
+	t.Logf("%d KB for waiting", (peak-before)>>10)
+}
+
+func totalOf(ns []int64) (total int64) {
+	for _, n := range ns {
+		total += n
+	}
+	return total
 }

@@ -23,8 +23,9 @@ type ingestStats struct {
 }
 
 type sidewaysStats struct {
-	set     *metrics.Set
-	retried *metrics.Counter
+	set      *metrics.Set
+	retried  *metrics.Counter
+	troubles *troubles
 }
 
 // dead counts a dead letter by its error_type.
@@ -37,6 +38,7 @@ type storeStats struct {
 	inserts, rows, failures             *metrics.Counter
 	suspects, duplicates, falseSuspects *metrics.Counter
 	seconds, lookupSeconds, freshness   *metrics.PrometheusHistogram
+	troubles                            *troubles
 }
 
 func (s *storeStats) resolved(suspects, duplicates, new int, took time.Duration) {
@@ -79,6 +81,7 @@ type stats struct {
 	ingest   ingestStats
 	sideways sidewaysStats
 	store    storeStats
+	troubles *troubles      // shared by all of them
 	lags     func() []int64 // by partition
 }
 
@@ -87,7 +90,7 @@ type stats struct {
 var seconds = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
 
 func newStats() *stats {
-	set := metrics.NewSet()
+	set, failing := metrics.NewSet(), newTroubles()
 	s := &stats{
 		set: set,
 		ingest: ingestStats{
@@ -96,8 +99,10 @@ func newStats() *stats {
 			unavailable: set.NewCounter("event_ingestion_events_unavailable_total"),
 			ack:         set.NewPrometheusHistogramExt("event_ingestion_produce_duration_seconds", seconds),
 		},
-		sideways: sidewaysStats{set: set, retried: set.NewCounter("event_ingestion_retries_total")},
+		troubles: failing,
+		sideways: sidewaysStats{set: set, retried: set.NewCounter("event_ingestion_retries_total"), troubles: failing},
 		store: storeStats{
+			troubles:  failing,
 			consumed:  set.NewCounter("event_ingestion_records_consumed_total"),
 			inserts:   set.NewCounter("event_ingestion_inserts_total"),
 			rows:      set.NewCounter("event_ingestion_rows_stored_total"),
