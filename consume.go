@@ -42,6 +42,7 @@ type consumer struct {
 	workers   []*worker
 	inserter  *inserter
 	sideways  *sideways
+	failed    func(error) // told what a poll says, each time
 	maxQueued int64
 	queued    atomic.Int64
 	room      chan struct{}          // a worker has emptied part of its queue
@@ -64,6 +65,7 @@ func newConsumer(cfg *settings, in *inserter, side *sideways) (*consumer, error)
 	in.isMember = c.isMember
 	c.holding, c.letGo = context.WithCancelCause(context.Background())
 	in.alone = func() bool { return c.assigned.Load() == in.past.partitions.Load() }
+	c.failed = func(err error) { in.stats.troubles.note(readEvents, err) }
 	var err error
 	c.kafka, err = newKafka(cfg, "event-ingestion-consumer",
 		kgo.ConsumerGroup(cfg.kafkaGroup),
@@ -119,16 +121,16 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 	if err := c.kafka.CommitMarkedOffsets(end); err != nil {
 		slog.Warn("offsets not committed at the end, their records will be read again", "error", err)
 	}
-	c.kafka.CloseAllowingRebalance()
+	leave(end, c.kafka)
 	cancelInserts()
 }
 
 func (c *consumer) poll(ctx context.Context) {
 	for ctx.Err() == nil {
 		fetches := c.kafka.PollRecords(ctx, pollRecords)
-		fetches.EachError(func(topic string, partition int32, err error) {
+		fetches.EachError(func(_ string, _ int32, err error) {
 			if ctx.Err() == nil {
-				slog.Warn("fetch failed, franz-go goes on trying", "topic", topic, "partition", partition, "error", err)
+				c.failed(err)
 			}
 		})
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
@@ -160,7 +162,11 @@ func (c *consumer) mark(reached []position) {
 	c.kafka.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{c.topic: offsets})
 }
 
+// readEvents is what fails when a poll does.
+const readEvents = "read the main topic"
+
 func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[string][]int32) {
+	c.inserter.stats.troubles.clear(readEvents)
 	member, _ := kafka.GroupMetadata()
 	c.member.CompareAndSwap(nil, &member)
 	owners := map[*worker]struct{}{}

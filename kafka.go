@@ -66,21 +66,43 @@ func newProducer(cfg *settings, more ...kgo.Opt) (*kgo.Client, error) {
 	}, more...)...)
 }
 
-// leave closes a client that consumes in a group. It waits for the group until ctx is done, no longer: a broker that does
-// not answer would hold it up for a minute. What is left then goes on beside, until the process ends.
+// leaveAtLeast is what the group has for an answer to a goodbye, even when the rest took all the time.
+const leaveAtLeast = 500 * time.Millisecond
+
+// leave closes a client that consumes in a group. It waits for the group until ctx is done and leaveAtLeast is over, no
+// longer: a broker that does not answer would hold it up for a minute.
 func leave(ctx context.Context, kafka *kgo.Client) {
+	leaving, giveUp := context.WithCancel(context.Background())
+	defer giveUp()
 	left := make(chan struct{})
-	go func() { // ends when the group has answered, or franz-go does not wait for it any more
+	go func() { // ends when the group has answered, or some time after giveUp
 		defer close(left)
 		kafka.AllowRebalance()
-		kafka.LeaveGroupContext(ctx)
+		kafka.LeaveGroupContext(leaving)
 		kafka.Close()
 	}()
-	select {
-	case <-left:
-	case <-ctx.Done():
-		slog.Warn("the consumer group was not left in time, it notices after KAFKA_SESSION_TIMEOUT", "error", ctx.Err())
+	least := time.After(leaveAtLeast)
+	for range 2 {
+		select {
+		case <-left:
+			return
+		case <-ctx.Done():
+			ctx = context.Background()
+		case <-least:
+		}
 	}
+	slog.Warn("the consumer group was not left in time; it gives the partitions to others after KAFKA_SESSION_TIMEOUT")
+}
+
+// hopeless are Kafka's answers that no repetition changes: these settings do not work with these brokers.
+var hopeless = []error{
+	kerr.InvalidSessionTimeout, kerr.InvalidGroupID, kerr.SaslAuthenticationFailed, kerr.UnsupportedSaslMechanism, kerr.IllegalSaslState,
+	kerr.ClusterAuthorizationFailed, kerr.TopicAuthorizationFailed, kerr.GroupAuthorizationFailed,
+	kerr.InvalidConfig, kerr.InvalidTopicException, kerr.InvalidPartitions, kerr.PolicyViolation,
+}
+
+func isHopeless(err error) bool {
+	return slices.ContainsFunc(hopeless, func(h error) bool { return errors.Is(err, h) })
 }
 
 // ensureTopics creates the topics that are missing and reports one whose partitions differ from the settings. It
@@ -96,25 +118,26 @@ func ensureTopics(ctx context.Context, kafka *kgo.Client, cfg *settings) (partit
 		{cfg.kafkaTopic + ".retry", retryPartitions},
 		{cfg.kafkaTopic + ".dlq", dlqPartitions},
 	} {
-		_, err = admin.CreateTopic(ctx, int32(t.partitions), int16(cfg.kafkaReplication), map[string]*string{"min.insync.replicas": &minISR}, t.name)
-		if err == nil {
+		_, refused := admin.CreateTopic(ctx, int32(t.partitions), int16(cfg.kafkaReplication), map[string]*string{"min.insync.replicas": &minISR}, t.name)
+		n := t.partitions
+		switch {
+		case refused == nil:
 			slog.Info("topic created", "topic", t.name, "partitions", t.partitions)
-			if t.name == cfg.kafkaTopic {
-				partitions = t.partitions
+		case errors.Is(refused, kerr.TopicAlreadyExists), errors.Is(refused, kerr.TopicAuthorizationFailed), errors.Is(refused, kerr.ClusterAuthorizationFailed):
+			details, err := admin.ListTopics(ctx, t.name)
+			if err == nil {
+				err = details.Error()
 			}
-			continue
+			if errors.Is(err, kerr.UnknownTopicOrPartition) { // who may not create topics need not when they are there
+				err = refused
+			}
+			if err != nil {
+				return 0, fmt.Errorf("find or create topic %s: %w", t.name, err)
+			}
+			n = len(details[t.name].Partitions)
+		default:
+			return 0, fmt.Errorf("create topic %s: %w", t.name, refused)
 		}
-		if !errors.Is(err, kerr.TopicAlreadyExists) {
-			return 0, fmt.Errorf("create topic %s: %w", t.name, err)
-		}
-		details, err := admin.ListTopics(ctx, t.name)
-		if err == nil {
-			err = details.Error()
-		}
-		if err != nil {
-			return 0, fmt.Errorf("describe topic %s: %w", t.name, err)
-		}
-		n := len(details[t.name].Partitions)
 		if n != t.partitions {
 			slog.Warn("topic has another number of partitions than the settings say; it is used as it is", "topic", t.name, "partitions", n, "settings", t.partitions)
 		}

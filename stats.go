@@ -133,6 +133,7 @@ func (s *stats) watch(current *atomic.Pointer[consumer], wm *watermark, bodies *
 	s.lags = wm.partitionLags
 	s.set.NewGauge("event_ingestion_in_flight_bytes", func() float64 { return float64(bodies.used.Load()) })
 	s.set.NewGauge("event_ingestion_complete_through_timestamp_seconds", func() float64 { return float64(wm.through.Load()) })
+	s.set.NewGauge("event_ingestion_stored_behind_seconds", func() float64 { d, _ := wm.stalled(); return d.Seconds() })
 	gauge := func(name string, value func(*consumer) float64) {
 		s.set.NewGauge(name, func() float64 {
 			if c := current.Load(); c != nil {
@@ -160,6 +161,7 @@ var help = map[string]string{
 	"event_ingestion_consumer_lag_records":               "gauge: Records of the main topic that are not yet stored, by partition.",
 	"event_ingestion_freshness_seconds":                  "histogram: Age of a block's first record when its round is stored.",
 	"event_ingestion_complete_through_timestamp_seconds": "gauge: Unix second up to which everything acknowledged is stored.",
+	"event_ingestion_stored_behind_seconds":              "gauge: Seconds for which nothing was stored of a partition that has records waiting; 0 when none stands still.",
 	"event_ingestion_inserts_total":                      "counter: Inserts that ClickHouse has taken.",
 	"event_ingestion_rows_stored_total":                  "counter: Rows of these inserts.",
 	"event_ingestion_insert_failures_total":              "counter: Attempts at an insert or a lookup that failed and were repeated.",

@@ -22,9 +22,10 @@ const (
 // troubles are the things of one running system that do not work now. Its methods may be called by anybody at any time,
 // and cost a lock and a map: they belong on the way of a failure, and at the end of a try.
 type troubles struct {
-	mu   sync.Mutex // guards what follows
-	open map[string]trouble
-	told map[string]telling // by what fails and its cause without digits: ports, sizes and counts change from try to try
+	mu     sync.Mutex // guards what follows
+	open   map[string]trouble
+	worked map[string]struct{} // what has, at least once
+	told   map[string]telling  // by what fails and its cause without digits: ports, sizes and counts change from try to try
 }
 
 // trouble is one thing that does not work.
@@ -40,7 +41,7 @@ type telling struct {
 }
 
 func newTroubles() *troubles {
-	return &troubles{open: map[string]trouble{}, told: map[string]telling{}}
+	return &troubles{open: map[string]trouble{}, worked: map[string]struct{}{}, told: map[string]telling{}}
 }
 
 // note says that what ("insert", "create topics") has failed, once more or for the first time, and will be tried again.
@@ -71,16 +72,25 @@ func (t *troubles) note(what string, err error) {
 	t.told[key], t.open[what] = seen, tr
 }
 
-// clear says that what works, or is not tried any more.
+// clear says that what works.
 func (t *troubles) clear(what string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.worked[what] = struct{}{}
 	if tr, failing := t.open[what]; failing {
 		delete(t.open, what)
 		if tr.told {
 			slog.Info("works again", "what", what, "after", time.Since(tr.since).Round(time.Millisecond))
 		}
 	}
+}
+
+// hasWorked says whether what was ever cleared.
+func (t *troubles) hasWorked(what string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	_, worked := t.worked[what]
+	return worked
 }
 
 // oldest is what has failed for the longest time, as "what: cause"; empty when everything works.
