@@ -48,6 +48,7 @@ type consumer struct {
 	inserter *inserter
 	backlog  *backlog
 	stats    *storeStats
+	failed   func(error)            // told what a poll says, each time
 	assigned atomic.Int32           // partitions
 	member   atomic.Pointer[string] // the group's name for this copy since the first assignment
 	holding  context.Context
@@ -55,9 +56,9 @@ type consumer struct {
 }
 
 // newConsumer returns a consumer of the topic, which has so many partitions.
-func newConsumer(cfg *settings, st *store, partitions int, side *sideways, stats *storeStats) (*consumer, error) {
+func newConsumer(cfg *settings, st *store, partitions int, side *sideways, stats *storeStats, failed func(error)) (*consumer, error) {
 	c := &consumer{
-		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, stats: stats,
+		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, stats: stats, failed: failed,
 		backlog: newBacklog(cfg.consumeMemory / queueShare),
 	}
 	limits := blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / roundShare / int64(cfg.workerCount))}
@@ -127,16 +128,16 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 	if err := c.kafka.CommitMarkedOffsets(end); err != nil {
 		slog.Warn("offsets not committed at the end, their records will be read again", "error", err)
 	}
-	c.kafka.CloseAllowingRebalance()
+	leave(end, c.kafka)
 	cancelInserts()
 }
 
 func (c *consumer) poll(ctx context.Context) {
 	for ctx.Err() == nil {
 		fetches := c.kafka.PollRecords(ctx, pollRecords)
-		fetches.EachError(func(topic string, partition int32, err error) {
+		fetches.EachError(func(_ string, _ int32, err error) {
 			if ctx.Err() == nil {
-				slog.Warn("fetch failed, franz-go goes on trying", "topic", topic, "partition", partition, "error", err)
+				c.failed(err)
 			}
 		})
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
@@ -162,7 +163,11 @@ func (c *consumer) mark(reached []position) {
 	c.kafka.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{c.topic: offsets})
 }
 
+// readEvents is what fails when a poll does.
+const readEvents = "read the main topic"
+
 func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[string][]int32) {
+	c.stats.troubles.clear(readEvents)
 	member, _ := kafka.GroupMetadata()
 	c.member.CompareAndSwap(nil, &member)
 	came := time.Now()

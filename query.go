@@ -305,19 +305,6 @@ func (m *metricsAPI) pool(ctx context.Context) (*chpool.Pool, error) {
 	}
 }
 
-// ping says whether ClickHouse answers and has the tables.
-func (m *metricsAPI) ping(ctx context.Context) error {
-	pool, err := m.pool(ctx)
-	if err != nil {
-		return err
-	}
-	var n proto.ColUInt8
-	return pool.Do(ctx, ch.Query{
-		Body:   "SELECT toUInt8(count() >= 0) AS n FROM " + m.store.database + ".events_hourly WHERE event_name = ''",
-		Result: proto.Results{{Name: "n", Data: &n}},
-	})
-}
-
 func (m *metricsAPI) close() {
 	if p := <-m.conns; p != nil {
 		p.Close()

@@ -68,10 +68,11 @@ func newSideways(cfg *settings, stats *sidewaysStats) (*sideways, error) {
 	}))
 	s := &sideways{topic: cfg.kafkaTopic, maxAttempts: cfg.maxRetryAttempts, stats: stats}
 	var err error
-	if s.kafka, err = newProducer(cfg, kgo.ProducerLinger(0), byHand); err != nil {
+	snappy := kgo.ProducerBatchCompression(kgo.SnappyCompression()) // whatever the setting: see retryFetch
+	if s.kafka, err = newProducer(cfg, kgo.ProducerLinger(0), snappy, byHand); err != nil {
 		return nil, err
 	}
-	s.large, err = newProducer(cfg, kgo.ProducerBatchMaxBytes(90<<20), kgo.ProducerLinger(0), byHand)
+	s.large, err = newProducer(cfg, kgo.ProducerBatchMaxBytes(90<<20), kgo.ProducerLinger(0), snappy, byHand)
 	return s, err
 }
 
@@ -106,6 +107,15 @@ func (s *sideways) retry(recs []*kgo.Record, message string, stopped func() bool
 // reroute puts a record back on its topic under another key; the result is deadLetter's.
 func (s *sideways) reroute(rec *kgo.Record, key []byte, stopped func() bool) bool {
 	return s.produce([]*kgo.Record{{Topic: s.topic, Key: key, Value: rec.Value, Headers: rec.Headers}}, stopped)
+}
+
+// putBack puts records of the retry topic back on the main one, under their keys; the result is deadLetter's.
+func (s *sideways) putBack(recs []*kgo.Record, stopped func() bool) bool {
+	back := make([]*kgo.Record, len(recs))
+	for i, rec := range recs {
+		back[i] = &kgo.Record{Topic: s.topic, Key: rec.Key, Value: rec.Value, Headers: rec.Headers}
+	}
+	return s.produce(back, stopped)
 }
 
 // letter is rec as a dead letter.
@@ -157,13 +167,14 @@ func (s *sideways) produceAll(recs []*kgo.Record, stopped func() bool) bool {
 			}
 		}
 		if len(failed) == 0 {
+			s.stats.troubles.clear(moveAside)
 			return true
 		}
 		if stopped() {
 			return false
 		}
 		recs = failed
-		slog.Error("records not acknowledged, will try again; their partitions wait", "records", len(recs), "topic", recs[0].Topic, "in", pause, "error", why)
+		s.stats.troubles.note(moveAside, why)
 		for end := time.Now().Add(pause); time.Now().Before(end) && !stopped(); {
 			time.Sleep(min(stopTick, time.Until(end)))
 		}
@@ -216,6 +227,9 @@ func (s *sideways) produceOnce(recs []*kgo.Record, stopped func() bool) (all kgo
 	}
 	return all
 }
+
+// moveAside is what fails when Kafka does not acknowledge a record of the retry topic, of the dead letters, or put back.
+const moveAside = "move records aside"
 
 var errNoAnswer = errors.New("no answer from Kafka before the end")
 
@@ -294,83 +308,152 @@ func setHeader(headers []kgo.RecordHeader, key, value string) []kgo.RecordHeader
 
 func rfc3339Now() string { return time.Now().UTC().Format(time.RFC3339) }
 
-// retryWorker reads events.retry and puts each record back on the main topic when it is due.
+// retryWorker reads events.retry and puts each record back on the main topic when it is due. Each partition has a waiter,
+// so that nobody waits for another delay's records, and a rebalance for nobody. While a waiter has records the client
+// fetches no more of its partition: a million waiting records are on Kafka, and at most a fetch of each partition is here.
 type retryWorker struct {
 	kafka    *kgo.Client
 	sideways *sideways
-	waiting  map[int32][]*kgo.Record // by partition; only run and the group's callbacks inside its polls touch it
+	topic    string
+	troubles *troubles
+	failed   func(error)       // told what a poll says, each time
+	waiters  map[int32]*waiter // by partition; the group's callbacks change it, and never while run has records in hand
 }
 
-func newRetryWorker(cfg *settings, s *sideways) (*retryWorker, error) {
-	w := &retryWorker{sideways: s, waiting: map[int32][]*kgo.Record{}}
-	forget := func(_ context.Context, _ *kgo.Client, topics map[string][]int32) {
-		for _, p := range topics[cfg.kafkaTopic+".retry"] {
-			delete(w.waiting, p) // not committed: the next owner reads them
-		}
-	}
+// waiter holds the records of one partition until they are due, for as long as the partition is this worker's.
+type waiter struct {
+	partition int32
+	records   chan []*kgo.Record // one fetch; the next one comes when all of it is put back
+	ctx       context.Context
+	stop      context.CancelFunc
+	done      chan struct{} // closed at the end
+}
+
+const (
+	// A fetch of a partition is at most retryFetch bytes, or one batch of sideways, compressed. Snappy makes at most 21
+	// times as much of it: in the worst case 10 partitions hold 30 MB, and the client as much again.
+	retryFetch = 128 << 10
+	// retryTick is how exactly a delay is kept.
+	retryTick = 100 * time.Millisecond
+	// retryCommit bounds the commit when partitions leave; what is not committed is put back twice, which the dedupe sees.
+	retryCommit = 5 * time.Second
+)
+
+func newRetryWorker(cfg *settings, s *sideways, failed func(error)) (*retryWorker, error) {
+	w := &retryWorker{sideways: s, topic: cfg.kafkaTopic + ".retry", troubles: s.stats.troubles, failed: failed, waiters: map[int32]*waiter{}}
 	var err error
 	w.kafka, err = newKafka(cfg, "event-ingestion-retry",
 		kgo.ConsumerGroup(cfg.kafkaGroup+".retry"),
-		kgo.ConsumeTopics(cfg.kafkaTopic+".retry"),
+		kgo.ConsumeTopics(w.topic),
 		kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()),
 		kgo.SessionTimeout(cfg.kafkaSession),
 		kgo.HeartbeatInterval(cfg.kafkaSession/4),
 		kgo.BlockRebalanceOnPoll(),
 		kgo.AutoCommitMarks(),
 		kgo.AutoCommitInterval(commitInterval),
+		kgo.FetchMaxBytes(1<<20),
+		kgo.FetchMaxPartitionBytes(retryFetch),
+		kgo.OnPartitionsAssigned(w.onAssigned),
 		kgo.OnPartitionsRevoked(func(ctx context.Context, c *kgo.Client, topics map[string][]int32) {
-			c.CommitMarkedOffsets(ctx) // what fails is done twice, which the dedupe sees
-			forget(ctx, c, topics)
+			if w.release(topics) {
+				ctx, cancel := context.WithTimeout(ctx, retryCommit)
+				defer cancel()
+				c.CommitMarkedOffsets(ctx)
+			}
 		}),
-		kgo.OnPartitionsLost(forget),
+		kgo.OnPartitionsLost(func(_ context.Context, _ *kgo.Client, topics map[string][]int32) { w.release(topics) }),
 	)
 	return w, err
 }
 
-const (
-	// maxWaiting bounds the records that wait in memory; the rest wait on Kafka.
-	maxWaiting = 10_000
-	// retryTick is how exactly a delay is kept.
-	retryTick = 100 * time.Millisecond
-)
-
-// run works until ctx is done.
-func (w *retryWorker) run(ctx context.Context) {
-	defer w.kafka.CloseAllowingRebalance()
+// run works until ctx is done, and leaves the group within the context that finish returns.
+func (w *retryWorker) run(ctx context.Context, finish func() (context.Context, context.CancelFunc)) {
 	for ctx.Err() == nil {
-		held := 0
-		for _, records := range w.waiting {
-			held += len(records)
-		}
-		poll, cancel := context.WithTimeout(ctx, retryTick)
-		if held < maxWaiting {
-			w.kafka.PollRecords(poll, maxWaiting-held).EachRecord(func(r *kgo.Record) {
-				w.waiting[r.Partition] = append(w.waiting[r.Partition], r)
-			})
-		} else {
-			<-poll.Done()
-		}
-		cancel()
-		for p, records := range w.waiting {
-			w.waiting[p] = w.putBack(ctx, records)
-		}
+		fetches := w.kafka.PollFetches(ctx)
+		fetches.EachError(func(_ string, _ int32, err error) {
+			if ctx.Err() == nil {
+				w.failed(err)
+			}
+		})
+		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
+			if len(p.Records) == 0 {
+				return
+			}
+			w.troubles.clear(readRetries)
+			w.kafka.PauseFetchPartitions(map[string][]int32{w.topic: {p.Partition}})
+			select {
+			case w.waiters[p.Partition].records <- p.Records: // at once: what was there before is put back
+			case <-ctx.Done():
+			}
+		})
 		w.kafka.AllowRebalance()
 	}
-	w.kafka.CommitMarkedOffsets(context.Background())
+	end, cancel := finish()
+	defer cancel()
+	leave(end, w.kafka) // calls release
 }
 
-// putBack sends the due ones of a partition's records home and returns the rest.
-func (w *retryWorker) putBack(ctx context.Context, records []*kgo.Record) []*kgo.Record {
-	for len(records) > 0 && ctx.Err() == nil {
-		rec := records[0]
-		if time.Until(rec.Timestamp.Add(delayOf(retryCount(rec)))) > 0 {
-			break
-		}
-		if !w.sideways.reroute(rec, rec.Key, func() bool { return ctx.Err() != nil }) {
-			break
-		}
-		w.kafka.MarkCommitRecords(rec)
-		records = records[1:]
+// readRetries is what fails when a poll does.
+const readRetries = "read the retry topic"
+
+func (w *retryWorker) onAssigned(_ context.Context, _ *kgo.Client, topics map[string][]int32) {
+	w.troubles.clear(readRetries)
+	for _, p := range topics[w.topic] {
+		a := &waiter{partition: p, records: make(chan []*kgo.Record, 1), done: make(chan struct{})}
+		a.ctx, a.stop = context.WithCancel(context.Background())
+		w.waiters[p] = a
+		go w.wait(a) // ends with a.stop
 	}
-	return records
+	w.kafka.ResumeFetchPartitions(topics) // they may have been paused when they left
+}
+
+// release ends the waiters of partitions that leave, and returns when none of them puts back or marks any more: what they
+// hold is the next owner's. It says whether there were any.
+func (w *retryWorker) release(topics map[string][]int32) bool {
+	for _, p := range topics[w.topic] {
+		if a := w.waiters[p]; a != nil {
+			a.stop()
+		}
+	}
+	for _, p := range topics[w.topic] {
+		if a := w.waiters[p]; a != nil {
+			<-a.done
+			delete(w.waiters, p)
+		}
+	}
+	return len(topics[w.topic]) > 0
+}
+
+// wait puts the records of a partition back as they become due.
+func (w *retryWorker) wait(a *waiter) {
+	defer close(a.done)
+	stopped := func() bool { return a.ctx.Err() != nil }
+	for {
+		var held []*kgo.Record
+		select {
+		case held = <-a.records:
+		case <-a.ctx.Done():
+			return
+		}
+		for len(held) > 0 {
+			due := 0
+			for due < len(held) && time.Since(held[due].Timestamp) >= delayOf(retryCount(held[due])) {
+				due++
+			}
+			if due > 0 {
+				if !w.sideways.putBack(held[:due], stopped) {
+					return
+				}
+				w.kafka.MarkCommitRecords(held[due-1])
+				held = held[due:]
+				continue
+			}
+			select {
+			case <-time.After(max(retryTick, time.Until(held[0].Timestamp.Add(delayOf(retryCount(held[0])))))):
+			case <-a.ctx.Done():
+				return
+			}
+		}
+		w.kafka.ResumeFetchPartitions(map[string][]int32{w.topic: {a.partition}})
+	}
 }

@@ -446,3 +446,13 @@ func settingsFrom(b testing.TB, env []string) *settings {
 	}
 	return cfg
 }
+
+// httpPost sends JSON and returns the status.
+func httpPost(url, body string) (int, error) {
+	resp, err := http.Post(url, jsonCT, strings.NewReader(body))
+	if err != nil {
+		return 0, err
+	}
+	resp.Body.Close()
+	return resp.StatusCode, nil
+}
