@@ -7,9 +7,11 @@
 package main
 
 import (
+	"math"
+	"strconv"
+
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
-	"github.com/valyala/fastjson"
 )
 
 // block is up to cap rows of the table events, in the order of its columns.
@@ -89,7 +91,7 @@ func (b *block) append(id *eventID, ev *event, rec *kgo.Record) {
 	}
 	b.tagOffsets = append(b.tagOffsets, uint64(b.tags.rows()))
 	b.metadata.AppendBytes(ev.metadata)
-	price, currency := priceOf(ev.meta)
+	price, currency := priceOf(ev.metadata)
 	b.price = append(b.price, price)
 	b.currency.append(currency)
 }
@@ -132,26 +134,31 @@ func insertColumns() proto.Input {
 // priceScale is the Decimal(18, 4) of the table.
 const priceScale = 10000
 
-// priceOf takes metadata.price and metadata.currency out of an event's metadata; 0 and "" when they are not there.
-// A price beyond what Decimal(18, 4) holds counts as none.
-func priceOf(meta *fastjson.Value) (proto.Decimal64, []byte) {
-	if meta == nil {
-		return 0, nil
+// priceOf takes price and currency out of an event's metadata; 0 and nil when they are not there. A price beyond what
+// Decimal(18, 4) holds counts as none.
+func priceOf(metadata []byte) (price proto.Decimal64, currency []byte) {
+	r := jsonReader{b: metadata}
+	r.eat('{')
+	for n := 0; ; n++ {
+		if more, err := r.more(n, '}'); err != nil || !more {
+			return price, currency
+		}
+		k, _ := r.key()
+		v, err := r.value()
+		if err != nil {
+			return price, currency
+		}
+		switch string(k.raw) {
+		case `"price"`:
+			if f, err := strconv.ParseFloat(string(v.raw), 64); v.kind == 0 && err == nil && math.Abs(f) < 1e13 {
+				price = proto.Decimal64(math.Round(f * priceScale))
+			}
+		case `"currency"`:
+			if v.kind == '"' && len(v.raw) <= maxTextBytes {
+				currency = v.text(new([]byte))
+			}
+		}
 	}
-	price := meta.GetFloat64("price") * priceScale
-	if !(price > -1e17 && price < 1e17) {
-		price = 0
-	}
-	if price < 0 {
-		price -= 0.5
-	} else {
-		price += 0.5
-	}
-	currency := meta.GetStringBytes("currency")
-	if len(currency) > maxTextChars {
-		currency = nil
-	}
-	return proto.Decimal64(price), currency
 }
 
 // dictColumn is LowCardinality(String) with its dictionary kept from block to block: a value costs one map lookup,

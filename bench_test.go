@@ -63,13 +63,12 @@ func BenchmarkEncode(b *testing.B) {
 // BenchmarkBodyToRecords is the hot path of the API: a bulk body of 1000 events to records ready for Kafka.
 func BenchmarkBodyToRecords(b *testing.B) {
 	body := []byte(`{"events":[` + strings.Repeat(sampleEvent+",", 999) + sampleEvent + `]}`)
-	q := &ingestRequest{acked: make(chan struct{}, 1)}
+	q := newTestRequest()
 	b.ReportAllocs()
 	b.SetBytes(int64(len(body)))
 	for b.Loop() {
-		q.reset()
-		q.body = append(q.body, body...)
-		if q.split(typeJSON) != nil || q.encode(typeJSON, 1795441976) != nil || len(q.records) != 1000 {
+		q.fill(body)
+		if q.encode(b.Context(), typeJSON, 1795441976) != nil || len(q.records) != 1000 {
 			b.Fatal("not 1000 records")
 		}
 		q.sealRecords("events")

@@ -12,11 +12,10 @@ import (
 	"math"
 	"strconv"
 	"unicode/utf8"
-
-	"github.com/valyala/fastjson"
 )
 
-// event is one parsed event. Every slice points into the eventParser that filled it and lives until its next parse.
+// event is one parsed event. Every slice points into the text that it was read from, or into the eventParser that filled
+// it, and lives until that text changes or the parser reads on.
 type event struct {
 	name       []byte
 	channel    []byte // web, mobile_app, api or empty
@@ -25,7 +24,6 @@ type event struct {
 	timestamp  int64 // Unix seconds
 	tags       [][]byte
 	metadata   []byte // a compact JSON object, or empty when absent
-	meta       *fastjson.Value
 }
 
 // storable says whether ClickHouse's DateTime can hold the event's time. checkAge implies it.
@@ -59,18 +57,6 @@ func hasLoneSurrogate(b []byte) bool {
 			b = b[6:]
 		}
 	}
-}
-
-// hexRune reads \uXXXX at the start of b; -1 when there is none.
-func hexRune(b []byte) int {
-	if len(b) < 6 || b[0] != '\\' || b[1] != 'u' {
-		return -1
-	}
-	n, err := strconv.ParseUint(string(b[2:6]), 16, 16)
-	if err != nil {
-		return -1
-	}
-	return int(n)
 }
 
 // eventID is the event's identity: SHA-256 over event_name|user_id|timestamp|channel.
@@ -137,6 +123,16 @@ func appendEvent(dst []byte, e *event) []byte {
 		dst = append(dst, e.metadata...)
 	}
 	return append(dst, '}')
+}
+
+// maxEncoded is the most that appendEvent appends for e.
+func (e *event) maxEncoded() int {
+	const frame = 160 // the names of the fields, quotes and commas, and the timestamp
+	n := len(e.name) + len(e.userID) + len(e.channel) + len(e.campaignID)
+	for _, t := range e.tags {
+		n += len(t) + 2
+	}
+	return frame + 2*n + len(e.metadata) // " and \ are written with a \ in front
 }
 
 // appendString appends s, valid UTF-8, as a JSON string.

@@ -22,7 +22,8 @@ func TestContract(t *testing.T) {
 	expand := strings.NewReplacer(
 		"$NOW", fmt.Sprint(now), "$FUTURE", fmt.Sprint(now+60), "$OLD", fmt.Sprint(now-31*86400), "$EDGE", fmt.Sprint(now-30*86400+5), "$MS", fmt.Sprint(now*1000),
 		"$100", strings.Repeat("ö", 100), "$101", strings.Repeat("x", 101), "$17K", strings.Repeat("x", 17<<10), "$SPACES17K", strings.Repeat(" ", 17<<10),
-		"$DEEP", strings.Repeat("[", 20000), "$21TAGS", `"a"`+strings.Repeat(`,"a"`, 20), "$20TAGS", `"a"`+strings.Repeat(`,"a"`, 19), "$MANY", `{`+good+`}`+strings.Repeat(`,{`+good+`}`, 1000),
+		"$DEEP", strings.Repeat("[", 20000), "$21TAGS", `"a"`+strings.Repeat(`,"a"`, 20), "$20TAGS", `"a"`+strings.Repeat(`,"a"`, 19), "$MANY", strings.ReplaceAll(`{`+good+`}`+strings.Repeat(`,{`+good+`}`, 1000), "$NOW", fmt.Sprint(now)),
+		"$NEST301", strings.Repeat("[", 301)+strings.Repeat("]", 301), "$65K", strings.Repeat("x", 65<<10), "$TAGS1000", strings.Repeat(`,"tags":0`, 1000),
 		"$70K", strings.Repeat(" ", 70<<10), "$9M", strings.Repeat(" ", 9<<20),
 	)
 	for _, c := range []struct {
@@ -93,6 +94,13 @@ func TestContract(t *testing.T) {
 		{"bulk not an array", "POST", bulkPath, jsonCT, `{"events":{}}`, 400, `\"events\" array`},
 		{"bulk null", "POST", bulkPath, jsonCT, `{"events":null}`, 400, `\"events\" array`},
 		{"bulk array only", "POST", bulkPath, jsonCT, `[{` + good + `}]`, 400, `must be a JSON object`},
+		{"bulk twice, one escaped", "POST", bulkPath, jsonCT, `{"\u0065vents":[{` + good + `}],"events":[{` + good + `}]}`, 400, `more than once`},
+		{"bulk escaped", "POST", bulkPath, jsonCT, `{"\u0065vents":[{` + good + `}]}`, 202, `"success_count":1`},
+		{"bulk, one of 65 KiB", "POST", bulkPath, jsonCT, `{"events":[{` + good + `},{` + good + `,"x":"$65K"}]}`, 207, `"index":1,"error":"the event is larger than 64 KiB","code":"validation.max-length.error","field":""}`},
+		{"bulk, one too deep", "POST", bulkPath, jsonCT, `{"events":[{` + good + `},{` + good + `,"x":$NEST301}]}`, 207, `"index":1,"error":"values are nested more than 300 deep","code":"validation.invalid-format.error"`},
+		{"bulk, another member deep", "POST", bulkPath, jsonCT, `{"x":$NEST301,"events":[{` + good + `}]}`, 202, `"success_count":1`},
+		{"ndjson, one of 65 KiB", "POST", bulkPath, ndjson, "{" + good + "}\n{" + good + `,"x":"$65K"}`, 207, `"index":1,"error":"the event is larger than 64 KiB","code":"validation.max-length.error"`},
+		{"repeated fields", "POST", onePath, jsonCT, `{` + good + `$TAGS1000}`, 400, `"errors":[{"field":"tags","code":"validation.invalid-format.error","message":"tags must be an array of strings, not number"},{"field":"tags","code":"validation.invalid-format.error","message":"tags appears more than once"}…`},
 		{"bulk twice", "POST", bulkPath, jsonCT, `{"events":[{` + good + `}],"events":[{` + good + `}]}`, 400, `more than once`},
 		{"bulk too many", "POST", bulkPath, jsonCT, `{"events":[$MANY]}`, 400, `more than 1000`},
 		{"bulk cut off", "POST", bulkPath, jsonCT, `{"events":[{` + good + `},{"event_name`, 400, `"error":"invalid request body"`},

@@ -115,21 +115,32 @@ func FuzzEventID(f *testing.F) {
 	})
 }
 
+// newTestRequest is a request without a server, to be filled.
+func newTestRequest() *ingestRequest {
+	return newIngester(nil, &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest).bulks.Get().(*ingestRequest)
+}
+
+// fill makes q the request of a body that has been read.
+func (q *ingestRequest) fill(body []byte) {
+	q.reset()
+	q.body = q.in.bodies.get(len(body))
+	q.body.b = append(q.body.b, body...)
+}
+
 // FuzzSplitBulk: cutting agrees with encoding/json about what the events are.
 func FuzzSplitBulk(f *testing.F) {
 	for _, seed := range []string{`{"events":[{"a":1},{"b":"]}\\"}]}`, ` { "x" : [ ] , "events" : [ 1 , "," ] } `, `{"events":[1,]}`, `{"events":[`, `{"events":[[}]]}`} {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
-		var p eventParser
-		pieces, err := splitBulk(nil, body, &p.json)
-		if err != nil {
+		var pieces [][]byte
+		r := jsonReader{b: body}
+		if err := eachEvent(&r, func(r *jsonReader) error {
+			v, err := r.value()
+			pieces = append(pieces, v.raw)
+			return err
+		}); err != nil {
 			return
-		}
-		for _, piece := range pieces {
-			if !json.Valid(piece) {
-				return // the parser refuses it, and with it the body
-			}
 		}
 		var want struct{ Events []json.RawMessage }
 		if err := json.Unmarshal(body, &want); err != nil {
@@ -159,15 +170,11 @@ func TestHotPathAllocations(t *testing.T) {
 		list = append(list, strings.Replace(sampleEvent, "user_123", fmt.Sprint("user_", i), 1))
 	}
 	body := []byte(`{"events":[` + strings.Join(list, ",") + `]}`)
-	q := &ingestRequest{acked: make(chan struct{}, 1)}
+	q := newTestRequest()
 	const now = 1795441976
 	toRecords := func() {
-		q.reset()
-		q.body = append(q.body, body...)
-		if err := q.split(typeJSON); err != nil {
-			t.Fatal(err)
-		}
-		if err := q.encode(typeJSON, now); err != nil {
+		q.fill(body)
+		if err := q.encode(t.Context(), typeJSON, now); err != nil {
 			t.Fatal(err)
 		}
 		q.sealRecords("events")
