@@ -188,7 +188,7 @@ func costShapes(do func(name string, shape func(size int) []byte, single bool, m
 }
 
 // TestCostBounds: nothing that a client may send takes more memory than its bytes are worth. The shapes that take the most
-// at a quarter MiB are tried again as large as a body may be, compressed, too.
+// at an eighth of a MiB are tried again as large as a body may be, compressed, too.
 func TestCostBounds(t *testing.T) {
 	type tried struct {
 		name    string
@@ -213,7 +213,7 @@ func TestCostBounds(t *testing.T) {
 			return c
 		}
 		plain := func(b []byte) []byte { return b }
-		size := 256 << 10
+		size := 128 << 10
 		if single {
 			size = 60 << 10
 		}
@@ -228,7 +228,7 @@ func TestCostBounds(t *testing.T) {
 		}})
 	})
 	slices.SortFunc(all, func(a, b tried) int { return b.perByte - a.perByte })
-	for _, worst := range all[:20] {
+	for _, worst := range all[:10] {
 		t.Logf("%d bytes for 1000: %s", worst.perByte, worst.name)
 		worst.again()
 	}
@@ -237,7 +237,7 @@ func TestCostBounds(t *testing.T) {
 // TestCostIsLinear: twice the body takes twice the time, and not much more of it than encoding/json takes to look at it.
 func TestCostIsLinear(t *testing.T) {
 	costShapes(func(name string, shape func(int) []byte, single bool, media string) {
-		size := 128 << 10
+		size := 64 << 10
 		if single {
 			size = 30 << 10
 		}

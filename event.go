@@ -21,7 +21,8 @@ type event struct {
 	channel    []byte // web, mobile_app, api or empty
 	campaignID []byte
 	userID     []byte
-	timestamp  int64 // Unix seconds
+	timestamp  int64  // Unix seconds
+	insertID   []byte // the sender's own id of the event, or empty
 	tags       [][]byte
 	metadata   []byte // a compact JSON object, or empty when absent
 }
@@ -59,7 +60,7 @@ func hasLoneSurrogate(b []byte) bool {
 	}
 }
 
-// eventID is the event's identity: SHA-256 over event_name|user_id|timestamp|channel.
+// eventID is the event's identity: SHA-256 over event_name|user_id|timestamp|channel, and |insert_id when there is one.
 type eventID [sha256.Size]byte
 
 // isKey says whether key is the id in lower-case hex.
@@ -69,8 +70,8 @@ func (id *eventID) isKey(key []byte) bool {
 	return string(key) == string(own[:])
 }
 
-// id computes the event's id. A | or \ in the two free fields is escaped, so that no two events share an input;
-// without them the input is the plain join. buf is scratch space, returned grown.
+// id computes the event's id. A | or \ in the free fields is escaped, so that no two events share an input; without them
+// the input is the plain join. buf is scratch space, returned grown.
 func (e *event) id(buf []byte) (eventID, []byte) {
 	buf = appendEscapedPipes(buf[:0], e.name)
 	buf = append(buf, '|')
@@ -79,6 +80,10 @@ func (e *event) id(buf []byte) (eventID, []byte) {
 	buf = strconv.AppendInt(buf, e.timestamp, 10)
 	buf = append(buf, '|')
 	buf = append(buf, e.channel...)
+	if len(e.insertID) > 0 {
+		buf = append(buf, '|')
+		buf = appendEscapedPipes(buf, e.insertID)
+	}
 	return sha256.Sum256(buf), buf
 }
 
@@ -108,6 +113,10 @@ func appendEvent(dst []byte, e *event) []byte {
 		dst = append(dst, `,"campaign_id":`...)
 		dst = appendString(dst, e.campaignID)
 	}
+	if len(e.insertID) > 0 {
+		dst = append(dst, `,"insert_id":`...)
+		dst = appendString(dst, e.insertID)
+	}
 	if len(e.tags) > 0 {
 		dst = append(dst, `,"tags":[`...)
 		for i, t := range e.tags {
@@ -127,8 +136,8 @@ func appendEvent(dst []byte, e *event) []byte {
 
 // maxEncoded is the most that appendEvent appends for e.
 func (e *event) maxEncoded() int {
-	const frame = 160 // the names of the fields, quotes and commas, and the timestamp
-	n := len(e.name) + len(e.userID) + len(e.channel) + len(e.campaignID)
+	const frame = 176 // the names of the fields, quotes and commas, and the timestamp
+	n := len(e.name) + len(e.userID) + len(e.channel) + len(e.campaignID) + len(e.insertID)
 	for _, t := range e.tags {
 		n += len(t) + 2
 	}

@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -199,10 +200,13 @@ const (
 	good        = `"event_name":"e","user_id":"u","timestamp":$NOW`
 )
 
+// loads counts calls of loadInto: every other one sends insert_ids.
+var loads atomic.Int32
+
 // loadInto sends made-up events to url and returns the loader for its counts. It runs in the background until done.
 func loadInto(t testing.TB, url string, rate float64, d time.Duration, more ...string) (l *loader, done func()) {
 	t.Helper()
-	args := append([]string{"-url", url, "-rate", fmt.Sprint(rate), "-duration", d.String(), "-bulk", "50", "-connections", "16", "-users", "500", "-retries", "100"}, more...)
+	args := append([]string{"-url", url, fmt.Sprintf("-insert-ids=%t", loads.Add(1)%2 == 0), "-rate", fmt.Sprint(rate), "-duration", d.String(), "-bulk", "50", "-connections", "16", "-users", "500", "-retries", "100"}, more...)
 	cfg, err := parseLoadFlags(args, io.Discard)
 	if err != nil {
 		t.Fatal(err)

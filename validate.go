@@ -57,7 +57,7 @@ type eventParser struct {
 	seen     fieldSet
 	problems []problem
 	metadata []byte
-	scratch  []byte // texts of the event that were sent with escapes; at most 24 of them, each maxTextBytes
+	scratch  []byte // texts of the event that were sent with escapes; at most 25 of them, each maxTextBytes
 }
 
 // fieldSet has a bit for each known field, to notice one that is sent twice.
@@ -71,12 +71,13 @@ const (
 	fieldCampaignID
 	fieldTags
 	fieldMetadata
+	fieldInsertID
 )
 
 // fieldNames are the fields of contract.md by bit.
 var fieldNames = map[fieldSet]string{
 	fieldName: "event_name", fieldUserID: "user_id", fieldTimestamp: "timestamp", fieldChannel: "channel",
-	fieldCampaignID: "campaign_id", fieldTags: "tags", fieldMetadata: "metadata",
+	fieldCampaignID: "campaign_id", fieldTags: "tags", fieldMetadata: "metadata", fieldInsertID: "insert_id",
 }
 
 // parse reads one event from raw and checks every rule that does not need a clock. The problems are empty for a good
@@ -193,6 +194,8 @@ func fieldByName(key []byte) fieldSet {
 		return fieldTags
 	case "metadata":
 		return fieldMetadata
+	case "insert_id":
+		return fieldInsertID
 	}
 	return 0
 }
@@ -214,6 +217,8 @@ func (p *eventParser) field(f fieldSet, v *jsonValue) {
 		p.ev.userID = p.required(f, v)
 	case fieldCampaignID:
 		p.ev.campaignID = p.text("campaign_id", v)
+	case fieldInsertID:
+		p.ev.insertID = p.text("insert_id", v)
 	case fieldChannel:
 		p.channel(v)
 	case fieldTimestamp:
