@@ -7,6 +7,8 @@
 package main
 
 import (
+	"math"
+
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/valyala/fastjson/fastfloat"
@@ -93,7 +95,7 @@ func (b *block) append(id *eventID, ev *event, rec *kgo.Record) {
 	b.timestamp.Data = append(b.timestamp.Data, proto.DateTime(ev.timestamp))
 	b.tags.append(ev.tags)
 	b.metadata.AppendBytes(ev.metadata)
-	price, currency := priceOf(ev)
+	price, currency := priceOf(ev.metadata)
 	b.price.ColDecimal64 = append(b.price.ColDecimal64, price)
 	b.currency.append(currency)
 }
@@ -146,33 +148,31 @@ func insertColumns() (in proto.Input) {
 // priceScale is the Decimal(18, 4) of the table.
 const priceScale = 10000
 
-// priceOf takes metadata.price and metadata.currency out of an event; 0 and "" when they are not there. A price beyond
-// what Decimal(18, 4) holds counts as none.
-func priceOf(ev *event) (proto.Decimal64, []byte) {
-	price, currency := 0.0, []byte(nil)
-	if ev.meta != nil {
-		price, currency = ev.meta.GetFloat64("price"), ev.meta.GetStringBytes("currency")
-	} else if len(ev.metadata) > 0 { // Fast path: no tree was built, and no escape is in there
-		if raw := member(ev.metadata, "price"); len(raw) > 0 && (raw[0] == '-' || raw[0] >= '0' && raw[0] <= '9') {
-			price = fastfloat.ParseBestEffort(string(raw))
+// priceOf takes price and currency out of an event's metadata; 0 and nil when they are not there. A price beyond what
+// Decimal(18, 4) holds counts as none.
+func priceOf(metadata []byte) (price proto.Decimal64, currency []byte) {
+	r := jsonReader{b: metadata}
+	r.eat('{')
+	for n := 0; ; n++ {
+		if more, err := r.more(n, '}'); err != nil || !more {
+			return price, currency
 		}
-		if raw := member(ev.metadata, "currency"); len(raw) > 1 && raw[0] == '"' {
-			currency = raw[1 : len(raw)-1]
+		k, _ := r.key()
+		v, err := r.value()
+		if err != nil {
+			return price, currency
+		}
+		switch string(k.raw) {
+		case `"price"`:
+			if f, err := fastfloat.Parse(string(v.raw)); v.kind == 0 && err == nil && math.Abs(f) < 1e13 {
+				price = proto.Decimal64(math.Round(f * priceScale))
+			}
+		case `"currency"`:
+			if v.kind == '"' && len(v.raw) <= maxTextBytes {
+				currency = v.text(new([]byte))
+			}
 		}
 	}
-	price *= priceScale
-	if !(price > -1e17 && price < 1e17) {
-		price = 0
-	}
-	if price < 0 {
-		price -= 0.5
-	} else {
-		price += 0.5
-	}
-	if len(currency) > maxTextChars {
-		currency = nil
-	}
-	return proto.Decimal64(price), currency
 }
 
 // idColumn is FixedString(32).

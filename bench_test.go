@@ -60,21 +60,26 @@ func BenchmarkEncode(b *testing.B) {
 	}
 }
 
-// BenchmarkBodyToRecords is the hot path of the API: a bulk body of 1000 events to records ready for Kafka.
+// BenchmarkBodyToRecords is the hot path of the API: a bulk body of 1000 events to records ready for Kafka, without and with
+// an insert_id.
 func BenchmarkBodyToRecords(b *testing.B) {
-	body := []byte(`{"events":[` + strings.Repeat(sampleEvent+",", 999) + sampleEvent + `]}`)
-	q := &ingestRequest{acked: make(chan struct{}, 1)}
-	b.ReportAllocs()
-	b.SetBytes(int64(len(body)))
-	for b.Loop() {
-		q.reset()
-		q.body = append(q.body, body...)
-		if q.split(typeJSON) != nil || q.encode(typeJSON, 1795441976) != nil || len(q.records) != 1000 {
-			b.Fatal("not 1000 records")
-		}
-		q.sealRecords("events")
+	for _, more := range []string{"", `"insert_id":"0f9c1d6e-4b7a-4f5e-9d57-3f0b7a6c1e42",`} {
+		b.Run(fmt.Sprintf("insert_id=%t", more != ""), func(b *testing.B) {
+			event := "{" + more + sampleEvent[1:]
+			body := []byte(`{"events":[` + strings.Repeat(event+",", 999) + event + `]}`)
+			q := newTestRequest()
+			b.ReportAllocs()
+			b.SetBytes(int64(len(body)))
+			for b.Loop() {
+				q.fill(body)
+				if q.encode(b.Context(), typeJSON, 1795441976) != nil || len(q.records) != 1000 {
+					b.Fatal("not 1000 records")
+				}
+				q.sealRecords("events")
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/1000, "ns/event")
+		})
 	}
-	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/1000, "ns/event")
 }
 
 // BenchmarkRecordToRow is the hot path of a worker: decode, hash, append.

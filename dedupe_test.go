@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
-	"strings"
 	"testing"
 
 	"github.com/ClickHouse/ch-go/proto"
@@ -52,8 +51,8 @@ func TestIDSet(t *testing.T) {
 	}
 }
 
-// TestBudget: sets never take more than their budget, whatever comes, and what they know is never wrong.
-func TestBudget(t *testing.T) {
+// TestDedupeMemory: sets never take more than their budget, whatever comes, and what they know is never wrong.
+func TestDedupeMemory(t *testing.T) {
 	const budget = 40_000
 	known := newPast(nil, "", budget)
 	ev := mustParse(t, new(eventParser), sampleEvent)
@@ -168,82 +167,4 @@ func TestKeep(t *testing.T) {
 			}
 		}
 	}
-}
-
-// TestCanonical: what is read straight ahead is what the parser reads, and what the parser refuses is never taken.
-func TestCanonical(t *testing.T) {
-	var fast, slow eventParser
-	canonical := 0
-	for _, raw := range []string{
-		sampleEvent,
-		`{"event_name":"e","user_id":"u","timestamp":1}`,
-		`{"event_name":"e","user_id":"u","timestamp":1,"metadata":{}}`,
-		`{"event_name":"e","user_id":"u","timestamp":1,"metadata":{"price":1.25,"currency":"TRY"}}`,
-		`{"event_name":"e","user_id":"u","timestamp":1,"metadata":{"a":{"price":7},"price":"no","currency":5}}`,
-		`{"event_name":"e","user_id":"u","timestamp":1,"metadata":{"price":-1e3}}`,
-		`{"event_name":"ü€","user_id":"\"u","timestamp":1,"channel":"web","campaign_id":"c"}`,
-		`{"event_name":"e","user_id":"u","timestamp":1,"tags":["a","b"],"metadata":{"x":[1,2,{"y":"}"}]}}`,
-		`{"event_name":"` + strings.Repeat("n", 100) + `","user_id":"` + strings.Repeat("€", 100) + `","timestamp":4294967295}`,
-		`{"event_name":"` + strings.Repeat("n", 101) + `","user_id":"u","timestamp":1}`,
-		`{"event_name":"e","user_id":"u","timestamp":4294967296}`, `{"event_name":"e","user_id":"u","timestamp":01}`, `{"event_name":"e","user_id":"u","timestamp":}`,
-		`{"event_name":"","user_id":"u","timestamp":1}`, `{"event_name":"e","user_id":"u","timestamp":1,"channel":"tv"}`,
-		`{"event_name":"e","user_id":"u","timestamp":1,"tags":[]}`, `{"event_name":"e","user_id":"u","timestamp":1,"tags":["a",]}`,
-		`{"event_name":"e","user_id":"u","timestamp":1,"tags":[` + strings.Repeat(`"t",`, 20) + `"t"]}`,
-		`{"event_name":"e","user_id":"u","timestamp":1,"metadata":{"a":}}`, `{"event_name":"e","user_id":"u","timestamp":1,"metadata":{"a":1}} `,
-		`{"event_name":"e","user_id":"u","timestamp":1,"metadata":{"a":1},"metadata":{"a":2}}`,
-		`{"event_name":"e","user_id":"u","timestamp":1,"metadata":{"a":1},"user_id":"v"}`,
-		`{"event_name":"e","user_id":"u","timestamp":1,"metadata":{"\u0070rice":3}}`,
-		`{"event_name":"e","user_id":"u","timestamp":1,"metadata":{"a":` + strings.Repeat("[", 400) + strings.Repeat("]", 400) + `}}`,
-		"{\"event_name\":\"e\xff\",\"user_id\":\"u\",\"timestamp\":1}", "{\"event_name\":\"e\x01\",\"user_id\":\"u\",\"timestamp\":1}",
-		`{"event_name":"e","user_id":"u","timestamp":1`, `{"event_name":"e`, `{}`, ``,
-	} {
-		ev, problems, err := slow.parse([]byte(raw))
-		good := err == nil && len(problems) == 0 && ev.storable()
-		got, failure := fast.decode([]byte(raw))
-		if (failure == nil) != good {
-			t.Errorf("%s: %v, the parser says %v %v", raw, failure, problems, err)
-		}
-		if !good || failure != nil {
-			continue
-		}
-		if got.meta == nil {
-			canonical++
-		}
-		if a, b := appendEvent(nil, got), appendEvent(nil, ev); string(a) != string(b) {
-			t.Errorf("%s: read as %s, want %s", raw, a, b)
-		}
-		price, currency := priceOf(got)
-		if p, c := priceOf(ev); p != price || string(c) != string(currency) {
-			t.Errorf("%s: price %d %s, want %d %s", raw, price, currency, p, c)
-		}
-	}
-	if canonical < 6 {
-		t.Errorf("only %d were read straight ahead", canonical)
-	}
-}
-
-// FuzzCanonical holds the two ways of reading a record to each other.
-func FuzzCanonical(f *testing.F) {
-	f.Add([]byte(sampleEvent))
-	f.Add([]byte(`{"event_name":"e","user_id":"u","timestamp":1,"tags":["a"],"metadata":{"price":1.5,"currency":"TRY"}}`))
-	f.Fuzz(func(t *testing.T, raw []byte) {
-		var fast, slow eventParser
-		got := fast.canonical(raw)
-		if got == nil {
-			return
-		}
-		ev, problems, err := slow.parse(raw)
-		if err != nil || len(problems) > 0 || !ev.storable() {
-			t.Fatalf("%q was taken; the parser says %v %v", raw, problems, err)
-		}
-		a, b := *got, *ev
-		a.metadata, b.metadata = nil, nil // the parser's is compact
-		if string(appendEvent(nil, &a)) != string(appendEvent(nil, &b)) {
-			t.Fatalf("%q was read as %s, want %s", raw, appendEvent(nil, &a), appendEvent(nil, &b))
-		}
-		price, currency := priceOf(got)
-		if p, c := priceOf(ev); p != price || string(c) != string(currency) {
-			t.Fatalf("%q: price %d %s, want %d %s", raw, price, currency, p, c)
-		}
-	})
 }

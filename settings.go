@@ -90,7 +90,7 @@ func (c *settings) settingsTable() []setting {
 		{"SERVER_READ_TIMEOUT", "15s", "a request has to be read within this", duration(&c.readTimeout, time.Second, time.Hour)},
 		{"SERVER_WRITE_TIMEOUT", "30s", "an answer has to be written within this, counted from the end of the header", duration(&c.writeTimeout, time.Second, time.Hour)},
 		{"ACK_TIMEOUT", "10s", "Kafka has to acknowledge a request's events within this, else 503; below SERVER_WRITE_TIMEOUT", duration(&c.ackTimeout, time.Second, time.Hour)},
-		{"MAX_IN_FLIGHT_BYTES", "67108864", "bytes of request bodies held at once, else 503", integer(&c.maxInFlightBytes, maxBulkBody+1, 1<<40)},
+		{"MAX_IN_FLIGHT_BYTES", "67108864", "bytes that requests hold at once, bodies, records and answers, else 503", integer(&c.maxInFlightBytes, 4*maxBulkBody, 1<<40)},
 		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", address(&c.adminAddr)},
 		{"ROLE", "all", "all; api serves HTTP and leaves consuming to others; consumer only consumes, and answers /health and /ready", oneOf(&c.role, "all", "api", "consumer")},
 		{"API_KEYS", "", "comma-separated keys, one of which a request to /api/ has to bring; none lets everybody in", keys(&c.apiKeys)},

@@ -152,7 +152,7 @@ var help = map[string]string{
 	"event_ingestion_events_accepted_total":              "counter: Events that Kafka has acknowledged.",
 	"event_ingestion_events_refused_total":               "counter: Events that are not valid.",
 	"event_ingestion_events_unavailable_total":           "counter: Good events that Kafka did not acknowledge in time.",
-	"event_ingestion_in_flight_bytes":                    "gauge: Bytes of request bodies held at the moment.",
+	"event_ingestion_in_flight_bytes":                    "gauge: Bytes of bodies, records and answers that requests hold at the moment.",
 	"event_ingestion_produce_duration_seconds":           "histogram: Time from handing a request's events to Kafka to the last acknowledgement.",
 	"event_ingestion_records_consumed_total":             "counter: Records read from the main topic.",
 	"event_ingestion_partitions_assigned":                "gauge: Partitions of the main topic that this copy has.",

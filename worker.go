@@ -10,6 +10,7 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -275,6 +276,21 @@ func (w *worker) pop(rec *kgo.Record) {
 		w.queue = w.queue[1:]
 	}
 	w.backlog.remove(rec)
+}
+
+// decode reads a record's value as an event, which lives until the next call. The API's rules hold for other producers
+// too, except the age: a record may have waited.
+func (p *eventParser) decode(value []byte) (*event, error) {
+	ev, problems, err := p.parse(value)
+	switch {
+	case err != nil:
+		return nil, err
+	case len(problems) > 0:
+		return nil, fmt.Errorf("%s", problems[0].message)
+	case !ev.storable():
+		return nil, fmt.Errorf("timestamp %d is not within 1970 to 2106", ev.timestamp)
+	}
+	return ev, nil
 }
 
 // setAside deals with a record that cannot become a row here: what is no event goes to the dead letters, an event under

@@ -30,6 +30,9 @@ request "One event" 202 "$base/api/v1/events" -H "$json" -d '{
 request "Several events" 202 "$base/api/v1/events/bulk" -H "$json" -d '{"events": [
   {"event_name": "product_view", "user_id": "user_123", "timestamp": '"$now"', "channel": "web"},
   {"event_name": "add_to_cart", "user_id": "user_456", "timestamp": '"$now"', "channel": "mobile_app"}]}'
+request "Twice in a second: each has an insert_id of its own" 202 "$base/api/v1/events/bulk" -H "$json" -d '{"events": [
+  {"event_name": "item_scanned", "user_id": "till_7", "timestamp": '"$now"', "insert_id": "receipt-1042-1"},
+  {"event_name": "item_scanned", "user_id": "till_7", "timestamp": '"$now"', "insert_id": "receipt-1042-2"}]}'
 printf '{"event_name":"search","user_id":"user_1","timestamp":%s}\n{"event_name":"search","user_id":"user_2","timestamp":%s}\n' "$now" "$now" >"$events"
 request "Several events, one a line" 202 "$base/api/v1/events/bulk" -H 'Content-Type: application/x-ndjson' --data-binary "@$events"
 gzip -c "$events" >"$events.gz"
