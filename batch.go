@@ -164,7 +164,7 @@ func priceOf(metadata []byte) (price proto.Decimal64, currency []byte) {
 		}
 		switch string(k.raw) {
 		case `"price"`:
-			if f, err := fastfloat.Parse(string(v.raw)); v.kind == 0 && err == nil && math.Abs(f) < 1e13 {
+			if f := fastfloat.ParseBestEffort(string(v.raw)); v.kind == 0 && math.Abs(f) < 1e13 {
 				price = proto.Decimal64(math.Round(f * priceScale))
 			}
 		case `"currency"`:
