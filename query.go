@@ -207,32 +207,39 @@ func (c *queryCheck) rangeAndChannel(from, to int64, channel string) {
 	}
 }
 
-// sql writes the query: the inner one adds up by key, the outer one by key and, in a row marked by is_total, over all keys,
-// so that a user in two groups counts once in the total.
+// sql writes the query: a row a key, and one marked by is_total over all keys, because a user in two groups counts once in
+// the total. What takes time is merging user states: the fewer there are of them, the better, and by the hour they are
+// many, so that the total is then asked of the view by day.
 func (q *metricsQuery) sql() string {
-	view, key, order, limit := "events_between_by_day", "''", "key", ""
-	switch q.groupBy {
-	case "channel":
-		key, order = "CAST(channel, 'String')", "total DESC, key"
-	case "hour":
-		view, key = "events_between", isoHour("hour")
-	case "day":
-		key = isoHour("toStartOfDay(hour)")
-	}
+	const figures = " AS key, toUInt64(sum(n)) AS total, uniqCombined64Merge({user bits})(u) AS users, "
+	from, to := max(q.from, 0), min(q.to, maxUnixSeconds)
 	where := "event_name = {event_name:String}"
 	if q.channel != "" {
 		where += " AND channel = {channel:String}"
 	}
-	from, to := max(q.from, 0), min(q.to, maxUnixSeconds)
-	source := fmt.Sprintf("SELECT %s AS key, sum(event_count) AS n, uniqCombined64MergeState({user bits})(unique_users_state) AS u FROM {database}.%s(from = %d, to = %d) WHERE %s GROUP BY key",
-		key, view, from, to, where)
-	if q.groupBy == "campaign" { // only the raw table knows campaigns
-		source = fmt.Sprintf("SELECT CAST(campaign_id, 'String') AS key, toInt64(count()) AS n, uniqCombined64State({user bits})(user_id) AS u FROM {database}.events WHERE %s AND timestamp >= %d AND timestamp <= %d GROUP BY key",
-			where, from, to)
-		order, limit = "total DESC, key", fmt.Sprintf(" LIMIT %d", 1+maxCampaigns+1) // the total, and one that shows that there are more
+	// added is what a view says, added up by key.
+	added := func(view, key string) string {
+		return fmt.Sprintf("(SELECT %s AS key, sum(event_count) AS n, uniqCombined64MergeState({user bits})(unique_users_state) AS u FROM {database}.%s(from = %d, to = %d) WHERE %s GROUP BY key)",
+			key, view, from, to, where)
 	}
-	return "SELECT key, toUInt64(sum(n)) AS total, uniqCombined64Merge({user bits})(u) AS users, toUInt8(grouping(key) = 1) AS is_total FROM (" + source +
-		") GROUP BY GROUPING SETS ((key), ()) ORDER BY is_total DESC, " + order + limit
+	withTotal := func(key, order string) string {
+		return "SELECT key" + figures + "toUInt8(grouping(key) = 1) AS is_total FROM " + added("events_between_by_day", key) + " GROUP BY GROUPING SETS ((key), ()) ORDER BY " + order
+	}
+	besideTotal := func(groups, order string) string {
+		return "SELECT * FROM (SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + added("events_between_by_day", "''") + " UNION ALL " + groups + ") ORDER BY " + order
+	}
+	switch q.groupBy {
+	case "channel":
+		return withTotal("CAST(channel, 'String')", "total DESC, key")
+	case "day":
+		return withTotal(isoHour("toStartOfDay(hour)"), "key")
+	case "hour":
+		return besideTotal("SELECT key"+figures+"toUInt8(0) AS is_total FROM "+added("events_between", isoHour("hour"))+" GROUP BY key", "key")
+	case "campaign": // only the raw table knows campaigns
+		return besideTotal(fmt.Sprintf("SELECT * FROM (SELECT CAST(campaign_id, 'String') AS key, count() AS total, uniqCombined64({user bits})(user_id) AS users, toUInt8(0) AS is_total FROM {database}.events "+
+			"WHERE %s AND timestamp >= %d AND timestamp <= %d GROUP BY campaign_id ORDER BY total DESC, key LIMIT %d)", where, from, to, maxCampaigns+1), "total DESC, key") // one more shows that there are more
+	}
+	return "SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + added("events_between_by_day", "''")
 }
 
 func isoHour(expr string) string { return "formatDateTime(" + expr + ", '%Y-%m-%dT%H:00:00Z', 'UTC')" }
@@ -270,7 +277,8 @@ func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error
 		return err
 	}
 	body := query.Body
-	query.Settings = []ch.Setting{{Key: "max_execution_time", Value: "10"}, {Key: "enable_positional_arguments", Value: "0"}}
+	query.Settings = append(m.store.exactly(), // an answer says that it is complete through a second: a replica has to have that much
+		ch.Setting{Key: "max_execution_time", Value: "10"}, ch.Setting{Key: "enable_positional_arguments", Value: "0"})
 	for attempt := 0; ; attempt++ {
 		reset()
 		query.Body = m.store.sql(body)

@@ -34,7 +34,7 @@ FROM
     FROM {database}.events FINAL WHERE timestamp >= %[1]d AND timestamp < %[2]d
     GROUP BY event_name, channel, hour
     UNION ALL
-    SELECT event_name, channel, hour, -event_count, unique_users_state, -revenue, campaigns_state, event_count, toDateTime64(0, 3, 'UTC')
+    SELECT event_name, channel, hour, -event_count, unique_users_state, -revenue, campaigns_state, last_at, event_count, toDateTime64(0, 3, 'UTC')
     FROM {database}.events_hourly WHERE hour >= %[1]d AND hour < %[2]d
 )
 GROUP BY event_name, channel, hour

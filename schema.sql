@@ -13,17 +13,27 @@ DEFINE {counted} AS
     toInt64(count()) AS event_count,
     uniqCombined64State({user bits})(user_id) AS unique_users_state,
     sumIf(toDecimal128(price, 4), event_name = 'purchase' AND currency IN ('TRY', '')) AS revenue,
-    uniqCombined64StateIf(12)(campaign_id, campaign_id != '') AS campaigns_state;
+    uniqCombined64StateIf(12)(campaign_id, campaign_id != '') AS campaigns_state,
+    max(timestamp) AS last_at;
 
 -- The same of rows that are counted already.
 DEFINE {added up} AS
     sum(event_count) AS event_count,
     uniqCombined64MergeState({user bits})(unique_users_state) AS unique_users_state,
     sum(revenue) AS revenue,
-    uniqCombined64MergeState(12)(campaigns_state) AS campaigns_state;
+    uniqCombined64MergeState(12)(campaigns_state) AS campaigns_state,
+    max(last_at) AS last_at;
 
 -- The names of what both give.
-DEFINE {counts} AS event_count, unique_users_state, revenue, campaigns_state;
+DEFINE {counts} AS event_count, unique_users_state, revenue, campaigns_state, last_at;
+
+-- What of a range, from and to included, are whole hours: [first_hour, end_hour). The hour of its end is whole, too, when
+-- nothing in it is from after the end, as when the end is now. ClickHouse takes one look at a table for a whole query, so
+-- what comes in meanwhile is in neither place.
+DEFINE {whole hours} AS
+    intDiv({from:UInt32} + 3599, 3600) * 3600 AS first_hour,
+    intDiv({to:UInt32} + 1, 3600) * 3600 AS last_hour,
+    last_hour + if((SELECT max(last_at) FROM {database}.events_hourly WHERE hour = last_hour) <= {to:UInt32}, 3600, 0) AS end_hour;
 
 CREATE DATABASE IF NOT EXISTS {database}{on cluster};
 
@@ -79,6 +89,9 @@ SETTINGS
     -- States are large: a question about a few hours unpacks half as much.
     index_granularity_bytes = 1048576;
 
+-- Rows from before there was this column may be from the hour's last second.
+ALTER TABLE {database}.events_hourly{on cluster} ADD COLUMN IF NOT EXISTS last_at SimpleAggregateFunction(max, DateTime('UTC')) DEFAULT hour + 3599 COMMENT 'timestamp of the newest event';
+
 ALTER TABLE {database}.events_hourly{on cluster} MODIFY SETTING auto_statistics_types = '', deduplicate_merge_projection_mode = 'rebuild';
 
 -- The same by the day, in every part and so never out of step with it: a month is 30 states to merge, not 720.
@@ -103,8 +116,7 @@ GROUP BY event_name, channel, hour;
 -- SELECT sum(event_count) FROM events_between(from = 1767139200, to = 1767225600) WHERE channel = 'web'
 CREATE OR REPLACE VIEW {database}.events_between{on cluster} AS
 WITH
-    intDiv({from:UInt32} + 3599, 3600) * 3600 AS first_hour,
-    intDiv({to:UInt32} + 1, 3600) * 3600 AS end_hour
+    {whole hours}
 SELECT event_name, channel, hour, {counts}
 FROM {database}.events_hourly
 WHERE hour >= first_hour AND hour < end_hour
@@ -117,8 +129,7 @@ GROUP BY event_name, channel, hour;
 -- The same for questions that no hour matters to, ten times as fast over a month: the hour of a whole day is its first.
 CREATE OR REPLACE VIEW {database}.events_between_by_day{on cluster} AS
 WITH
-    intDiv({from:UInt32} + 3599, 3600) * 3600 AS first_hour,
-    intDiv({to:UInt32} + 1, 3600) * 3600 AS end_hour,
+    {whole hours},
     intDiv({from:UInt32} + 86399, 86400) * 86400 AS first_day,
     intDiv({to:UInt32} + 1, 86400) * 86400 AS end_day
 SELECT event_name, channel, day AS hour, {counts}

@@ -172,7 +172,7 @@ func (s *store) sql(text string) string {
 	if s.cluster != "" {
 		onCluster, replicated = " ON CLUSTER '"+s.cluster+"'", "Replicated"
 	}
-	text = strings.NewReplacer(definitions...).Replace(text)
+	text = strings.NewReplacer(definitions...).Replace(text) // what is defined may name {database}
 	return strings.NewReplacer("{database}", s.database, "{on cluster}", onCluster, "{replicated}", replicated,
 		"{user bits}", strconv.Itoa(int(s.userBits.Load()))).Replace(text)
 }
