@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -266,6 +267,129 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 	drained(p) // complete_through has to get to now while nothing is sent
+}
+
+// TestNothingAfterTo: events of this very moment and around it, asked for up to each of these seconds, of everything that
+// answers, with merges stopped. What is from after `to` is in no answer, and everything else is in each.
+func TestNothingAfterTo(t *testing.T) {
+	env := newSpace(t)
+	p := startProgram(t, env)
+	db := space(env, "CLICKHOUSE_DATABASE")
+	clickhouseQuery(t, "SYSTEM STOP MERGES "+db+".events")
+	clickhouseQuery(t, "SYSTEM STOP MERGES "+db+".events_hourly")
+	newest := time.Now().Unix()
+	hour := newest / hourSeconds * hourSeconds
+	var times []int64 // each with a user of its own
+	for i := range int64(10) {
+		times = append(times, newest-i, hour-1-i, hour+i*(newest-hour)/10, newest-3*daySeconds+i*daySeconds/3)
+	}
+	seen := map[int64]bool{}
+	for i, at := range times { // several inserts, so that there are several rows an hour
+		if seen[at] = true; i%7 != 0 && i != len(times)-1 {
+			continue
+		}
+		var body []byte
+		for at := range seen {
+			body = fmt.Appendf(body, `{"event_name":"n","user_id":"u%d","timestamp":%d,"channel":"web"}`+"\n", at, at)
+		}
+		if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != http.StatusAccepted {
+			t.Fatal(status, answer)
+		}
+	}
+	drained(p)
+	if got := clickhouseQuery(t, fmt.Sprintf("SELECT count(), uniqExact(event_id), (SELECT sum(event_count) FROM %[1]s.events_hourly) FROM %[1]s.events", db)); got != fmt.Sprintf("%d\t%d\t%d", len(seen), len(seen), len(seen)) {
+		t.Fatalf("%s, want %d of each", got, len(seen))
+	}
+	var ends []int64
+	for i := range int64(8) {
+		ends = append(ends, newest+2-i, hour+2-i, newest-daySeconds+i, newest-2*daySeconds-i*hourSeconds)
+	}
+	for _, from := range []int64{newest - 4*daySeconds, hour - hourSeconds, hour, hour - 1, newest - 40} {
+		for _, to := range ends {
+			if to <= from {
+				continue
+			}
+			want := 0
+			for at := range seen {
+				if at >= from && at <= to {
+					want++
+				}
+			}
+			for _, groupBy := range []string{"", "channel", "hour", "day", "campaign"} {
+				path := fmt.Sprintf("%sevent_name=n&from=%d&to=%d&group_by=%s", metricsPath, from, to, groupBy)
+				if _, _, answer := p.do("GET", path, "", "", nil); !strings.HasPrefix(answer, fmt.Sprintf(`{"total_count":%d,"unique_users":%d,`, want, want)) {
+					t.Errorf("%s: %s, want %d", path, answer, want)
+				}
+			}
+			path := fmt.Sprintf("/api/v1/overview?from=%d&to=%d", from, to)
+			if _, _, answer := p.do("GET", path, "", "", nil); !strings.Contains(answer, fmt.Sprintf(`"total_count":%d,"unique_users":%d,`, want, want)) {
+				t.Errorf("%s: %s, want %d", path, answer, want)
+			}
+			for _, view := range []string{"events_between", "events_between_by_day"} {
+				sql := fmt.Sprintf("SELECT sum(event_count), uniqCombined64Merge(17)(unique_users_state) FROM %s.%s(from = %d, to = %d)", db, view, from, to)
+				if got := clickhouseQuery(t, sql); got != fmt.Sprintf("%d\t%d", want, want) {
+					t.Errorf("%s: %s, want %d", sql, got, want)
+				}
+			}
+		}
+	}
+}
+
+// TestManyCampaigns: of more than the largest 1,000 the rest is left out, and the answer says so.
+func TestManyCampaigns(t *testing.T) {
+	env := newSpace(t)
+	p := startProgram(t, env)
+	insert := func(from, n int) { // campaign c0 once, c1 twice and so on to c9
+		clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, campaign_id, user_id, timestamp) "+
+			"SELECT SHA256(concat(toString(number), 'x', toString(k))), 'n', concat('c', toString(number)), toString(k), now() - 60 FROM numbers(%d, %d) ARRAY JOIN range(if(number < 10, number + 1, 1)) AS k",
+			space(env, "CLICKHOUSE_DATABASE"), from, n))
+	}
+	ask := func() (a metricsAnswer, truncated bool) {
+		_, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=n&from=1&to=%d&group_by=campaign", metricsPath, time.Now().Unix()), "", "", nil)
+		if err := json.Unmarshal([]byte(answer), &a); err != nil {
+			t.Fatal(err, answer)
+		}
+		return a, strings.Contains(answer, `"truncated":true`)
+	}
+	insert(0, maxCampaigns)
+	if a, truncated := ask(); a.Total != maxCampaigns+45 || len(a.Groups) != maxCampaigns || truncated || a.Groups[0].Key != "c9" || a.Groups[0].Total != 10 {
+		t.Errorf("of %d events %d campaigns, the first %+v; truncated %v", a.Total, len(a.Groups), a.Groups[0], truncated)
+	}
+	insert(maxCampaigns, 500)
+	if a, truncated := ask(); a.Total != maxCampaigns+545 || len(a.Groups) != maxCampaigns || !truncated || a.Groups[0].Key != "c9" {
+		t.Errorf("of %d events %d campaigns, the first %+v; truncated %v", a.Total, len(a.Groups), a.Groups[0], truncated)
+	}
+}
+
+// TestQueryParameters: what is unknown, malformed or there twice is said, all at once, by both endpoints.
+func TestQueryParameters(t *testing.T) {
+	for query, want := range map[string]string{
+		"channel=web;x":           "query",
+		"%zz=1":                   "query",
+		"from=%":                  "query",
+		"groupby=hour":            "groupby",
+		"b=1&a=2":                 "a b",
+		"channel=web&channel=api": "channel",
+		"key=1":                   "key",
+		"":                        "",
+		"channel=":                "",
+		"from=1&to=2&channel=web": "",
+	} {
+		var got []string
+		_, problems := parseOverviewQuery(query, 1795441976)
+		for _, p := range problems {
+			if p.code == codeInvalidFormat {
+				got = append(got, p.field)
+			}
+		}
+		if strings.Join(got, " ") != want {
+			t.Errorf("overview?%s: %v, want %s", query, problems, want)
+		}
+		_, problems = parseMetricsQuery("event_name=x&from=1&to=2&" + query)
+		if bad := slices.ContainsFunc(problems, func(p problem) bool { return p.code == codeInvalidFormat }); bad != (want != "" || strings.HasPrefix(query, "from=1")) {
+			t.Errorf("metrics?%s: %v", query, problems)
+		}
+	}
 }
 
 // TestMetricsOddNames: a name that means something to SQL, TSV or a URL is a name like any other.

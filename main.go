@@ -134,9 +134,9 @@ func newSystem(cfg *settings) (*system, error) {
 	}
 	s.watermark = newWatermark(s.producer, cfg)
 	s.metrics = newMetricsAPI(s.store, s.watermark)
-	quick := *s.store // hangs no longer than its question may
+	quick := newStore(cfg) // hangs no longer than its question may
 	quick.options.HandshakeTimeout, quick.options.ReadTimeout = readyTimeout, readyTimeout
-	s.ready = &readiness{kafka: s.producer, store: &quick, watermark: s.watermark, troubles: s.stats.troubles, consumes: cfg.role != "api"}
+	s.ready = &readiness{kafka: s.producer, store: quick, watermark: s.watermark, troubles: s.stats.troubles, consumes: cfg.role != "api"}
 	in := newIngester(s.producer, cfg, &s.stats.ingest)
 	s.api = newServer(addr, s.routes(in), cfg, s.access, s.stats)
 	s.admin = newAdminServer(cfg.adminAddr, s.stats)

@@ -264,6 +264,16 @@ func TestOverview(t *testing.T) {
 	}
 }
 
+// TestLargeRevenue: prices as large as they can be stored, of which nine are more than 64 bits hold.
+func TestLargeRevenue(t *testing.T) {
+	env := newSpace(t)
+	p := startProgram(t, env)
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, timestamp, price) SELECT SHA256(toString(number)), 'purchase', now() - 60, toDecimal64('99999999999999.9999', 4) FROM numbers(30)", space(env, "CLICKHOUSE_DATABASE")))
+	if status, _, answer := p.do("GET", "/api/v1/overview", "", "", nil); status != 200 || !json.Valid([]byte(answer)) || strings.Count(answer, `"revenue":2999999999999999.997`) != 4 {
+		t.Errorf("%d %s", status, answer)
+	}
+}
+
 // sum is an independent count.
 type sum struct {
 	count   int
