@@ -32,6 +32,8 @@ const (
 	fetchBytes = 1 << 20
 	// pollRecords bounds one poll, and with it the time that a rebalance waits.
 	pollRecords = 10000
+	// pollWait bounds a poll in which nothing comes, so that a grown topic is noticed.
+	pollWait = time.Second
 	// CONSUME_MEMORY is for what waits in the queues (one part), the records of two rounds, the one that is sent and the
 	// one that fills (two parts), the same as columns (two parts), and what the client fetches ahead.
 	queueShare = 8
@@ -43,7 +45,8 @@ type consumer struct {
 	kafka    *kgo.Client
 	topic    string
 	group    string
-	parts    int // partitions of the topic
+	parts    int        // partitions of the topic
+	seen     func() int // partitions that it was seen to have last
 	workers  []*worker
 	inserter *inserter
 	backlog  *backlog
@@ -55,10 +58,10 @@ type consumer struct {
 	letGo    context.CancelCauseFunc // ends holding: nothing that was taken in may be stored any more
 }
 
-// newConsumer returns a consumer of the topic, which has so many partitions.
-func newConsumer(cfg *settings, st *store, partitions int, side *sideways, stats *storeStats, failed func(error)) (*consumer, error) {
+// newConsumer returns a consumer of the topic, which has so many partitions; it starts over when more were seen.
+func newConsumer(cfg *settings, st *store, partitions int, seen func() int, side *sideways, stats *storeStats, failed func(error)) (*consumer, error) {
 	c := &consumer{
-		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, stats: stats, failed: failed,
+		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, seen: seen, stats: stats, failed: failed,
 		backlog: newBacklog(cfg.consumeMemory / queueShare),
 	}
 	limits := blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / roundShare / int64(cfg.workerCount))}
@@ -134,14 +137,19 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 
 func (c *consumer) poll(ctx context.Context) {
 	for ctx.Err() == nil {
-		fetches := c.kafka.PollRecords(ctx, pollRecords)
+		waiting, cancel := context.WithTimeout(ctx, pollWait)
+		fetches := c.kafka.PollRecords(waiting, pollRecords)
+		cancel()
 		fetches.EachError(func(_ string, _ int32, err error) {
-			if ctx.Err() == nil {
+			if !errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
 				c.failed(err)
 			}
 		})
+		if c.seen() > c.parts {
+			c.letGo(errGrown)
+		}
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
-			if len(p.Records) > 0 {
+			if len(p.Records) > 0 && c.holding.Err() == nil {
 				c.stats.consumed.Add(len(p.Records))
 				c.workers[int(p.Partition)%len(c.workers)].enqueue(p.Partition, p.Records)
 			}

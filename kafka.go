@@ -173,6 +173,7 @@ const (
 // once: what is below its (4) and its (1) and went to events.retry was put back below its (4), and so on to the last time.
 // A look that is not quiet therefore voids those before it, and counts as the first of the next ones.
 type watermark struct {
+	kafka        *kgo.Client // the API's producer
 	admin        *kadm.Client
 	topic, group string
 	through      atomic.Int64 // Unix seconds, 0 while unknown
@@ -197,7 +198,7 @@ type sample struct {
 }
 
 func newWatermark(kafka *kgo.Client, cfg *settings) *watermark {
-	return &watermark{admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup, gone: map[string]map[int32]int64{}}
+	return &watermark{kafka: kafka, admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup, gone: map[string]map[int32]int64{}}
 }
 
 // partitionLags is the lag of each partition, nil while unknown.
@@ -263,6 +264,10 @@ func (w *watermark) look(ctx context.Context) error {
 	ends, err := offsetsOf(w.admin.ListEndOffsets(ctx, w.topic))
 	if err != nil {
 		return err
+	}
+	if len(w.last) > 0 && len(ends) > len(w.last) {
+		slog.Warn("the topic has more partitions than before", "topic", w.topic, "partitions", len(ends), "before", len(w.last))
+		w.kafka.ForceMetadataRefresh() // or it would place keys by the old number for minutes
 	}
 	w.watch(now, stored, ends)
 	if stored, err = w.settle(ctx, w.topic, stored, ends); err != nil {

@@ -308,14 +308,18 @@ func (s *system) consume(ctx context.Context) {
 		}
 		retrying.Go(func() { w.run(ctx, s.finish) }) // ends with ctx
 	}
-	for ctx.Err() == nil {
-		c, err := newConsumer(s.cfg, s.store, partitions, side, &s.stats.store, func(err error) { s.trouble(readEvents, err) })
+	for {
+		c, err := newConsumer(s.cfg, s.store, partitions, func() int { return len(s.watermark.partitionLags()) }, side, &s.stats.store, func(err error) { s.trouble(readEvents, err) })
 		if err != nil {
 			s.fail(fmt.Errorf("set up the consumer: %w", err))
 			return
 		}
 		s.ready.consumer.Store(c)
 		c.run(ctx, s.finish)
+		if ctx.Err() != nil || !s.untilDone(ctx, "prepare the topics", prepareTopics) { // there may be more partitions now
+			return
+		}
+		side.refresh()
 	}
 }
 

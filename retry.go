@@ -81,6 +81,12 @@ func (s *sideways) close() {
 	s.large.Close()
 }
 
+// refresh makes the clients look at the topics anew: they may have more partitions.
+func (s *sideways) refresh() {
+	s.kafka.ForceMetadataRefresh()
+	s.large.ForceMetadataRefresh()
+}
+
 // deadLetter gives rec up. It returns true when that is acknowledged by all in-sync replicas, and tries until then;
 // false means that stopped said to end, with nothing lost: the record's offset is not committed.
 func (s *sideways) deadLetter(rec *kgo.Record, errorType, message string, stopped func() bool) bool {
