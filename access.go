@@ -13,6 +13,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"slices"
 	"strings"
@@ -22,7 +23,7 @@ import (
 
 // access decides about requests before they reach a handler.
 type access struct {
-	keys      atomic.Pointer[[][sha256.Size]byte] // hashes of API_KEYS: all have one length, so comparing tells nothing
+	keys      atomic.Pointer[keyring]
 	origins   []string
 	cert      atomic.Pointer[tls.Certificate]
 	tls       *tls.Config // nil without TLS
@@ -30,6 +31,21 @@ type access struct {
 	faultLogs atomic.Int64
 	second    atomic.Int64 // that faultLogs counts in
 }
+
+// keyring is the hashes of keys: all have one length, so that comparing tells nothing.
+type keyring struct {
+	all     [][sha256.Size]byte // API_KEYS
+	writing [][sha256.Size]byte // WRITE_KEYS
+}
+
+// rights is what a key allows.
+type rights int
+
+const (
+	mayNothing rights = iota
+	maySend           // events, and ask for nothing: what a page brings is public
+	mayAll
+)
 
 // maxFaultLogs is how many failed requests are logged a second.
 const maxFaultLogs = 10
@@ -46,8 +62,8 @@ func newAccess(cfg *settings) (*access, error) {
 			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return a.cert.Load(), nil },
 		}
 	}
-	if ip := net.ParseIP(cfg.serverHost); len(cfg.apiKeys) == 0 && cfg.serverHost != "localhost" && (ip == nil || !ip.IsLoopback()) {
-		slog.Warn("the API listens beyond loopback and lets everybody in; set API_KEYS, or SERVER_HOST=127.0.0.1")
+	if ip := net.ParseIP(cfg.serverHost); cfg.isOpen() && cfg.serverHost != "localhost" && (ip == nil || !ip.IsLoopback()) {
+		slog.Warn("the API listens beyond loopback and lets everybody in; set API_KEYS and WRITE_KEYS, or SERVER_HOST=127.0.0.1")
 	}
 	return a, nil
 }
@@ -61,20 +77,24 @@ func (a *access) load(cfg *settings) error {
 			return fmt.Errorf("load the certificate (TLS_CERT_FILE, TLS_KEY_FILE): %w", err)
 		}
 	}
-	hashes := make([][sha256.Size]byte, len(cfg.apiKeys))
-	for i, k := range cfg.apiKeys {
+	a.cert.Store(&cert)
+	a.keys.Store(&keyring{hashesOf(cfg.apiKeys), hashesOf(cfg.writeKeys)})
+	return nil
+}
+
+func hashesOf(keys []string) [][sha256.Size]byte {
+	hashes := make([][sha256.Size]byte, len(keys))
+	for i, k := range keys {
 		hashes[i] = sha256.Sum256([]byte(k))
 	}
-	a.cert.Store(&cert)
-	a.keys.Store(&hashes)
-	return nil
+	return hashes
 }
 
 // reload is what SIGHUP does: keys and certificate as the settings and files are now. Everything else needs a restart.
 func (a *access) reload() {
 	cfg, err := loadSettings(os.Getenv)
-	if err == nil && len(cfg.apiKeys) == 0 && len(*a.keys.Load()) > 0 {
-		err = fmt.Errorf("there are no API_KEYS any more; opening the API needs a restart")
+	if err == nil && cfg.isOpen() && !a.keys.Load().isEmpty() {
+		err = fmt.Errorf("there are no keys any more; opening the API needs a restart")
 	}
 	if err == nil {
 		err = a.load(cfg)
@@ -83,7 +103,7 @@ func (a *access) reload() {
 		slog.Error("keys and certificate stay as they were", "error", err)
 		return
 	}
-	slog.Info("read again", "api_keys", len(cfg.apiKeys), "certificate", cfg.tlsCertFile)
+	slog.Info("read again", "api_keys", len(cfg.apiKeys), "write_keys", len(cfg.writeKeys), "certificate", cfg.tlsCertFile)
 }
 
 // admits lets a request through, or answers it: a browser's preflight, or one without a valid key.
@@ -103,28 +123,90 @@ func (a *access) admits(w http.ResponseWriter, r *http.Request) bool {
 			}
 		}
 	}
-	keys := *a.keys.Load()
-	if len(keys) == 0 || !strings.HasPrefix(r.URL.Path, "/api/") {
+	if !strings.HasPrefix(r.URL.Path, "/api/") {
 		return true
 	}
-	given := r.Header.Get("X-API-Key")
-	if scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " "); given == "" && strings.EqualFold(scheme, "Bearer") {
-		given = strings.TrimSpace(token)
-	}
-	hash, valid := sha256.Sum256([]byte(given)), 0
-	for i := range keys { // all of them, so that the time does not say which
-		valid |= subtle.ConstantTimeCompare(hash[:], keys[i][:])
-	}
-	if valid == 1 {
+	given := givenKey(r)
+	switch a.rightsOf(given) {
+	case mayAll:
 		return true
+	case maySend:
+		if takesEvents(r) {
+			return true
+		}
+		writeError(w, http.StatusForbidden, "forbidden", "this key is one of WRITE_KEYS and may only send events")
+	default:
+		a.refuse(w, given)
 	}
+	return false
+}
+
+// takesEvents says whether a request goes to a route that takes events.
+func takesEvents(r *http.Request) bool {
+	return r.Method == http.MethodPost && (r.URL.Path == "/api/v1/events" || r.URL.Path == "/api/v1/events/bulk")
+}
+
+// givenKey is the key that a request brings, empty when there is none. In the URL, where histories and logs of others keep it, it
+// counts only where events are taken.
+func givenKey(r *http.Request) string {
+	if key := r.Header.Get("X-API-Key"); key != "" {
+		return key
+	}
+	if scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " "); strings.EqualFold(scheme, "Bearer") {
+		return strings.TrimSpace(token)
+	}
+	if r.URL.RawQuery != "" && takesEvents(r) {
+		return queryValue(r.URL.RawQuery, "key")
+	}
+	return ""
+}
+
+// queryValue is the first value that a query has for name; what cannot be decoded is none. It builds no map.
+func queryValue(rawQuery, name string) string {
+	for pair := range strings.SplitSeq(rawQuery, "&") {
+		if n, v, _ := strings.Cut(pair, "="); n == name {
+			v, _ = url.QueryUnescape(v)
+			return v
+		}
+	}
+	return ""
+}
+
+// rightsOf is what a key allows; without any keys everybody may do everything.
+func (a *access) rightsOf(given string) rights {
+	keys := a.keys.Load()
+	if keys.isEmpty() {
+		return mayAll
+	}
+	hash := sha256.Sum256([]byte(given))
+	switch all, writing := isAmong(&hash, keys.all), isAmong(&hash, keys.writing); {
+	case all:
+		return mayAll
+	case writing:
+		return maySend
+	}
+	return mayNothing
+}
+
+// isAmong compares with all hashes, so that the time does not say which it was.
+func isAmong(hash *[sha256.Size]byte, hashes [][sha256.Size]byte) bool {
+	found := 0
+	for i := range hashes {
+		found |= subtle.ConstantTimeCompare(hash[:], hashes[i][:])
+	}
+	return found == 1
+}
+
+func (k *keyring) isEmpty() bool { return len(k.all)+len(k.writing) == 0 }
+
+// refuse answers a request whose key is not known.
+func (a *access) refuse(w http.ResponseWriter, given string) {
 	w.Header().Set("WWW-Authenticate", `Bearer realm="event-ingestion"`)
 	detail := "the key is not valid"
 	if given == "" {
 		detail = "send a key as Authorization: Bearer KEY, or as X-API-Key: KEY"
 	}
 	writeError(w, http.StatusUnauthorized, "unauthorized", detail)
-	return false
 }
 
 // logs decides whether a request is logged.

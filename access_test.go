@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	crand "crypto/rand"
@@ -16,6 +17,7 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -81,6 +83,60 @@ func TestKeys(t *testing.T) {
 	p.await("told", 5*time.Second, func() bool { return strings.Contains(p.log.String(), "stay as they were") })
 	if status, _, _ := p.ask("POST", onePath, freshEvent("k"), "X-API-Key: "+third); status != 202 {
 		t.Errorf("after a failed reload: %d", status)
+	}
+}
+
+// TestWriteKeys: they send, by header or in the URL, and get nothing else; rotated like the others.
+func TestWriteKeys(t *testing.T) {
+	const all, third = "key-all-0123456789abcdef", "key-&+%-0123456789abcdef" // a key may need escapes in a URL
+	file := filepath.Join(t.TempDir(), "keys")
+	os.WriteFile(file, []byte(firstKey+"\n"+secondKey+"\n"), 0o600)
+	p := startProgram(t, newSpace(t, "API_KEYS="+all, "WRITE_KEYS_FILE="+file, "ACCESS_LOG=1", "LOG_LEVEL=debug"))
+	asked := metricsPath + "event_name=w&from=1&to=2"
+	for _, c := range []struct {
+		method, path, header string
+		status               int
+	}{
+		{"POST", onePath, "X-API-Key: " + firstKey, 202}, {"POST", bulkPath, "Authorization: Bearer " + secondKey, 202},
+		{"POST", onePath + "?key=" + firstKey, "", 202}, {"POST", bulkPath + "?x=1&key=" + secondKey + "&key=2", "", 202},
+		{"POST", onePath + "?key=" + all, "", 202}, {"POST", onePath + "?key=wrong-0123456789abcdef", "", 401},
+		{"POST", onePath + "?key=", "", 401}, {"POST", onePath + "?Key=" + firstKey, "", 401}, {"POST", onePath + "?key=%zz" + firstKey, "", 401},
+		{"POST", onePath + "?key=" + firstKey, "X-API-Key: wrong-0123456789abcdef", 401}, // a header counts for more
+		{"GET", asked, "X-API-Key: " + all, 200}, {"GET", asked, "X-API-Key: " + firstKey, 403}, {"GET", asked + "&key=" + firstKey, "", 401},
+		{"GET", asked + "&key=" + all, "", 401}, {"GET", "/api/v1/overview", "X-API-Key: " + firstKey, 403}, {"HEAD", asked, "X-API-Key: " + firstKey, 403},
+		{"GET", onePath, "X-API-Key: " + firstKey, 403}, {"PUT", onePath, "X-API-Key: " + firstKey, 403}, {"POST", "/api/v1/metrics", "X-API-Key: " + firstKey, 403},
+		{"GET", onePath + "?key=" + firstKey, "", 401}, {"GET", "/api/v1/none", "X-API-Key: " + firstKey, 403}, {"GET", "/health", "X-API-Key: " + firstKey, 200},
+	} {
+		var body []byte
+		contentType := jsonCT
+		if c.method == "POST" {
+			body = freshEvent("w")
+		}
+		if strings.HasPrefix(c.path, bulkPath) {
+			contentType = ndjson
+		}
+		status, header, answer := p.ask(c.method, c.path, body, "Content-Type: "+contentType, cmp.Or(c.header, "X-Other: 1"))
+		if status != c.status || status == 403 && c.method != "HEAD" && !strings.HasPrefix(answer, `{"error":"forbidden"`) {
+			t.Errorf("%s %s %s: %d %s, want %d", c.method, c.path, c.header, status, answer, c.status)
+		}
+		for _, key := range []string{firstKey, secondKey, all} {
+			if strings.Contains(answer+fmt.Sprint(header), key) {
+				t.Errorf("%s %s is told in %s %v", c.method, c.path, answer, header)
+			}
+		}
+	}
+	os.WriteFile(file, []byte(third), 0o600)
+	p.cmd.Process.Signal(syscall.SIGHUP)
+	p.await("rotated", 5*time.Second, func() bool {
+		status, _, _ := p.ask("POST", onePath+"?key="+url.QueryEscape(third), freshEvent("w"))
+		return status == 202
+	})
+	if status, _, _ := p.ask("POST", onePath+"?key="+firstKey, freshEvent("w")); status != 401 {
+		t.Errorf("a removed key: %d", status)
+	}
+	p.terminate()
+	if log := p.log.String(); strings.Contains(log, "0123456789abcdef") || !strings.Contains(log, "path=/api/v1/events ") {
+		t.Errorf("a key is in the log, or nothing is:\n%s", log)
 	}
 }
 
@@ -243,8 +299,8 @@ func TestRoles(t *testing.T) {
 // TestSecretsAreNotTold: whatever goes wrong, keys and passwords stay out of the log and of messages.
 func TestSecretsAreNotTold(t *testing.T) {
 	secrets := []string{firstKey, "clickhouse-secret-4711", "kafka-secret-4711", "sent-by-a-client-4711"}
-	port := freePort(t)
-	env := append(newSpace(t), "LOG_LEVEL=debug", "ACCESS_LOG=1", "SERVER_PORT="+port, "API_KEYS="+secrets[0], "CLICKHOUSE_PASSWORD="+secrets[1],
+	port, admin := freePort(t), freePort(t)
+	env := append(newSpace(t), "ADMIN_ADDR=127.0.0.1:"+admin, "LOG_LEVEL=debug", "ACCESS_LOG=1", "SERVER_PORT="+port, "API_KEYS="+secrets[0], "CLICKHOUSE_PASSWORD="+secrets[1],
 		"CLICKHOUSE_PORT=1", "KAFKA_BROKERS=127.0.0.1:1", "KAFKA_SASL_MECHANISM=PLAIN", "KAFKA_SASL_USERNAME=u", "KAFKA_SASL_PASSWORD="+secrets[2], "ACK_TIMEOUT=1s")
 	p := &program{t: t, env: env, url: "http://127.0.0.1:" + port}
 	p.start()
@@ -257,6 +313,21 @@ func TestSecretsAreNotTold(t *testing.T) {
 		}
 		_, _, answer := p.ask("POST", onePath, freshEvent("s"), "X-API-Key: "+key)
 		told.WriteString(answer)
+		_, _, answer = p.ask("POST", onePath+"?key="+key, freshEvent("s"))
+		told.WriteString(answer)
+		if conn, err := net.Dial("tcp", "127.0.0.1:"+port); err == nil { // what is no request
+			fmt.Fprintf(conn, "POST %s?key=%s HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n", onePath, key)
+			b, _ := io.ReadAll(conn)
+			told.Write(b)
+			conn.Close()
+		}
+	}
+	if resp, err := http.Get("http://127.0.0.1:" + admin + "/metrics"); err != nil {
+		t.Error(err)
+	} else {
+		b, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		told.Write(b)
 	}
 	p.terminate()
 	told.WriteString(p.log.String())

@@ -173,7 +173,7 @@ func (s *system) run(ctx context.Context) error {
 		}
 	}()
 	hup := make(chan os.Signal, 1)
-	if s.cfg.tlsCertFile != "" || os.Getenv("API_KEYS_FILE") != "" { // else the end of a terminal ends the program
+	if s.cfg.tlsCertFile != "" || os.Getenv("API_KEYS_FILE") != "" || os.Getenv("WRITE_KEYS_FILE") != "" { // else the end of a terminal ends the program
 		signal.Notify(hup, syscall.SIGHUP)
 		defer signal.Stop(hup)
 	}

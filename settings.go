@@ -32,6 +32,7 @@ type settings struct {
 	adminAddr        string
 	role             string
 	apiKeys          []string
+	writeKeys        []string
 	corsOrigins      []string
 	tlsCertFile      string
 	tlsKeyFile       string
@@ -80,7 +81,7 @@ type setting struct {
 }
 
 // secrets are the settings that may be given as a file, and whose values no message repeats.
-var secrets = []string{"API_KEYS", "KAFKA_SASL_PASSWORD", "CLICKHOUSE_PASSWORD"}
+var secrets = []string{"API_KEYS", "WRITE_KEYS", "KAFKA_SASL_PASSWORD", "CLICKHOUSE_PASSWORD"}
 
 // settingsTable is every setting of the program, in the order in which -h prints them.
 func (c *settings) settingsTable() []setting {
@@ -93,7 +94,8 @@ func (c *settings) settingsTable() []setting {
 		{"MAX_IN_FLIGHT_BYTES", "67108864", "bytes that requests hold at once, bodies, records and answers, else 503", integer(&c.maxInFlightBytes, 4*maxBulkBody, 1<<40)},
 		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", address(&c.adminAddr)},
 		{"ROLE", "all", "all; api serves HTTP and leaves consuming to others; consumer only consumes, and answers /health and /ready", oneOf(&c.role, "all", "api", "consumer")},
-		{"API_KEYS", "", "comma-separated keys, one of which a request to /api/ has to bring; none lets everybody in", keys(&c.apiKeys)},
+		{"API_KEYS", "", "comma-separated keys, one of which a request to /api/ has to bring; none, and no WRITE_KEYS, lets everybody in", keys(&c.apiKeys)},
+		{"WRITE_KEYS", "", "comma-separated keys that may only send events, for pages and apps, whose keys are public", keys(&c.writeKeys)},
 		{"CORS_ORIGINS", "", "comma-separated origins whose pages may call the API, such as https://shop.example; * is all of them", origins(&c.corsOrigins)},
 		{"TLS_CERT_FILE", "", "certificate chain in PEM; with TLS_KEY_FILE the API speaks HTTPS", text(&c.tlsCertFile, true)},
 		{"TLS_KEY_FILE", "", "its private key in PEM; both are read again on SIGHUP", text(&c.tlsKeyFile, true)},
@@ -185,6 +187,9 @@ func printSettings(w io.Writer) {
 	}
 	fmt.Fprintf(w, "\n%s may stand in a file instead: NAME_FILE is its path.\n", strings.Join(secrets, ", "))
 }
+
+// isOpen says whether nobody needs a key.
+func (c *settings) isOpen() bool { return len(c.apiKeys)+len(c.writeKeys) == 0 }
 
 // orFile returns the value of a secret, from the environment or from the file that NAME_FILE names.
 func orFile(getenv func(string) string, name string) (string, error) {

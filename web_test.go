@@ -75,7 +75,7 @@ func TestDocumentStatuses(t *testing.T) {
 			}
 		}
 	}
-	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey, "ACK_TIMEOUT=1s"))
+	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey, "WRITE_KEYS="+secondKey, "ACK_TIMEOUT=1s"))
 	got := map[string]bool{}
 	try := func(method, path, contentType, body string, headers ...string) {
 		status, _, _ := p.ask(method, path, []byte(body), append(headers, "Content-Type: "+contentType)...)
@@ -105,6 +105,7 @@ func TestDocumentStatuses(t *testing.T) {
 	for _, path := range []string{asked, overview} {
 		try("GET", path, "", "")
 		try("GET", path, "", "", key)
+		try("GET", path, "", "", "X-API-Key: "+secondKey)
 		try("DELETE", path, "", "", key)
 	}
 	try("GET", metrics, "", "", key)
