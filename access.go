@@ -106,22 +106,11 @@ func (a *access) reload() {
 	slog.Info("read again", "api_keys", len(cfg.apiKeys), "write_keys", len(cfg.writeKeys), "certificate", cfg.tlsCertFile)
 }
 
-// admits lets a request through, or answers it: a browser's preflight, or one without a valid key.
+// admits lets a request through, or answers it: a browser's preflight, one from a page that may not send, or one without a
+// valid key.
 func (a *access) admits(w http.ResponseWriter, r *http.Request) bool {
-	if origin := r.Header.Get("Origin"); len(a.origins) > 0 {
-		h := w.Header()
-		h.Add("Vary", "Origin") // also without one: a cache must not give this answer to a page
-		if origin != "" && (slices.Contains(a.origins, "*") || slices.Contains(a.origins, origin)) {
-			h.Set("Access-Control-Allow-Origin", origin)
-			h.Set("Access-Control-Expose-Headers", "Retry-After, X-Request-Id")
-			if r.Method == http.MethodOptions && r.Header.Get("Access-Control-Request-Method") != "" {
-				h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST")
-				h.Set("Access-Control-Allow-Headers", "Authorization, Content-Encoding, Content-Type, X-API-Key, X-Request-Id")
-				h.Set("Access-Control-Max-Age", "600")
-				w.WriteHeader(http.StatusNoContent)
-				return false
-			}
-		}
+	if !a.crosses(w, r) {
+		return false
 	}
 	if !strings.HasPrefix(r.URL.Path, "/api/") {
 		return true
@@ -139,6 +128,47 @@ func (a *access) admits(w http.ResponseWriter, r *http.Request) bool {
 		a.refuse(w, given)
 	}
 	return false
+}
+
+// crosses answers a preflight, and says whether a request may come from the page that it comes from.
+func (a *access) crosses(w http.ResponseWriter, r *http.Request) bool {
+	origin, h := r.Header.Get("Origin"), w.Header()
+	if len(a.origins) > 0 {
+		h.Add("Vary", "Origin") // also without one: a cache must not give this answer to a page
+	}
+	switch method := r.Header.Get("Access-Control-Request-Method"); {
+	case origin == "":
+	case slices.Contains(a.origins, "*") || slices.Contains(a.origins, origin):
+		h.Set("Access-Control-Allow-Origin", origin)
+		h.Set("Access-Control-Expose-Headers", "Retry-After, X-Request-Id")
+		if r.Method == http.MethodPost || method == http.MethodPost { // a beacon comes with credentials, of which none count here
+			h.Set("Access-Control-Allow-Credentials", "true")
+		}
+		if r.Method == http.MethodOptions && method != "" {
+			h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST")
+			h.Set("Access-Control-Allow-Headers", "Authorization, Content-Encoding, Content-Type, X-API-Key, X-Request-Id")
+			h.Set("Access-Control-Max-Age", "600")
+			w.WriteHeader(http.StatusNoContent)
+			return false
+		}
+	case r.Method == http.MethodPost && needsNoPreflight(r) && !isOwnPage(r, origin):
+		writeError(w, http.StatusForbidden, "forbidden", "pages of this origin may not send events: it is not in CORS_ORIGINS")
+		return false
+	}
+	return true
+}
+
+// needsNoPreflight says whether a browser sends such a request of any page without asking first. The types of forms are none
+// that this API takes.
+func needsNoPreflight(r *http.Request) bool {
+	media := r.Header.Get("Content-Type")
+	return media == "" || mediaType(r) == typeText
+}
+
+// isOwnPage says whether origin is this server, by the name that the client calls it.
+func isOwnPage(r *http.Request, origin string) bool {
+	_, host, _ := strings.Cut(origin, "://")
+	return host != "" && host == r.Host
 }
 
 // takesEvents says whether a request goes to a route that takes events.

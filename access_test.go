@@ -160,6 +160,30 @@ func TestCORS(t *testing.T) {
 	if status != 202 || header.Get("Access-Control-Allow-Origin") != "http://localhost:5173" {
 		t.Errorf("request: %d %v", status, header)
 	}
+	beacon := append(preflight, "Origin: https://shop.example")
+	if _, header, _ = p.ask("OPTIONS", onePath, nil, beacon...); header.Get("Access-Control-Allow-Credentials") != "true" {
+		t.Errorf("a beacon's preflight: %v", header)
+	}
+	if _, header, _ = p.ask("OPTIONS", metricsPath, nil, "Access-Control-Request-Method: GET", "Origin: https://shop.example"); header.Get("Access-Control-Allow-Credentials") != "" {
+		t.Errorf("a question's preflight: %v", header)
+	}
+	own := "Origin: " + p.url
+	for _, c := range []struct {
+		contentType, origin string
+		status              int
+	}{
+		{"text/plain;charset=UTF-8", "Origin: https://shop.example", 202}, {"text/plain", "Origin: https://evil.example", 403}, {"TEXT/Plain", "Origin: null", 403},
+		{"", "Origin: https://evil.example", 403}, {"", "X-Other: 1", 202}, {"text/plain", own, 202}, {"text/plain", own + "0", 403},
+		{jsonCT, "Origin: https://evil.example", 202}, // of no browser: that would have asked
+	} {
+		headers := []string{c.origin, "X-API-Key: " + firstKey}
+		if c.contentType != "" {
+			headers = append(headers, "Content-Type: "+c.contentType)
+		}
+		if status, _, answer := p.ask("POST", onePath, freshEvent("c"), headers...); status != c.status {
+			t.Errorf("%q %s: %d %s, want %d", c.contentType, c.origin, status, answer, c.status)
+		}
+	}
 	if status, header, _ := p.ask("POST", onePath, freshEvent("c"), "Origin: http://localhost:5173"); status != 401 || header.Get("Access-Control-Allow-Origin") == "" {
 		t.Errorf("a page has to see that its key is missing: %d %v", status, header)
 	}

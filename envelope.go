@@ -63,6 +63,27 @@ func eachEvent(r *jsonReader, do func(*jsonReader) error) error {
 	return nil
 }
 
+// isEnvelope says whether a body is {"events":…} rather than an event a line, as far as its first object tells. What is no
+// JSON at all counts as an envelope if it begins like one: the complaint is then about the body, not about its lines.
+func isEnvelope(body []byte) bool {
+	r := jsonReader{b: body}
+	if !r.eat('{') {
+		return false
+	}
+	for n := 0; ; n++ {
+		if more, err := r.more(n, '}'); err != nil || !more {
+			return err != nil
+		}
+		k, err := r.key()
+		if err != nil || k.is("events") {
+			return true
+		}
+		if _, err := r.value(); err != nil {
+			return true
+		}
+	}
+}
+
 // eachElement calls do with r in front of each of the array's elements, of which it allows maxBulkEvents.
 func eachElement(r *jsonReader, do func(*jsonReader) error) (n int, err error) {
 	if !r.eat('[') {

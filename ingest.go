@@ -48,7 +48,7 @@ func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats) *ingester
 
 // serveOne answers POST /api/v1/events.
 func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
-	if mediaType(r) != typeJSON {
+	if media := mediaType(r); media != typeJSON && media != typeText {
 		writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send application/json")
 		return
 	}
@@ -98,6 +98,11 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer in.release(q)
+	if media == typeText { // of a page's beacon, which cannot say what it is
+		if media = typeJSON; !isEnvelope(q.body.b) {
+			media = typeNDJSON
+		}
+	}
 	if err := q.encode(r.Context(), media, time.Now().Unix()); err != nil {
 		writeReadError(w, err)
 		return
@@ -404,7 +409,7 @@ func (q *ingestRequest) addError(index int, problems []problem, owed bool) error
 	return nil
 }
 
-// mediaType returns typeJSON, typeNDJSON or "" for a Content-Type that is neither. An absent one means JSON.
+// mediaType returns typeJSON, typeNDJSON, typeText or "" for a Content-Type that is none of them. An absent one means JSON.
 func mediaType(r *http.Request) string {
 	header := r.Header["Content-Type"]
 	if len(header) == 0 {
@@ -416,6 +421,8 @@ func mediaType(r *http.Request) string {
 		return typeJSON
 	case strings.EqualFold(media, typeNDJSON):
 		return typeNDJSON
+	case strings.EqualFold(media, typeText):
+		return typeText
 	}
 	return ""
 }

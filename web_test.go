@@ -95,7 +95,8 @@ func TestDocumentStatuses(t *testing.T) {
 	for _, path := range []string{onePath, bulkPath} {
 		try("POST", path, jsonCT, event())
 		try("POST", path, jsonCT, "{", key)
-		try("POST", path, "text/plain", "x", key)
+		try("POST", path, "text/html", "x", key)
+		try("POST", path, "text/plain", "x", key, "Origin: https://other.example")
 		try("POST", path, jsonCT, strings.Repeat(" ", 9<<20), key)
 		try("PUT", path, jsonCT, "", key)
 	}

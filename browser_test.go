@@ -1,0 +1,134 @@
+// What a page on another origin can send, in a real browser: beacons, requests that outlive the page, compressed ones.
+
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// visit has headless Chromium open pages of an origin of its own, the first of them, and returns what their scripts report
+// to /report, up to the number that is wanted.
+func visit(t *testing.T, chromium string, pages map[string]string, first string, reports int) (origin string, open func() []string) {
+	t.Helper()
+	said := make(chan string, 100)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/report" {
+			said <- r.FormValue("said")
+			return
+		}
+		w.Header().Set("Content-Type", "text/html")
+		fmt.Fprint(w, "<!doctype html><meta charset=utf-8>", pages[r.URL.Path])
+	}))
+	t.Cleanup(server.Close)
+	return server.URL, func() (all []string) {
+		dir, err := os.MkdirTemp("", "browser")
+		if err != nil {
+			t.Fatal(err)
+		}
+		log := new(logBuffer)
+		cmd := exec.Command(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+			"--disable-component-update", "--disable-sync", "--user-data-dir="+dir, server.URL+first)
+		cmd.Stderr = log
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // it has children
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+			cmd.Wait()
+			os.RemoveAll(dir) // a child that is still ending may leave something
+		}()
+		for deadline := time.After(time.Minute); len(all) < reports; {
+			select {
+			case s := <-said:
+				all = append(all, s)
+			case <-deadline:
+				t.Fatalf("the browser reported %q; it said:\n%.4000s", all, log)
+			}
+		}
+		return all
+	}
+}
+
+// pageScript wraps what a page does: api is where it sends, event makes up an event, and a failure is reported.
+func pageScript(api, body string) string {
+	return `<script>
+const api = '` + api + `', key = '` + firstKey + `', user = () => Math.random().toString(36).slice(2)
+const event = (name) => ({event_name: name, user_id: user() + user(), timestamp: Math.floor(Date.now() / 1000), channel: 'web'})
+const report = (said) => fetch('/report?said=' + encodeURIComponent(said), {keepalive: true})
+const go = async () => {` + body + `}
+go().catch((e) => report('failed: ' + e))
+</script>`
+}
+
+func TestPagesOfOthers(t *testing.T) {
+	chromium, err := exec.LookPath("chromium")
+	if err != nil {
+		t.Skip("chromium is not installed")
+	}
+	api := "http://127.0.0.1:" + freePort(t)
+	pages := map[string]string{
+		"/": pageScript(api, `
+			const one = api + '/api/v1/events', bulk = api + '/api/v1/events/bulk', said = {}
+			const many = (name, n) => Array.from({length: n}, () => event(name))
+			said.text = navigator.sendBeacon(one + '?key=' + key, JSON.stringify(event('text')))
+			said.blob = navigator.sendBeacon(one + '?key=' + key, new Blob([JSON.stringify(event('blob'))], {type: 'application/json'}))
+			said.bulk_text = navigator.sendBeacon(bulk + '?key=' + key, JSON.stringify({events: many('bulk_text', 3)}))
+			said.bulk_blob = navigator.sendBeacon(bulk + '?key=' + key, new Blob([JSON.stringify({events: many('bulk_blob', 4)})], {type: 'application/json'}))
+			said.lines = navigator.sendBeacon(bulk + '?key=' + key, many('lines', 5).map((e) => JSON.stringify(e)).join('\n'))
+			const headers = {'Content-Type': 'application/json', 'X-API-Key': key}
+			const kept = await fetch(one, {method: 'POST', keepalive: true, headers, body: JSON.stringify(event('keepalive'))})
+			said.keepalive = kept.status + ' ' + (await kept.json()).status
+			const plain = new Blob([JSON.stringify({events: many('gzip', 100)})])
+			const body = await new Response(plain.stream().pipeThrough(new CompressionStream('gzip'))).arrayBuffer()
+			said.gzip = (await fetch(bulk, {method: 'POST', headers: {...headers, 'Content-Encoding': 'gzip'}, body})).status
+			said.smaller = body.byteLength < plain.size
+			said.asks = (await fetch(api + '/api/v1/overview', {headers})).status
+			addEventListener('pagehide', () => navigator.sendBeacon(bulk + '?key=' + key, JSON.stringify({events: many('hidden', 2)})))
+			await report(JSON.stringify(said))
+			location.href = '/next'`),
+		"/next": pageScript(api, `await report('next')`),
+	}
+	origin, open := visit(t, chromium, pages, "/", 2)
+	foreign, openForeign := visit(t, chromium, map[string]string{"/": pageScript(api, `
+			await fetch(api + '/api/v1/events?key=' + key, {method: 'POST', mode: 'no-cors', body: JSON.stringify(event('foreign'))})
+			await fetch(api + '/api/v1/events?key=' + key, {method: 'POST', mode: 'no-cors', body: new Blob([JSON.stringify(event('foreign'))])})
+			const asked = await fetch(api + '/api/v1/events', {method: 'POST', headers: {'X-API-Key': key}, body: JSON.stringify(event('foreign'))}).catch(() => 'refused')
+			await report(asked)`)}, "/", 1)
+	p := startProgram(t, newSpace(t, "SERVER_PORT="+strings.TrimPrefix(api, "http://127.0.0.1:"), "API_KEYS="+secondKey, "WRITE_KEYS="+firstKey, "CORS_ORIGINS="+origin))
+
+	var said struct {
+		Text, Blob, Lines, Smaller bool
+		BulkText                   bool `json:"bulk_text"`
+		BulkBlob                   bool `json:"bulk_blob"`
+		Keepalive                  string
+		Gzip, Asks                 int
+	}
+	reports := open()
+	if err := json.Unmarshal([]byte(reports[0]), &said); err != nil || !said.Text || !said.Blob || !said.BulkText || !said.BulkBlob || !said.Lines || !said.Smaller ||
+		said.Keepalive != "202 queued" || said.Gzip != 202 || said.Asks != 403 || reports[1] != "next" {
+		t.Errorf("the page of %s reported %q", origin, reports)
+	}
+	if reports := openForeign(); reports[0] != "refused" {
+		t.Errorf("the page of %s reported %q", foreign, reports)
+	}
+	key := "X-API-Key: " + secondKey
+	for name, want := range map[string]int{"text": 1, "blob": 1, "bulk_text": 3, "bulk_blob": 4, "lines": 5, "keepalive": 1, "gzip": 100, "hidden": 2} {
+		p.await(fmt.Sprintf("counted: %d of %s", want, name), 30*time.Second, func() bool {
+			_, _, answer := p.ask("GET", fmt.Sprintf("%sevent_name=%s&from=1&to=%d", metricsPath, name, time.Now().Unix()+10), nil, key)
+			return strings.HasPrefix(answer, fmt.Sprintf(`{"total_count":%d,`, want))
+		})
+	}
+	if n := clickhouseQuery(t, "SELECT count() FROM "+space(p.env, "CLICKHOUSE_DATABASE")+".events"); n != "117" {
+		t.Errorf("%s events are stored, want 117", n)
+	}
+}
