@@ -13,6 +13,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"slices"
@@ -46,6 +47,27 @@ const (
 	maySend           // events, and ask for nothing: what a page brings is public
 	mayAll
 )
+
+// client is who sends: the hash of a valid key, or an address. An address of IPv6 is its network of 64 bits, all of which
+// one host has.
+type client [sha256.Size]byte
+
+// clientOf is by address when the request brought no key that counts. Behind a proxy that is the proxy's.
+func clientOf(w http.ResponseWriter, r *http.Request) (c client) {
+	if x, ok := w.(*exchange); ok && x.client != (client{}) {
+		return x.client
+	}
+	from, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return client{} // a socket without addresses: all of them are one
+	}
+	addr := from.Addr().Unmap().WithZone("").As16()
+	if !from.Addr().Unmap().Is4() {
+		clear(addr[8:])
+	}
+	copy(c[:], addr[:])
+	return c
+}
 
 // maxFaultLogs is how many failed requests are logged a second.
 const maxFaultLogs = 10
@@ -108,24 +130,25 @@ func (a *access) reload() {
 
 // admits lets a request through, or answers it: a browser's preflight, one from a page that may not send, or one without a
 // valid key.
-func (a *access) admits(w http.ResponseWriter, r *http.Request) bool {
-	if !a.crosses(w, r) {
+func (a *access) admits(x *exchange, r *http.Request) bool {
+	if !a.crosses(x, r) {
 		return false
 	}
 	if !strings.HasPrefix(r.URL.Path, "/api/") {
 		return true
 	}
 	given := givenKey(r)
-	switch a.rightsOf(given) {
+	may, key := a.rightsOf(given)
+	switch x.client = key; may {
 	case mayAll:
 		return true
 	case maySend:
 		if takesEvents(r) {
 			return true
 		}
-		writeError(w, http.StatusForbidden, "forbidden", "this key is one of WRITE_KEYS and may only send events")
+		writeError(x, http.StatusForbidden, "forbidden", "this key is one of WRITE_KEYS and may only send events")
 	default:
-		a.refuse(w, given)
+		a.refuse(x, given)
 	}
 	return false
 }
@@ -202,20 +225,20 @@ func queryValue(rawQuery, name string) string {
 	return ""
 }
 
-// rightsOf is what a key allows; without any keys everybody may do everything.
-func (a *access) rightsOf(given string) rights {
+// rightsOf is what a key allows, and whose it is; without any keys everybody may do everything, and a key is nobody's.
+func (a *access) rightsOf(given string) (rights, client) {
 	keys := a.keys.Load()
 	if keys.isEmpty() {
-		return mayAll
+		return mayAll, client{}
 	}
 	hash := sha256.Sum256([]byte(given))
 	switch all, writing := isAmong(&hash, keys.all), isAmong(&hash, keys.writing); {
 	case all:
-		return mayAll
+		return mayAll, hash
 	case writing:
-		return maySend
+		return maySend, hash
 	}
-	return mayNothing
+	return mayNothing, client{}
 }
 
 // isAmong compares with all hashes, so that the time does not say which it was.

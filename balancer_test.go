@@ -4,6 +4,9 @@
 package main
 
 import (
+	"bytes"
+	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -14,15 +17,15 @@ import (
 )
 
 // startBalancer runs HAProxy with deploy/haproxy.cfg in front of the copies and returns a program that stands for it.
-// Only addresses are replaced.
-func startBalancer(t *testing.T, haproxy string, copies []*program) *program {
+// Only addresses are replaced, and what a test says, in pairs.
+func startBalancer(t *testing.T, haproxy string, copies []*program, replaced ...string) *program {
 	t.Helper()
 	cfg, err := os.ReadFile("deploy/haproxy.cfg")
 	if err != nil {
 		t.Fatal(err)
 	}
 	port := freePort(t)
-	replace := []string{"bind :8080", "bind 127.0.0.1:" + port, "bind 127.0.0.1:8404", "bind 127.0.0.1:" + freePort(t)}
+	replace := append(replaced, "bind :8080", "bind 127.0.0.1:"+port, "bind 127.0.0.1:8404", "bind 127.0.0.1:"+freePort(t))
 	for i, name := range []string{"event-ingestion", "event-ingestion-2", "event-ingestion-3"} {
 		replace = append(replace, " "+name+":8080", " "+strings.TrimPrefix(copies[i].url, "http://"))
 	}
@@ -52,7 +55,7 @@ func TestBalancer(t *testing.T) {
 	if err != nil {
 		t.Skip("haproxy is not installed")
 	}
-	env := newSpace(t)
+	env := newSpace(t, "MAX_IN_FLIGHT_BYTES_PER_CLIENT=0")
 	copies := []*program{startProgram(t, env), startProgram(t, env), startProgram(t, env)}
 	b := startBalancer(t, haproxy, copies)
 
@@ -94,5 +97,56 @@ func TestBalancer(t *testing.T) {
 	mustAgree(t, away, b.url)
 	if away.ok.Load() < 4000 {
 		t.Errorf("%d events accepted while ClickHouse was away", away.ok.Load())
+	}
+}
+
+// TestBalancerRates: an address that asks too often is told so, with when to come back, and nobody else is.
+func TestBalancerRates(t *testing.T) {
+	haproxy, err := exec.LookPath("haproxy")
+	if err != nil {
+		t.Skip("haproxy is not installed")
+	}
+	p := startProgram(t, newSpace(t, "MAX_IN_FLIGHT_BYTES_PER_CLIENT=0"))
+	for name, c := range map[string]struct {
+		lower []string // what a test can reach on any machine
+		body  int
+	}{
+		"requests": {[]string{"gt 10000", "gt 100"}, 10},
+		"bytes":    {[]string{"gt 320000000", "gt 3000000"}, 100_000},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := startBalancer(t, haproxy, []*program{p, p, p}, c.lower...)
+			from := func(address string) (status int, retryAfter, answer string) {
+				transport := &http.Transport{DialContext: (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address)}}).DialContext, DisableKeepAlives: true}
+				body := append([]byte(strings.Repeat(" ", c.body)), freshEvent("r")...)
+				resp, err := (&http.Client{Transport: transport}).Post(b.url+bulkPath, ndjson, bytes.NewReader(body))
+				if err != nil {
+					t.Skip("there is only one address here: ", err)
+				}
+				defer resp.Body.Close()
+				text, _ := io.ReadAll(resp.Body)
+				return resp.StatusCode, resp.Header.Get("Retry-After"), string(text)
+			}
+			accepted := 0
+			b.await("too often", time.Minute, func() bool {
+				for range 20 {
+					switch status, retryAfter, answer := from("127.0.0.2"); {
+					case status == http.StatusAccepted:
+						accepted++
+					case status == http.StatusTooManyRequests && retryAfter == "10" && strings.HasPrefix(answer, `{"error":"too many requests"`):
+						return true
+					default:
+						t.Fatal(status, retryAfter, answer)
+					}
+				}
+				return false
+			})
+			if accepted < 10 {
+				t.Errorf("refused after %d requests", accepted)
+			}
+			if status, _, answer := from("127.0.0.1"); status != http.StatusAccepted {
+				t.Errorf("somebody else: %d %s", status, answer)
+			}
+		})
 	}
 }

@@ -103,6 +103,9 @@ func BenchmarkRecordToRow(b *testing.B) {
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/rows, "ns/event")
 }
 
+// oneClient lets the one client that there is in a benchmark take all.
+const oneClient = "MAX_IN_FLIGHT_BYTES_PER_CLIENT=0"
+
 // BenchmarkInsert is one round into the real tables, of 1, 5 and 20 full blocks.
 func BenchmarkInsert(b *testing.B) {
 	for _, blocks := range []int{1, 5, 20} {
@@ -146,7 +149,7 @@ const wholePathEvents = 200_000
 // same schema: what a client gets without this system. For scale, also as inserts of 100,000 rows, ClickHouse at its
 // best, which needs somebody who collects them. One operation is wholePathEvents events.
 func BenchmarkWholePath(b *testing.B) {
-	env := newSpace(b)
+	env := newSpace(b, oneClient)
 	p := startProgram(b, env)
 	other := settingsFrom(b, newSpace(b))
 	if err := newStore(other).applySchema(b.Context()); err != nil {
@@ -225,7 +228,7 @@ func insertOverHTTP(b testing.TB, database string, rowsPerInsert int) float64 {
 func BenchmarkDedupe(b *testing.B) {
 	const dedupeEvents = 200_000
 	admin := freePort(b)
-	p := startProgram(b, newSpace(b, "ADMIN_ADDR=127.0.0.1:"+admin))
+	p := startProgram(b, newSpace(b, oneClient, "ADMIN_ADDR=127.0.0.1:"+admin))
 	now, serial, want, sent := time.Now().Unix(), 0, 0, 0
 	settled := func() (n int) { // records that are stored or known to be duplicates
 		resp, err := http.Get("http://127.0.0.1:" + admin + "/metrics")
@@ -330,7 +333,7 @@ func BenchmarkKnown(b *testing.B) {
 // BenchmarkSinglePost compares single events over 128 connections with a net/http handler that only parses, hashes
 // and awaits the same acknowledgement. One operation is a second of each.
 func BenchmarkSinglePost(b *testing.B) {
-	env := newSpace(b)
+	env := newSpace(b, oneClient)
 	p := startProgram(b, env)
 	bare := startBare(b, env)
 	measure := func(url string) float64 {

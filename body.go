@@ -2,7 +2,7 @@
 //
 // body.go reads a body from the wire into a buffer. A body is bounded by its own limit (counted after decompression, so
 // that a small bomb is a large body), by the server's read timeout, and by the budget of bytes that all requests together
-// may hold, from the first byte read until Kafka has acknowledged the last record.
+// and those of one client may hold, from the first byte read until Kafka has acknowledged the last record.
 
 package main
 
@@ -34,7 +34,6 @@ const (
 
 var (
 	errBodyTooLarge = errors.New("the body is larger than the limit")
-	errOverBudget   = errors.New("too much is in flight")
 	errEncoding     = errors.New("unsupported content encoding: send gzip, zstd or none")
 	errTimeUp       = errors.New("the time for this request is up")
 )
@@ -45,55 +44,54 @@ type errBadStream struct{ err error }
 func (e errBadStream) Error() string { return e.err.Error() }
 
 // readBody reads r's body. The buffer is the caller's, to be put back. The errors are errBodyTooLarge, errOverBudget,
-// errEncoding, errTimeUp, errBadStream, and the context's when the client is gone.
-func (in *ingester) readBody(r *http.Request, limit int) (*buffer, error) {
+// errOverShare, errEncoding, errTimeUp, errBadStream, and the context's when the client is gone.
+func (in *ingester) readBody(acc *account, r *http.Request, limit int) (*buffer, error) {
 	if r.ContentLength > int64(limit) {
 		return nil, errBodyTooLarge
 	}
 	switch encoding := strings.ToLower(r.Header.Get("Content-Encoding")); encoding {
 	case "", "identity":
-		return in.readAll(r.Context(), r.Body, int(r.ContentLength), limit)
+		return acc.readAll(r.Context(), r.Body, int(r.ContentLength), limit)
 	case "gzip", "zstd":
-		raw, err := in.readAll(r.Context(), r.Body, int(r.ContentLength), limit)
+		raw, err := acc.readAll(r.Context(), r.Body, int(r.ContentLength), limit)
 		if err != nil {
 			return nil, err
 		}
-		defer in.bodies.put(raw)
-		return in.decompress(r.Context(), encoding, raw.b, limit)
+		defer acc.put(raw)
+		return in.decompress(acc, r.Context(), encoding, raw.b, limit)
 	default:
 		return nil, errEncoding
 	}
 }
 
 // readAll reads src to its end. hint is its length, or -1; limit is the most it may have.
-func (in *ingester) readAll(ctx context.Context, src io.Reader, hint, limit int) (*buffer, error) {
+func (a *account) readAll(ctx context.Context, src io.Reader, hint, limit int) (*buffer, error) {
 	if hint < 0 {
 		hint = firstRead
 	}
 	// One byte more than expected, so that the end is seen without growing again.
-	body := in.bodies.get(min(hint, firstClaim) + 1)
-	if body == nil {
-		return nil, errOverBudget
-	}
-	err := in.readInto(&body, ctx, src, limit)
+	body, err := a.get(min(hint, firstClaim) + 1)
 	if err != nil {
-		in.bodies.put(body)
+		return nil, err
+	}
+	if err := a.readInto(&body, ctx, src, limit); err != nil {
+		a.put(body)
 		return nil, err
 	}
 	return body, nil
 }
 
 // readInto appends src to *body, which it replaces by a bigger buffer where it has to.
-func (in *ingester) readInto(body **buffer, ctx context.Context, src io.Reader, limit int) error {
+func (a *account) readInto(body **buffer, ctx context.Context, src io.Reader, limit int) error {
 	for {
 		b := *body
 		if len(b.b) == cap(b.b) {
-			bigger := in.bodies.get(min(2*cap(b.b), limit+1))
-			if bigger == nil {
-				return errOverBudget
+			bigger, err := a.get(min(2*cap(b.b), limit+1))
+			if err != nil {
+				return err
 			}
 			bigger.b = append(bigger.b, b.b...)
-			in.bodies.put(b)
+			a.put(b)
 			b, *body = bigger, bigger
 		}
 		n, err := src.Read(b.b[len(b.b):cap(b.b)])
@@ -111,7 +109,7 @@ func (in *ingester) readInto(body **buffer, ctx context.Context, src io.Reader, 
 	}
 }
 
-func (in *ingester) decompress(ctx context.Context, encoding string, raw []byte, limit int) (*buffer, error) {
+func (in *ingester) decompress(acc *account, ctx context.Context, encoding string, raw []byte, limit int) (*buffer, error) {
 	var d *decompressor
 	select { // Fast path
 	case d = <-decompressors:
@@ -131,7 +129,7 @@ func (in *ingester) decompress(ctx context.Context, encoding string, raw []byte,
 	if err != nil {
 		return nil, errBadStream{err}
 	}
-	return in.readAll(ctx, src, min(4*len(raw), limit), limit)
+	return acc.readAll(ctx, src, min(4*len(raw), limit), limit)
 }
 
 // decompressor keeps the state of both decoders for the next body: about 40 KiB, and up to twice maxZstdWindow.
@@ -199,6 +197,9 @@ func writeReadError(w http.ResponseWriter, err error) {
 		// The rest of the body is not read: the connection ends with this answer.
 		w.Header().Set("Connection", "close")
 		writeError(w, http.StatusRequestEntityTooLarge, "request body too large", "the limit is 64 KiB for one event, 8 MiB for a bulk, after decompression")
+	case errors.Is(err, errOverShare):
+		w.Header().Set("Retry-After", retryAfterSeconds)
+		writeError(w, http.StatusTooManyRequests, "too many requests", err.Error())
 	case errors.Is(err, errOverBudget), errors.Is(err, errTimeUp):
 		writeUnavailable(w, err.Error())
 	case errors.Is(err, context.Canceled): // the client is gone: nobody is left to tell

@@ -1,12 +1,14 @@
 // The memory of requests: buffers in sizes of powers of two, counted from get to put.
 //
-// buffers.go owns the budget of bytes that all requests together may hold, and the pools of buffers that come out of it.
-// A request takes what it needs, when it needs it, and is charged for the whole buffer: a client that claims much and sends
-// little, or is slow, holds little.
+// buffers.go owns the budget of bytes that all requests together may hold, what of it each client holds, and the pools of
+// buffers that come out of it. A request takes what it needs, when it needs it, and is charged for the whole buffer: a client
+// that claims much and sends little, or is slow, holds little. One that sends much at once and never to the end holds its
+// share, and the others the rest.
 
 package main
 
 import (
+	"errors"
 	"math/bits"
 	"sync"
 	"sync/atomic"
@@ -20,12 +22,31 @@ const (
 	bufferSizes = 11
 )
 
+var (
+	errOverBudget = errors.New("too much is in flight")
+	errOverShare  = errors.New("too much of this key, or of this address without a key, is in flight")
+)
+
 // byteBudget bounds the bytes that requests hold. The zero limit refuses everything.
 type byteBudget struct {
-	limit int64
-	used  atomic.Int64
-	pools [bufferSizes]sync.Pool // of *buffer, by size
+	limit     int64
+	perClient int64 // of these the most that one client holds; 0 is no limit
+	used      atomic.Int64
+	pools     [bufferSizes]sync.Pool // of *buffer, by size
+
+	mu       sync.Mutex          // guards accounts, and the requests of each
+	accounts map[client]*account // of clients that have a request in flight, and of nobody else
 }
+
+// account is what the requests of one client hold. Each request opens it, takes and gives back through it, and closes it.
+type account struct {
+	budget   *byteBudget
+	client   client
+	used     atomic.Int64
+	requests atomic.Int32
+}
+
+var accounts = sync.Pool{New: func() any { return new(account) }}
 
 // buffer is bytes with an owner, who gives them back.
 type buffer struct{ b []byte }
@@ -38,40 +59,81 @@ func (b *buffer) bytes() []byte {
 	return b.b
 }
 
-func (b *byteBudget) take(n int) bool {
+// open returns the client's account for one more request.
+func (b *byteBudget) open(c client) *account {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	a := b.accounts[c]
+	if a == nil {
+		if b.accounts == nil {
+			b.accounts = map[client]*account{}
+		}
+		a = accounts.Get().(*account)
+		a.budget, a.client = b, c
+		b.accounts[c] = a
+	}
+	a.requests.Add(1)
+	return a
+}
+
+// close ends a request, which has given back what it took. With the client's last one the account is gone.
+func (a *account) close() {
+	b := a.budget
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if a.requests.Add(-1) == 0 {
+		delete(b.accounts, a.client)
+		a.budget = nil
+		accounts.Put(a)
+	}
+}
+
+// take charges n bytes. A client's only request may take what is there: one body can be larger than the share of a client,
+// and would else be refused for ever.
+func (a *account) take(n int) error {
+	b := a.budget
+	if used := a.used.Add(int64(n)); b.perClient > 0 && used > b.perClient && a.requests.Load() > 1 {
+		a.used.Add(int64(-n))
+		return errOverShare
+	}
 	if b.used.Add(int64(n)) > b.limit {
-		b.used.Add(int64(-n))
-		return false
+		a.give(n)
+		return errOverBudget
 	}
-	return true
+	return nil
 }
 
-func (b *byteBudget) give(n int) { b.used.Add(int64(-n)) }
+func (a *account) give(n int) {
+	a.used.Add(int64(-n))
+	a.budget.used.Add(int64(-n))
+}
 
-// get returns an empty buffer with room for n bytes, nil when that would pass the limit.
-func (b *byteBudget) get(n int) *buffer {
-	if !b.take(bufferSize(n)) {
+// get returns an empty buffer with room for n bytes. The errors are errOverBudget and errOverShare.
+func (a *account) get(n int) (*buffer, error) {
+	if err := a.take(bufferSize(n)); err != nil {
+		return nil, err
+	}
+	return a.budget.taken(bufferSize(n)), nil
+}
+
+// grow puts a bigger buffer with the same bytes in the place of *buf, unless that has room for n more. On an error, which is
+// one of get's, it stays as it was. Of what is owed, an answer, no limit is asked.
+func (a *account) grow(buf **buffer, n int, owed bool) error {
+	b := (*buf).bytes()
+	if cap(b)-len(b) >= n { // Fast path
 		return nil
 	}
-	return b.taken(bufferSize(n))
-}
-
-// grow returns a buffer with buf's bytes and room for n more: buf itself if it has it, else a bigger one in its place. It
-// is nil when that would pass the limit; buf stays as it was. Of what is owed, an answer, the limit is not asked.
-func (b *byteBudget) grow(buf *buffer, n int, owed bool) *buffer {
-	if cap(buf.b)-len(buf.b) >= n { // Fast path
-		return buf
-	}
-	size := bufferSize(max(len(buf.b)+n, 2*cap(buf.b)))
+	size := bufferSize(max(len(b)+n, 2*cap(b)))
 	if owed {
-		b.used.Add(int64(size))
-	} else if !b.take(size) {
-		return nil
+		a.give(-size)
+	} else if err := a.take(size); err != nil {
+		return err
 	}
-	bigger := b.taken(size)
-	bigger.b = append(bigger.b, buf.b...)
-	b.put(buf)
-	return bigger
+	bigger := a.budget.taken(size)
+	bigger.b = append(bigger.b, b...)
+	a.put(*buf)
+	*buf = bigger
+	return nil
 }
 
 // taken returns a buffer of a size that has been taken.
@@ -85,14 +147,14 @@ func (b *byteBudget) taken(size int) *buffer {
 }
 
 // put takes a buffer back; nobody may look at its bytes any more. nil is fine.
-func (b *byteBudget) put(buf *buffer) {
+func (a *account) put(buf *buffer) {
 	if buf == nil {
 		return
 	}
-	b.give(cap(buf.b))
+	a.give(cap(buf.b))
 	if pool := bufferPool(cap(buf.b)); cap(buf.b) >= minBuffer && pool < bufferSizes {
 		buf.b = buf.b[:0]
-		b.pools[pool].Put(buf)
+		a.budget.pools[pool].Put(buf)
 	}
 }
 

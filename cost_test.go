@@ -67,7 +67,7 @@ func costOf(single bool, media, encoding string, body []byte) (c cost) {
 	if single {
 		limit, pool = maxSingleBody, &in.singles
 	}
-	if q, err := in.receive(r, pool, limit); err != nil {
+	if q, err := in.receive(w, r, pool, limit); err != nil {
 		writeReadError(w, err)
 	} else if single {
 		if _, problems, err := q.parser.parse(q.body.b); err != nil {
@@ -319,8 +319,62 @@ func TestClientGone(t *testing.T) {
 	}
 	r := httptest.NewRequestWithContext(gone, "POST", bulkPath, bytes.NewReader(gzipped(bytes.Repeat(body, 100))))
 	r.Header.Set("Content-Encoding", "gzip")
-	if _, err := q.in.readBody(r, maxBulkBody); !errors.Is(err, context.Canceled) {
+	if _, err := q.in.readBody(q.account, r, maxBulkBody); !errors.Is(err, context.Canceled) {
 		t.Errorf("decompressed to the end: %v", err)
+	}
+}
+
+// TestShares: beyond its share a client is refused, but for its only request, and nobody else is; accounts last as long as
+// requests do.
+func TestShares(t *testing.T) {
+	var b byteBudget
+	b.limit, b.perClient = 100<<10, 10<<10
+	one, again, other := b.open(client{1}), b.open(client{1}), b.open(client{2})
+	if one != again || one == other || len(b.accounts) != 2 {
+		t.Fatalf("%d accounts", len(b.accounts))
+	}
+	for _, c := range []struct {
+		who  *account
+		n    int
+		want error
+	}{{one, 8 << 10, nil}, {again, 2 << 10, nil}, {one, 1, errOverShare}, {again, 1, errOverShare}, {other, 80 << 10, nil}, {other, 11 << 10, errOverBudget}, {other, 10 << 10, nil}, {other, 1, errOverBudget}} {
+		if err := c.who.take(c.n); err != c.want {
+			t.Errorf("%d bytes of %v: %v, want %v", c.n, c.who.client[0], err, c.want)
+		}
+	}
+	if one.used.Load() != 10<<10 || other.used.Load() != 90<<10 || b.used.Load() != 100<<10 {
+		t.Errorf("%d and %d of %d bytes used", one.used.Load(), other.used.Load(), b.used.Load())
+	}
+	other.give(90 << 10)
+	other.close()
+	again.close()
+	if err := one.take(80 << 10); err != nil { // alone
+		t.Error(err)
+	}
+	one.give(90 << 10)
+	if one.close(); len(b.accounts) != 0 || b.used.Load() != 0 {
+		t.Errorf("%d accounts are left, %d bytes", len(b.accounts), b.used.Load())
+	}
+}
+
+// TestClients: who is the same client.
+func TestClients(t *testing.T) {
+	of := func(from string, key client) client {
+		return clientOf(&exchange{client: key}, &http.Request{RemoteAddr: from})
+	}
+	for _, c := range []struct {
+		a, b string
+		same bool
+	}{
+		{"192.0.2.1:1", "192.0.2.1:2", true}, {"192.0.2.1:1", "192.0.2.2:1", false}, {"192.0.2.1:1", "[::ffff:192.0.2.1]:1", true},
+		{"[2001:db8::1]:1", "[2001:db8::2]:1", true}, {"[2001:db8:0:1::1]:1", "[2001:db8::1]:1", false}, {"[fe80::1%eth0]:1", "[fe80::1]:1", true}, {"@", "", true},
+	} {
+		if same := of(c.a, client{}) == of(c.b, client{}); same != c.same {
+			t.Errorf("%s and %s: %v", c.a, c.b, same)
+		}
+		if of(c.a, client{1}) != of(c.b, client{1}) || of(c.a, client{1}) == of(c.a, client{2}) {
+			t.Errorf("%s and %s by key", c.a, c.b)
+		}
 	}
 }
 
@@ -330,7 +384,7 @@ func TestBudget(t *testing.T) {
 	for _, limit := range []int64{1 << 10, 16 << 10, 100 << 10, 300 << 10} {
 		in := newIngester(nil, &settings{maxInFlightBytes: limit, ackTimeout: time.Minute}, &newStats().ingest)
 		c := cost{}
-		q, err := in.receive(httptest.NewRequest("POST", bulkPath, bytes.NewReader(body)), &in.bulks, maxBulkBody)
+		q, err := in.receive(nil, httptest.NewRequest("POST", bulkPath, bytes.NewReader(body)), &in.bulks, maxBulkBody)
 		if err == nil {
 			err = q.encode(t.Context(), typeNDJSON, 1795441976)
 			if used := in.bodies.used.Load(); used > limit || used < int64(len(q.body.b)) {

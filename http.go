@@ -96,6 +96,7 @@ type exchange struct {
 	http.ResponseWriter
 	id      string // X-Request-Id
 	route   *routeStats
+	client  client // by its key; zero without a valid one
 	status  int
 	started time.Time
 }

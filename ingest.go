@@ -39,7 +39,7 @@ type ingester struct {
 
 func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats) *ingester {
 	in := &ingester{kafka: kafka, topic: cfg.kafkaTopic, ackTimeout: cfg.ackTimeout, stats: stats}
-	in.bodies.limit = cfg.maxInFlightBytes
+	in.bodies.limit, in.bodies.perClient = cfg.maxInFlightBytes, cfg.maxInFlightPerClient
 	for _, pool := range []*sync.Pool{&in.singles, &in.bulks} {
 		pool.New = func() any { return &ingestRequest{in: in, pool: pool, index: -1, acked: make(chan struct{}, 1)} }
 	}
@@ -52,7 +52,7 @@ func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send application/json")
 		return
 	}
-	q, err := in.receive(r, &in.singles, maxSingleBody)
+	q, err := in.receive(w, r, &in.singles, maxSingleBody)
 	if err != nil {
 		writeReadError(w, err)
 		return
@@ -92,7 +92,7 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send application/json or application/x-ndjson")
 		return
 	}
-	q, err := in.receive(r, &in.bulks, maxBulkBody)
+	q, err := in.receive(w, r, &in.bulks, maxBulkBody)
 	if err != nil {
 		writeReadError(w, err)
 		return
@@ -255,6 +255,7 @@ type outgoing struct {
 type ingestRequest struct {
 	in      *ingester
 	pool    *sync.Pool // that it goes back to
+	account *account   // of the client that sent it, nil in the pool
 	parser  eventParser
 	body    *buffer
 	index   int        // of the event at hand
@@ -279,10 +280,14 @@ var errEventTooLarge = fmt.Errorf("the event is larger than %d KiB", maxEventByt
 // add encodes one event: its key and its value go into the arena, a slot of records remembers where.
 func (q *ingestRequest) add(index int, ev *event) error {
 	if q.arena == nil {
-		q.arena = q.in.bodies.get(len(q.body.b) + len(q.body.b)/4) // with room for the keys, most of the time
+		arena, err := q.account.get(len(q.body.b) + len(q.body.b)/4) // with room for the keys, most of the time
+		if err != nil {
+			return err
+		}
+		q.arena = arena
 	}
-	if q.arena == nil || !q.grow(&q.arena, 2*len(eventID{})+ev.maxEncoded(), false) {
-		return errOverBudget
+	if err := q.account.grow(&q.arena, 2*len(eventID{})+ev.maxEncoded(), false); err != nil {
+		return err
 	}
 	var id eventID
 	id, q.idInput = ev.id(q.idInput)
@@ -301,20 +306,11 @@ func (q *ingestRequest) add(index int, ev *event) error {
 	return nil
 }
 
-// grow makes room for n bytes in one of the request's buffers.
-func (q *ingestRequest) grow(buf **buffer, n int, owed bool) bool {
-	bigger := q.in.bodies.grow(*buf, n, owed)
-	if bigger != nil {
-		*buf = bigger
-	}
-	return bigger != nil
-}
-
 // growSlab moves to a bigger slab. Records are not in flight yet, so nothing points to the old one.
 func (q *ingestRequest) growSlab() error {
 	size := min(max(16, 2*cap(q.records)), maxBulkEvents)
-	if !q.in.bodies.take((size - cap(q.records)) * outgoingBytes) {
-		return errOverBudget
+	if err := q.account.take((size - cap(q.records)) * outgoingBytes); err != nil {
+		return err
 	}
 	slab := make([]outgoing, size)
 	for i := range slab {
@@ -381,8 +377,8 @@ func (q *ingestRequest) addError(index int, problems []problem, owed bool) error
 	if len(q.errors.b) > maxDetail {
 		problems = problems[:1]
 	}
-	if !q.grow(&q.errors, maxEntry, owed) {
-		return errOverBudget
+	if err := q.account.grow(&q.errors, maxEntry, owed); err != nil {
+		return err
 	}
 	b := q.errors.b
 	if q.failed > 0 {
@@ -429,18 +425,21 @@ func mediaType(r *http.Request) string {
 
 // receive reads r's body and returns a request that has it, to be released. Nothing but the body's buffer is held while the
 // client takes its time. The errors are readBody's.
-func (in *ingester) receive(r *http.Request, pool *sync.Pool, limit int) (*ingestRequest, error) {
-	body, err := in.readBody(r, limit)
+func (in *ingester) receive(w http.ResponseWriter, r *http.Request, pool *sync.Pool, limit int) (*ingestRequest, error) {
+	acc := in.bodies.open(clientOf(w, r))
+	body, err := in.readBody(acc, r, limit)
 	if err != nil {
+		acc.close()
 		return nil, err
 	}
 	q := pool.Get().(*ingestRequest)
-	if !in.bodies.take(cap(q.records) * outgoingBytes) {
-		in.bodies.put(body)
+	if err := acc.take(cap(q.records) * outgoingBytes); err != nil {
+		acc.put(body)
+		acc.close()
 		pool.Put(q)
-		return nil, errOverBudget
+		return nil, err
 	}
-	q.body = body
+	q.account, q.body = acc, body
 	q.holders.Store(1)
 	return q, nil
 }
@@ -450,15 +449,17 @@ func (in *ingester) release(q *ingestRequest) {
 	if q.holders.Add(-1) != 0 {
 		return
 	}
-	in.bodies.give(cap(q.records) * outgoingBytes)
+	q.account.give(cap(q.records) * outgoingBytes)
 	q.reset()
+	q.account.close()
+	q.account = nil
 	q.pool.Put(q)
 }
 
 func (q *ingestRequest) reset() {
 	drain(q.acked) // the handler had given up before the last acknowledgement
 	for _, buf := range []**buffer{&q.body, &q.arena, &q.errors} {
-		q.in.bodies.put(*buf)
+		q.account.put(*buf)
 		*buf = nil
 	}
 	q.firstErr.Store(nil)

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
 	"io"
 	"net"
@@ -114,5 +115,42 @@ func TestStrain(t *testing.T) {
 		if !ok {
 			t.Errorf("%s: %s, want %v", c.name, resp.Status, c.status)
 		}
+	}
+}
+
+// TestOneClient: one that sends many large bodies, and none to its end, takes nothing from others, told apart by key or by
+// address; it gets 429 for what is beyond its share.
+func TestOneClient(t *testing.T) {
+	for name, c := range map[string]struct{ keys, greedy, other, from string }{
+		"by key":     {"API_KEYS=" + firstKey + "," + secondKey, "X-API-Key: " + firstKey, "X-API-Key: " + secondKey, "127.0.0.1"},
+		"by address": {"API_KEYS=", "X-Other: 1", "X-Other: 1", "127.0.0.2"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := startProgram(t, newSpace(t, c.keys, fmt.Sprintf("MAX_IN_FLIGHT_BYTES=%d", 4*maxBulkBody)))
+			dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(c.from)}}
+			refused := make(chan string, 90)
+			for range cap(refused) { // 90 MB, of which 32 MiB may be in flight
+				conn, err := dialer.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+				if err != nil {
+					t.Skip("there is only one address here: ", err)
+				}
+				defer conn.Close()
+				go func() { // ends with the connection
+					fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\n%s\r\nContent-Length: 1000000\r\n\r\n%s", bulkPath, c.greedy, strings.Repeat(" ", 999_999))
+					if resp, err := http.ReadResponse(bufio.NewReader(conn), nil); err == nil {
+						refused <- resp.Status + " " + resp.Header.Get("Retry-After")
+					}
+				}()
+			}
+			if status := <-refused; status != "429 Too Many Requests "+retryAfterSeconds {
+				t.Errorf("beyond its share: %s", status)
+			}
+			body := append(bytes.Repeat([]byte(" "), 500_000), freshEvent("o")...)
+			for range 30 {
+				if status, _, answer := p.ask("POST", bulkPath, body, "Content-Type: "+ndjson, c.other); status != 202 {
+					t.Fatalf("somebody else: %d %s", status, answer)
+				}
+			}
+		})
 	}
 }

@@ -297,7 +297,7 @@ func (l *loader) settle(status int, answer []byte, tickets []int64, last bool) (
 		} else if !is {
 			continue
 		}
-		if retryable := e.Code == codeUnavailable || !is && status == http.StatusServiceUnavailable; retryable && !last {
+		if retryable := e.Code == codeUnavailable || !is && (status == http.StatusServiceUnavailable || status == http.StatusTooManyRequests); retryable && !last {
 			again = append(again, i)
 		} else {
 			l.refuse(e.Code, t, e.Error)

@@ -90,7 +90,7 @@ func BenchmarkPeers(b *testing.B) {
 
 // measure returns events a second and CPU µs an event of the program, ClickHouse, the brokers and the client.
 func (p way) measure(b *testing.B) (rate float64, cpu [4]float64) {
-	env := newSpace(b)
+	env := newSpace(b, oneClient)
 	cfg := settingsFrom(b, env)
 	if err := newStore(cfg).applySchema(b.Context()); err != nil {
 		b.Fatal(err)

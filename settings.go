@@ -23,22 +23,23 @@ import (
 
 // settings is what the environment says; see settingsTable for units and defaults.
 type settings struct {
-	serverHost       string
-	serverPort       int
-	readTimeout      time.Duration
-	writeTimeout     time.Duration
-	ackTimeout       time.Duration
-	maxInFlightBytes int64
-	adminAddr        string
-	role             string
-	apiKeys          []string
-	writeKeys        []string
-	corsOrigins      []string
-	tlsCertFile      string
-	tlsKeyFile       string
-	logLevel         slog.Level
-	logFormat        string
-	accessLog        float64
+	serverHost           string
+	serverPort           int
+	readTimeout          time.Duration
+	writeTimeout         time.Duration
+	ackTimeout           time.Duration
+	maxInFlightBytes     int64
+	maxInFlightPerClient int64
+	adminAddr            string
+	role                 string
+	apiKeys              []string
+	writeKeys            []string
+	corsOrigins          []string
+	tlsCertFile          string
+	tlsKeyFile           string
+	logLevel             slog.Level
+	logFormat            string
+	accessLog            float64
 
 	kafkaBrokers     []string
 	kafkaTopic       string
@@ -92,6 +93,7 @@ func (c *settings) settingsTable() []setting {
 		{"SERVER_WRITE_TIMEOUT", "30s", "an answer has to be written within this, counted from the end of the header", duration(&c.writeTimeout, time.Second, time.Hour)},
 		{"ACK_TIMEOUT", "10s", "Kafka has to acknowledge a request's events within this, else 503; below SERVER_WRITE_TIMEOUT", duration(&c.ackTimeout, time.Second, time.Hour)},
 		{"MAX_IN_FLIGHT_BYTES", "67108864", "bytes that requests hold at once, bodies, records and answers, else 503", integer(&c.maxInFlightBytes, 4*maxBulkBody, 1<<40)},
+		{"MAX_IN_FLIGHT_BYTES_PER_CLIENT", "", "of these, what those of one key hold, or of one address without a key, else 429 to it alone; empty is an eighth, 0 no limit", eighth(&c.maxInFlightPerClient, &c.maxInFlightBytes)},
 		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", address(&c.adminAddr)},
 		{"ROLE", "all", "all; api serves HTTP and leaves consuming to others; consumer only consumes, and answers /health and /ready", oneOf(&c.role, "all", "api", "consumer")},
 		{"API_KEYS", "", "comma-separated keys, one of which a request to /api/ has to bring; none, and no WRITE_KEYS, lets everybody in", keys(&c.apiKeys)},
@@ -183,7 +185,7 @@ func loadSettings(getenv func(string) string) (*settings, error) {
 // printSettings writes the table for -h.
 func printSettings(w io.Writer) {
 	for _, s := range new(settings).settingsTable() {
-		fmt.Fprintf(w, "  %-26s %s (default %q)\n", s.name, s.meaning, s.fallback)
+		fmt.Fprintf(w, "  %-31s %s (default %q)\n", s.name, s.meaning, s.fallback)
 	}
 	fmt.Fprintf(w, "\n%s may stand in a file instead: NAME_FILE is its path.\n", strings.Join(secrets, ", "))
 }
@@ -294,6 +296,17 @@ func integer[T int | int64](dst *T, least, most T) func(string) error {
 		}
 		*dst = T(n)
 		return nil
+	}
+}
+
+// eighth takes a number of bytes, or nothing for an eighth of the whole, which has been set before.
+func eighth(dst, whole *int64) func(string) error {
+	return func(s string) error {
+		if s == "" {
+			*dst = *whole / 8
+			return nil
+		}
+		return integer(dst, 0, 1<<40)(s)
 	}
 }
 

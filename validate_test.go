@@ -132,13 +132,16 @@ func FuzzEventID(f *testing.F) {
 
 // newTestRequest is a request without a server, to be filled.
 func newTestRequest() *ingestRequest {
-	return newIngester(nil, &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest).bulks.Get().(*ingestRequest)
+	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest)
+	q := in.bulks.Get().(*ingestRequest)
+	q.account = in.bodies.open(client{})
+	return q
 }
 
 // fill makes q the request of a body that has been read.
 func (q *ingestRequest) fill(body []byte) {
 	q.reset()
-	q.body = q.in.bodies.get(len(body))
+	q.body, _ = q.account.get(len(body))
 	q.body.b = append(q.body.b, body...)
 }
 

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
+	"net"
 	"net/http"
 	"os"
 	"regexp"
@@ -75,7 +76,7 @@ func TestDocumentStatuses(t *testing.T) {
 			}
 		}
 	}
-	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey, "WRITE_KEYS="+secondKey, "ACK_TIMEOUT=1s"))
+	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey, "WRITE_KEYS="+secondKey, "ACK_TIMEOUT=1s", "MAX_IN_FLIGHT_BYTES_PER_CLIENT=100000"))
 	got := map[string]bool{}
 	try := func(method, path, contentType, body string, headers ...string) {
 		status, _, _ := p.ask(method, path, []byte(body), append(headers, "Content-Type: "+contentType)...)
@@ -115,6 +116,22 @@ func TestDocumentStatuses(t *testing.T) {
 		try("GET", path, "", "")
 		try("POST", path, "", "")
 	}
+	slow, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintf(slow, "POST %s HTTP/1.1\r\nHost: x\r\n%s\r\nContent-Length: 1000000\r\n\r\n%s", bulkPath, key, strings.Repeat(" ", 200_000))
+	p.await("too much in flight", 10*time.Second, func() bool {
+		status, _, _ := p.ask("POST", onePath, []byte(event()), key)
+		return status == http.StatusTooManyRequests
+	})
+	try("POST", onePath, jsonCT, event(), key)
+	try("POST", bulkPath, ndjson, event(), key)
+	slow.Close()
+	p.await("gone", 10*time.Second, func() bool {
+		status, _, _ := p.ask("POST", onePath, []byte(event()), key)
+		return status == http.StatusAccepted
+	})
 	control(t, "/kafka/stop")
 	try("POST", onePath, jsonCT, event(), key)
 	try("POST", bulkPath, ndjson, event(), key)
