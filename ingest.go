@@ -31,6 +31,7 @@ type ingester struct {
 	kafka      *kgo.Client
 	topic      string
 	ackTimeout time.Duration
+	clockSkew  int64 // seconds
 	bodies     byteBudget
 	singles    sync.Pool // of *ingestRequest, for one event: one must not sit on the memory of a thousand
 	bulks      sync.Pool // of *ingestRequest
@@ -38,7 +39,7 @@ type ingester struct {
 }
 
 func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats) *ingester {
-	in := &ingester{kafka: kafka, topic: cfg.kafkaTopic, ackTimeout: cfg.ackTimeout, stats: stats}
+	in := &ingester{kafka: kafka, topic: cfg.kafkaTopic, ackTimeout: cfg.ackTimeout, clockSkew: int64(cfg.clockSkew / time.Second), stats: stats}
 	in.bodies.limit, in.bodies.perClient = cfg.maxInFlightBytes, cfg.maxInFlightPerClient
 	for _, pool := range []*sync.Pool{&in.singles, &in.bulks} {
 		pool.New = func() any { return &ingestRequest{in: in, pool: pool, index: -1, acked: make(chan struct{}, 1)} }
@@ -64,7 +65,7 @@ func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusBadRequest, "invalid request body", err.Error())
 		return
 	}
-	if problems := q.parser.checkAge(time.Now().Unix()); len(problems) > 0 {
+	if problems := q.parser.checkAge(time.Now().Unix(), in.clockSkew); len(problems) > 0 {
 		in.stats.refused.Add(1)
 		writeProblems(w, problems)
 		return
@@ -171,7 +172,7 @@ func (q *ingestRequest) refuse(why error) error {
 
 // take adds the event at hand to the records, or its problems to the errors.
 func (q *ingestRequest) take(ev *event, now int64) error {
-	if problems := q.parser.checkAge(now); len(problems) > 0 {
+	if problems := q.parser.checkAge(now, q.in.clockSkew); len(problems) > 0 {
 		return q.addError(q.index, problems, false)
 	}
 	return q.add(q.index, ev)

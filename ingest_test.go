@@ -431,3 +431,37 @@ func TestMetricsOddNames(t *testing.T) {
 		}
 	}
 }
+
+// TestClockSkew: an event from a clock that is ahead is taken, up to the setting, and counted when its time has come.
+func TestClockSkew(t *testing.T) {
+	p := startProgram(t, newSpace(t, "CLOCK_SKEW=1m"))
+	body := func(at int64) []byte { return fmt.Appendf(nil, `{"event_name":"s","user_id":"u","timestamp":%d}`, at) }
+	count := func(path string) (now int64, counted bool) {
+		now = time.Now().Unix()
+		status, _, answer := p.do("GET", fmt.Sprintf(path, now-60, now), "", "", nil)
+		if status != 200 {
+			t.Fatal(status, answer)
+		}
+		return now, strings.Contains(answer, `"total_count":1,`)
+	}
+	ahead := time.Now().Unix() + 5
+	if status, _, answer := p.do("POST", onePath, jsonCT, "", body(ahead)); status != 202 {
+		t.Fatal(status, answer)
+	}
+	drained(p)
+	for _, path := range []string{metricsPath + "event_name=s&from=%d&to=%d", metricsPath + "event_name=s&from=%d&to=%d&group_by=hour", "/api/v1/overview?from=%d&to=%d"} {
+		p.await("counted", 30*time.Second, func() bool {
+			now, counted := count(path)
+			if counted != (now >= ahead) {
+				t.Fatalf("%s: at %d an event of %d is counted: %v", path, now, ahead, counted)
+			}
+			return counted
+		})
+	}
+	if status, _, answer := p.do("POST", onePath, jsonCT, "", body(time.Now().Unix()+70)); status != 400 || !strings.Contains(answer, codeFuture) {
+		t.Errorf("beyond it: %d %s", status, answer)
+	}
+	if status, _, answer := p.do("POST", bulkPath, ndjson, "", slices.Concat(body(time.Now().Unix()+50), []byte("\n"), body(time.Now().Unix()+150))); status != 207 || !strings.Contains(answer, codeFuture) {
+		t.Errorf("bulk: %d %s", status, answer)
+	}
+}

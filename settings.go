@@ -30,6 +30,7 @@ type settings struct {
 	ackTimeout           time.Duration
 	maxInFlightBytes     int64
 	maxInFlightPerClient int64
+	clockSkew            time.Duration
 	adminAddr            string
 	role                 string
 	apiKeys              []string
@@ -94,6 +95,7 @@ func (c *settings) settingsTable() []setting {
 		{"ACK_TIMEOUT", "10s", "Kafka has to acknowledge a request's events within this, else 503; below SERVER_WRITE_TIMEOUT", duration(&c.ackTimeout, time.Second, time.Hour)},
 		{"MAX_IN_FLIGHT_BYTES", "67108864", "bytes that requests hold at once, bodies, records and answers, else 503", integer(&c.maxInFlightBytes, 4*maxBulkBody, 1<<40)},
 		{"MAX_IN_FLIGHT_BYTES_PER_CLIENT", "", "of these, what those of one key hold, or of one address without a key, else 429 to it alone; empty is an eighth, 0 no limit", eighth(&c.maxInFlightPerClient, &c.maxInFlightBytes)},
+		{"CLOCK_SKEW", "1s", "a timestamp may be so far in the future, in whole seconds: senders' clocks are ahead of this one", duration(&c.clockSkew, 0, 5*time.Minute)},
 		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", address(&c.adminAddr)},
 		{"ROLE", "all", "all; api serves HTTP and leaves consuming to others; consumer only consumes, and answers /health and /ready", oneOf(&c.role, "all", "api", "consumer")},
 		{"API_KEYS", "", "comma-separated keys, one of which a request to /api/ has to bring; none, and no WRITE_KEYS, lets everybody in", keys(&c.apiKeys)},

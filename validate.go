@@ -21,7 +21,6 @@ const (
 	maxMetadataBytes = 16 << 10
 	maxProblems      = 20
 	maxAgeSeconds    = 30 * 24 * 3600
-	clockSlackSecs   = 1
 	// minMilliseconds is the year 5138 in seconds and March 1973 in milliseconds: beyond it nobody means seconds.
 	minMilliseconds = 100_000_000_000
 )
@@ -375,9 +374,9 @@ func (p *eventParser) meta(v *jsonValue) {
 	}
 }
 
-// checkAge adds the rules that need a clock: now is Unix seconds. It is apart from parse because a record that waited
+// checkAge adds the rules that need a clock: now is Unix seconds, and skew how many of them a sender's clock may be ahead. It is apart from parse because a record that waited
 // on Kafka while ClickHouse was down has been accepted and does not expire.
-func (p *eventParser) checkAge(now int64) []problem {
+func (p *eventParser) checkAge(now, skew int64) []problem {
 	if p.seen&fieldTimestamp == 0 {
 		return p.problems
 	}
@@ -387,7 +386,7 @@ func (p *eventParser) checkAge(now int64) []problem {
 		}
 	}
 	switch ts := p.ev.timestamp; {
-	case ts > now+clockSlackSecs:
+	case ts > now+skew:
 		p.addf("timestamp", codeFuture, "%d is %d s in the future", ts, ts-now)
 	case ts < now-maxAgeSeconds:
 		p.addf("timestamp", codeExpired, "%d is more than 30 days old", ts)
