@@ -28,18 +28,20 @@ const retryAfterSeconds = "2"
 
 // ingester serves POST /api/v1/events and /api/v1/events/bulk.
 type ingester struct {
-	kafka      *kgo.Client
-	topic      string
-	ackTimeout time.Duration
-	clockSkew  int64 // seconds
-	bodies     byteBudget
-	singles    sync.Pool // of *ingestRequest, for one event: one must not sit on the memory of a thousand
-	bulks      sync.Pool // of *ingestRequest
-	stats      *ingestStats
+	kafka        *kgo.Client
+	topic        string
+	ackTimeout   time.Duration
+	writeTimeout time.Duration
+	clockSkew    int64 // seconds
+	stored       *storedSignal
+	bodies       byteBudget
+	singles      sync.Pool // of *ingestRequest, for one event: one must not sit on the memory of a thousand
+	bulks        sync.Pool // of *ingestRequest
+	stats        *ingestStats
 }
 
 func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats) *ingester {
-	in := &ingester{kafka: kafka, topic: cfg.kafkaTopic, ackTimeout: cfg.ackTimeout, clockSkew: int64(cfg.clockSkew / time.Second), stats: stats}
+	in := &ingester{kafka: kafka, topic: cfg.kafkaTopic, ackTimeout: cfg.ackTimeout, writeTimeout: cfg.writeTimeout, clockSkew: int64(cfg.clockSkew / time.Second), stats: stats}
 	in.bodies.limit, in.bodies.perClient = cfg.maxInFlightBytes, cfg.maxInFlightPerClient
 	for _, pool := range []*sync.Pool{&in.singles, &in.bulks} {
 		pool.New = func() any { return &ingestRequest{in: in, pool: pool, index: -1, acked: make(chan struct{}, 1)} }
@@ -51,6 +53,11 @@ func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats) *ingester
 func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 	if media := mediaType(r); media != typeJSON && media != typeText {
 		writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send application/json")
+		return
+	}
+	wait, problems := wantsStored(r)
+	if len(problems) > 0 {
+		writeProblems(w, problems)
 		return
 	}
 	q, err := in.receive(w, r, &in.singles, maxSingleBody)
@@ -82,6 +89,11 @@ func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 	in.stats.accepted.Add(1)
 	q.answer = append(q.answer[:0], `{"event_id":"`...)
 	q.answer = append(q.answer, q.records[0].Key...)
+	if wait && in.awaitStored(w, r, q) {
+		q.answer = append(q.answer, `","status":"stored"}`...)
+		writeJSON(w, http.StatusOK, q.answer)
+		return
+	}
 	q.answer = append(q.answer, `","status":"queued"}`...)
 	writeJSON(w, http.StatusAccepted, q.answer)
 }
@@ -91,6 +103,11 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 	media := mediaType(r)
 	if media == "" {
 		writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send application/json or application/x-ndjson")
+		return
+	}
+	wait, problems := wantsStored(r)
+	if len(problems) > 0 {
+		writeProblems(w, problems)
 		return
 	}
 	q, err := in.receive(w, r, &in.bulks, maxBulkBody)
@@ -109,6 +126,7 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	in.produce(q)
+	q.stored = wait && q.isAcked() && in.awaitStored(w, r, q)
 	in.answerBulk(w, q)
 }
 
@@ -197,7 +215,12 @@ func (in *ingester) answerBulk(w http.ResponseWriter, q *ingestRequest) {
 	q.answer = strconv.AppendInt(q.answer, int64(q.failed), 10)
 	q.answer = append(q.answer, `,"errors":[`...)
 	status, end := http.StatusMultiStatus, `]}`
+	if q.stored {
+		end = `],"status":"stored"}`
+	}
 	switch {
+	case q.failed == 0 && q.stored:
+		status = http.StatusOK
 	case q.failed == 0:
 		status = http.StatusAccepted
 	case success == 0 && late > 0:
@@ -265,6 +288,7 @@ type ingestRequest struct {
 	idInput []byte
 	errors  *buffer // entries of the bulk answer's errors, JSON; nil while there are none
 	failed  int     // events among them
+	stored  bool    // all that are accepted can be queried
 	answer  []byte  // what stands before them
 
 	holders  atomic.Int32 // the handler, and Kafka while records are in flight
@@ -352,6 +376,16 @@ func (q *ingestRequest) onAck(rec *outgoing, err error) {
 		q.acked <- struct{}{} // has room: one a request
 		q.in.release(q)
 	}
+}
+
+// isAcked says whether Kafka has all records, of which there are some. It is done with their bytes then.
+func (q *ingestRequest) isAcked() bool {
+	for i := range q.records {
+		if q.records[i].state.Load() != stateAcked {
+			return false
+		}
+	}
+	return len(q.records) > 0
 }
 
 // failure says why the request's records are not acknowledged.
@@ -465,5 +499,6 @@ func (q *ingestRequest) reset() {
 	}
 	q.firstErr.Store(nil)
 	q.failed, q.index = 0, -1
+	q.stored = false
 	q.records, q.answer = q.records[:0], q.answer[:0]
 }

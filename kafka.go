@@ -177,10 +177,11 @@ type watermark struct {
 	admin        *kadm.Client
 	topic, group string
 	through      atomic.Int64 // Unix seconds, 0 while unknown
-	samples      []sample     // oldest first; only run touches it, and what follows
-	retried      []int64      // (2) of the last look, nil before the first
-	moved        []time.Time  // by partition: when its committed offset moved last, or it had no lag
-	last         []int64      // committed offsets of the last look, as the brokers say
+	stored       storedSignal
+	samples      []sample    // oldest first; only run touches it, and what follows
+	retried      []int64     // (2) of the last look, nil before the first
+	moved        []time.Time // by partition: when its committed offset moved last, or it had no lag
+	last         []int64     // committed offsets of the last look, as the brokers say
 	gone         map[string]map[int32]int64
 	progress     atomic.Pointer[progress]
 }
@@ -306,6 +307,9 @@ func (w *watermark) advance(now time.Time, stored, ends []int64, quiet bool) {
 	for quiet && reached < len(w.samples) && covers(stored, w.samples[reached].ends) {
 		w.through.Store(w.samples[reached].at.Unix() - 1) // the second of the sample itself is not over
 		reached++
+	}
+	if reached > 0 {
+		w.stored.advance(w.samples[reached-1].at)
 	}
 	w.samples = append(w.samples[:0], w.samples[reached:]...)
 }

@@ -138,7 +138,9 @@ func newSystem(cfg *settings) (*system, error) {
 	quick.options.HandshakeTimeout, quick.options.ReadTimeout = readyTimeout, readyTimeout
 	s.ready = &readiness{kafka: s.producer, store: quick, watermark: s.watermark, troubles: s.stats.troubles, consumes: cfg.role != "api"}
 	in := newIngester(s.producer, cfg, &s.stats.ingest)
+	in.stored = &s.watermark.stored
 	s.api = newServer(addr, s.routes(in), cfg, s.access, s.stats)
+	s.api.RegisterOnShutdown(in.stored.end)
 	s.admin = newAdminServer(cfg.adminAddr, s.stats)
 	s.stats.watch(&s.ready.consumer, s.watermark, &in.bodies)
 	return s, nil

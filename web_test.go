@@ -104,6 +104,13 @@ func TestDocumentStatuses(t *testing.T) {
 	try("POST", onePath, jsonCT, event(), key)
 	try("POST", bulkPath, ndjson, event(), key)
 	try("POST", bulkPath, ndjson, event()+"\n{}", key)
+	for path, body := range map[string]string{onePath: event(), bulkPath: event() + "\n" + event()} {
+		media := map[string]string{onePath: jsonCT, bulkPath: ndjson}[path]
+		p.await("stored", time.Minute, func() bool { // 202 when it takes longer than 5 s
+			try("POST", path+"?wait=stored", media, body, key)
+			return got["POST "+path+" 200"]
+		})
+	}
 	for _, path := range []string{asked, overview} {
 		try("GET", path, "", "")
 		try("GET", path, "", "", key)
