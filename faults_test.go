@@ -64,12 +64,13 @@ func TestClickHouseAwayUnderLoad(t *testing.T) {
 func TestClickHouseKilledUnderLoad(t *testing.T) {
 	env := faultSpace(t)
 	p := startProgram(t, env)
-	l, done := loadInto(t, p.url, 5000, 8*time.Second)
+	l, done := loadInto(t, p.url, 5000, time.Hour)
 	for range 4 {
 		target := l.ok.Load() + 3000
 		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
 		control(t, "/clickhouse/kill")
 	}
+	l.stop()
 	done()
 	control(t, "/clickhouse/start")
 	mustHold(p, l)
@@ -182,13 +183,14 @@ func TestResent(t *testing.T) {
 func TestCopiesComeAndGo(t *testing.T) {
 	env := faultSpace(t)
 	first := startProgram(t, env)
-	l, done := loadInto(t, first.url, 5000, 8*time.Second)
+	l, done := loadInto(t, first.url, 5000, time.Hour)
 	for range 2 {
 		second := startProgram(t, env)
 		target := l.ok.Load() + 4000
 		second.await("shared", 20*time.Second, func() bool { return l.ok.Load() > target })
 		second.terminate()
 	}
+	l.stop()
 	done()
 	mustHold(first, l)
 }

@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -69,6 +70,9 @@ func main() {
 	}
 }
 
+// restMemory is for what no setting bounds: connections, clients of Kafka and ClickHouse, the runtime.
+const restMemory = 64 << 20
+
 // serve runs the system until SIGINT or SIGTERM and returns the exit code. A second signal ends it at once.
 func serve() int {
 	cfg, err := loadSettings(os.Getenv)
@@ -80,6 +84,9 @@ func serve() int {
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, options)))
 	if cfg.logFormat == "json" {
 		slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, options)))
+	}
+	if os.Getenv("GOMEMLIMIT") == "" { // the garbage collector works harder before the budgets and what it needs itself are passed
+		debug.SetMemoryLimit(cfg.maxInFlightBytes + cfg.consumeMemory + cfg.dedupeMemory + restMemory)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
