@@ -195,6 +195,32 @@ func TestCopiesComeAndGo(t *testing.T) {
 	mustHold(first, l)
 }
 
+// TestTornBesideOthers: an hour of the aggregate is wrong, as two faults at once leave it, when an instance dies; it is
+// mended while another one goes on inserting into that hour.
+func TestTornBesideOthers(t *testing.T) {
+	env := faultSpace(t)
+	first, second := startProgram(t, env), startProgram(t, env)
+	l, done := loadInto(t, first.url, 2000, time.Hour)
+	hourly := space(env, "CLICKHOUSE_DATABASE") + ".events_hourly"
+	for range 2 {
+		target := l.ok.Load() + 3000
+		first.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
+		clickhouseQuery(t, "INSERT INTO "+hourly+" SELECT * FROM "+hourly+" WHERE event_name = '"+l.cfg.event+"' ORDER BY hour DESC LIMIT 3")
+		mended := func() int {
+			return strings.Count(first.log.String(), "mending") + strings.Count(second.log.String(), "mending")
+		}
+		before := mended()
+		second.cmd.Process.Kill()
+		second.cmd.Wait()
+		before -= strings.Count(second.log.String(), "mending")
+		second = startProgram(t, env)
+		first.await("mended", 40*time.Second, func() bool { return mended() > before })
+	}
+	l.stop()
+	done()
+	mustHold(first, l)
+}
+
 // TestFence: when the group is asked, the insert stands in system.processes and has no row; without a yes none gets there.
 func TestFence(t *testing.T) {
 	cfg := settingsFrom(t, newSpace(t))
