@@ -148,16 +148,18 @@ func (s *sideways) produceAll(recs []*kgo.Record, stopped func() bool) bool {
 	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
 		var failed, tooLarge []*kgo.Record
 		var why error
+		var done []*kgo.Record
 		for _, result := range s.produceOnce(recs, stopped) {
 			switch {
 			case result.Err == nil:
-				s.moved(result.Record)
+				done = append(done, result.Record)
 			case errors.Is(result.Err, kerr.MessageTooLarge):
 				tooLarge = append(tooLarge, result.Record)
 			default:
 				failed, why = append(failed, result.Record), result.Err
 			}
 		}
+		s.count(done)
 		for _, rec := range tooLarge {
 			if len(recs) == 1 {
 				rec = s.shrink(rec)
@@ -233,15 +235,24 @@ const moveAside = "move records aside"
 
 var errNoAnswer = errors.New("no answer from Kafka before the end")
 
-// moved counts and tells what has become of a record.
-func (s *sideways) moved(rec *kgo.Record) {
-	switch rec.Topic {
-	case s.topic + ".retry":
-		s.stats.retried.Inc()
-	case s.topic + ".dlq":
-		s.stats.dead(header(rec, "error_type"))
-		slog.Warn("record sent to the dead letters", "topic", header(rec, "original_topic"), "partition", header(rec, "original_partition"),
-			"offset", header(rec, "original_offset"), "type", header(rec, "error_type"), "error", header(rec, "error_message"))
+// count counts the records that were moved, and tells of the dead letters among them: one line for all, with the first.
+func (s *sideways) count(recs []*kgo.Record) {
+	var first *kgo.Record
+	dead := 0
+	for _, rec := range recs {
+		switch rec.Topic {
+		case s.topic + ".retry":
+			s.stats.retried.Inc()
+		case s.topic + ".dlq":
+			s.stats.dead(header(rec, "error_type"))
+			if dead++; first == nil {
+				first = rec
+			}
+		}
+	}
+	if first != nil {
+		slog.Warn("sent to the dead letters", "records", dead, "topic", header(first, "original_topic"), "partition", header(first, "original_partition"),
+			"offset", header(first, "original_offset"), "type", header(first, "error_type"), "error", header(first, "error_message"))
 	}
 }
 
