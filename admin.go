@@ -23,6 +23,7 @@ import (
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
 const (
@@ -132,10 +133,31 @@ func (rd *readiness) tables(ctx context.Context) (err error) {
 	return err
 }
 
+// brokers asks all of them at once; one that answers is enough, and one that hangs holds nobody up.
 func (rd *readiness) brokers(ctx context.Context) error {
-	err := rd.kafka.Ping(ctx)
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	brokers := append(rd.kafka.DiscoveredBrokers(), rd.kafka.SeedBrokers()...)
+	answers := make(chan error, len(brokers))
+	for _, b := range brokers {
+		go func() { // ends with ctx
+			req := kmsg.NewPtrMetadataRequest()
+			req.Topics = []kmsg.MetadataRequestTopic{} // none, rather than all
+			_, err := b.Request(ctx, req)
+			answers <- err
+		}()
+	}
+	var err error
+	for range brokers {
+		if err = <-answers; err == nil {
+			return nil
+		}
+	}
 	if errors.Is(err, io.EOF) {
 		return fmt.Errorf("no broker keeps the connection (%w); look at KAFKA_TLS and KAFKA_SASL_MECHANISM, user and password", err)
+	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("no broker has answered in %s", readyTimeout)
 	}
 	return err
 }
