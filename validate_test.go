@@ -150,7 +150,7 @@ func FuzzSplitBulk(f *testing.F) {
 	f.Fuzz(func(t *testing.T, body []byte) {
 		var pieces [][]byte
 		r := jsonReader{b: body}
-		if err := eachEvent(&r, func(r *jsonReader) error {
+		if err := eachEvent(&r, "events", nil, func(r *jsonReader) error {
 			v, err := r.value()
 			pieces = append(pieces, v.raw)
 			return err
