@@ -135,11 +135,21 @@ func newTestRequest() *ingestRequest {
 	return newIngester(nil, &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest).bulks.Get().(*ingestRequest)
 }
 
-// fill makes q the request of a body that has been read.
+// fill makes q the request of a body that has been read. It keeps the buffers that q has: with the race detector a pool drops
+// what is put back now and then.
 func (q *ingestRequest) fill(body []byte) {
+	held, arena := q.body, q.arena
+	q.body, q.arena = nil, nil
 	q.reset()
-	q.body = q.in.bodies.get(len(body))
-	q.body.b = append(q.body.b, body...)
+	if held == nil || cap(held.b) < len(body) {
+		q.in.bodies.put(held)
+		held = q.in.bodies.get(len(body))
+	}
+	held.b = append(held.b[:0], body...)
+	if arena != nil {
+		arena.b = arena.b[:0]
+	}
+	q.body, q.arena = held, arena
 }
 
 // FuzzSplitBulk: cutting agrees with encoding/json about what the events are.
