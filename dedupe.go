@@ -122,7 +122,7 @@ func (p *past) cut(round []*block) (duplicates int) {
 // add says whether the event is new, and remembers it.
 func (p *past) add(id *eventID, at int64) bool {
 	if set := p.minutes[at/minuteSeconds]; set != nil { // Fast path
-		return set.add(keyOf(id))
+		return set.add(idKeyOf(id))
 	}
 	if _, there := p.found[*id]; there {
 		return false
@@ -134,7 +134,7 @@ func (p *past) add(id *eventID, at int64) bool {
 // forget is for an event that will not be stored now after all.
 func (p *past) forget(id *eventID, at int64) {
 	if set := p.minutes[at/minuteSeconds]; set != nil {
-		set.remove(keyOf(id))
+		set.remove(idKeyOf(id))
 	}
 }
 
@@ -356,7 +356,7 @@ func (p *past) drop(minute int64) {
 // another one of its minute: one in 10^13 when that minute has a million.
 type idKey uint64
 
-func keyOf(id *eventID) idKey { return max(1, idKey(binary.LittleEndian.Uint64(id[:8]))) }
+func idKeyOf(id *eventID) idKey { return max(1, idKey(binary.LittleEndian.Uint64(id[:8]))) }
 
 // Sizes of an idSet's table.
 const (

@@ -22,6 +22,7 @@ import (
 const (
 	typeJSON   = "application/json"
 	typeNDJSON = "application/x-ndjson"
+	typeText   = "text/plain"
 )
 
 // Limits of a connection. Read and write timeouts are settings.

@@ -164,6 +164,7 @@ func (s *system) routes(in *ingester) []route {
 			route{http.MethodGet, "/api/v1/metrics", "metrics", s.metrics.serve},
 			route{http.MethodGet, "/api/v1/overview", "overview", s.metrics.serveOverview},
 		)
+		routes = append(routes, (&segment{in, s.access}).routes()...)
 		routes = append(routes, pages()...)
 	}
 	return routes

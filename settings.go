@@ -93,7 +93,7 @@ func (c *settings) settingsTable() []setting {
 		{"MAX_IN_FLIGHT_BYTES", "67108864", "bytes that requests hold at once, bodies, records and answers, else 503", integer(&c.maxInFlightBytes, 4*maxBulkBody, 1<<40)},
 		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", address(&c.adminAddr)},
 		{"ROLE", "all", "all; api serves HTTP and leaves consuming to others; consumer only consumes, and answers /health and /ready", oneOf(&c.role, "all", "api", "consumer")},
-		{"API_KEYS", "", "comma-separated keys, one of which a request to /api/ has to bring; none lets everybody in", keys(&c.apiKeys)},
+		{"API_KEYS", "", "comma-separated keys, one of which a request to /api/ or /v1/ has to bring; none lets everybody in", keys(&c.apiKeys)},
 		{"CORS_ORIGINS", "", "comma-separated origins whose pages may call the API, such as https://shop.example; * is all of them", origins(&c.corsOrigins)},
 		{"TLS_CERT_FILE", "", "certificate chain in PEM; with TLS_KEY_FILE the API speaks HTTPS", text(&c.tlsCertFile, true)},
 		{"TLS_KEY_FILE", "", "its private key in PEM; both are read again on SIGHUP", text(&c.tlsKeyFile, true)},

@@ -18,8 +18,14 @@ import (
 )
 
 type ingestStats struct {
+	set                            *metrics.Set
 	accepted, refused, unavailable *metrics.Counter
 	ack                            *metrics.PrometheusHistogram
+}
+
+// refusedItems counts the items of Segment's protocol that are not valid: their senders get a 200.
+func (s *ingestStats) refusedItems(code string) *metrics.Counter {
+	return s.set.GetOrCreateCounter(`event_ingestion_segment_items_refused_total{code="` + code + `"}`)
 }
 
 type sidewaysStats struct {
@@ -92,6 +98,7 @@ func newStats() *stats {
 	s := &stats{
 		set: set,
 		ingest: ingestStats{
+			set:         set,
 			accepted:    set.NewCounter("event_ingestion_events_accepted_total"),
 			refused:     set.NewCounter("event_ingestion_events_refused_total"),
 			unavailable: set.NewCounter("event_ingestion_events_unavailable_total"),
@@ -115,6 +122,9 @@ func newStats() *stats {
 		},
 	}
 	set.NewGauge(fmt.Sprintf(`event_ingestion_build_info{version="%s",goversion="%s"}`, version(), runtime.Version()), func() float64 { return 1 })
+	for _, code := range []string{codeRequired, codeMaxLength, codeInvalidFormat, codeFuture, codeExpired} {
+		s.ingest.refusedItems(code)
+	}
 	for _, why := range []string{errorInsertFailed, errorUnmarshal, errorExhausted} { // there from the start, so that an alert sees the first one
 		set.NewCounter(`event_ingestion_dead_letters_total{type="` + why + `"}`)
 	}
@@ -151,6 +161,7 @@ var help = map[string]string{
 	"event_ingestion_http_request_duration_seconds":      "histogram: Time from a request's header to the end of its answer, by route.",
 	"event_ingestion_events_accepted_total":              "counter: Events that Kafka has acknowledged.",
 	"event_ingestion_events_refused_total":               "counter: Events that are not valid.",
+	"event_ingestion_segment_items_refused_total":        "counter: Items of Segment's protocol that are not valid, by the code of their first problem.",
 	"event_ingestion_events_unavailable_total":           "counter: Good events that Kafka did not acknowledge in time.",
 	"event_ingestion_in_flight_bytes":                    "gauge: Bytes of bodies, records and answers that requests hold at the moment.",
 	"event_ingestion_produce_duration_seconds":           "histogram: Time from handing a request's events to Kafka to the last acknowledgement.",

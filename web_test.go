@@ -47,7 +47,8 @@ func TestDocumentRoutes(t *testing.T) {
 	}
 	s := &system{cfg: &settings{role: "all"}, metrics: newMetricsAPI(nil, nil), ready: &readiness{}}
 	for _, rt := range s.routes(nil) {
-		if rt.name != "pages" {
+		short := rt.name == "segment" && (len(rt.path) == len("/v1/t") || rt.path == "/v1/import") // stands with the whole name
+		if rt.name != "pages" && !short {
 			routed = append(routed, rt.method+" "+rt.path)
 		}
 	}
@@ -95,13 +96,26 @@ func TestDocumentStatuses(t *testing.T) {
 	for _, path := range []string{onePath, bulkPath} {
 		try("POST", path, jsonCT, event())
 		try("POST", path, jsonCT, "{", key)
-		try("POST", path, "text/plain", "x", key)
+		try("POST", path, "text/html", "x", key)
 		try("POST", path, jsonCT, strings.Repeat(" ", 9<<20), key)
 		try("PUT", path, jsonCT, "", key)
 	}
 	try("POST", onePath, jsonCT, event(), key)
 	try("POST", bulkPath, ndjson, event(), key)
 	try("POST", bulkPath, ndjson, event()+"\n{}", key)
+	for _, part := range []string{"batch", "track", "page", "screen", "identify", "group", "alias"} {
+		message := `{"event":"d","userId":"u"}`
+		if part == "batch" {
+			message = `{"batch":[` + message + `]}`
+		}
+		path := "/v1/" + part
+		try("POST", path, jsonCT, message)
+		try("POST", path, jsonCT, message, key)
+		try("POST", path, jsonCT, "{", key)
+		try("POST", path, "text/html", "x", key)
+		try("POST", path, jsonCT, strings.Repeat(" ", 9<<20), key)
+		try("PUT", path, jsonCT, "", key)
+	}
 	for _, path := range []string{asked, overview} {
 		try("GET", path, "", "")
 		try("GET", path, "", "", key)
@@ -116,6 +130,10 @@ func TestDocumentStatuses(t *testing.T) {
 	control(t, "/kafka/stop")
 	try("POST", onePath, jsonCT, event(), key)
 	try("POST", bulkPath, ndjson, event(), key)
+	try("POST", "/v1/batch", jsonCT, `{"batch":[{"type":"track","event":"d","userId":"u"}]}`, key)
+	for _, part := range []string{"track", "page", "screen"} {
+		try("POST", "/v1/"+part, jsonCT, `{"event":"d","userId":"u"}`, key)
+	}
 	try("GET", "/ready", "", "")
 	control(t, "/kafka/start")
 	control(t, "/clickhouse/stop")
