@@ -252,6 +252,31 @@ func TestFence(t *testing.T) {
 	in.conn.Close()
 }
 
+// TestSameBlockAgain: rows that were lost are inserted again, just as they were, and ClickHouse does not take them for known.
+func TestSameBlockAgain(t *testing.T) {
+	cfg := settingsFrom(t, newSpace(t))
+	st := newStore(cfg)
+	if err := st.applySchema(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	in := newInserter(st, cfg, &newStats().store, nil, newRoundCall(), membership{isMember: func(context.Context) error { return nil }})
+	ev := mustParse(t, new(eventParser), sampleEvent)
+	id, _ := ev.id(nil)
+	for range 2 {
+		for _, table := range []string{"events", "events_hourly"} { // a dropped part would be forgotten, a mutation is not noticed
+			clickhouseQuery(t, "ALTER TABLE "+st.database+"."+table+" DELETE WHERE true SETTINGS mutations_sync = 2")
+		}
+		b := newBlock(1)
+		b.append(&id, ev, &kgo.Record{})
+		in.round = []*block{b}
+		if err := in.insertRows(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		mustCount(t, []string{"CLICKHOUSE_DATABASE=" + st.database}, string(ev.name), 1)
+	}
+	in.conn.Close()
+}
+
 // TestPausedCopy: a copy sleeps beyond its session and wakes up with blocks that somebody else has stored meanwhile, or
 // in the middle of an insert that somebody else waits for.
 func TestPausedCopy(t *testing.T) {

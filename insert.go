@@ -368,7 +368,7 @@ func (in *inserter) persist(ctx context.Context, what string, try func() error) 
 // the insert there and waits for its end (awaitInserts). The question costs 0.3 ms.
 //
 // ClickHouse's own deduplication of inserts is off: it remembers a block before the part is in place, so that an insert
-// may be answered "known" and not be there.
+// may be answered "known" and not be there, and what was lost with a broken part could never be stored again.
 func (in *inserter) insertOnce(ctx context.Context) error {
 	in.queries++
 	next := 0
@@ -400,6 +400,7 @@ func (in *inserter) insertOnce(ctx context.Context) error {
 			{Key: "async_insert", Value: "0"},
 			{Key: "optimize_on_insert", Value: "0"}, // merges sort duplicates out anyway; a quarter less CPU
 			{Key: "insert_deduplicate", Value: "0"},
+			{Key: "deduplicate_insert", Value: "disable"}, // where it exists it overrides the one above, and is on
 			{Key: "materialized_views_ignore_errors", Value: "0"},
 			{Key: "max_partitions_per_insert_block", Value: "0"}, // other producers' events may be of any age
 			{Key: "receive_timeout", Value: insertSilence},
