@@ -1,7 +1,7 @@
 #!/bin/sh
-# Sends with the real clients of Segment's protocol through kills, an absent Kafka and lost answers: make test-clients; CLIENT=go
-# runs one of them. They go
-# into the user's cache, pinned; the Go one is a module of its own, so that the program's go.mod does not have it.
+# Sends with the real clients of Segment's protocol through kills, an absent Kafka and lost answers: make test-clients, or
+# CLIENT=go make test-clients for one of them. They go into the user's cache, pinned; the Go one is a module of its own, so
+# that the program's go.mod does not have it.
 set -eu
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/event-ingestion/clients-python2.4.0-node3.1.0-browser1.84.3
 for tool in python3 npm node go; do
