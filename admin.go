@@ -53,6 +53,9 @@ func (rd *readiness) serve(w http.ResponseWriter, r *http.Request) {
 	body := []byte(nil)
 	for _, c := range checks {
 		text := "ok"
+		if c.name == "clickhouse" && rd.metrics.store.broken.words() != "" { // it answers all the same
+			text = rd.metrics.store.broken.words()
+		}
 		if c.err != nil {
 			status, word, text = http.StatusServiceUnavailable, "not ready", firstLine(c.err.Error())
 		}

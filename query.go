@@ -81,6 +81,7 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 	through := m.watermark.through.Load() // before the query, which then sees at least that much
 	body, err := ask(ctx, time.Now().Unix(), through)
 	if err != nil {
+		m.store.broken.note(err)
 		writeUnavailable(w, "ClickHouse does not answer the query: "+firstLine(err.Error()))
 		return
 	}

@@ -30,6 +30,9 @@ SETTINGS
     -- Parts below this size keep all columns in one file: a third less CPU for a small insert.
     min_bytes_for_wide_part = 67108864;
 
+-- A mending that was cut off has left it detached (broken.go).
+ATTACH TABLE IF NOT EXISTS {database}.events{on cluster};
+
 -- One row an event_name, channel and hour: what the metrics endpoint and the dashboards read.
 CREATE TABLE IF NOT EXISTS {database}.events_hourly{on cluster}
 (
@@ -47,6 +50,8 @@ ENGINE = {replicated}AggregatingMergeTree
 PARTITION BY toYYYYMM(hour)
 ORDER BY (event_name, channel, hour)
 SETTINGS non_replicated_deduplication_window = 10000, replicated_deduplication_window = 10000, min_bytes_for_wide_part = 67108864;
+
+ATTACH TABLE IF NOT EXISTS {database}.events_hourly{on cluster};
 
 CREATE MATERIALIZED VIEW IF NOT EXISTS {database}.events_hourly_mv{on cluster} TO {database}.events_hourly AS
 SELECT

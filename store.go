@@ -25,6 +25,7 @@ type store struct {
 	options  ch.Options
 	database string
 	cluster  string // of replicas, or empty
+	broken   brokenParts
 }
 
 func newStore(cfg *settings) *store {
