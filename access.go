@@ -103,28 +103,52 @@ func (a *access) admits(w http.ResponseWriter, r *http.Request) bool {
 			}
 		}
 	}
-	keys := *a.keys.Load()
-	if len(keys) == 0 || !strings.HasPrefix(r.URL.Path, "/api/") {
+	given := keyOf(r)
+	switch {
+	case strings.HasPrefix(r.URL.Path, "/api/"):
+	case strings.HasPrefix(r.URL.Path, "/v1/") && given != "": // else segment.go looks for it in the body
+	default:
 		return true
 	}
-	given := r.Header.Get("X-API-Key")
-	if scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " "); given == "" && strings.EqualFold(scheme, "Bearer") {
-		given = strings.TrimSpace(token)
+	if a.knows(given) {
+		return true
 	}
+	a.refuse(w, given)
+	return false
+}
+
+// keyOf is the key in a request's header, empty when there is none. Segment's clients send it as a user without a password.
+func keyOf(r *http.Request) string {
+	if key := r.Header.Get("X-API-Key"); key != "" {
+		return key
+	}
+	if user, _, ok := r.BasicAuth(); ok && strings.HasPrefix(r.URL.Path, "/v1/") {
+		return user
+	}
+	if scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " "); strings.EqualFold(scheme, "Bearer") {
+		return strings.TrimSpace(token)
+	}
+	return ""
+}
+
+// knows says whether a key lets its sender in; without API_KEYS any does.
+func (a *access) knows(given string) bool {
+	keys := *a.keys.Load()
 	hash, valid := sha256.Sum256([]byte(given)), 0
 	for i := range keys { // all of them, so that the time does not say which
 		valid |= subtle.ConstantTimeCompare(hash[:], keys[i][:])
 	}
-	if valid == 1 {
-		return true
-	}
+	return valid == 1 || len(keys) == 0
+}
+
+// refuse answers a request whose key is not known.
+func (a *access) refuse(w http.ResponseWriter, given string) {
 	w.Header().Set("WWW-Authenticate", `Bearer realm="event-ingestion"`)
 	detail := "the key is not valid"
 	if given == "" {
 		detail = "send a key as Authorization: Bearer KEY, or as X-API-Key: KEY"
 	}
 	writeError(w, http.StatusUnauthorized, "unauthorized", detail)
-	return false
 }
 
 // logs decides whether a request is logged.

@@ -5,6 +5,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -14,80 +15,182 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"os"
+	"strconv"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/ClickHouse/ch-go"
+	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
-// readyTimeout bounds all dependency checks of one /ready.
-const readyTimeout = 3 * time.Second
+const (
+	// readyTimeout bounds the checks of one /ready; Kafka and ClickHouse are asked at the same time.
+	readyTimeout = 3 * time.Second
+	// readyAge is how old an answer may be: whoever asks more often gets the last one.
+	readyAge = time.Second
+	// stalledAfter is when a consumer that stores nothing is called stalled. A slow insert takes a second or two.
+	stalledAfter = 3 * time.Second
+)
 
 // readiness answers GET /ready.
 type readiness struct {
-	kafka    *kgo.Client
-	metrics  *metricsAPI
-	consumer atomic.Pointer[consumer] // nil until it runs
-	stopping atomic.Bool
-	consumes bool // by its ROLE
+	kafka     *kgo.Client
+	store     *store
+	watermark *watermark
+	troubles  *troubles
+	consumer  atomic.Pointer[consumer] // nil until it runs
+	stopping  atomic.Bool
+	consumes  bool // by its ROLE
+
+	mu        sync.Mutex // guards what follows; who holds it asks, and the others wait for the answer
+	conn      *ch.Client // of its own: slow queries cannot take it away; nil when the last attempt failed
+	answered  time.Time
+	kafkaErr  error
+	tablesErr error
 }
 
-func (rd *readiness) serve(w http.ResponseWriter, r *http.Request) {
-	ctx, cancel := context.WithTimeout(r.Context(), readyTimeout)
-	defer cancel()
-	checks := []struct {
-		name string
-		err  error
-	}{
-		{"kafka", rd.brokers(ctx)},
-		{"clickhouse", rd.metrics.ping(ctx)},
-		{"consumers", rd.consuming()},
-	}
-	if !rd.consumes {
-		checks = checks[:2]
-	}
+func (rd *readiness) serve(w http.ResponseWriter, _ *http.Request) {
+	kafkaErr, tablesErr := rd.dependencies()
+	type check struct{ name, text string }
+	checks := []check{{"kafka", "ok"}, {"clickhouse", cmp.Or(rd.store.broken.words(), "ok")}}
 	status, word := http.StatusOK, "ready"
 	if rd.stopping.Load() {
 		status, word = http.StatusServiceUnavailable, "stopping"
 	}
-	body := []byte(nil)
-	for _, c := range checks {
-		text := "ok"
-		if c.name == "clickhouse" && rd.metrics.store.broken.words() != "" { // it answers all the same
-			text = rd.metrics.store.broken.words()
+	for i, err := range []error{kafkaErr, tablesErr} {
+		if err != nil {
+			status, word, checks[i].text = http.StatusServiceUnavailable, "not ready", firstLine(err.Error())
 		}
-		if c.err != nil {
-			status, word, text = http.StatusServiceUnavailable, "not ready", firstLine(c.err.Error())
+	}
+	if rd.consumes {
+		text, running := rd.consuming()
+		if checks = append(checks, check{"consumers", text}); !running {
+			status, word = http.StatusServiceUnavailable, "not ready"
 		}
-		body = append(body, ",\n"...)
-		body = appendString(body, c.name)
-		body = append(body, ':')
-		body = appendString(body, text)
 	}
 	b := appendString([]byte(`{"status":`), word)
 	if status != http.StatusOK {
 		b = append(b, `,"error":"not ready to serve"`...)
 	}
-	writeJSON(w, status, append(append(b, body...), "}\n"...))
+	for _, c := range checks {
+		b = append(b, ",\n"...)
+		b = appendString(b, c.name)
+		b = append(b, ':')
+		b = appendString(b, strings.ToValidUTF8(c.text, "�"))
+	}
+	writeJSON(w, status, append(b, "}\n"...))
 }
 
-func (rd *readiness) brokers(ctx context.Context) error {
-	err := rd.kafka.Ping(ctx)
-	if errors.Is(err, io.EOF) {
-		return fmt.Errorf("no broker keeps the connection (%w); look at KAFKA_TLS and KAFKA_SASL_MECHANISM, user and password", err)
+// dependencies asks Kafka and ClickHouse, at most once in readyAge for all who want to know. A client that goes away does
+// not end the question: the others wait for its answer.
+func (rd *readiness) dependencies() (kafkaErr, tablesErr error) {
+	rd.mu.Lock()
+	defer rd.mu.Unlock()
+	if time.Since(rd.answered) < readyAge {
+		return rd.kafkaErr, rd.tablesErr
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), readyTimeout)
+	defer cancel()
+	var asking sync.WaitGroup
+	asking.Go(func() { rd.kafkaErr = rd.brokers(ctx) }) // ends with ctx
+	rd.tablesErr = rd.tables(ctx)
+	asking.Wait()
+	rd.answered = time.Now()
+	return rd.kafkaErr, rd.tablesErr
+}
+
+// tables says whether ClickHouse answers and has the tables. The server may have closed the connection since: a first
+// failure without an answer is tried again, on a new one.
+func (rd *readiness) tables(ctx context.Context) (err error) {
+	for attempt := 0; attempt < 2; attempt++ {
+		if rd.conn == nil || rd.conn.IsClosed() {
+			if rd.conn, err = rd.store.dial(ctx); err != nil {
+				return err
+			}
+		}
+		conn := rd.conn
+		stop := context.AfterFunc(ctx, func() { conn.Close() }) // ch-go looks at ctx between two packets only
+		var n proto.ColUInt8
+		err = conn.Do(ctx, ch.Query{
+			Body:   "SELECT toUInt8(count() >= 0) AS n FROM " + rd.store.database + ".events_hourly WHERE event_name = ''",
+			Result: proto.Results{{Name: "n", Data: &n}},
+		})
+		if stop() && err == nil {
+			return nil
+		}
+		conn.Close()
+		rd.conn = nil
+		if ctx.Err() != nil {
+			return fmt.Errorf("ClickHouse at %s has not answered in %s", rd.store.options.Address, readyTimeout)
+		}
+		if _, answered := ch.AsException(err); answered {
+			return err
+		}
 	}
 	return err
 }
 
-func (rd *readiness) consuming() error {
+// brokers asks all of them at once; one that answers is enough, and one that hangs holds nobody up.
+func (rd *readiness) brokers(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	brokers := append(rd.kafka.DiscoveredBrokers(), rd.kafka.SeedBrokers()...)
+	answers := make(chan error, len(brokers))
+	for _, b := range brokers {
+		go func() { // ends with ctx
+			req := kmsg.NewPtrMetadataRequest()
+			req.Topics = []kmsg.MetadataRequestTopic{} // none, rather than all
+			_, err := b.Request(ctx, req)
+			answers <- err
+		}()
+	}
+	var err error
+	for range brokers {
+		if err = <-answers; err == nil {
+			return nil
+		}
+	}
+	if errors.Is(err, io.EOF) {
+		return fmt.Errorf("no broker keeps the connection (%w); look at KAFKA_TLS and KAFKA_SASL_MECHANISM, user and password", err)
+	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("no broker has answered in %s", readyTimeout)
+	}
+	return err
+}
+
+// consuming says how storing goes, in words, and whether it runs at all. A copy that stands still stays ready: it accepts,
+// and Kafka keeps.
+func (rd *readiness) consuming() (text string, running bool) {
+	because := ""
+	if why := rd.troubles.oldest(); why != "" {
+		because = ": " + why
+	}
 	c := rd.consumer.Load()
-	if c == nil {
-		return fmt.Errorf("not started: the tables or topics are not there yet")
+	switch {
+	case c == nil:
+		return "not started yet" + because, false
+	case c.assigned.Load() == 0:
+		return "no partitions assigned yet" + because, false
 	}
-	if c.assigned.Load() == 0 {
-		return fmt.Errorf("no partitions assigned yet")
+	d, waiting := rd.watermark.stalled()
+	if d < stalledAfter {
+		return "ok", true
 	}
-	return nil
+	return fmt.Sprintf("stalled %d s%s, %s waiting", int(d.Seconds()), because, grouped(waiting)), true
+}
+
+// grouped is n with commas between thousands.
+func grouped(n int64) string {
+	s := strconv.FormatInt(n, 10)
+	for i := len(s) - 3; i > 0; i -= 3 {
+		s = s[:i] + "," + s[i:]
+	}
+	return s
 }
 
 // serveHealth answers GET /health: the process answers. It asks no dependency, so that an outage of one does not

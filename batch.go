@@ -7,9 +7,11 @@
 package main
 
 import (
+	"math"
+
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
-	"github.com/valyala/fastjson"
+	"github.com/valyala/fastjson/fastfloat"
 )
 
 // block is rows of the table events. A column is declared, named in newBlock's table and filled in append.
@@ -93,7 +95,7 @@ func (b *block) append(id *eventID, ev *event, rec *kgo.Record) {
 	b.timestamp.Data = append(b.timestamp.Data, proto.DateTime(ev.timestamp))
 	b.tags.append(ev.tags)
 	b.metadata.AppendBytes(ev.metadata)
-	price, currency := priceOf(ev.meta)
+	price, currency := priceOf(ev.metadata)
 	b.price.ColDecimal64 = append(b.price.ColDecimal64, price)
 	b.currency.append(currency)
 }
@@ -146,26 +148,31 @@ func insertColumns() (in proto.Input) {
 // priceScale is the Decimal(18, 4) of the table.
 const priceScale = 10000
 
-// priceOf takes metadata.price and metadata.currency out of an event's metadata; 0 and "" when they are not there.
-// A price beyond what Decimal(18, 4) holds counts as none.
-func priceOf(meta *fastjson.Value) (proto.Decimal64, []byte) {
-	if meta == nil {
-		return 0, nil
+// priceOf takes price and currency out of an event's metadata; 0 and nil when they are not there. A price beyond what
+// Decimal(18, 4) holds counts as none.
+func priceOf(metadata []byte) (price proto.Decimal64, currency []byte) {
+	r := jsonReader{b: metadata}
+	r.eat('{')
+	for n := 0; ; n++ {
+		if more, err := r.more(n, '}'); err != nil || !more {
+			return price, currency
+		}
+		k, _ := r.key()
+		v, err := r.value()
+		if err != nil {
+			return price, currency
+		}
+		switch string(k.raw) {
+		case `"price"`:
+			if f := fastfloat.ParseBestEffort(string(v.raw)); v.kind == 0 && math.Abs(f) < 1e13 {
+				price = proto.Decimal64(math.Round(f * priceScale))
+			}
+		case `"currency"`:
+			if v.kind == '"' && len(v.raw) <= maxTextBytes {
+				currency = v.text(new([]byte))
+			}
+		}
 	}
-	price := meta.GetFloat64("price") * priceScale
-	if !(price > -1e17 && price < 1e17) {
-		price = 0
-	}
-	if price < 0 {
-		price -= 0.5
-	} else {
-		price += 0.5
-	}
-	currency := meta.GetStringBytes("currency")
-	if len(currency) > maxTextChars {
-		currency = nil
-	}
-	return proto.Decimal64(price), currency
 }
 
 // idColumn is FixedString(32).

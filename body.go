@@ -1,18 +1,19 @@
 // Request bodies: read whole, decompressed, bounded three ways.
 //
-// body.go fills an ingestRequest's body from the wire. A body is bounded by its own limit (counted after
-// decompression, so that a small bomb is a large body), by the server's read timeout, and by the budget of bytes that
-// all requests together may hold, from the first byte read until Kafka has acknowledged the last record.
+// body.go reads a body from the wire into a buffer. A body is bounded by its own limit (counted after decompression, so
+// that a small bomb is a large body), by the server's read timeout, and by the budget of bytes that all requests together
+// may hold, from the first byte read until Kafka has acknowledged the last record.
 
 package main
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net/http"
+	"runtime"
 	"strings"
-	"sync"
-	"sync/atomic"
+	"time"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -25,7 +26,7 @@ const (
 	// maxZstdWindow bounds what a zstd frame may make the decoder allocate, whatever it claims.
 	maxZstdWindow = 8 << 20
 	// firstRead is what a body without a length gets as its first buffer.
-	firstRead = 4 << 10
+	firstRead = 4<<10 - 1
 	// firstClaim is the most that a body gets for the length that it claims: what a request holds beyond it was sent, or half
 	// of it. A client that claims 8 MiB and sends nothing would else take an eighth of the budget of all.
 	firstClaim = 16 << 10
@@ -35,6 +36,7 @@ var (
 	errBodyTooLarge = errors.New("the body is larger than the limit")
 	errOverBudget   = errors.New("too much is in flight")
 	errEncoding     = errors.New("unsupported content encoding: send gzip, zstd or none")
+	errTimeUp       = errors.New("the time for this request is up")
 )
 
 // errBadStream is a body that could not be read to its end.
@@ -42,92 +44,112 @@ type errBadStream struct{ err error }
 
 func (e errBadStream) Error() string { return e.err.Error() }
 
-// byteBudget bounds the bytes that requests hold. The zero limit refuses everything.
-type byteBudget struct {
-	limit int64
-	used  atomic.Int64
-}
-
-func (b *byteBudget) take(n int64) bool {
-	if b.used.Add(n) > b.limit {
-		b.used.Add(-n)
-		return false
-	}
-	return true
-}
-
-func (b *byteBudget) give(n int64) { b.used.Add(-n) }
-
-// readBody reads r's body into q.body. The errors are errBodyTooLarge, errOverBudget, errEncoding and errBadStream.
-func (in *ingester) readBody(q *ingestRequest, r *http.Request, limit int) error {
+// readBody reads r's body. The buffer is the caller's, to be put back. The errors are errBodyTooLarge, errOverBudget,
+// errEncoding, errTimeUp, errBadStream, and the context's when the client is gone.
+func (in *ingester) readBody(r *http.Request, limit int) (*buffer, error) {
 	if r.ContentLength > int64(limit) {
-		return errBodyTooLarge
+		return nil, errBodyTooLarge
 	}
-	size := int(r.ContentLength)
 	switch encoding := strings.ToLower(r.Header.Get("Content-Encoding")); encoding {
 	case "", "identity":
-		return in.readAll(q, &q.body, r.Body, size, limit)
+		return in.readAll(r.Context(), r.Body, int(r.ContentLength), limit)
 	case "gzip", "zstd":
-		if err := in.readAll(q, &q.raw, r.Body, size, limit); err != nil {
-			return err
+		raw, err := in.readAll(r.Context(), r.Body, int(r.ContentLength), limit)
+		if err != nil {
+			return nil, err
 		}
-		return in.decompress(q, encoding, limit)
+		defer in.bodies.put(raw)
+		return in.decompress(r.Context(), encoding, raw.b, limit)
 	default:
-		return errEncoding
+		return nil, errEncoding
 	}
 }
 
-// readAll reads src to its end into *dst. hint is its length, or -1; limit is the most it may have.
-func (in *ingester) readAll(q *ingestRequest, dst *[]byte, src io.Reader, hint, limit int) error {
-	b := (*dst)[:0]
-	defer func() { *dst = b }()
+// readAll reads src to its end. hint is its length, or -1; limit is the most it may have.
+func (in *ingester) readAll(ctx context.Context, src io.Reader, hint, limit int) (*buffer, error) {
 	if hint < 0 {
 		hint = firstRead
 	}
-	hint = min(hint, firstClaim)
+	// One byte more than expected, so that the end is seen without growing again.
+	body := in.bodies.get(min(hint, firstClaim) + 1)
+	if body == nil {
+		return nil, errOverBudget
+	}
+	err := in.readInto(&body, ctx, src, limit)
+	if err != nil {
+		in.bodies.put(body)
+		return nil, err
+	}
+	return body, nil
+}
+
+// readInto appends src to *body, which it replaces by a bigger buffer where it has to.
+func (in *ingester) readInto(body **buffer, ctx context.Context, src io.Reader, limit int) error {
 	for {
-		// One byte more than expected, so that the end is seen without growing again.
-		if free := cap(b) - len(b); free == 0 || len(b) == 0 && free <= hint {
-			b = append(make([]byte, 0, max(hint+1, 2*cap(b))), b...)
-		}
-		if held := int64(len(q.raw) + cap(b)); held > q.taken {
-			if !in.bodies.take(held - q.taken) {
+		b := *body
+		if len(b.b) == cap(b.b) {
+			bigger := in.bodies.get(min(2*cap(b.b), limit+1))
+			if bigger == nil {
 				return errOverBudget
 			}
-			q.taken = held
+			bigger.b = append(bigger.b, b.b...)
+			in.bodies.put(b)
+			b, *body = bigger, bigger
 		}
-		n, err := src.Read(b[len(b):cap(b)])
-		b = b[:len(b)+n]
-		if len(b) > limit {
+		n, err := src.Read(b.b[len(b.b):cap(b.b)])
+		b.b = b.b[:len(b.b)+n]
+		switch {
+		case len(b.b) > limit:
 			return errBodyTooLarge
-		}
-		if err == io.EOF {
+		case err == io.EOF:
 			return nil
-		}
-		if err != nil {
+		case ctx.Err() != nil: // the client is gone
+			return ctx.Err()
+		case err != nil:
 			return errBadStream{err}
 		}
 	}
 }
 
-func (in *ingester) decompress(q *ingestRequest, encoding string, limit int) error {
-	d := decompressors.Get().(*decompressor)
-	defer decompressors.Put(d)
-	src, err := d.open(encoding, q.raw)
-	if err != nil {
-		return errBadStream{err}
+func (in *ingester) decompress(ctx context.Context, encoding string, raw []byte, limit int) (*buffer, error) {
+	var d *decompressor
+	select { // Fast path
+	case d = <-decompressors:
+	default:
+		timeout := time.NewTimer(in.ackTimeout)
+		defer timeout.Stop()
+		select {
+		case d = <-decompressors:
+		case <-timeout.C:
+			return nil, errTimeUp
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
 	}
-	return in.readAll(q, &q.body, src, min(4*len(q.raw), limit), limit)
+	defer func() { decompressors <- d }()
+	src, err := d.open(encoding, raw)
+	if err != nil {
+		return nil, errBadStream{err}
+	}
+	return in.readAll(ctx, src, min(4*len(raw), limit), limit)
 }
 
-// decompressor keeps the state of both decoders, about 40 KiB and 1 MiB once used, for the next body.
+// decompressor keeps the state of both decoders for the next body: about 40 KiB, and up to twice maxZstdWindow.
 type decompressor struct {
 	src  byteReader
 	gzip *gzip.Reader
 	zstd *zstd.Decoder
 }
 
-var decompressors = sync.Pool{New: func() any { return new(decompressor) }}
+// decompressors has one for each core: decoding waits for nothing, so that more of them would only take memory, which a
+// few bytes of zstd can claim much of.
+var decompressors = func() chan *decompressor {
+	all := make(chan *decompressor, runtime.GOMAXPROCS(0))
+	for range cap(all) {
+		all <- new(decompressor)
+	}
+	return all
+}()
 
 func (d *decompressor) open(encoding string, raw []byte) (io.Reader, error) {
 	d.src = byteReader{raw}
@@ -177,13 +199,14 @@ func writeReadError(w http.ResponseWriter, err error) {
 		// The rest of the body is not read: the connection ends with this answer.
 		w.Header().Set("Connection", "close")
 		writeError(w, http.StatusRequestEntityTooLarge, "request body too large", "the limit is 64 KiB for one event, 8 MiB for a bulk, after decompression")
-	case errors.Is(err, errOverBudget):
+	case errors.Is(err, errOverBudget), errors.Is(err, errTimeUp):
 		writeUnavailable(w, err.Error())
+	case errors.Is(err, context.Canceled): // the client is gone: nobody is left to tell
 	case errors.Is(err, errEncoding):
 		writeError(w, http.StatusUnsupportedMediaType, "unsupported content encoding", err.Error())
 	case errors.As(err, &bad):
 		writeError(w, http.StatusBadRequest, "invalid request body", "the body could not be read: "+err.Error())
-	default:
+	default: // it is not JSON, or not in the form of a bulk
 		writeError(w, http.StatusBadRequest, "invalid request body", err.Error())
 	}
 }

@@ -41,7 +41,7 @@ var corruptions = []proto.Error{
 }
 
 // readingPart finds the part in ClickHouse's words for these errors.
-var readingPart = regexp.MustCompile(`while reading from part \S*/([^/\s]+)/ in table \S*?\.?(events|events_hourly) \(`)
+var readingPart = regexp.MustCompile(`while reading from part \S*?/([^/\s]+)/(?:\w+\.proj/)? in table \S+\.(events|events_hourly) \(`)
 
 // partName is a part of a table.
 type partName struct{ table, name string }
@@ -147,7 +147,7 @@ func (in *inserter) repair(ctx context.Context, failure error) {
 		return
 	}
 	if err := in.repairParts(ctx); err != nil {
-		slog.Warn("broken parts of ClickHouse not mended yet", "error", err)
+		in.stats.troubles.note("mend broken parts", err)
 		in.repairs.notBefore = time.Now().Add(repairPause)
 	}
 }
@@ -224,7 +224,7 @@ func (in *inserter) tablesOf(ctx context.Context, parts []partName) (tables []st
 }
 
 // attach attaches the table that is detached. A stop of the program does not keep it from that: nobody else would do it
-// before the next start (schema.sql).
+// before the next start (attachAll).
 func (in *inserter) attach(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), attachTimeout)
 	defer cancel()
@@ -240,6 +240,19 @@ func (in *inserter) attach(ctx context.Context) error {
 		select {
 		case <-time.After(minBackoff):
 		case <-ctx.Done():
+		}
+	}
+}
+
+// attachAll attaches what a mending that was cut off has left detached. It fails where there are no tables yet; what is
+// really wrong is told by what comes next.
+func (s *store) attachAll(ctx context.Context, c asker) {
+	if s.cluster != "" {
+		return
+	}
+	for _, table := range []string{"events", "events_hourly"} {
+		if err := c.Do(ctx, ch.Query{Body: "ATTACH TABLE IF NOT EXISTS " + s.database + "." + table}); err != nil {
+			slog.Debug("attach", "table", table, "error", err)
 		}
 	}
 }

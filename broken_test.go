@@ -4,10 +4,12 @@ package main
 
 import (
 	"fmt"
+	"io/fs"
 	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -59,14 +61,13 @@ func brokenSpace(t *testing.T, merged bool) (p *program, sent func(n int) int64)
 func breakPart(t *testing.T, db, table string) (name string) {
 	t.Helper()
 	path := clickhouseQuery(t, "SELECT path FROM system.parts WHERE active AND database = '"+db+"' AND table = '"+table+"' ORDER BY min_block_number LIMIT 1")
-	files, err := filepath.Glob(filepath.Join(path, "*"))
-	if err != nil || len(files) == 0 {
-		t.Fatal(path, files, err)
-	}
-	for _, f := range files {
-		if err := os.Truncate(f, 0); err != nil {
-			t.Skip("ClickHouse's files are not here:", err)
+	if err := filepath.WalkDir(path, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
 		}
+		return os.Truncate(path, 0)
+	}); err != nil {
+		t.Skip("ClickHouse's files are not here:", err)
 	}
 	return filepath.Base(path)
 }
@@ -170,6 +171,32 @@ func TestBrokenUnderLoad(t *testing.T) {
 				t.Error("the log does not name the part")
 			}
 		})
+	}
+}
+
+// TestBrokenNamed: ClickHouse's words name the part; an error of another kind names none, wherever it was met.
+func TestBrokenNamed(t *testing.T) {
+	const reading = "Empty marks file '/data/store/061/0613/%[1]s/data.cmrk4': 0, must be: 848: (while reading from part /data/store/061/0613/%[1]s/%[2]s in table db.%[3]s (0613a50c) located on disk default of type local, from mark 0)"
+	for _, c := range []struct {
+		code                proto.Error
+		inside, table, want string
+	}{
+		{proto.ErrCorruptedData, "", "events", "events"},
+		{proto.ErrCannotReadAllData, "daily.proj/", "events_hourly", "events_hourly"},
+		{proto.ErrCorruptedData, "", "other_events", ""},
+		{proto.ErrMemoryLimitExceeded, "", "events", ""},
+	} {
+		var b brokenParts
+		for range 2 {
+			b.note(fmt.Errorf("look up: %w", &ch.Exception{Code: c.code, Message: fmt.Sprintf(reading, "202611_1_4_1", c.inside, c.table)}))
+		}
+		var want []partName
+		if c.want != "" {
+			want = []partName{{c.want, "202611_1_4_1"}}
+		}
+		if got := b.waiting(); !slices.Equal(got, want) || int(b.total.Load()) != len(want) {
+			t.Errorf("%v: found %v", c, got)
+		}
 	}
 }
 

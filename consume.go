@@ -32,6 +32,8 @@ const (
 	fetchBytes = 1 << 20
 	// pollRecords bounds one poll, and with it the time that a rebalance waits.
 	pollRecords = 10000
+	// pollWait bounds a poll in which nothing comes, so that a grown topic is noticed.
+	pollWait = time.Second
 	// CONSUME_MEMORY is for what waits in the queues (one part), the records of two rounds, the one that is sent and the
 	// one that fills (two parts), the same as columns (two parts), and what the client fetches ahead.
 	queueShare = 8
@@ -43,21 +45,23 @@ type consumer struct {
 	kafka    *kgo.Client
 	topic    string
 	group    string
-	parts    int // partitions of the topic
+	parts    int        // partitions of the topic
+	seen     func() int // partitions that it was seen to have last
 	workers  []*worker
 	inserter *inserter
 	backlog  *backlog
 	stats    *storeStats
+	failed   func(error)            // told what a poll says, each time
 	assigned atomic.Int32           // partitions
 	member   atomic.Pointer[string] // the group's name for this copy since the first assignment
 	holding  context.Context
 	letGo    context.CancelCauseFunc // ends holding: nothing that was taken in may be stored any more
 }
 
-// newConsumer returns a consumer of the topic, which has so many partitions.
-func newConsumer(cfg *settings, st *store, partitions int, side *sideways, stats *storeStats) (*consumer, error) {
+// newConsumer returns a consumer of the topic, which has so many partitions; it starts over when more were seen.
+func newConsumer(cfg *settings, st *store, partitions int, seen func() int, side *sideways, stats *storeStats, failed func(error)) (*consumer, error) {
 	c := &consumer{
-		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, stats: stats,
+		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, seen: seen, stats: stats, failed: failed,
 		backlog: newBacklog(cfg.consumeMemory / queueShare),
 	}
 	limits := blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / roundShare / int64(cfg.workerCount))}
@@ -127,20 +131,25 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 	if err := c.kafka.CommitMarkedOffsets(end); err != nil {
 		slog.Warn("offsets not committed at the end, their records will be read again", "error", err)
 	}
-	c.kafka.CloseAllowingRebalance()
+	leave(end, c.kafka)
 	cancelInserts()
 }
 
 func (c *consumer) poll(ctx context.Context) {
 	for ctx.Err() == nil {
-		fetches := c.kafka.PollRecords(ctx, pollRecords)
-		fetches.EachError(func(topic string, partition int32, err error) {
-			if ctx.Err() == nil {
-				slog.Warn("fetch failed, franz-go goes on trying", "topic", topic, "partition", partition, "error", err)
+		waiting, cancel := context.WithTimeout(ctx, pollWait)
+		fetches := c.kafka.PollRecords(waiting, pollRecords)
+		cancel()
+		fetches.EachError(func(_ string, _ int32, err error) {
+			if !errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+				c.failed(err)
 			}
 		})
+		if c.seen() > c.parts {
+			c.letGo(errGrown)
+		}
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
-			if len(p.Records) > 0 {
+			if len(p.Records) > 0 && c.holding.Err() == nil {
 				c.stats.consumed.Add(len(p.Records))
 				c.workers[int(p.Partition)%len(c.workers)].enqueue(p.Partition, p.Records)
 			}
@@ -162,9 +171,16 @@ func (c *consumer) mark(reached []position) {
 	c.kafka.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{c.topic: offsets})
 }
 
+// readEvents is what fails when a poll does.
+const readEvents = "read the main topic"
+
 func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[string][]int32) {
+	c.stats.troubles.clear(readEvents)
 	member, _ := kafka.GroupMetadata()
 	c.member.CompareAndSwap(nil, &member)
+	if len(topics[c.topic]) == 0 {
+		return
+	}
 	came := time.Now()
 	c.inserter.cameAt.Store(&came)
 	for _, p := range topics[c.topic] {
@@ -174,9 +190,8 @@ func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[s
 		}
 		c.workers[int(p)%len(c.workers)].assign(p, came)
 	}
-	if n := len(topics[c.topic]); n > 0 {
-		slog.Info("partitions assigned", "count", n, "all", c.assigned.Add(int32(n)))
-	}
+	n := len(topics[c.topic])
+	slog.Info("partitions assigned", "count", n, "all", c.assigned.Add(int32(n)))
 }
 
 // onRevoked lets partitions go: what is queued is dropped, what is in blocks is stored, marks are committed. Only then

@@ -51,8 +51,8 @@ func TestIDSet(t *testing.T) {
 	}
 }
 
-// TestBudget: sets never take more than their budget, whatever comes, and what they know is never wrong.
-func TestBudget(t *testing.T) {
+// TestDedupeMemory: sets never take more than their budget, whatever comes, and what they know is never wrong.
+func TestDedupeMemory(t *testing.T) {
 	const budget = 40_000
 	known := newPast(nil, "", budget)
 	ev := mustParse(t, new(eventParser), sampleEvent)
@@ -66,7 +66,7 @@ func TestBudget(t *testing.T) {
 			known.bytes.Add(setOverhead)
 			for id := range seen {
 				if int64(id[31]) == minute && known.makeRoom(known.minutes[minute], 1) {
-					known.minutes[minute].add(keyOf(&id))
+					known.minutes[minute].add(idKeyOf(&id))
 				} else if int64(id[31]) == minute {
 					known.drop(minute)
 					break

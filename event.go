@@ -12,20 +12,19 @@ import (
 	"math"
 	"strconv"
 	"unicode/utf8"
-
-	"github.com/valyala/fastjson"
 )
 
-// event is one parsed event. Every slice points into the eventParser that filled it and lives until its next parse.
+// event is one parsed event. Every slice points into the text that it was read from, or into the eventParser that filled
+// it, and lives until that text changes or the parser reads on.
 type event struct {
 	name       []byte
 	channel    []byte // web, mobile_app, api or empty
 	campaignID []byte
 	userID     []byte
-	timestamp  int64 // Unix seconds
+	timestamp  int64  // Unix seconds
+	insertID   []byte // the sender's own id of the event, or empty
 	tags       [][]byte
 	metadata   []byte // a compact JSON object, or empty when absent
-	meta       *fastjson.Value
 }
 
 // storable says whether ClickHouse's DateTime can hold the event's time. checkAge implies it.
@@ -61,19 +60,7 @@ func hasLoneSurrogate(b []byte) bool {
 	}
 }
 
-// hexRune reads \uXXXX at the start of b; -1 when there is none.
-func hexRune(b []byte) int {
-	if len(b) < 6 || b[0] != '\\' || b[1] != 'u' {
-		return -1
-	}
-	n, err := strconv.ParseUint(string(b[2:6]), 16, 16)
-	if err != nil {
-		return -1
-	}
-	return int(n)
-}
-
-// eventID is the event's identity: SHA-256 over event_name|user_id|timestamp|channel.
+// eventID is the event's identity: SHA-256 over event_name|user_id|timestamp|channel, and |insert_id when there is one.
 type eventID [sha256.Size]byte
 
 // isKey says whether key is the id in lower-case hex.
@@ -83,8 +70,8 @@ func (id *eventID) isKey(key []byte) bool {
 	return string(key) == string(own[:])
 }
 
-// id computes the event's id. A | or \ in the two free fields is escaped, so that no two events share an input;
-// without them the input is the plain join. buf is scratch space, returned grown.
+// id computes the event's id. A | or \ in the free fields is escaped, so that no two events share an input; without them
+// the input is the plain join. buf is scratch space, returned grown.
 func (e *event) id(buf []byte) (eventID, []byte) {
 	buf = appendEscapedPipes(buf[:0], e.name)
 	buf = append(buf, '|')
@@ -93,6 +80,10 @@ func (e *event) id(buf []byte) (eventID, []byte) {
 	buf = strconv.AppendInt(buf, e.timestamp, 10)
 	buf = append(buf, '|')
 	buf = append(buf, e.channel...)
+	if len(e.insertID) > 0 {
+		buf = append(buf, '|')
+		buf = appendEscapedPipes(buf, e.insertID)
+	}
 	return sha256.Sum256(buf), buf
 }
 
@@ -122,6 +113,10 @@ func appendEvent(dst []byte, e *event) []byte {
 		dst = append(dst, `,"campaign_id":`...)
 		dst = appendString(dst, e.campaignID)
 	}
+	if len(e.insertID) > 0 {
+		dst = append(dst, `,"insert_id":`...)
+		dst = appendString(dst, e.insertID)
+	}
 	if len(e.tags) > 0 {
 		dst = append(dst, `,"tags":[`...)
 		for i, t := range e.tags {
@@ -137,6 +132,16 @@ func appendEvent(dst []byte, e *event) []byte {
 		dst = append(dst, e.metadata...)
 	}
 	return append(dst, '}')
+}
+
+// maxEncoded is the most that appendEvent appends for e.
+func (e *event) maxEncoded() int {
+	const frame = 176 // the names of the fields, quotes and commas, and the timestamp
+	n := len(e.name) + len(e.userID) + len(e.channel) + len(e.campaignID) + len(e.insertID)
+	for _, t := range e.tags {
+		n += len(t) + 2
+	}
+	return frame + 2*n + len(e.metadata) // " and \ are written with a \ in front
 }
 
 // appendString appends s, valid UTF-8, as a JSON string.

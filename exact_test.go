@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
@@ -124,6 +125,39 @@ func TestOtherPartitioner(t *testing.T) {
 	producing.Wait()
 	drained(p)
 	mustCount(t, env, "other", events)
+}
+
+// TestTopicGrows: partitions are added under load, so that most keys get another one, and what was sent before is sent
+// again.
+func TestTopicGrows(t *testing.T) {
+	env := faultSpace(t, "KAFKA_PARTITIONS=5")
+	p := startProgram(t, env)
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	var bodies [][]byte
+	const events = 8000
+	at := time.Now().Unix()
+	for i := range events {
+		if i%200 == 0 {
+			bodies = append(bodies, nil)
+		}
+		bodies[i/200] = fmt.Appendf(bodies[i/200], `{"event_name":"grows","user_id":"u%d","timestamp":%d}`+"\n", i, at-int64(i%300))
+	}
+	postAll(t, p, bodies[:len(bodies)/2])
+	if _, err := kadm.NewClient(kafka).UpdatePartitions(t.Context(), 12, space(env, "KAFKA_TOPIC")); err != nil {
+		t.Fatal(err)
+	}
+	postAll(t, p, bodies)
+	p.await("all partitions assigned", 30*time.Second, func() bool { return strings.Contains(p.log.String(), "all=12") })
+	postAll(t, p, bodies)
+	drained(p)
+	mustCount(t, env, "grows", events)
+	if !strings.Contains(p.log.String(), errGrown.Error()) {
+		t.Error("the consumer did not start over")
+	}
 }
 
 // TestLargeEvents: events as large as they may be are accepted while ClickHouse is away, more than memory holds, and pass

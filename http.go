@@ -22,6 +22,7 @@ import (
 const (
 	typeJSON   = "application/json"
 	typeNDJSON = "application/x-ndjson"
+	typeText   = "text/plain"
 )
 
 // Limits of a connection. Read and write timeouts are settings.
@@ -154,12 +155,19 @@ func (x *exchange) Unwrap() http.ResponseWriter { return x.ResponseWriter }
 // jsonHeader is shared by every answer: setting the map entry directly saves the canonicalisation and the slice.
 var jsonHeader = []string{typeJSON}
 
-func writeJSON(w http.ResponseWriter, status int, body []byte) {
+// writeJSON answers with the parts of a JSON text, one behind the other.
+func writeJSON(w http.ResponseWriter, status int, parts ...[]byte) {
+	length := 0
+	for _, part := range parts {
+		length += len(part)
+	}
 	h := w.Header()
 	h["Content-Type"] = jsonHeader
-	h["Content-Length"] = []string{strconv.Itoa(len(body))}
+	h["Content-Length"] = []string{strconv.Itoa(length)}
 	w.WriteHeader(status)
-	w.Write(body) // an error here means that the client is gone: nobody is left to tell
+	for _, part := range parts {
+		w.Write(part) // an error here means that the client is gone: nobody is left to tell
+	}
 }
 
 // writeError answers {"error":…,"detail":…}.

@@ -6,10 +6,8 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"net/http"
 	"strconv"
@@ -17,6 +15,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"github.com/twmb/franz-go/pkg/kgo"
 )
@@ -33,14 +32,19 @@ type ingester struct {
 	topic      string
 	ackTimeout time.Duration
 	bodies     byteBudget
-	requests   sync.Pool // of *ingestRequest
+	singles    sync.Pool // of *ingestRequest, for one event: one must not sit on the memory of a thousand
+	bulks      sync.Pool // of *ingestRequest
 	stats      *ingestStats
 }
 
 func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats) *ingester {
 	in := &ingester{kafka: kafka, topic: cfg.kafkaTopic, ackTimeout: cfg.ackTimeout, stats: stats}
 	in.bodies.limit = cfg.maxInFlightBytes
-	in.requests.New = func() any { return &ingestRequest{in: in, acked: make(chan struct{}, 1)} }
+	for _, pool := range []*sync.Pool{&in.singles, &in.bulks} {
+		pool.New = func() any {
+			return &ingestRequest{in: in, pool: pool, index: -1, entry: appendBulkEntry, acked: make(chan struct{}, 1)}
+		}
+	}
 	return in
 }
 
@@ -50,13 +54,13 @@ func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send application/json")
 		return
 	}
-	q := in.get()
-	defer in.release(q)
-	if err := in.readBody(q, r, maxSingleBody); err != nil {
+	q, err := in.receive(r, &in.singles, maxSingleBody)
+	if err != nil {
 		writeReadError(w, err)
 		return
 	}
-	ev, _, err := q.parser.parse(bytes.TrimSpace(q.body))
+	defer in.release(q)
+	ev, _, err := q.parser.parse(q.body.b)
 	if err != nil {
 		in.stats.refused.Add(1)
 		writeError(w, http.StatusBadRequest, "invalid request body", err.Error())
@@ -67,7 +71,10 @@ func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 		writeProblems(w, problems)
 		return
 	}
-	q.add(0, ev)
+	if err := q.add(0, ev); err != nil {
+		writeReadError(w, err)
+		return
+	}
 	if in.produce(q); q.records[0].state.Load() != stateAcked {
 		in.stats.unavailable.Add(1)
 		writeUnavailable(w, q.failure())
@@ -87,18 +94,14 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send application/json or application/x-ndjson")
 		return
 	}
-	q := in.get()
-	defer in.release(q)
-	if err := in.readBody(q, r, maxBulkBody); err != nil {
+	q, err := in.receive(r, &in.bulks, maxBulkBody)
+	if err != nil {
 		writeReadError(w, err)
 		return
 	}
-	if err := q.split(media); err != nil {
-		writeError(w, http.StatusBadRequest, "invalid request body", err.Error())
-		return
-	}
-	if err := q.encode(media, time.Now().Unix()); err != nil {
-		writeError(w, http.StatusBadRequest, "invalid request body", err.Error())
+	defer in.release(q)
+	if err := q.encode(r.Context(), media, time.Now().Unix()); err != nil {
+		writeReadError(w, err)
 		return
 	}
 	in.produce(q)
@@ -107,24 +110,73 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 
 // encode checks every event of the request and appends the good ones as records, the bad ones as entries of the
 // answer's errors. Nothing has been handed to Kafka yet, so that a body that turns out not to be JSON at its very end
-// is refused whole.
-func (q *ingestRequest) encode(media string, now int64) error {
-	for i, raw := range q.events {
-		ev, _, err := q.parser.parse(raw)
-		if err != nil && media == typeJSON && !errors.Is(err, errNotObject) {
-			return fmt.Errorf("events[%d]: %w", i, err)
+// is refused whole. It ends early with the context's error.
+func (q *ingestRequest) encode(ctx context.Context, media string, now int64) error {
+	if media == typeNDJSON {
+		return eachLine(q.body.b, func(line []byte) error {
+			if err := q.step(ctx); err != nil {
+				return err
+			}
+			if len(line) > maxEventBytes { // before anything looks at it
+				return q.refuse(errEventTooLarge)
+			}
+			ev, _, err := q.parser.parse(line)
+			if err != nil { // a line stands alone
+				return q.refuse(err)
+			}
+			return q.take(ev, now)
+		})
+	}
+	q.parser.json.reset(q.body.b)
+	return eachEvent(&q.parser.json, "events", nil, func(r *jsonReader) error {
+		if err := q.step(ctx); err != nil {
+			return err
 		}
-		if err != nil { // a line of NDJSON stands alone
-			q.addError(i, []problem{{"", codeInvalidFormat, err.Error()}})
-			continue
-		}
-		if problems := q.parser.checkAge(now); len(problems) > 0 {
-			q.addError(i, problems)
-			continue
-		}
-		q.add(i, ev)
+		r.space()
+		start := r.i
+		ev, _, err := q.parser.read(r)
+		return q.outcome(ev, r.i-start, err, now)
+	})
+}
+
+// outcome is what becomes of the event at hand, of size bytes, that was read out of the middle of a body. Only an error that
+// is not the event's own is one of the body.
+func (q *ingestRequest) outcome(ev *event, size int, err error, now int64) error {
+	switch {
+	case err != nil && !isEventsOwn(err):
+		return fmt.Errorf("events[%d]: %w", q.index, err)
+	case size > maxEventBytes:
+		return q.refuse(errEventTooLarge)
+	case err != nil:
+		return q.refuse(err)
+	}
+	return q.take(ev, now)
+}
+
+// step goes on to the next event.
+func (q *ingestRequest) step(ctx context.Context) error {
+	q.index++
+	if q.index%64 == 0 {
+		return ctx.Err()
 	}
 	return nil
+}
+
+// refuse notes that the event at hand is none.
+func (q *ingestRequest) refuse(why error) error {
+	code := codeInvalidFormat
+	if why == errEventTooLarge {
+		code = codeMaxLength
+	}
+	return q.addError(q.index, []problem{{"", code, why.Error()}}, false)
+}
+
+// take adds the event at hand to the records, or its problems to the errors.
+func (q *ingestRequest) take(ev *event, now int64) error {
+	if problems := q.parser.checkAge(now); len(problems) > 0 {
+		return q.addError(q.index, problems, false)
+	}
+	return q.add(q.index, ev)
 }
 
 func (in *ingester) answerBulk(w http.ResponseWriter, q *ingestRequest) {
@@ -134,7 +186,7 @@ func (in *ingester) answerBulk(w http.ResponseWriter, q *ingestRequest) {
 			success++
 		} else {
 			late++
-			q.addError(rec.index, []problem{{"", codeUnavailable, "Kafka did not acknowledge the event; it is safe to send it again"}})
+			q.addError(rec.index, []problem{{"", codeUnavailable, "Kafka did not acknowledge the event; it is safe to send it again"}}, true)
 		}
 	}
 	in.stats.accepted.Add(success)
@@ -145,21 +197,19 @@ func (in *ingester) answerBulk(w http.ResponseWriter, q *ingestRequest) {
 	q.answer = append(q.answer, `,"failed_count":`...)
 	q.answer = strconv.AppendInt(q.answer, int64(q.failed), 10)
 	q.answer = append(q.answer, `,"errors":[`...)
-	q.answer = append(q.answer, q.errors...)
-	q.answer = append(q.answer, ']')
-	status := http.StatusMultiStatus
+	status, end := http.StatusMultiStatus, `]}`
 	switch {
 	case q.failed == 0:
 		status = http.StatusAccepted
 	case success == 0 && late > 0:
 		status = http.StatusServiceUnavailable
 		w.Header().Set("Retry-After", retryAfterSeconds)
-		q.answer = append(q.answer, `,"error":"Kafka is unavailable, send the events again"`...)
+		end = `],"error":"Kafka is unavailable, send the events again"}`
 	case success == 0:
 		status = http.StatusBadRequest
-		q.answer = append(q.answer, `,"error":"validation failed"`...)
+		end = `],"error":"validation failed"}`
 	}
-	writeJSON(w, status, append(q.answer, '}'))
+	writeJSON(w, status, q.answer, q.errors.bytes(), []byte(end))
 }
 
 // produce hands the request's records to Kafka and waits until each is acknowledged by all in-sync replicas, has
@@ -202,20 +252,21 @@ type outgoing struct {
 	promise func(*kgo.Record, error) // made once for the life of the slot: a closure per record would be garbage
 }
 
-// ingestRequest is everything that one HTTP request needs on its way, reused by the next.
+// ingestRequest is everything that one HTTP request needs on its way from the end of its body, reused by the next. Its
+// buffers and its slab of records are charged to the ingester's budget.
 type ingestRequest struct {
 	in      *ingester
+	pool    *sync.Pool // that it goes back to
 	parser  eventParser
-	taken   int64    // bytes of the ingester's budget
-	raw     []byte   // compressed body, when there is one
-	body    []byte   // body as JSON
-	events  [][]byte // pieces of body
-	records []outgoing
-	arena   []byte // keys and values of the records, back to back
+	body    *buffer
+	index   int        // of the event at hand
+	entry   entryForm  // of the answer's errors
+	records []outgoing // a slab
+	arena   *buffer    // keys and values of the records, back to back
 	idInput []byte
-	errors  []byte // entries of the bulk answer's errors, JSON
-	failed  int    // events among them
-	answer  []byte
+	errors  *buffer // entries of the bulk answer's errors, JSON; nil while there are none
+	failed  int     // events among them
+	answer  []byte  // what stands before them
 
 	holders  atomic.Int32 // the handler, and Kafka while records are in flight
 	pending  atomic.Int32 // records without an outcome
@@ -223,34 +274,51 @@ type ingestRequest struct {
 	firstErr atomic.Pointer[error]
 }
 
-func (q *ingestRequest) split(media string) (err error) {
-	if media == typeNDJSON {
-		q.events, err = splitLines(q.events, q.body)
-	} else {
-		q.events, err = splitBulk(q.events, q.body, &q.parser.json)
-	}
-	return err
-}
+// outgoingBytes is what a record of the slab takes.
+const outgoingBytes = int(unsafe.Sizeof(outgoing{}))
+
+var errEventTooLarge = fmt.Errorf("the event is larger than %d KiB", maxEventBytes>>10)
 
 // add encodes one event: its key and its value go into the arena, a slot of records remembers where.
-func (q *ingestRequest) add(index int, ev *event) {
+func (q *ingestRequest) add(index int, ev *event) error {
+	if q.arena == nil {
+		q.arena = q.in.bodies.get(len(q.body.b) + len(q.body.b)/4) // with room for the keys, most of the time
+	}
+	if q.arena == nil || !q.grow(&q.arena, 2*len(eventID{})+ev.maxEncoded(), false) {
+		return errOverBudget
+	}
 	var id eventID
 	id, q.idInput = ev.id(q.idInput)
-	q.arena = hex.AppendEncode(q.arena, id[:])
-	q.arena = appendEvent(q.arena, ev)
+	q.arena.b = hex.AppendEncode(q.arena.b, id[:])
+	q.arena.b = appendEvent(q.arena.b, ev)
 	n := len(q.records)
 	if n == cap(q.records) { // Slow path: the slab grows, at most once a size for the life of the request.
-		q.grow()
+		if err := q.growSlab(); err != nil {
+			return err
+		}
 	}
 	q.records = q.records[:n+1]
 	rec := &q.records[n]
-	rec.index, rec.end = index, len(q.arena)
+	rec.index, rec.end = index, len(q.arena.b)
 	rec.state.Store(statePending)
+	return nil
 }
 
-// grow moves to a bigger slab. Records are not in flight yet, so nothing points to the old one.
-func (q *ingestRequest) grow() {
+// grow makes room for n bytes in one of the request's buffers.
+func (q *ingestRequest) grow(buf **buffer, n int, owed bool) bool {
+	bigger := q.in.bodies.grow(*buf, n, owed)
+	if bigger != nil {
+		*buf = bigger
+	}
+	return bigger != nil
+}
+
+// growSlab moves to a bigger slab. Records are not in flight yet, so nothing points to the old one.
+func (q *ingestRequest) growSlab() error {
 	size := min(max(16, 2*cap(q.records)), maxBulkEvents)
+	if !q.in.bodies.take((size - cap(q.records)) * outgoingBytes) {
+		return errOverBudget
+	}
 	slab := make([]outgoing, size)
 	for i := range slab {
 		rec := &slab[i]
@@ -260,6 +328,7 @@ func (q *ingestRequest) grow() {
 		}
 	}
 	q.records = slab[:len(q.records)]
+	return nil
 }
 
 // sealRecords points the records into the arena, which no longer moves.
@@ -270,8 +339,8 @@ func (q *ingestRequest) sealRecords(topic string) {
 		rec := &q.records[i]
 		rec.Record = kgo.Record{
 			Topic: topic,
-			Key:   q.arena[start : start+keyLen : start+keyLen],
-			Value: q.arena[start+keyLen : rec.end : rec.end],
+			Key:   q.arena.b[start : start+keyLen : start+keyLen],
+			Value: q.arena.b[start+keyLen : rec.end : rec.end],
 		}
 		start = rec.end
 	}
@@ -299,32 +368,58 @@ func (q *ingestRequest) failure() string {
 	return "no acknowledgement in time"
 }
 
-// addError appends one entry of the bulk answer's errors: the first problem in the original's form, all of them in a list.
-func (q *ingestRequest) addError(index int, problems []problem) {
+// Limits of the errors in an answer. An entry with all its problems, names clipped, stays below maxEntry; behind maxDetail
+// bytes an entry has its first problem only.
+const (
+	maxEntry  = 16 << 10
+	maxDetail = 256 << 10
+)
+
+// entryForm appends what an answer says about the event of that index.
+type entryForm func(dst []byte, index int, problems []problem) []byte
+
+// addError notes the problems of an event in the answer. owed says that there has to be an answer, whatever the budget says.
+func (q *ingestRequest) addError(index int, problems []problem, owed bool) error {
+	if q.errors == nil {
+		q.errors = new(buffer)
+	}
+	if len(q.errors.b) > maxDetail {
+		problems = problems[:1]
+	}
+	if !q.grow(&q.errors, maxEntry, owed) {
+		return errOverBudget
+	}
 	if q.failed > 0 {
-		q.errors = append(q.errors, ',')
+		q.errors.b = append(q.errors.b, ',')
 	}
 	q.failed++
-	q.errors = append(q.errors, `{"index":`...)
-	q.errors = strconv.AppendInt(q.errors, int64(index), 10)
-	q.errors = append(q.errors, `,"error":`...)
+	q.errors.b = q.entry(q.errors.b, index, problems)
+	return nil
+}
+
+// appendBulkEntry is the entry of a bulk's answer: the first problem in the original's form, all of them in a list.
+func appendBulkEntry(dst []byte, index int, problems []problem) []byte {
+	dst = append(dst, `{"index":`...)
+	dst = strconv.AppendInt(dst, int64(index), 10)
+	dst = append(dst, `,"error":`...)
 	text := problems[0].message
 	for _, p := range problems[1:] {
 		text += "; " + p.message
 	}
-	q.errors = appendString(q.errors, text)
-	q.errors = append(q.errors, `,"code":"`...)
-	q.errors = append(q.errors, problems[0].code...)
-	q.errors = append(q.errors, `","field":`...)
-	q.errors = appendString(q.errors, problems[0].field)
+	dst = appendString(dst, text)
+	dst = append(dst, `,"code":"`...)
+	dst = append(dst, problems[0].code...)
+	dst = append(dst, `","field":`...)
+	dst = appendString(dst, problems[0].field)
 	if len(problems) > 1 {
-		q.errors = append(q.errors, `,"errors":`...)
-		q.errors = appendProblems(q.errors, problems)
+		dst = append(dst, `,"errors":`...)
+		dst = appendProblems(dst, problems)
 	}
-	q.errors = append(q.errors, '}')
+	return append(dst, '}')
 }
 
-// mediaType returns typeJSON, typeNDJSON or "" for a Content-Type that is neither. An absent one means JSON.
+// mediaType returns typeJSON, typeNDJSON or "" for a Content-Type that is neither. An absent one means JSON, and so does
+// text/plain, which a page may send to another origin, or as its last beacon, without asking.
 func mediaType(r *http.Request) string {
 	header := r.Header["Content-Type"]
 	if len(header) == 0 {
@@ -332,7 +427,7 @@ func mediaType(r *http.Request) string {
 	}
 	media, _, _ := strings.Cut(header[0], ";")
 	switch media = strings.TrimSpace(media); {
-	case strings.EqualFold(media, typeJSON), media == "":
+	case strings.EqualFold(media, typeJSON), strings.EqualFold(media, typeText), media == "":
 		return typeJSON
 	case strings.EqualFold(media, typeNDJSON):
 		return typeNDJSON
@@ -340,16 +435,22 @@ func mediaType(r *http.Request) string {
 	return ""
 }
 
-// Above these a buffer is dropped instead of pooled: one huge request must not keep its memory for ever.
-const (
-	maxPooledBody  = 1 << 20
-	maxPooledArena = 1 << 20
-)
-
-func (in *ingester) get() *ingestRequest {
-	q := in.requests.Get().(*ingestRequest)
+// receive reads r's body and returns a request that has it, to be released. Nothing but the body's buffer is held while the
+// client takes its time. The errors are readBody's.
+func (in *ingester) receive(r *http.Request, pool *sync.Pool, limit int) (*ingestRequest, error) {
+	body, err := in.readBody(r, limit)
+	if err != nil {
+		return nil, err
+	}
+	q := pool.Get().(*ingestRequest)
+	if !in.bodies.take(cap(q.records) * outgoingBytes) {
+		in.bodies.put(body)
+		pool.Put(q)
+		return nil, errOverBudget
+	}
+	q.body = body
 	q.holders.Store(1)
-	return q
+	return q, nil
 }
 
 // release is called by each holder once; the last one resets the request and puts it back.
@@ -357,22 +458,18 @@ func (in *ingester) release(q *ingestRequest) {
 	if q.holders.Add(-1) != 0 {
 		return
 	}
-	in.bodies.give(q.taken)
+	in.bodies.give(cap(q.records) * outgoingBytes)
 	q.reset()
-	in.requests.Put(q)
+	q.pool.Put(q)
 }
 
 func (q *ingestRequest) reset() {
 	drain(q.acked) // the handler had given up before the last acknowledgement
-	q.taken, q.failed = 0, 0
+	for _, buf := range []**buffer{&q.body, &q.arena, &q.errors} {
+		q.in.bodies.put(*buf)
+		*buf = nil
+	}
 	q.firstErr.Store(nil)
-	clear(q.events)
-	q.raw, q.body, q.events, q.records = q.raw[:0], q.body[:0], q.events[:0], q.records[:0]
-	q.arena, q.errors, q.answer = q.arena[:0], q.errors[:0], q.answer[:0]
-	if cap(q.body) > maxPooledBody || cap(q.raw) > maxPooledBody {
-		q.raw, q.body = nil, nil
-	}
-	if cap(q.arena) > maxPooledArena {
-		q.arena = nil
-	}
+	q.failed, q.index, q.entry = 0, -1, appendBulkEntry
+	q.records, q.answer = q.records[:0], q.answer[:0]
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -22,7 +23,8 @@ func TestContract(t *testing.T) {
 	expand := strings.NewReplacer(
 		"$NOW", fmt.Sprint(now), "$FUTURE", fmt.Sprint(now+60), "$OLD", fmt.Sprint(now-31*86400), "$EDGE", fmt.Sprint(now-30*86400+5), "$MS", fmt.Sprint(now*1000),
 		"$100", strings.Repeat("ö", 100), "$101", strings.Repeat("x", 101), "$17K", strings.Repeat("x", 17<<10), "$SPACES17K", strings.Repeat(" ", 17<<10),
-		"$DEEP", strings.Repeat("[", 20000), "$21TAGS", `"a"`+strings.Repeat(`,"a"`, 20), "$20TAGS", `"a"`+strings.Repeat(`,"a"`, 19), "$MANY", `{`+good+`}`+strings.Repeat(`,{`+good+`}`, 1000),
+		"$DEEP", strings.Repeat("[", 20000), "$21TAGS", `"a"`+strings.Repeat(`,"a"`, 20), "$20TAGS", `"a"`+strings.Repeat(`,"a"`, 19), "$MANY", strings.ReplaceAll(`{`+good+`}`+strings.Repeat(`,{`+good+`}`, 1000), "$NOW", fmt.Sprint(now)),
+		"$NEST301", strings.Repeat("[", 301)+strings.Repeat("]", 301), "$65K", strings.Repeat("x", 65<<10), "$TAGS1000", strings.Repeat(`,"tags":0`, 1000),
 		"$70K", strings.Repeat(" ", 70<<10), "$9M", strings.Repeat(" ", 9<<20),
 	)
 	for _, c := range []struct {
@@ -38,6 +40,11 @@ func TestContract(t *testing.T) {
 		{"null is absent", "POST", onePath, jsonCT, `{` + good + `,"channel":null,"tags":null,"metadata":null,"campaign_id":null}`, 202, `queued`},
 		{"unknown fields", "POST", onePath, jsonCT, `{` + good + `,"x":{"y":[]},"z":1}`, 202, `queued`},
 		{"100 characters", "POST", onePath, jsonCT, `{"event_name":"$100","user_id":"$100","timestamp":$NOW,"campaign_id":"$100","tags":["$100"]}`, 202, `queued`},
+		{"insert_id", "POST", onePath, jsonCT, `{` + good + `,"insert_id":"$100"}`, 202, `queued`},
+		{"insert_id null", "POST", onePath, jsonCT, `{` + good + `,"insert_id":null}`, 202, `queued`},
+		{"insert_id too long", "POST", onePath, jsonCT, `{` + good + `,"insert_id":"$101"}`, 400, `"field":"insert_id","code":"validation.max-length.error"`},
+		{"insert_id type", "POST", onePath, jsonCT, `{` + good + `,"insert_id":7}`, 400, `"field":"insert_id","code":"validation.invalid-format.error"`},
+		{"insert_id control character", "POST", onePath, jsonCT, `{` + good + `,"insert_id":"a\n"}`, 400, `"field":"insert_id","code":"validation.invalid-format.error"`},
 		{"20 tags", "POST", onePath, jsonCT, `{` + good + `,"tags":[$20TAGS]}`, 202, `queued`},
 		{"oldest", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":$EDGE}`, 202, `queued`},
 		{"emoji escape", "POST", onePath, jsonCT, `{"event_name":"\ud83d\ude00","user_id":"u","timestamp":$NOW}`, 202, `queued`},
@@ -93,6 +100,13 @@ func TestContract(t *testing.T) {
 		{"bulk not an array", "POST", bulkPath, jsonCT, `{"events":{}}`, 400, `\"events\" array`},
 		{"bulk null", "POST", bulkPath, jsonCT, `{"events":null}`, 400, `\"events\" array`},
 		{"bulk array only", "POST", bulkPath, jsonCT, `[{` + good + `}]`, 400, `must be a JSON object`},
+		{"bulk twice, one escaped", "POST", bulkPath, jsonCT, `{"\u0065vents":[{` + good + `}],"events":[{` + good + `}]}`, 400, `more than once`},
+		{"bulk escaped", "POST", bulkPath, jsonCT, `{"\u0065vents":[{` + good + `}]}`, 202, `"success_count":1`},
+		{"bulk, one of 65 KiB", "POST", bulkPath, jsonCT, `{"events":[{` + good + `},{` + good + `,"x":"$65K"}]}`, 207, `"index":1,"error":"the event is larger than 64 KiB","code":"validation.max-length.error","field":""}`},
+		{"bulk, one too deep", "POST", bulkPath, jsonCT, `{"events":[{` + good + `},{` + good + `,"x":$NEST301}]}`, 207, `"index":1,"error":"values are nested more than 300 deep","code":"validation.invalid-format.error"`},
+		{"bulk, another member deep", "POST", bulkPath, jsonCT, `{"x":$NEST301,"events":[{` + good + `}]}`, 202, `"success_count":1`},
+		{"ndjson, one of 65 KiB", "POST", bulkPath, ndjson, "{" + good + "}\n{" + good + `,"x":"$65K"}`, 207, `"index":1,"error":"the event is larger than 64 KiB","code":"validation.max-length.error"`},
+		{"repeated fields", "POST", onePath, jsonCT, `{` + good + `$TAGS1000}`, 400, `"errors":[{"field":"tags","code":"validation.invalid-format.error","message":"tags must be an array of strings, not number"},{"field":"tags","code":"validation.invalid-format.error","message":"tags appears more than once"}…`},
 		{"bulk twice", "POST", bulkPath, jsonCT, `{"events":[{` + good + `}],"events":[{` + good + `}]}`, 400, `more than once`},
 		{"bulk too many", "POST", bulkPath, jsonCT, `{"events":[$MANY]}`, 400, `more than 1000`},
 		{"bulk cut off", "POST", bulkPath, jsonCT, `{"events":[{` + good + `},{"event_name`, 400, `"error":"invalid request body"`},
@@ -253,6 +267,129 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 	drained(p) // complete_through has to get to now while nothing is sent
+}
+
+// TestNothingAfterTo: events of this very moment and around it, asked for up to each of these seconds, of everything that
+// answers, with merges stopped. What is from after `to` is in no answer, and everything else is in each.
+func TestNothingAfterTo(t *testing.T) {
+	env := newSpace(t)
+	p := startProgram(t, env)
+	db := space(env, "CLICKHOUSE_DATABASE")
+	clickhouseQuery(t, "SYSTEM STOP MERGES "+db+".events")
+	clickhouseQuery(t, "SYSTEM STOP MERGES "+db+".events_hourly")
+	newest := time.Now().Unix()
+	hour := newest / hourSeconds * hourSeconds
+	var times []int64 // each with a user of its own
+	for i := range int64(10) {
+		times = append(times, newest-i, hour-1-i, hour+i*(newest-hour)/10, newest-3*daySeconds+i*daySeconds/3)
+	}
+	seen := map[int64]bool{}
+	for i, at := range times { // several inserts, so that there are several rows an hour
+		if seen[at] = true; i%7 != 0 && i != len(times)-1 {
+			continue
+		}
+		var body []byte
+		for at := range seen {
+			body = fmt.Appendf(body, `{"event_name":"n","user_id":"u%d","timestamp":%d,"channel":"web"}`+"\n", at, at)
+		}
+		if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != http.StatusAccepted {
+			t.Fatal(status, answer)
+		}
+	}
+	drained(p)
+	if got := clickhouseQuery(t, fmt.Sprintf("SELECT count(), uniqExact(event_id), (SELECT sum(event_count) FROM %[1]s.events_hourly) FROM %[1]s.events", db)); got != fmt.Sprintf("%d\t%d\t%d", len(seen), len(seen), len(seen)) {
+		t.Fatalf("%s, want %d of each", got, len(seen))
+	}
+	var ends []int64
+	for i := range int64(8) {
+		ends = append(ends, newest+2-i, hour+2-i, newest-daySeconds+i, newest-2*daySeconds-i*hourSeconds)
+	}
+	for _, from := range []int64{newest - 4*daySeconds, hour - hourSeconds, hour, hour - 1, newest - 40} {
+		for _, to := range ends {
+			if to <= from {
+				continue
+			}
+			want := 0
+			for at := range seen {
+				if at >= from && at <= to {
+					want++
+				}
+			}
+			for _, groupBy := range []string{"", "channel", "hour", "day", "campaign"} {
+				path := fmt.Sprintf("%sevent_name=n&from=%d&to=%d&group_by=%s", metricsPath, from, to, groupBy)
+				if _, _, answer := p.do("GET", path, "", "", nil); !strings.HasPrefix(answer, fmt.Sprintf(`{"total_count":%d,"unique_users":%d,`, want, want)) {
+					t.Errorf("%s: %s, want %d", path, answer, want)
+				}
+			}
+			path := fmt.Sprintf("/api/v1/overview?from=%d&to=%d", from, to)
+			if _, _, answer := p.do("GET", path, "", "", nil); !strings.Contains(answer, fmt.Sprintf(`"total_count":%d,"unique_users":%d,`, want, want)) {
+				t.Errorf("%s: %s, want %d", path, answer, want)
+			}
+			for _, view := range []string{"events_between", "events_between_by_day"} {
+				sql := fmt.Sprintf("SELECT sum(event_count), uniqCombined64Merge(17)(unique_users_state) FROM %s.%s(from = %d, to = %d)", db, view, from, to)
+				if got := clickhouseQuery(t, sql); got != fmt.Sprintf("%d\t%d", want, want) {
+					t.Errorf("%s: %s, want %d", sql, got, want)
+				}
+			}
+		}
+	}
+}
+
+// TestManyCampaigns: of more than the largest 1,000 the rest is left out, and the answer says so.
+func TestManyCampaigns(t *testing.T) {
+	env := newSpace(t)
+	p := startProgram(t, env)
+	insert := func(from, n int) { // campaign c0 once, c1 twice and so on to c9
+		clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, campaign_id, user_id, timestamp) "+
+			"SELECT SHA256(concat(toString(number), 'x', toString(k))), 'n', concat('c', toString(number)), toString(k), now() - 60 FROM numbers(%d, %d) ARRAY JOIN range(if(number < 10, number + 1, 1)) AS k",
+			space(env, "CLICKHOUSE_DATABASE"), from, n))
+	}
+	ask := func() (a metricsAnswer, truncated bool) {
+		_, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=n&from=1&to=%d&group_by=campaign", metricsPath, time.Now().Unix()), "", "", nil)
+		if err := json.Unmarshal([]byte(answer), &a); err != nil {
+			t.Fatal(err, answer)
+		}
+		return a, strings.Contains(answer, `"truncated":true`)
+	}
+	insert(0, maxCampaigns)
+	if a, truncated := ask(); a.Total != maxCampaigns+45 || len(a.Groups) != maxCampaigns || truncated || a.Groups[0].Key != "c9" || a.Groups[0].Total != 10 {
+		t.Errorf("of %d events %d campaigns, the first %+v; truncated %v", a.Total, len(a.Groups), a.Groups[0], truncated)
+	}
+	insert(maxCampaigns, 500)
+	if a, truncated := ask(); a.Total != maxCampaigns+545 || len(a.Groups) != maxCampaigns || !truncated || a.Groups[0].Key != "c9" {
+		t.Errorf("of %d events %d campaigns, the first %+v; truncated %v", a.Total, len(a.Groups), a.Groups[0], truncated)
+	}
+}
+
+// TestQueryParameters: what is unknown, malformed or there twice is said, all at once, by both endpoints.
+func TestQueryParameters(t *testing.T) {
+	for query, want := range map[string]string{
+		"channel=web;x":           "query",
+		"%zz=1":                   "query",
+		"from=%":                  "query",
+		"groupby=hour":            "groupby",
+		"b=1&a=2":                 "a b",
+		"channel=web&channel=api": "channel",
+		"key=1":                   "key",
+		"":                        "",
+		"channel=":                "",
+		"from=1&to=2&channel=web": "",
+	} {
+		var got []string
+		_, problems := parseOverviewQuery(query, 1795441976)
+		for _, p := range problems {
+			if p.code == codeInvalidFormat {
+				got = append(got, p.field)
+			}
+		}
+		if strings.Join(got, " ") != want {
+			t.Errorf("overview?%s: %v, want %s", query, problems, want)
+		}
+		_, problems = parseMetricsQuery("event_name=x&from=1&to=2&" + query)
+		if bad := slices.ContainsFunc(problems, func(p problem) bool { return p.code == codeInvalidFormat }); bad != (want != "" || strings.HasPrefix(query, "from=1")) {
+			t.Errorf("metrics?%s: %v", query, problems)
+		}
+	}
 }
 
 // TestMetricsOddNames: a name that means something to SQL, TSV or a URL is a name like any other.

@@ -347,6 +347,7 @@ func (in *inserter) persist(ctx context.Context, what string, try func() error) 
 	for attempt := 1; ; attempt++ {
 		err := try()
 		if err == nil {
+			in.stats.troubles.clear(what)
 			return nil
 		}
 		in.stats.failures.Inc()
@@ -356,7 +357,7 @@ func (in *inserter) persist(ctx context.Context, what string, try func() error) 
 		}
 		in.repair(ctx, err)
 		pause := min(minBackoff<<min(attempt-1, 10), maxBackoff)
-		slog.Warn("the same round will be tried again", "failed", what, "attempt", attempt, "in", pause, "error", err)
+		in.stats.troubles.note(what, err)
 		select {
 		case <-time.After(pause/2 + rand.N(pause/2)):
 		case <-ctx.Done():

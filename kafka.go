@@ -66,6 +66,45 @@ func newProducer(cfg *settings, more ...kgo.Opt) (*kgo.Client, error) {
 	}, more...)...)
 }
 
+// leaveAtLeast is what the group has for an answer to a goodbye, even when the rest took all the time.
+const leaveAtLeast = 500 * time.Millisecond
+
+// leave closes a client that consumes in a group. It waits for the group until ctx is done and leaveAtLeast is over, no
+// longer: a broker that does not answer would hold it up for a minute.
+func leave(ctx context.Context, kafka *kgo.Client) {
+	leaving, giveUp := context.WithCancel(context.Background())
+	defer giveUp()
+	left := make(chan struct{})
+	go func() { // ends when the group has answered, or some time after giveUp
+		defer close(left)
+		kafka.AllowRebalance()
+		kafka.LeaveGroupContext(leaving)
+		kafka.Close()
+	}()
+	least := time.After(leaveAtLeast)
+	for range 2 {
+		select {
+		case <-left:
+			return
+		case <-ctx.Done():
+			ctx = context.Background()
+		case <-least:
+		}
+	}
+	slog.Warn("the consumer group was not left in time; it gives the partitions to others after KAFKA_SESSION_TIMEOUT")
+}
+
+// hopeless are Kafka's answers that no repetition changes: these settings do not work with these brokers.
+var hopeless = []error{
+	kerr.InvalidSessionTimeout, kerr.InvalidGroupID, kerr.SaslAuthenticationFailed, kerr.UnsupportedSaslMechanism, kerr.IllegalSaslState,
+	kerr.ClusterAuthorizationFailed, kerr.TopicAuthorizationFailed, kerr.GroupAuthorizationFailed,
+	kerr.InvalidConfig, kerr.InvalidTopicException, kerr.InvalidPartitions, kerr.PolicyViolation,
+}
+
+func isHopeless(err error) bool {
+	return slices.ContainsFunc(hopeless, func(h error) bool { return errors.Is(err, h) })
+}
+
 // ensureTopics creates the topics that are missing and reports one whose partitions differ from the settings. It
 // returns the number of partitions that the main topic has.
 func ensureTopics(ctx context.Context, kafka *kgo.Client, cfg *settings) (partitions int, err error) {
@@ -79,25 +118,26 @@ func ensureTopics(ctx context.Context, kafka *kgo.Client, cfg *settings) (partit
 		{cfg.kafkaTopic + ".retry", retryPartitions},
 		{cfg.kafkaTopic + ".dlq", dlqPartitions},
 	} {
-		_, err = admin.CreateTopic(ctx, int32(t.partitions), int16(cfg.kafkaReplication), map[string]*string{"min.insync.replicas": &minISR}, t.name)
-		if err == nil {
+		_, refused := admin.CreateTopic(ctx, int32(t.partitions), int16(cfg.kafkaReplication), map[string]*string{"min.insync.replicas": &minISR}, t.name)
+		n := t.partitions
+		switch {
+		case refused == nil:
 			slog.Info("topic created", "topic", t.name, "partitions", t.partitions)
-			if t.name == cfg.kafkaTopic {
-				partitions = t.partitions
+		case errors.Is(refused, kerr.TopicAlreadyExists), errors.Is(refused, kerr.TopicAuthorizationFailed), errors.Is(refused, kerr.ClusterAuthorizationFailed):
+			details, err := admin.ListTopics(ctx, t.name)
+			if err == nil {
+				err = details.Error()
 			}
-			continue
+			if errors.Is(err, kerr.UnknownTopicOrPartition) { // who may not create topics need not when they are there
+				err = refused
+			}
+			if err != nil {
+				return 0, fmt.Errorf("find or create topic %s: %w", t.name, err)
+			}
+			n = len(details[t.name].Partitions)
+		default:
+			return 0, fmt.Errorf("create topic %s: %w", t.name, refused)
 		}
-		if !errors.Is(err, kerr.TopicAlreadyExists) {
-			return 0, fmt.Errorf("create topic %s: %w", t.name, err)
-		}
-		details, err := admin.ListTopics(ctx, t.name)
-		if err == nil {
-			err = details.Error()
-		}
-		if err != nil {
-			return 0, fmt.Errorf("describe topic %s: %w", t.name, err)
-		}
-		n := len(details[t.name].Partitions)
 		if n != t.partitions {
 			slog.Warn("topic has another number of partitions than the settings say; it is used as it is", "topic", t.name, "partitions", n, "settings", t.partitions)
 		}
@@ -117,35 +157,42 @@ const (
 
 // watermark knows the newest moment up to which everything that Kafka acknowledged is stored in ClickHouse, and how
 // many records are not.
+//
+// A record goes from the main topic into ClickHouse or to the dead letters, or onto events.retry and from there back onto
+// the main topic, perhaps several times. It is acknowledged at each place before the offset that it came from is committed.
+// A look reads, in this order, (1) the committed offsets of the main topic, (2) those of events.retry, (3) the ends of
+// events.retry, (4) the ends of the main topic. A look is quiet when its ends (3) are what the look before it read as
+// committed (2): everything that was on events.retry at (3) had been put back before that earlier (2), so between the
+// earlier (2) and this (3) no record came to events.retry or was on its way back.
+//
+// The rule: what the main topic held at the ends (4) of a look is stored when a later look finds its committed offsets (1) at
+// or beyond them, and every look since, that one included, was quiet. Proof: from the first look's (2) to the last one's
+// (3) the quiet times overlap, so each record's newest place on the main topic is below the first look's (4). It is below
+// the last one's (1), so something became of it there. It did not go to events.retry: it would have been there by the last
+// (3), hence put back before the first (2), and that would be a newer place. A look that is quiet may be first and last at
+// once: what is below its (4) and its (1) and went to events.retry was put back below its (4), and so on to the last time.
+// A look that is not quiet therefore voids those before it, and counts as the first of the next ones.
+//
+// One move is not seen: a record that another producer put under a key that is not its event's goes back to the main topic
+// under its own, and may be missing for as long as that takes.
 type watermark struct {
+	kafka        *kgo.Client // the API's producer
 	admin        *kadm.Client
 	topic, group string
 	through      atomic.Int64 // Unix seconds, 0 while unknown
 	samples      []sample     // oldest first; only run touches it, and what follows
-	retryEnds    []int64
-	hold         holdPhase
-	putBack      []int64 // ends of the topic when all that waited on the retry topic was back on it
-	lags         atomic.Pointer[[]int64]
+	retried      []int64      // (2) of the last look, nil before the first
+	moved        []time.Time  // by partition: when its committed offset moved last, or it had no lag
+	last         []int64      // committed offsets of the last look, as the brokers say
+	gone         map[string]map[int32]int64
+	progress     atomic.Pointer[progress]
 }
 
-// partitionLags is the lag of each partition, nil while unknown.
-func (w *watermark) partitionLags() []int64 {
-	if lags := w.lags.Load(); lags != nil {
-		return *lags
-	}
-	return nil
+// progress is what a look found: the lag of each partition, and since when it has had one without getting anywhere.
+type progress struct {
+	lags  []int64
+	since []time.Time
 }
-
-// holdPhase is how far the records are that ClickHouse rejected: they are acknowledged and not counted, so the watermark
-// stays where it is until they are stored or given up.
-type holdPhase int
-
-const (
-	holdNone    holdPhase = iota
-	holdWaiting           // there are records on the retry topic, or there were since the last look
-	holdEmptied           // there are none any more: what the next look finds as the topic's ends is behind all of them
-	holdStoring           // putBack is known, and not stored yet
-)
 
 // sample is where the partitions ended at a moment.
 type sample struct {
@@ -154,11 +201,35 @@ type sample struct {
 }
 
 func newWatermark(kafka *kgo.Client, cfg *settings) *watermark {
-	return &watermark{admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup}
+	return &watermark{kafka: kafka, admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup, gone: map[string]map[int32]int64{}}
+}
+
+// partitionLags is the lag of each partition, nil while unknown.
+func (w *watermark) partitionLags() []int64 {
+	if p := w.progress.Load(); p != nil {
+		return p.lags
+	}
+	return nil
+}
+
+// stalled is for how long nothing was stored of a partition that has records waiting, at worst, and how many records wait in
+// all. It is 0 while all that have some get on.
+func (w *watermark) stalled() (d time.Duration, waiting int64) {
+	p := w.progress.Load()
+	if p == nil {
+		return 0, 0
+	}
+	for i, lag := range p.lags {
+		if waiting += lag; lag > 0 {
+			d = max(d, time.Since(p.since[i]))
+		}
+	}
+	return d, waiting
 }
 
 // run samples until ctx is done.
-func (w *watermark) run(ctx context.Context) {
+func (w *watermark) run(ctx context.Context, failing *troubles) {
+	const what = "ask Kafka how far everything is stored"
 	tick := time.NewTicker(sampleInterval)
 	defer tick.Stop()
 	for {
@@ -167,84 +238,161 @@ func (w *watermark) run(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		if err := w.sample(ctx); err != nil && ctx.Err() == nil {
-			slog.Debug("watermark not sampled", "error", err)
+		if err := w.look(ctx); err == nil {
+			failing.clear(what)
+		} else if ctx.Err() == nil {
+			failing.note(what, err)
 		}
 	}
 }
 
-func (w *watermark) sample(ctx context.Context) error {
+// look takes a sample, and moves the watermark to the newest one that is reached.
+func (w *watermark) look(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	now := time.Now() // before the ends are read: what is acknowledged later is not covered
-	ends, stored, err := w.offsets(ctx, w.topic, w.group)
+	retryTopic := w.topic + ".retry"
+	stored, err := w.committed(ctx, w.topic, w.group)
 	if err != nil {
 		return err
 	}
-	retryEnds, retried, err := w.offsets(ctx, w.topic+".retry", w.group+".retry") // after stored: what was rejected is there
+	retried, err := w.committed(ctx, retryTopic, w.group+".retry")
 	if err != nil {
+		return err
+	}
+	retryEnds, err := offsetsOf(w.admin.ListEndOffsets(ctx, retryTopic))
+	if err != nil {
+		return err
+	}
+	now := time.Now() // before the ends are read: what is acknowledged later is not covered
+	ends, err := offsetsOf(w.admin.ListEndOffsets(ctx, w.topic))
+	if err != nil {
+		return err
+	}
+	if len(w.last) > 0 && len(ends) > len(w.last) {
+		slog.Warn("the topic has more partitions than before", "topic", w.topic, "partitions", len(ends), "before", len(w.last))
+		w.kafka.ForceMetadataRefresh() // or it would place keys by the old number for minutes
+	}
+	w.watch(now, stored, ends)
+	if stored, err = w.settle(ctx, w.topic, stored, ends); err != nil {
+		return err
+	}
+	if retried, err = w.settle(ctx, retryTopic, retried, retryEnds); err != nil {
 		return err
 	}
 	lags := make([]int64, len(ends))
 	for p := range ends {
 		lags[p] = max(0, ends[p]-stored[p])
 	}
-	w.lags.Store(&lags)
-	w.holdFor(ends, stored, retryEnds, retried)
+	w.progress.Store(&progress{lags, slices.Clone(w.moved)})
+	w.advance(now, stored, ends, slices.Equal(w.retried, retryEnds))
+	w.retried = retried
+	return nil
+}
+
+// advance is a look's part in the rule.
+func (w *watermark) advance(now time.Time, stored, ends []int64, quiet bool) {
+	for _, s := range w.samples { // a topic that was made again ends earlier: what it held before will never be stored
+		for p := range min(len(s.ends), len(ends)) {
+			s.ends[p] = min(s.ends[p], ends[p])
+		}
+	}
 	if n := len(w.samples); n > 1 && w.samples[n-1].at.Sub(w.samples[n-2].at) < time.Second {
 		w.samples = w.samples[:n-1] // a second apart, but for the newest
 	}
+	if !quiet {
+		w.samples = w.samples[:0]
+	}
 	if len(w.samples) < maxSamples {
-		w.samples = append(w.samples, sample{now, ends})
+		w.samples = append(w.samples, sample{now, slices.Clone(ends)})
 	}
 	reached := 0
-	for w.hold == holdNone && reached < len(w.samples) && covers(stored, w.samples[reached].ends) {
+	for quiet && reached < len(w.samples) && covers(stored, w.samples[reached].ends) {
 		w.through.Store(w.samples[reached].at.Unix() - 1) // the second of the sample itself is not over
 		reached++
 	}
 	w.samples = append(w.samples[:0], w.samples[reached:]...)
-	return nil
 }
 
-// offsets returns where the partitions of a topic end, and how far the group has committed them.
-func (w *watermark) offsets(ctx context.Context, topic, group string) (ends, committed []int64, err error) {
-	listed, err := w.admin.ListEndOffsets(ctx, topic)
+// watch notes which partitions get on.
+func (w *watermark) watch(now time.Time, stored, ends []int64) {
+	moved := make([]time.Time, len(ends))
+	for p := range ends {
+		moved[p] = now
+		if p < len(w.last) && p < len(stored) && stored[p] == w.last[p] && stored[p] < ends[p] {
+			moved[p] = w.moved[p]
+		}
+	}
+	w.moved, w.last = moved, stored
+}
+
+// committed is how far the group has committed the partitions of a topic: 0 where it has not.
+func (w *watermark) committed(ctx context.Context, topic, group string) ([]int64, error) {
+	fetched, err := w.admin.FetchOffsetsForTopics(ctx, group, topic)
+	if err != nil && !errors.Is(err, kerr.GroupIDNotFound) { // nobody has joined yet: nothing is committed
+		return nil, err
+	}
+	committed := make([]int64, len(fetched[topic]))
+	for p, o := range fetched[topic] {
+		if int(p) < len(committed) && o.Err == nil {
+			committed[p] = max(0, o.At)
+		}
+	}
+	return committed, nil
+}
+
+// settle corrects committed offsets, read before the ends, that say nothing of the topic as it is: one beyond the end is of
+// a topic of that name that was deleted, as long as it stays what it was; what is below the start of the log has expired, and
+// nobody can store it any more. The result is as long as ends.
+func (w *watermark) settle(ctx context.Context, topic string, committed, ends []int64) ([]int64, error) {
+	settled := make([]int64, len(ends))
+	copy(settled, committed)
+	if w.gone[topic] == nil {
+		w.gone[topic] = map[int32]int64{}
+	}
+	for p := range settled {
+		of, was := w.gone[topic][int32(p)]
+		switch {
+		case settled[p] > ends[p]:
+			w.gone[topic][int32(p)] = settled[p]
+			settled[p] = 0
+		case was && settled[p] == of:
+			settled[p] = 0
+		default:
+			delete(w.gone[topic], int32(p))
+		}
+	}
+	if covers(settled, ends) {
+		return settled, nil
+	}
+	starts, err := offsetsOf(w.admin.ListStartOffsets(ctx, topic))
+	if err != nil {
+		return nil, err
+	}
+	for p := range min(len(settled), len(starts)) {
+		settled[p] = max(settled[p], starts[p])
+	}
+	return settled, nil
+}
+
+// offsetsOf takes what was listed of one topic, by partition.
+func offsetsOf(listed kadm.ListedOffsets, err error) ([]int64, error) {
 	if err == nil {
 		err = listed.Error()
 	}
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	fetched, err := w.admin.FetchOffsetsForTopics(ctx, group, topic)
-	if err != nil && !errors.Is(err, kerr.GroupIDNotFound) { // nobody has joined yet: nothing is committed
-		return nil, nil, err
-	}
-	ends, committed = make([]int64, len(listed[topic])), make([]int64, len(listed[topic]))
-	for p, o := range listed[topic] {
-		ends[p] = o.Offset
-		if c, ok := fetched.Lookup(topic, p); ok && c.Err == nil {
-			committed[p] = max(0, c.At)
+	var offsets []int64
+	for _, partitions := range listed {
+		offsets = make([]int64, len(partitions))
+		for p, o := range partitions {
+			if int(p) >= len(offsets) {
+				return nil, fmt.Errorf("partition %d is listed, those before it are not", p)
+			}
+			offsets[p] = o.Offset
 		}
 	}
-	return ends, committed, nil
-}
-
-// holdFor takes a look at the rejected records. A record goes to the retry topic before its offset is committed, and back
-// before its offset there is.
-func (w *watermark) holdFor(ends, stored, retryEnds, retried []int64) {
-	if w.hold == holdEmptied {
-		w.putBack, w.hold = ends, holdStoring
-	}
-	came := !slices.Equal(retryEnds, w.retryEnds)
-	w.retryEnds = retryEnds
-	switch {
-	case came || !covers(retried, retryEnds):
-		w.hold = holdWaiting
-	case w.hold == holdWaiting:
-		w.hold = holdEmptied
-	case w.hold == holdStoring && covers(stored, w.putBack):
-		w.hold = holdNone
-	}
+	return offsets, nil
 }
 
 func covers(stored, ends []int64) bool {

@@ -159,8 +159,9 @@ func (l *ledger) readTables(ctx context.Context, cfg *settings, r timeRange) err
 	defer c.Close()
 	got := proto.ColFixedStr{Size: len(eventID{})}
 	err = c.Do(ctx, ch.Query{
-		Body:   fmt.Sprintf("SELECT DISTINCT event_id FROM %s.events WHERE timestamp >= %d AND timestamp < %d", st.database, r.from, r.to),
-		Result: proto.Results{{Name: "event_id", Data: &got}},
+		Body:     fmt.Sprintf("SELECT DISTINCT event_id FROM %s.events WHERE timestamp >= %d AND timestamp < %d", st.database, r.from, r.to),
+		Settings: st.exactly(),
+		Result:   proto.Results{{Name: "event_id", Data: &got}},
 		OnResult: func(context.Context, proto.Block) error {
 			for i := range got.Rows() {
 				id := eventID(got.Row(i))
@@ -180,7 +181,8 @@ func (l *ledger) readTables(ctx context.Context, cfg *settings, r timeRange) err
 	err = c.Do(ctx, ch.Query{
 		Body: fmt.Sprintf("SELECT toInt64(ifNull((SELECT uniqExact(event_id) FROM %[1]s.events WHERE timestamp >= %[2]d AND timestamp < %[3]d), 0)) AS raw, "+
 			"toInt64(ifNull((SELECT sum(event_count) FROM %[1]s.events_hourly WHERE hour >= %[2]d AND hour < %[3]d), 0)) AS aggregated", st.database, from, to),
-		Result: proto.Results{{Name: "raw", Data: &rows}, {Name: "aggregated", Data: &aggregated}},
+		Settings: st.exactly(),
+		Result:   proto.Results{{Name: "raw", Data: &rows}, {Name: "aggregated", Data: &aggregated}},
 	})
 	if err == nil && len(rows) > 0 {
 		l.rows, l.aggregated = rows[0], aggregated[0]

@@ -36,6 +36,7 @@ type loadConfig struct {
 	users       int
 	event       string
 	seed        uint64
+	insertIDs   bool
 	gzip        bool
 	apiKey      string
 	retries     int
@@ -58,6 +59,7 @@ func parseLoadFlags(args []string, stderr io.Writer) (*loadConfig, error) {
 	fs.IntVar(&c.users, "users", 10000, "distinct users")
 	fs.StringVar(&c.event, "event", "", "event_name; default is one of this run's own, so that -verify sees nothing else")
 	fs.Uint64Var(&c.seed, "seed", 1, "which events -dup repeats: the same seed, the same events")
+	fs.BoolVar(&c.insertIDs, "insert-ids", false, "give each event an insert_id; groups of ten then differ in nothing else")
 	fs.BoolVar(&c.gzip, "gzip", false, "compress request bodies")
 	fs.StringVar(&c.apiKey, "api-key", os.Getenv("API_KEY"), "sent as X-API-Key")
 	fs.IntVar(&c.retries, "retries", 3, "tries again after a 503 or a lost answer")
@@ -99,13 +101,23 @@ func isSet(fs *flag.FlagSet, name string) (set bool) {
 // maxSpreadDays leaves a day of the API's 30 for the run itself and its retries.
 const maxSpreadDays = 29
 
-// spreadDays is how far back the generator's timestamps reach: a user has one event a channel and second.
+// spreadDays is how far back the generator's timestamps reach: a user has one event a channel and second, or ten with
+// -insert-ids.
 func (c *loadConfig) spreadDays() float64 {
 	rate := c.rate
 	if rate == 0 {
 		rate = flatOutRate
 	}
-	return rate * c.duration.Seconds() / float64(c.users*len(loadChannels)) / (24 * 60 * 60)
+	return rate * c.duration.Seconds() / float64(c.perSecond()) / (24 * 60 * 60)
+}
+
+// perSecond is how many events of the generator have the same timestamp.
+func (c *loadConfig) perSecond() int {
+	n := c.users * len(loadChannels)
+	if c.insertIDs {
+		n *= sameButInsertID
+	}
+	return n
 }
 
 // runLoad is the subcommand; it returns the exit code: 0 when all is well, 1 when something was refused, lost or

@@ -61,6 +61,7 @@ func TestGeneratorDistinct(t *testing.T) {
 	}{
 		{"-users 10 -rate 2000 -duration 30s", 50_000, func(n int64) bool { return n == 50_000 }},
 		{"-users 10000 -rate 0 -duration 1s", 50_000, func(n int64) bool { return n == 50_000 }},
+		{"-users 10 -rate 2000 -duration 30s -insert-ids", 50_000, func(n int64) bool { return n == 50_000 }},
 		{"-users 100 -dup 0.3 -rate 2000", 50_000, func(n int64) bool { return n > 34_000 && n < 36_000 }},
 	} {
 		cfg, err := parseLoadFlags(strings.Fields(c.args), io.Discard)
@@ -115,10 +116,11 @@ type peerEvent struct {
 	UserID    string `json:"user_id"`
 	Channel   string `json:"channel"`
 	Timestamp int64  `json:"timestamp"`
+	InsertID  string `json:"insert_id"`
 }
 
 func (e peerEvent) key() string {
-	return strings.Join([]string{e.Name, e.UserID, strconv.FormatInt(e.Timestamp, 10), e.Channel}, "\x00")
+	return strings.Join([]string{e.Name, e.UserID, strconv.FormatInt(e.Timestamp, 10), e.Channel, e.InsertID}, "\x00")
 }
 
 // peer answers as the contract says. The fields above mu are set before it starts.
@@ -264,6 +266,7 @@ func TestLoadVerify(t *testing.T) {
 	}{
 		{"-rate 2000 -bulk 50 -duration 1s -users 300 -verify -verify-timeout 5s", &peer{}, 0},
 		{"-rate 2000 -bulk 50 -duration 1s -users 300 -dup 0.4 -verify -verify-timeout 5s", &peer{}, 0},
+		{"-rate 2000 -bulk 50 -duration 1s -users 10 -insert-ids -dup 0.4 -verify -verify-timeout 5s", &peer{}, 0},
 		{"-rate 300 -bulk 1 -duration 1s -verify -verify-timeout 5s", &peer{}, 0},
 		{"-rate 0 -bulk 1000 -connections 2 -duration 300ms -verify -verify-timeout 5s", &peer{}, 0},
 		{"-rate 2000 -bulk 50 -duration 1s -gzip -verify -verify-timeout 5s", &peer{}, 0},
@@ -387,11 +390,11 @@ func TestLoadFile(t *testing.T) {
 	now := time.Now().Unix()
 	var lines []string
 	for i := range 3000 {
-		user := fmt.Sprintf(`"user_id":"u%d",`, i%70)
+		user := fmt.Sprintf(`"user_id":"u%d",`, i%7)
 		if i == 41 || i == 2500 {
 			user = "" // lines 42 and 2501
 		}
-		lines = append(lines, fmt.Sprintf(`{"event_name":"e%d",%s"timestamp":%d}`, i%3, user, now-int64(i)*7))
+		lines = append(lines, fmt.Sprintf(`{"event_name":"e%d",%s"timestamp":%d,"insert_id":"%d"}`, i%3, user, now-int64(i/30)*7, i))
 	}
 	path := filepath.Join(t.TempDir(), "events.ndjson")
 	if err := os.WriteFile(path, []byte(strings.Join(lines, "\n")), 0o600); err != nil {

@@ -35,7 +35,7 @@ type expectation struct {
 }
 
 // generator makes events that are distinct by construction: event n has user n mod users, channel and second from
-// what is left of n. The seconds end at the start of the run, so none is in the future.
+// what is left of n, and with -insert-ids n itself. The seconds end at the start of the run, so none is in the future.
 type generator struct {
 	cfg  *loadConfig
 	base int64 // second of event 0
@@ -47,6 +47,9 @@ type generator struct {
 
 var loadChannels = [...]string{"web", "mobile_app", "api"}
 
+// sameButInsertID is how many events differ in nothing but their insert_id, with -insert-ids.
+const sameButInsertID = 10
+
 // flatOutRate is what base allows for when no rate is given, events a second.
 const flatOutRate = 500_000
 
@@ -55,8 +58,7 @@ func newGenerator(cfg *loadConfig) *generator {
 	if rate == 0 {
 		rate = flatOutRate
 	}
-	perSecond := float64(cfg.users * len(loadChannels))
-	return &generator{cfg: cfg, rng: rand.New(rand.NewPCG(cfg.seed, 0)), base: time.Now().Unix() - int64(rate*cfg.duration.Seconds()/perSecond) - 2}
+	return &generator{cfg: cfg, rng: rand.New(rand.NewPCG(cfg.seed, 0)), base: time.Now().Unix() - int64(rate*cfg.duration.Seconds()/float64(cfg.perSecond())) - 2}
 }
 
 func (g *generator) append(body []byte, tickets []int64, separator byte) ([]byte, []int64, bool) {
@@ -73,7 +75,7 @@ func (g *generator) append(body []byte, tickets []int64, separator byte) ([]byte
 	return g.appendEvent(body, n), append(tickets, n), true
 }
 
-func (g *generator) second(n int64) int64 { return g.base + n/int64(g.cfg.users*len(loadChannels)) }
+func (g *generator) second(n int64) int64 { return g.base + n/int64(g.cfg.perSecond()) }
 
 func (g *generator) channel(n int64) string {
 	return loadChannels[n/int64(g.cfg.users)%int64(len(loadChannels))]
@@ -91,6 +93,11 @@ func (g *generator) appendEvent(b []byte, n int64) []byte {
 	b = strconv.AppendInt(b, n%users, 10)
 	b = append(b, `","timestamp":`...)
 	b = strconv.AppendInt(b, g.second(n), 10)
+	if g.cfg.insertIDs {
+		b = append(b, `,"insert_id":"`...)
+		b = strconv.AppendInt(b, n, 10)
+		b = append(b, '"')
+	}
 	b = append(b, `,"tags":["electronics","homepage"],"metadata":{"product_id":"prod-`...)
 	b = strconv.AppendInt(b, n%1000, 10)
 	b = append(b, `","price":`...)
@@ -186,6 +193,7 @@ func (r *replay) accepted(line int64) {
 		UserID    string `json:"user_id"`
 		Channel   string `json:"channel"`
 		Timestamp int64  `json:"timestamp"`
+		InsertID  string `json:"insert_id"`
 	}
 	if json.Unmarshal(r.flight[line], &e) != nil {
 		return
@@ -196,7 +204,7 @@ func (r *replay) accepted(line int64) {
 		s = &replayed{ids: map[eventID]struct{}{}, users: map[string]struct{}{}, hours: map[string]int64{}, from: math.MaxInt64}
 		r.names[e.EventName] = s
 	}
-	id, _ := (&event{name: []byte(e.EventName), userID: []byte(e.UserID), channel: []byte(e.Channel), timestamp: e.Timestamp}).id(nil)
+	id, _ := (&event{name: []byte(e.EventName), userID: []byte(e.UserID), channel: []byte(e.Channel), timestamp: e.Timestamp, insertID: []byte(e.InsertID)}).id(nil)
 	if _, dup := s.ids[id]; dup {
 		return
 	}

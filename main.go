@@ -15,7 +15,9 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -68,6 +70,9 @@ func main() {
 	}
 }
 
+// restMemory is for what no setting bounds: connections, clients of Kafka and ClickHouse, the runtime.
+const restMemory = 64 << 20
+
 // serve runs the system until SIGINT or SIGTERM and returns the exit code. A second signal ends it at once.
 func serve() int {
 	cfg, err := loadSettings(os.Getenv)
@@ -79,6 +84,9 @@ func serve() int {
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, options)))
 	if cfg.logFormat == "json" {
 		slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, options)))
+	}
+	if os.Getenv("GOMEMLIMIT") == "" { // the garbage collector works harder before the budgets and what it needs itself are passed
+		debug.SetMemoryLimit(cfg.maxInFlightBytes + cfg.consumeMemory + cfg.dedupeMemory + restMemory)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -106,13 +114,15 @@ type system struct {
 	access    *access
 	api       *http.Server
 	admin     *http.Server
-	listener  net.Listener // of the API
-	adminL    net.Listener // nil when ADMIN_ADDR is off
+	listener  net.Listener              // of the API
+	adminL    net.Listener              // nil when ADMIN_ADDR is off
+	failed    chan error                // what can never work; the first one ends run
+	stopBy    atomic.Pointer[time.Time] // when a stop has to be over, nil before it begins
 }
 
 // newSystem opens the listeners and the producer; nothing runs yet and no dependency has to be there.
 func newSystem(cfg *settings) (*system, error) {
-	s := &system{cfg: cfg, stats: newStats(), store: newStore(cfg)}
+	s := &system{cfg: cfg, stats: newStats(), store: newStore(cfg), failed: make(chan error, 1)}
 	addr := net.JoinHostPort(cfg.serverHost, fmt.Sprint(cfg.serverPort))
 	var err error
 	if s.access, err = newAccess(cfg); err != nil {
@@ -131,7 +141,9 @@ func newSystem(cfg *settings) (*system, error) {
 	}
 	s.watermark = newWatermark(s.producer, cfg)
 	s.metrics = newMetricsAPI(s.store, s.watermark)
-	s.ready = &readiness{kafka: s.producer, metrics: s.metrics, consumes: cfg.role != "api"}
+	quick := newStore(cfg) // hangs no longer than its question may
+	quick.options.HandshakeTimeout, quick.options.ReadTimeout = readyTimeout, readyTimeout
+	s.ready = &readiness{kafka: s.producer, store: quick, watermark: s.watermark, troubles: s.stats.troubles, consumes: cfg.role != "api"}
 	in := newIngester(s.producer, cfg, &s.stats.ingest)
 	s.api = newServer(addr, s.routes(in), cfg, s.access, s.stats)
 	s.admin = newAdminServer(cfg.adminAddr, s.stats)
@@ -153,6 +165,7 @@ func (s *system) routes(in *ingester) []route {
 			route{http.MethodGet, "/api/v1/metrics", "metrics", s.metrics.serve},
 			route{http.MethodGet, "/api/v1/overview", "overview", s.metrics.serveOverview},
 		)
+		routes = append(routes, (&segment{in, s.access}).routes()...)
 		routes = append(routes, pages()...)
 	}
 	return routes
@@ -181,11 +194,11 @@ func (s *system) run(ctx context.Context) error {
 	// Each stage has a context of its own: the next one goes on while the one before it ends.
 	consuming, stopConsuming := context.WithCancel(context.Background())
 	defer stopConsuming()
-	var stages sync.WaitGroup
-	deadline := func() (context.Context, context.CancelFunc) {
-		return context.WithTimeout(context.Background(), s.cfg.shutdownTimeout/2)
-	}
-	stages.Go(func() { s.consume(consuming, deadline) }) // ends with stopConsuming
+	consumed := make(chan struct{})
+	go func() { // ends with stopConsuming
+		defer close(consumed)
+		s.consume(consuming)
+	}()
 	var err error
 	for running := true; running; {
 		select {
@@ -194,6 +207,7 @@ func (s *system) run(ctx context.Context) error {
 			continue
 		case <-ctx.Done():
 		case err = <-serving:
+		case err = <-s.failed:
 		}
 		running = false
 	}
@@ -204,34 +218,83 @@ func (s *system) run(ctx context.Context) error {
 		time.Sleep(s.cfg.shutdownDelay)
 	}
 	slog.Info("stopping: first requests, then rows, then offsets")
-	end, cancel := deadline()
-	defer cancel()
-	if e := s.api.Shutdown(end); e != nil {
-		s.api.Close()
-		slog.Warn("requests were cut off, their clients have no answer and will send again", "error", e)
+	by := time.Now().Add(s.cfg.shutdownTimeout)
+	s.stopBy.Store(&by)
+	var hanging atomic.Value // the stage that has not ended
+	stopped := make(chan struct{})
+	go func() { // ends when everything has stopped; the process may be gone before that
+		defer close(stopped)
+		hanging.Store("requests")
+		end, cancel := context.WithDeadline(context.Background(), by.Add(-s.cfg.shutdownTimeout/2))
+		defer cancel()
+		if e := s.api.Shutdown(end); e != nil {
+			s.api.Close()
+			slog.Warn("requests were cut off, their clients have no answer and will send again", "error", e)
+		}
+		hanging.Store("rows and offsets")
+		stopConsuming()
+		<-consumed
+		hanging.Store("the producer")
+		s.producer.Close()
+		hanging.Store("metrics queries")
+		s.metrics.close()
+		s.admin.Close()
+	}()
+	select {
+	case <-stopped:
+		slog.Info("stopped")
+	case <-time.After(time.Until(by)): // whatever hangs: nothing is lost, what was not committed is read again
+		slog.Warn("stopped at SHUTDOWN_TIMEOUT without waiting for more", "hanging", hanging.Load())
 	}
-	stopConsuming()
-	stages.Wait()
-	s.producer.Close()
-	s.metrics.close()
-	s.admin.Close()
-	slog.Info("stopped")
 	if errors.Is(err, http.ErrServerClosed) {
 		err = nil
 	}
 	return err
 }
 
+// finish is what a stage has to put its things in order: most of what is left of a stop, or, when the consumer starts over,
+// half of SHUTDOWN_TIMEOUT. The last eighth is for leaving groups and closing connections.
+func (s *system) finish() (context.Context, context.CancelFunc) {
+	by := time.Now().Add(s.cfg.shutdownTimeout / 2)
+	if stop := s.stopBy.Load(); stop != nil {
+		by = stop.Add(-s.cfg.shutdownTimeout / 8)
+	}
+	return context.WithDeadline(context.Background(), by)
+}
+
+// trouble notes what has failed and will be tried again, unless it is hopeless: then it ends the system, with the reason. What
+// has worked before is never hopeless: a broker that comes up may say so for a moment.
+func (s *system) trouble(what string, err error) {
+	s.stats.troubles.note(what, err)
+	if isHopeless(err) && !s.stats.troubles.hasWorked(what) {
+		s.fail(fmt.Errorf("%s: %w", what, err))
+	}
+}
+
+// fail ends the system.
+func (s *system) fail(err error) {
+	select {
+	case s.failed <- err:
+	default: // it ends already
+	}
+}
+
 // consume waits for Kafka and ClickHouse, prepares both, and runs the consumer. The API accepts events meanwhile.
-func (s *system) consume(ctx context.Context, deadline func() (context.Context, context.CancelFunc)) {
+func (s *system) consume(ctx context.Context) {
 	partitions := 0
-	if !untilDone(ctx, "topics", func() (err error) { partitions, err = ensureTopics(ctx, s.producer, s.cfg); return err }) {
+	prepareTopics := func(ctx context.Context) (err error) {
+		if err = s.ready.brokers(ctx); err == nil { // says in a moment what an admin request finds out in a minute
+			partitions, err = ensureTopics(ctx, s.producer, s.cfg)
+		}
+		return err
+	}
+	if !s.untilDone(ctx, "prepare the topics", prepareTopics) {
 		return
 	}
 	var sampling sync.WaitGroup
-	sampling.Go(func() { s.watermark.run(ctx) }) // ends with ctx
+	sampling.Go(func() { s.watermark.run(ctx, s.stats.troubles) }) // ends with ctx
 	defer sampling.Wait()
-	if !untilDone(ctx, "tables", func() error { return s.store.applySchema(ctx) }) {
+	if !s.untilDone(ctx, "prepare the tables", s.store.applySchema) {
 		return
 	}
 	if s.cfg.role == "api" {
@@ -240,42 +303,52 @@ func (s *system) consume(ctx context.Context, deadline func() (context.Context, 
 	}
 	side, err := newSideways(s.cfg, &s.stats.sideways)
 	if err != nil {
-		slog.Error("producer beside the main way cannot be set up", "error", err)
+		s.fail(fmt.Errorf("set up the producer beside the main way: %w", err))
 		return
 	}
 	defer side.close()
 	var retrying sync.WaitGroup
 	defer retrying.Wait()
 	for range s.cfg.retryWorkers {
-		w, err := newRetryWorker(s.cfg, side)
+		w, err := newRetryWorker(s.cfg, side, func(err error) { s.trouble(readRetries, err) })
 		if err != nil {
-			slog.Error("retry worker cannot be set up", "error", err)
+			s.fail(fmt.Errorf("set up a retry worker: %w", err))
 			return
 		}
-		retrying.Go(func() { w.run(ctx) }) // ends with ctx
+		retrying.Go(func() { w.run(ctx, s.finish) }) // ends with ctx
 	}
-	for ctx.Err() == nil {
-		c, err := newConsumer(s.cfg, s.store, partitions, side, &s.stats.store)
+	for {
+		c, err := newConsumer(s.cfg, s.store, partitions, func() int { return len(s.watermark.partitionLags()) }, side, &s.stats.store, func(err error) { s.trouble(readEvents, err) })
 		if err != nil {
-			slog.Error("consumer cannot be set up", "error", err)
+			s.fail(fmt.Errorf("set up the consumer: %w", err))
 			return
 		}
 		s.ready.consumer.Store(c)
-		c.run(ctx, deadline)
+		c.run(ctx, s.finish)
+		if ctx.Err() != nil || !s.untilDone(ctx, "prepare the topics", prepareTopics) { // there may be more partitions now
+			return
+		}
+		side.refresh()
 	}
 }
 
+// prepareTimeout bounds one attempt to prepare something, so that what hangs is told.
+const prepareTimeout = 20 * time.Second
+
 // untilDone repeats prepare until it succeeds; false when ctx ended first.
-func untilDone(ctx context.Context, what string, prepare func() error) bool {
+func (s *system) untilDone(ctx context.Context, what string, prepare func(context.Context) error) bool {
 	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
-		err := prepare()
+		attempt, cancel := context.WithTimeout(ctx, prepareTimeout)
+		err := prepare(attempt)
+		cancel()
 		if err == nil {
+			s.stats.troubles.clear(what)
 			return true
 		}
 		if ctx.Err() != nil {
 			return false
 		}
-		slog.Warn("not ready yet, will try again", "what", what, "in", pause, "error", err)
+		s.trouble(what, err)
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():

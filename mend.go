@@ -31,6 +31,9 @@ const (
 	maxSpans = 200
 )
 
+// span is a range of Unix seconds, end excluded.
+type span struct{ from, end int64 }
+
 // torn is the hours to look at.
 type torn struct {
 	hours map[int64]struct{} // by Unix hour
@@ -201,10 +204,9 @@ func (in *inserter) insertDifferences(ctx context.Context, seen []difference) er
 	}
 	from, to := int64(seen[0].hour), int64(seen[len(seen)-1].hour)+hourSeconds
 	return in.query(ctx, ch.Query{
-		Body: fmt.Sprintf("INSERT INTO %s.events_hourly (event_name, channel, hour, event_count, unique_users_state, revenue, campaigns_state) "+
-			"SELECT event_name, channel, hour, missing, users_state, revenue_missing, campaigns_state FROM (%s) "+
-			"WHERE (CAST(event_name, 'String'), CAST(channel, 'String'), toUnixTimestamp(hour), missing) IN (SELECT name, ch, h, n FROM seen)",
-			in.store.database, fmt.Sprintf(strings.Replace(differences, " FINAL", "", 1), in.store.database, from, min(to, maxUnixSeconds), 0)),
+		Body: in.store.sql("INSERT INTO {database}.events_hourly (event_name, channel, hour, {counts}) SELECT event_name, channel, hour, {counts} FROM (" +
+			fmt.Sprintf(strings.Replace(differences, " FINAL", "", 1), from, min(to, maxUnixSeconds), 0) +
+			") WHERE (CAST(event_name, 'String'), CAST(channel, 'String'), toUnixTimestamp(hour), event_count) IN (SELECT name, ch, h, n FROM seen)"),
 		QueryID:       fmt.Sprintf("%s-%s-mend-%d", in.group, in.instance, in.seq),
 		ExternalTable: "seen",
 		ExternalData:  []proto.InputColumn{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "h", Data: &hour}, {Name: "n", Data: &missing}},

@@ -23,6 +23,13 @@ import (
 type modelEvent struct {
 	name, user, channel string
 	timestamp           int64
+	insertID            string
+}
+
+// line is the event as it is sent.
+func (ev modelEvent) line() []byte {
+	b, _ := json.Marshal(map[string]any{"event_name": ev.name, "user_id": ev.user, "channel": ev.channel, "timestamp": ev.timestamp, "insert_id": ev.insertID})
+	return b
 }
 
 // model is the truth: the set of events that were acknowledged, and who may be asked.
@@ -96,7 +103,11 @@ func (m *model) newEvents(n int) []modelEvent {
 	events := make([]modelEvent, n)
 	for i := range events {
 		m.serial++
-		events[i] = modelEvent{m.name(), fmt.Sprint("u", m.serial%97), []string{"", "web", "mobile_app", "api"}[m.rnd.IntN(4)], m.now - int64(m.rnd.IntN(7200))}
+		events[i] = modelEvent{m.name(), fmt.Sprint("u", m.serial%97), []string{"", "web", "mobile_app", "api"}[m.rnd.IntN(4)], m.now - int64(m.rnd.IntN(7200)), ""}
+		if i > 0 && m.rnd.IntN(3) == 0 { // differs from the one before in nothing but its insert_id
+			events[i] = events[i-1]
+			events[i].insertID = []string{fmt.Sprint(m.serial), fmt.Sprint(`\`, m.serial), fmt.Sprint("|", m.serial), fmt.Sprint(`\|`, m.serial)}[m.rnd.IntN(4)]
+		}
 	}
 	return events
 }
@@ -129,8 +140,7 @@ func (m *model) any() *program { return m.copies[m.rnd.IntN(len(m.copies))] }
 func (m *model) send(events []modelEvent) {
 	var body bytes.Buffer
 	for _, ev := range events {
-		line, _ := json.Marshal(map[string]any{"event_name": ev.name, "user_id": ev.user, "channel": ev.channel, "timestamp": ev.timestamp})
-		body.Write(append(line, '\n'))
+		body.Write(append(ev.line(), '\n'))
 	}
 	to := m.any()
 	for deadline := time.Now().Add(40 * time.Second); ; time.Sleep(20 * time.Millisecond) {
@@ -168,8 +178,7 @@ func (m *model) while(fault func()) {
 		ids[i] = events[i*50 : (i+1)*50]
 		sending.Go(func() {
 			for _, ev := range ids[i] {
-				line, _ := json.Marshal(map[string]any{"event_name": ev.name, "user_id": ev.user, "channel": ev.channel, "timestamp": ev.timestamp})
-				if resp, err := http.Post(url+onePath, jsonCT, bytes.NewReader(line)); err == nil {
+				if resp, err := http.Post(url+onePath, jsonCT, bytes.NewReader(ev.line())); err == nil {
 					resp.Body.Close()
 				}
 			}

@@ -1,7 +1,7 @@
 // The overview: what the dashboard page draws, in one call and one query.
 //
-// overview.go counts over all event names, by schema.sql's events_between: in total, by channel, by event name and along
-// time, in one pass with GROUPING SETS. Only campaigns, which the hourly table does not know, are a query of the raw table.
+// overview.go counts over all event names, by the views of schema.sql: in total, by channel, by event name and along time, in
+// one query. Only campaigns, which the hourly table does not know, are a query of the raw table.
 
 package main
 
@@ -9,8 +9,6 @@ import (
 	"context"
 	"fmt"
 	"net/http"
-	"net/url"
-	"strconv"
 	"time"
 
 	"github.com/ClickHouse/ch-go"
@@ -31,12 +29,13 @@ type overviewQuery struct {
 	from, to int64
 }
 
-// overviewGroup is one line of the answer. revenue is in TRY, in ten-thousandths.
+// overviewGroup is one line of the answer. revenue is in TRY, a decimal number as ClickHouse writes it: it may be more than
+// 64 bits hold.
 type overviewGroup struct {
 	key              string
 	count, purchases int64
 	users, campaigns uint64
-	revenue          int64
+	revenue          string
 }
 
 // overview is the answer, before it is JSON.
@@ -46,8 +45,8 @@ type overview struct {
 }
 
 func (m *metricsAPI) serveOverview(w http.ResponseWriter, r *http.Request) {
-	q, problems := parseOverviewQuery(r.URL.Query(), time.Now().Unix())
-	m.answer(w, r, problems, func(ctx context.Context, _, through int64) ([]byte, error) {
+	q, problems := parseOverviewQuery(r.URL.RawQuery, time.Now().Unix())
+	m.answer(w, r, problems, func(ctx context.Context, through int64) ([]byte, error) {
 		o, err := m.overview(ctx, q)
 		if err != nil {
 			return nil, err
@@ -57,9 +56,10 @@ func (m *metricsAPI) serveOverview(w http.ResponseWriter, r *http.Request) {
 }
 
 // parseOverviewQuery checks the parameters, all of which may be absent: the last 24 hours, every channel.
-func parseOverviewQuery(v url.Values, now int64) (*overviewQuery, []problem) {
+func parseOverviewQuery(rawQuery string, now int64) (*overviewQuery, []problem) {
+	c := newQueryCheck(rawQuery, "from", "to", "channel")
+	v := c.values
 	q := &overviewQuery{channel: v.Get("channel"), from: now - daySeconds, to: now}
-	c := newQueryCheck(v)
 	if v.Has("to") {
 		q.to = c.seconds("to")
 		q.from = q.to - daySeconds
@@ -87,37 +87,37 @@ func (q *overviewQuery) where() string {
 	return "channel = {channel:String}"
 }
 
-// sql writes the query: a row for the total, one a channel, one an event name, one a bucket. kind says which.
-func (q *overviewQuery) sql(database string) string {
-	bucket := "hour"
+// sql writes the query: a row for the total, one a channel, one an event name, one a bucket. kind says which. Merging user
+// states is what takes the time, so each is merged twice, into its bucket and into its name and channel; the rest is
+// made of these.
+func (q *overviewQuery) sql() string {
+	view, bucket := "events_between", "hour"
 	if q.bucket() == "day" {
-		bucket = "toStartOfDay(hour)"
+		view, bucket = "events_between_by_day", "toStartOfDay(hour)"
 	}
-	return "SELECT toUInt8(multiIf(grouping(channel) = 0, 1, grouping(event_name) = 0, 2, grouping(at) = 0, 3, 0)) AS kind, " +
-		"CAST(multiIf(kind = 1, channel, kind = 2, event_name, kind = 3, " + isoHour("at") + ", ''), 'String') AS key, " +
-		"sum(n) AS total, sumIf(n, event_name = 'purchase') AS purchases, uniqCombined64Merge(19)(u) AS users, toInt64(sum(r) * 10000) AS revenue, uniqCombined64Merge(12)(c) AS campaigns " +
-		fmt.Sprintf("FROM (SELECT event_name, channel, %s AS at, event_count AS n, unique_users_state AS u, revenue AS r, campaigns_state AS c FROM %s.events_between(from = %d, to = %d) WHERE %s) ",
-			bucket, database, q.from, q.to, q.where()) +
-		"GROUP BY GROUPING SETS ((), (channel), (event_name), (at)) " +
-		"ORDER BY kind, if(kind = 3, 0, -total), key"
+	return "SELECT line.1 AS kind, line.2 AS key, sum(n) AS total, sum(p) AS purchases, uniqCombined64Merge({user bits})(u) AS users, toString(sum(r)) AS money, uniqCombined64Merge(12)(c) AS campaigns FROM (" +
+		"SELECT arrayJoin(if(grouping(at) = 0, [(0, ''), (3, " + isoHour("at") + ")], [(1, CAST(channel, 'String')), (2, CAST(event_name, 'String'))])) AS line, " +
+		"sum(event_count) AS n, sumIf(event_count, event_name = 'purchase') AS p, uniqCombined64MergeState({user bits})(unique_users_state) AS u, sum(revenue) AS r, uniqCombined64MergeState(12)(campaigns_state) AS c " +
+		fmt.Sprintf("FROM (SELECT *, %s AS at FROM {database}.%s(from = %d, to = %d) WHERE %s) ", bucket, view, q.from, q.to, q.where()) +
+		"GROUP BY GROUPING SETS ((event_name, channel), (at))) GROUP BY line ORDER BY kind, if(kind = 3, 0, -total), key"
 }
 
 func (m *metricsAPI) overview(ctx context.Context, q *overviewQuery) (*overview, error) {
 	var (
-		o                         = new(overview)
-		kind                      proto.ColUInt8
-		key                       proto.ColStr
-		total, purchases, revenue proto.ColInt64
-		users, campaigns          proto.ColUInt64
+		o                = new(overview)
+		kind             proto.ColUInt8
+		key, money       proto.ColStr
+		total, purchases proto.ColInt64
+		users, campaigns proto.ColUInt64
 	)
-	err := m.do(ctx, func() { *o = overview{} }, ch.Query{
-		Body:       q.sql(m.store.database),
+	err := m.do(ctx, func() { *o = overview{total: overviewGroup{revenue: "0"}} }, ch.Query{
+		Body:       q.sql(),
 		Parameters: []proto.Parameter{parameter("channel", q.channel)},
 		Result: proto.Results{{Name: "kind", Data: &kind}, {Name: "key", Data: &key}, {Name: "total", Data: &total}, {Name: "purchases", Data: &purchases},
-			{Name: "users", Data: &users}, {Name: "revenue", Data: &revenue}, {Name: "campaigns", Data: &campaigns}},
+			{Name: "users", Data: &users}, {Name: "money", Data: &money}, {Name: "campaigns", Data: &campaigns}},
 		OnResult: func(context.Context, proto.Block) error {
 			for i := range kind {
-				g := overviewGroup{key.Row(i), total[i], purchases[i], users[i], campaigns[i], revenue[i]}
+				g := overviewGroup{key.Row(i), total[i], purchases[i], users[i], campaigns[i], money.Row(i)}
 				switch kind[i] {
 				case 0:
 					o.total = g
@@ -146,9 +146,9 @@ func (m *metricsAPI) topCampaigns(ctx context.Context, q *overviewQuery, o *over
 		total, users proto.ColUInt64
 	)
 	return m.do(ctx, func() { o.campaigns = o.campaigns[:0] }, ch.Query{
-		Body: fmt.Sprintf("SELECT CAST(campaign_id, 'String') AS key, count() AS total, uniqCombined64(19)(user_id) AS users FROM %s.events "+
+		Body: fmt.Sprintf("SELECT CAST(campaign_id, 'String') AS key, count() AS total, uniqCombined64({user bits})(user_id) AS users FROM {database}.events "+
 			"WHERE %s AND campaign_id != '' AND timestamp >= %d AND timestamp <= %d GROUP BY key ORDER BY total DESC, key LIMIT %d",
-			m.store.database, q.where(), q.from, q.to, overviewTop),
+			q.where(), q.from, q.to, overviewTop),
 		Parameters: []proto.Parameter{parameter("channel", q.channel)},
 		Result:     proto.Results{{Name: "key", Data: &key}, {Name: "total", Data: &total}, {Name: "users", Data: &users}},
 		OnResult: func(context.Context, proto.Block) error {
@@ -162,7 +162,7 @@ func (m *metricsAPI) topCampaigns(ctx context.Context, q *overviewQuery, o *over
 
 func appendOverview(b []byte, q *overviewQuery, o *overview, through int64) []byte {
 	b = fmt.Appendf(b, `{"from":%d,"to":%d,"bucket":%q,"total_count":%d,"unique_users":%d,"purchases":%d,"revenue":`, q.from, q.to, q.bucket(), o.total.count, o.total.users, o.total.purchases)
-	b = appendMoney(b, o.total.revenue)
+	b = append(b, o.total.revenue...)
 	b = fmt.Appendf(b, `,"active_campaigns":%d`, o.total.campaigns)
 	for _, list := range []struct {
 		name   string
@@ -176,23 +176,11 @@ func appendOverview(b []byte, q *overviewQuery, o *overview, through int64) []by
 			b = appendString(append(b, `{"key":`...), g.key)
 			b = fmt.Appendf(b, `,"total_count":%d,"unique_users":%d`, g.count, g.users)
 			if list.name != "campaigns" {
-				b = appendMoney(append(b, `,"revenue":`...), g.revenue)
+				b = append(append(b, `,"revenue":`...), g.revenue...)
 			}
 			b = append(b, '}')
 		}
 		b = append(b, ']')
 	}
 	return append(appendThrough(b, through), '}')
-}
-
-// appendMoney writes ten-thousandths as a decimal number.
-func appendMoney(b []byte, n int64) []byte {
-	if n < 0 {
-		b, n = append(b, '-'), -n
-	}
-	b = strconv.AppendInt(b, n/10000, 10)
-	if n%10000 != 0 {
-		b = fmt.Appendf(b, ".%04d", n%10000)
-	}
-	return b
 }

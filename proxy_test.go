@@ -1,4 +1,5 @@
-// A proxy between the program and what it depends on: it can lose answers, and speak TLS.
+// A proxy between the program and what it depends on: it can lose answers, keep
+// silent, and speak TLS.
 
 package main
 
@@ -7,16 +8,22 @@ import (
 	"io"
 	"net"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kfake"
 )
 
-// proxy passes connections on to a target. Connections can lose their answers.
+// proxy passes connections on to a target. Connections can lose their answers, or never get one.
 type proxy struct {
 	listener net.Listener
 	mu       sync.Mutex // guards conns
 	conns    map[net.Conn]*atomic.Bool
+	silent   atomic.Bool // what the target says on any connection is swallowed, and nothing is closed
+	deaf     atomic.Bool // connections from now on are like that
 }
 
 // newProxy listens on loopback, with TLS unless config is nil, until the test ends.
@@ -49,7 +56,7 @@ func newProxy(t *testing.T, target string, config *tls.Config) *proxy {
 }
 
 func (p *proxy) pass(client, server net.Conn) {
-	mute := new(atomic.Bool)
+	mute, deaf := new(atomic.Bool), p.deaf.Load()
 	p.mu.Lock()
 	p.conns[client] = mute
 	p.mu.Unlock()
@@ -61,6 +68,9 @@ func (p *proxy) pass(client, server net.Conn) {
 			n, err := server.Read(b)
 			if err != nil || mute.Load() {
 				return // what the server said is never heard
+			}
+			if deaf || p.silent.Load() {
+				continue
 			}
 			if _, err := client.Write(b[:n]); err != nil {
 				return
@@ -79,4 +89,48 @@ func (p *proxy) cutAnswers() {
 		mute.Store(true)
 	}
 	clear(p.conns)
+}
+
+// silentBrokers is a Kafka of the test's own, of which the first n brokers can fall silent: connections stay open, and no answer
+// comes any more.
+func silentBrokers(t *testing.T) (addresses string, silence func(n int)) {
+	t.Helper()
+	var listeners []silentListener
+	listen := func(network, address string) (net.Listener, error) {
+		l, err := net.Listen(network, address)
+		listeners = append(listeners, silentListener{l, new(atomic.Bool)})
+		return listeners[len(listeners)-1], err
+	}
+	brokers, err := kfake.NewCluster(kfake.NumBrokers(2), kfake.GroupMinSessionTimeout(time.Second), kfake.ListenFn(listen))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(brokers.Close)
+	return strings.Join(brokers.ListenAddrs(), ","), func(n int) {
+		for _, l := range listeners[:n] {
+			l.silent.Store(true)
+		}
+	}
+}
+
+type silentListener struct {
+	net.Listener
+	silent *atomic.Bool
+}
+
+func (l silentListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	return silentConn{conn, l.silent}, err
+}
+
+type silentConn struct {
+	net.Conn
+	silent *atomic.Bool
+}
+
+func (c silentConn) Write(b []byte) (int, error) {
+	if c.silent.Load() {
+		return len(b), nil
+	}
+	return c.Conn.Write(b)
 }

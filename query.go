@@ -1,7 +1,7 @@
 // The metrics endpoint: how many events and users, in a range that is exact to the second.
 //
-// query.go reads whole hours from events_hourly, which has one small row an hour and channel, and only the cut hours
-// at both ends of the range from events. It owns a small pool of ClickHouse connections.
+// query.go asks the views of schema.sql, which put an answer together from whole days, whole hours and, at both ends of the
+// range, seconds. It owns a small pool of ClickHouse connections.
 
 package main
 
@@ -9,8 +9,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -34,8 +36,10 @@ const (
 	queryTimeout = 10 * time.Second
 	// queryConns bounds the queries that run at once; the next one waits its turn.
 	queryConns = 8
-	// clockSkew is how far the clocks of several copies may be apart before "the last hour is not over" shows.
-	clockSkew = 5
+	// maxCampaigns is how many groups an answer by campaign has: anybody may make up campaigns.
+	maxCampaigns = 1000
+	// statesPause is the time between two attempts while events_hourly is exchanged for one with other states.
+	statesPause = 50 * time.Millisecond
 )
 
 // metricsAPI serves GET /api/v1/metrics.
@@ -63,15 +67,15 @@ func newMetricsAPI(st *store, wm *watermark) *metricsAPI {
 }
 
 func (m *metricsAPI) serve(w http.ResponseWriter, r *http.Request) {
-	q, problems := parseMetricsQuery(r.URL.Query())
-	m.answer(w, r, problems, func(ctx context.Context, now, through int64) ([]byte, error) {
-		total, groups, err := m.query(ctx, q, now)
+	q, problems := parseMetricsQuery(r.URL.RawQuery)
+	m.answer(w, r, problems, func(ctx context.Context, through int64) ([]byte, error) {
+		total, groups, err := m.query(ctx, q)
 		return appendMetrics(nil, q, total, groups, through), err
 	})
 }
 
 // answer writes what ask returns, or why it cannot.
-func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []problem, ask func(ctx context.Context, now, through int64) ([]byte, error)) {
+func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []problem, ask func(ctx context.Context, through int64) ([]byte, error)) {
 	if len(problems) > 0 {
 		writeProblems(w, problems)
 		return
@@ -79,7 +83,7 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
 	defer cancel()
 	through := m.watermark.through.Load() // before the query, which then sees at least that much
-	body, err := ask(ctx, time.Now().Unix(), through)
+	body, err := ask(ctx, through)
 	if err != nil {
 		m.store.broken.note(err)
 		writeUnavailable(w, "ClickHouse does not answer the query: "+firstLine(err.Error()))
@@ -94,6 +98,10 @@ func appendMetrics(b []byte, q *metricsQuery, total metricsGroup, groups []metri
 	b = append(b, `,"unique_users":`...)
 	b = strconv.AppendUint(b, total.users, 10)
 	if q.groupBy != "" {
+		truncated := q.groupBy == "campaign" && len(groups) > maxCampaigns
+		if truncated {
+			groups = groups[:maxCampaigns]
+		}
 		b = append(b, `,"grouped_data":[`...)
 		for i, g := range groups {
 			if i > 0 {
@@ -108,6 +116,9 @@ func appendMetrics(b []byte, q *metricsQuery, total metricsGroup, groups []metri
 			b = append(b, '}')
 		}
 		b = append(b, ']')
+		if truncated {
+			b = append(b, `,"truncated":true`...)
+		}
 	}
 	return append(appendThrough(b, through), '}')
 }
@@ -121,9 +132,10 @@ func appendThrough(b []byte, through int64) []byte {
 }
 
 // parseMetricsQuery checks the parameters; all problems come back at once.
-func parseMetricsQuery(v url.Values) (*metricsQuery, []problem) {
+func parseMetricsQuery(rawQuery string) (*metricsQuery, []problem) {
+	c := newQueryCheck(rawQuery, "event_name", "from", "to", "channel", "group_by")
+	v := c.values
 	q := &metricsQuery{eventName: v.Get("event_name"), channel: v.Get("channel"), groupBy: v.Get("group_by")}
-	c := newQueryCheck(v)
 	if q.eventName == "" {
 		c.fail("event_name", codeRequired, "is required")
 	} else if hasBadText([]byte(q.eventName)) {
@@ -146,10 +158,19 @@ type queryCheck struct {
 	noRange  bool // from or to is wrong by itself
 }
 
-func newQueryCheck(v url.Values) *queryCheck {
+// newQueryCheck parses a query of which the known parameters may be there, each once. Unknown ones are named in the order
+// of the alphabet, so that an answer does not depend on chance.
+func newQueryCheck(rawQuery string, known ...string) *queryCheck {
+	v, err := url.ParseQuery(rawQuery)
 	c := &queryCheck{values: v}
-	for name, values := range v {
-		if len(values) > 1 {
+	if err != nil { // what it could not parse it has left out
+		c.fail("query", codeInvalidFormat, "cannot be parsed: "+err.Error())
+	}
+	for _, name := range slices.Sorted(maps.Keys(v)) {
+		switch {
+		case !slices.Contains(known, name):
+			c.fail(name, codeInvalidFormat, "is not a parameter; there are "+strings.Join(known, ", "))
+		case len(v[name]) > 1:
 			c.fail(name, codeInvalidFormat, "appears more than once")
 		}
 	}
@@ -187,77 +208,51 @@ func (c *queryCheck) rangeAndChannel(from, to int64, channel string) {
 	}
 }
 
-// span is a range of seconds, end excluded.
-type span struct{ from, end int64 }
-
-// cutHours splits a range, both ends included, into the whole hours and what is cut off at both ends. now decides
-// whether the last hour is whole although `to` lies within it: no event is from after now.
-func cutHours(from, to, now int64) (hours span, cuts []span) {
-	from, end := max(from, 0), min(to, maxUnixSeconds)+1
-	if end > now+clockSlackSecs+clockSkew {
-		end = max(end, (end+hourSeconds-1)/hourSeconds*hourSeconds)
-	}
-	hours = span{(from + hourSeconds - 1) / hourSeconds * hourSeconds, end / hourSeconds * hourSeconds}
-	if hours.from >= hours.end {
-		return span{}, []span{{from, end}}
-	}
-	for _, s := range []span{{from, hours.from}, {hours.end, end}} {
-		if s.from < s.end {
-			cuts = append(cuts, s)
-		}
-	}
-	return hours, cuts
-}
-
-// sql writes the query: each part gives key, count and user state; the outer one adds them up by key and, in a row
-// marked by is_total, over all keys, so that a user in two groups counts once in the total.
-func (q *metricsQuery) sql(database string, now int64) string {
-	hours, cuts := cutHours(q.from, q.to, now)
-	if q.groupBy == "campaign" { // the hourly table does not know campaigns
-		hours, cuts = span{}, []span{{max(q.from, 0), min(q.to, maxUnixSeconds) + 1}}
-	}
-	hourKey, eventKey := "''", "''"
-	switch q.groupBy {
-	case "channel":
-		hourKey, eventKey = "CAST(channel, 'String')", "CAST(channel, 'String')"
-	case "hour":
-		hourKey, eventKey = isoHour("hour"), isoHour("toStartOfHour(timestamp)")
-	case "day":
-		hourKey, eventKey = isoHour("toStartOfDay(hour)"), isoHour("toStartOfDay(timestamp)")
-	case "campaign":
-		eventKey = "CAST(campaign_id, 'String')"
-	}
+// sql writes the query: a row a key, and one marked by is_total over all keys, because a user in two groups counts once in
+// the total. What takes time is merging user states: the fewer there are of them, the better, and by the hour they are
+// many, so that the total is then asked of the view by day.
+func (q *metricsQuery) sql() string {
+	const figures = " AS key, toUInt64(sum(n)) AS total, uniqCombined64Merge({user bits})(u) AS users, "
+	from, to := max(q.from, 0), min(q.to, maxUnixSeconds)
 	where := "event_name = {event_name:String}"
 	if q.channel != "" {
 		where += " AND channel = {channel:String}"
 	}
-	var parts []string
-	if hours.from < hours.end {
-		parts = append(parts, fmt.Sprintf("SELECT %s AS key, sum(event_count) AS n, uniqCombined64MergeState(19)(unique_users_state) AS u FROM %s.events_hourly WHERE %s AND hour >= %d AND hour < %d GROUP BY key",
-			hourKey, database, where, hours.from, hours.end))
+	// added is what a view says, added up by key.
+	added := func(view, key string) string {
+		return fmt.Sprintf("(SELECT %s AS key, sum(event_count) AS n, uniqCombined64MergeState({user bits})(unique_users_state) AS u FROM {database}.%s(from = %d, to = %d) WHERE %s GROUP BY key)",
+			key, view, from, to, where)
 	}
-	for _, c := range cuts {
-		parts = append(parts, fmt.Sprintf("SELECT %s AS key, toInt64(count()) AS n, uniqCombined64State(19)(user_id) AS u FROM %s.events WHERE %s AND timestamp >= %d AND timestamp < %d GROUP BY key",
-			eventKey, database, where, c.from, c.end))
+	withTotal := func(key, order string) string {
+		return "SELECT key" + figures + "toUInt8(grouping(key) = 1) AS is_total FROM " + added("events_between_by_day", key) + " GROUP BY GROUPING SETS ((key), ()) ORDER BY " + order
 	}
-	order := "key"
-	if q.groupBy == "channel" || q.groupBy == "campaign" {
-		order = "total DESC, key"
+	besideTotal := func(groups, order string) string {
+		return "SELECT * FROM (SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + added("events_between_by_day", "''") + " UNION ALL " + groups + ") ORDER BY " + order
 	}
-	return "SELECT key, toUInt64(sum(n)) AS total, uniqCombined64Merge(19)(u) AS users, toUInt8(grouping(key) = 1) AS is_total FROM (" +
-		strings.Join(parts, " UNION ALL ") + ") GROUP BY GROUPING SETS ((key), ()) ORDER BY is_total DESC, " + order
+	switch q.groupBy {
+	case "channel":
+		return withTotal("CAST(channel, 'String')", "total DESC, key")
+	case "day":
+		return withTotal(isoHour("toStartOfDay(hour)"), "key")
+	case "hour":
+		return besideTotal("SELECT key"+figures+"toUInt8(0) AS is_total FROM "+added("events_between", isoHour("hour"))+" GROUP BY key", "key")
+	case "campaign": // only the raw table knows campaigns
+		return besideTotal(fmt.Sprintf("SELECT * FROM (SELECT CAST(campaign_id, 'String') AS key, count() AS total, uniqCombined64({user bits})(user_id) AS users, toUInt8(0) AS is_total FROM {database}.events "+
+			"WHERE %s AND timestamp >= %d AND timestamp <= %d GROUP BY campaign_id ORDER BY total DESC, key LIMIT %d)", where, from, to, maxCampaigns+1), "total DESC, key") // one more shows that there are more
+	}
+	return "SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + added("events_between_by_day", "''")
 }
 
 func isoHour(expr string) string { return "formatDateTime(" + expr + ", '%Y-%m-%dT%H:00:00Z', 'UTC')" }
 
-func (m *metricsAPI) query(ctx context.Context, q *metricsQuery, now int64) (total metricsGroup, groups []metricsGroup, err error) {
+func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (total metricsGroup, groups []metricsGroup, err error) {
 	var (
 		key          proto.ColStr
 		count, users proto.ColUInt64
 		isTotal      proto.ColUInt8
 	)
 	err = m.do(ctx, func() { total, groups = metricsGroup{}, groups[:0] }, ch.Query{
-		Body:       q.sql(m.store.database, now),
+		Body:       q.sql(),
 		Parameters: []proto.Parameter{parameter("event_name", q.eventName), parameter("channel", q.channel)},
 		Result:     proto.Results{{Name: "key", Data: &key}, {Name: "total", Data: &count}, {Name: "users", Data: &users}, {Name: "is_total", Data: &isTotal}},
 		OnResult: func(context.Context, proto.Block) error {
@@ -275,17 +270,32 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery, now int64) (tot
 }
 
 // do runs a query on a pooled connection. That may be one which the server closed since: a first failure without an
-// answer is tried again, after reset; a second one is the server's.
+// answer is tried again, after reset; a second one is the server's. While events_hourly is exchanged for one with other
+// states, the query is asked again in their precision.
 func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error {
 	pool, err := m.pool(ctx)
 	if err != nil {
 		return err
 	}
-	query.Settings = []ch.Setting{{Key: "max_execution_time", Value: "10"}, {Key: "enable_positional_arguments", Value: "0"}}
+	body := query.Body
+	query.Settings = append(m.store.exactly(), // an answer says that it is complete through a second: a replica has to have that much
+		ch.Setting{Key: "max_execution_time", Value: "10"}, ch.Setting{Key: "enable_positional_arguments", Value: "0"})
 	for attempt := 0; ; attempt++ {
 		reset()
+		query.Body = m.store.sql(body)
 		err = pool.Do(ctx, query)
-		if _, answered := ch.AsException(err); err == nil || answered || attempt > 0 || ctx.Err() != nil {
+		_, answered := ch.AsException(err)
+		switch {
+		case saysOtherStates(err) && attempt < 20:
+			select {
+			case <-time.After(statesPause):
+			case <-ctx.Done():
+				return err
+			}
+			if _, e := m.store.readStates(ctx, pool); e != nil {
+				return err
+			}
+		case err == nil || answered || attempt > 0 || ctx.Err() != nil:
 			return err
 		}
 	}
@@ -304,19 +314,6 @@ func (m *metricsAPI) pool(ctx context.Context) (*chpool.Pool, error) {
 	case <-ctx.Done():
 		return nil, errors.New("no connection in time")
 	}
-}
-
-// ping says whether ClickHouse answers and has the tables.
-func (m *metricsAPI) ping(ctx context.Context) error {
-	pool, err := m.pool(ctx)
-	if err != nil {
-		return err
-	}
-	var n proto.ColUInt8
-	return pool.Do(ctx, ch.Query{
-		Body:   "SELECT toUInt8(count() >= 0) AS n FROM " + m.store.database + ".events_hourly WHERE event_name = ''",
-		Result: proto.Results{{Name: "n", Data: &n}},
-	})
 }
 
 func (m *metricsAPI) close() {

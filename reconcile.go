@@ -24,32 +24,37 @@ const quietSeconds = 10
 
 // differences is a subquery: raw minus aggregate, by hour, for hours that differ. It reads events with FINAL.
 const differences = `
-SELECT event_name, channel, hour, sum(n) AS missing, sum(has) AS aggregated, uniqCombined64MergeState(19)(users) AS users_state,
-    sum(money) AS revenue_missing, uniqCombined64MergeState(12)(campaigns) AS campaigns_state, max(written) AS last_written
+SELECT event_name, channel, hour, {added up}, sum(has) AS aggregated, max(written) AS last_written
 FROM
 (
-    SELECT event_name, channel, toStartOfHour(timestamp) AS hour, toInt64(count()) AS n, toInt64(0) AS has, uniqCombined64State(19)(user_id) AS users,
-        sumIf(toDecimal128(price, 4), event_name = 'purchase' AND currency IN ('TRY', '')) AS money,
-        uniqCombined64StateIf(12)(campaign_id, campaign_id != '') AS campaigns, max(created_at) AS written
-    FROM %[1]s.events FINAL WHERE timestamp >= %[2]d AND timestamp < %[3]d
+    SELECT {counted}, toInt64(0) AS has, max(created_at) AS written
+    FROM {database}.events FINAL WHERE timestamp >= %[1]d AND timestamp < %[2]d
     GROUP BY event_name, channel, hour
     UNION ALL
-    SELECT event_name, channel, hour, -event_count, event_count, unique_users_state, -revenue, campaigns_state, toDateTime64(0, 3, 'UTC')
-    FROM %[1]s.events_hourly WHERE hour >= %[2]d AND hour < %[3]d
+    SELECT event_name, channel, hour, -event_count, unique_users_state, -revenue, campaigns_state, last_at, event_count, toDateTime64(0, 3, 'UTC')
+    FROM {database}.events_hourly WHERE hour >= %[1]d AND hour < %[2]d
 )
 GROUP BY event_name, channel, hour
-HAVING (missing != 0 OR revenue_missing != 0) AND last_written <= now64(3) - %[4]d`
+HAVING (event_count != 0 OR revenue != 0) AND last_written <= now64(3) - %[3]d`
 
 // runReconcile is the subcommand: 0 when there is nothing to mend or it was mended, 1 when it could not be.
 func runReconcile(args []string, stdout, stderr io.Writer) int {
 	var r timeRange
-	var dryRun bool
+	var dryRun, anew bool
 	cfg, _, code, ok := command("reconcile", args, stderr, func(fs *flag.FlagSet) {
 		r.flags(fs)
 		fs.BoolVar(&dryRun, "dry-run", false, "only print what differs")
+		fs.BoolVar(&anew, "rebuild", false, "make the whole table anew from events, as schema.sql says it now, while events go on coming in")
 	})
 	if !ok {
 		return code
+	}
+	if anew {
+		if err := rebuildHourly(context.Background(), cfg, stdout); err != nil {
+			fmt.Fprintln(stderr, "reconcile -rebuild:", err, "(run it again: it finishes, or begins anew)")
+			return 1
+		}
+		return 0
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
 	defer cancel()
@@ -71,14 +76,17 @@ func reconcile(ctx context.Context, st *store, r timeRange, quiet int, dryRun bo
 		return 0, err
 	}
 	defer c.Close()
-	query := fmt.Sprintf(differences, st.database, max(from, 0), min(to, maxUnixSeconds), quiet)
+	if _, err := st.readStates(ctx, c); err != nil {
+		return 0, err
+	}
+	query := fmt.Sprintf(differences, max(from, 0), min(to, maxUnixSeconds), quiet)
 	var (
 		name, channel, hour proto.ColStr
 		missing, has        proto.ColInt64
 	)
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	err = c.Do(ctx, ch.Query{
-		Body:     "SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") + " AS at, missing, aggregated FROM (" + query + ") ORDER BY hour, name, ch",
+		Body:     st.sql("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") + " AS at, event_count AS missing, aggregated FROM (" + query + ") ORDER BY hour, name, ch"),
 		Settings: st.exactly(),
 		Result:   proto.Results{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "at", Data: &hour}, {Name: "missing", Data: &missing}, {Name: "aggregated", Data: &has}},
 		OnResult: func(context.Context, proto.Block) error {
@@ -96,8 +104,7 @@ func reconcile(ctx context.Context, st *store, r timeRange, quiet int, dryRun bo
 		return rows, err
 	}
 	return rows, c.Do(ctx, ch.Query{
-		Body: fmt.Sprintf("INSERT INTO %s.events_hourly (event_name, channel, hour, event_count, unique_users_state, revenue, campaigns_state) "+
-			"SELECT event_name, channel, hour, missing, users_state, revenue_missing, campaigns_state FROM (%s)", st.database, query),
+		Body:     st.sql("INSERT INTO {database}.events_hourly (event_name, channel, hour, {counts}) SELECT event_name, channel, hour, {counts} FROM (" + query + ")"),
 		Settings: append(st.exactly(), ch.Setting{Key: "async_insert", Value: "0"}, ch.Setting{Key: "insert_deduplicate", Value: "0"}),
 	})
 }

@@ -114,7 +114,7 @@ func part(all *block, from, end int) *block {
 func (b *block) copyRows(other *block, from, end int) {
 	var p eventParser
 	for row := from; row < end; row++ {
-		ev, _, _ := p.parse(other.records[row].Value) // the worker has parsed it without complaint
+		ev, _ := p.decode(other.records[row].Value) // the worker has parsed it without complaint
 		b.append(other.id(row), ev, other.records[row])
 	}
 }

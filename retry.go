@@ -68,16 +68,23 @@ func newSideways(cfg *settings, stats *sidewaysStats) (*sideways, error) {
 	}))
 	s := &sideways{topic: cfg.kafkaTopic, maxAttempts: cfg.maxRetryAttempts, stats: stats}
 	var err error
-	if s.kafka, err = newProducer(cfg, kgo.ProducerLinger(0), byHand); err != nil {
+	snappy := kgo.ProducerBatchCompression(kgo.SnappyCompression()) // whatever the setting: see retryFetch
+	if s.kafka, err = newProducer(cfg, kgo.ProducerLinger(0), snappy, byHand); err != nil {
 		return nil, err
 	}
-	s.large, err = newProducer(cfg, kgo.ProducerBatchMaxBytes(90<<20), kgo.ProducerLinger(0), byHand)
+	s.large, err = newProducer(cfg, kgo.ProducerBatchMaxBytes(90<<20), kgo.ProducerLinger(0), snappy, byHand)
 	return s, err
 }
 
 func (s *sideways) close() {
 	s.kafka.Close()
 	s.large.Close()
+}
+
+// refresh makes the clients look at the topics anew: they may have more partitions.
+func (s *sideways) refresh() {
+	s.kafka.ForceMetadataRefresh()
+	s.large.ForceMetadataRefresh()
 }
 
 // deadLetter gives rec up. It returns true when that is acknowledged by all in-sync replicas, and tries until then;
@@ -108,6 +115,15 @@ func (s *sideways) reroute(rec *kgo.Record, key []byte, stopped func() bool) boo
 	return s.produce([]*kgo.Record{{Topic: s.topic, Key: key, Value: rec.Value, Headers: rec.Headers}}, stopped)
 }
 
+// putBack puts records of the retry topic back on the main one, under their keys; the result is deadLetter's.
+func (s *sideways) putBack(recs []*kgo.Record, stopped func() bool) bool {
+	back := make([]*kgo.Record, len(recs))
+	for i, rec := range recs {
+		back[i] = &kgo.Record{Topic: s.topic, Key: rec.Key, Value: rec.Value, Headers: rec.Headers}
+	}
+	return s.produce(back, stopped)
+}
+
 // letter is rec as a dead letter.
 func (s *sideways) letter(rec *kgo.Record, retries int, errorType, message string) *kgo.Record {
 	headers := failureHeaders(rec, retries, errorType, message)
@@ -136,49 +152,64 @@ func (s *sideways) produce(recs []*kgo.Record, stopped func() bool) bool {
 // produceAll is produce for what can be sent at once.
 func (s *sideways) produceAll(recs []*kgo.Record, stopped func() bool) bool {
 	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
-		var failed, tooLarge []*kgo.Record
+		var done, failed, tooLarge []*kgo.Record
 		var why error
 		for _, result := range s.produceOnce(recs, stopped) {
 			switch {
 			case result.Err == nil:
-				s.moved(result.Record)
+				done = append(done, result.Record)
 			case errors.Is(result.Err, kerr.MessageTooLarge):
 				tooLarge = append(tooLarge, result.Record)
 			default:
 				failed, why = append(failed, result.Record), result.Err
 			}
 		}
+		s.count(done)
 		for _, rec := range tooLarge {
-			if len(recs) == 1 {
-				rec = s.shrink(rec)
-			} // else it may have been the batch
+			if len(recs) == 1 { // else it may have been the batch
+				smaller := s.shrink(rec)
+				if smaller == nil {
+					failed, why = append(failed, rec), kerr.MessageTooLarge
+					break
+				}
+				rec = smaller
+			}
 			if !s.produceAll([]*kgo.Record{rec}, stopped) {
 				return false
 			}
 		}
 		if len(failed) == 0 {
+			s.stats.troubles.clear(moveAside)
 			return true
 		}
 		if stopped() {
 			return false
 		}
 		recs = failed
-		slog.Error("records not acknowledged, will try again; their partitions wait", "records", len(recs), "topic", recs[0].Topic, "in", pause, "error", why)
+		s.stats.troubles.note(moveAside, why)
 		for end := time.Now().Add(pause); time.Now().Before(end) && !stopped(); {
 			time.Sleep(min(stopTick, time.Until(end)))
 		}
 	}
 }
 
-// shrink makes something of a record that the brokers do not take: a dead letter, and of that one the beginning.
+// shrink makes something smaller of a record that the brokers do not take: a dead letter, and of that one the beginning, half
+// as much each time. Nil when nothing is left to cut.
 func (s *sideways) shrink(rec *kgo.Record) *kgo.Record {
 	if rec.Topic != s.topic+".dlq" {
 		return s.letter(rec, retryCount(rec), errorInsertFailed, "the brokers do not take the record: "+kerr.MessageTooLarge.Message)
 	}
-	if len(rec.Value) > maxTruncated {
+	if len(rec.Value) == 0 {
+		return nil
+	}
+	if header(rec, "value_truncated_from") == "" {
 		rec.Headers = setHeader(rec.Headers, "value_truncated_from", strconv.Itoa(len(rec.Value)))
 	}
-	rec.Value = rec.Value[:min(maxTruncated, len(rec.Value)/2)] // halved where a topic's limit is far below the default
+	for i := range rec.Headers { // another producer's can be of any size
+		rec.Headers[i].Value = rec.Headers[i].Value[:min(len(rec.Headers[i].Value), maxErrorMessage)]
+	}
+	rec.Key = rec.Key[:min(len(rec.Key), maxErrorMessage)]
+	rec.Value = rec.Value[:min(maxTruncated, len(rec.Value)/2)]
 	return rec
 }
 
@@ -217,17 +248,29 @@ func (s *sideways) produceOnce(recs []*kgo.Record, stopped func() bool) (all kgo
 	return all
 }
 
+// moveAside is what fails when Kafka does not acknowledge a record of the retry topic, of the dead letters, or put back.
+const moveAside = "move records aside"
+
 var errNoAnswer = errors.New("no answer from Kafka before the end")
 
-// moved counts and tells what has become of a record.
-func (s *sideways) moved(rec *kgo.Record) {
-	switch rec.Topic {
-	case s.topic + ".retry":
-		s.stats.retried.Inc()
-	case s.topic + ".dlq":
-		s.stats.dead(header(rec, "error_type"))
-		slog.Warn("record sent to the dead letters", "topic", header(rec, "original_topic"), "partition", header(rec, "original_partition"),
-			"offset", header(rec, "original_offset"), "type", header(rec, "error_type"), "error", header(rec, "error_message"))
+// count counts the records that were moved, and tells of the dead letters among them: one line for all, with the first.
+func (s *sideways) count(recs []*kgo.Record) {
+	var first *kgo.Record
+	dead := 0
+	for _, rec := range recs {
+		switch rec.Topic {
+		case s.topic + ".retry":
+			s.stats.retried.Inc()
+		case s.topic + ".dlq":
+			s.stats.dead(header(rec, "error_type"))
+			if dead++; first == nil {
+				first = rec
+			}
+		}
+	}
+	if first != nil {
+		slog.Warn("sent to the dead letters", "records", dead, "topic", header(first, "original_topic"), "partition", header(first, "original_partition"),
+			"offset", header(first, "original_offset"), "type", header(first, "error_type"), "error", header(first, "error_message"))
 	}
 }
 
@@ -294,83 +337,154 @@ func setHeader(headers []kgo.RecordHeader, key, value string) []kgo.RecordHeader
 
 func rfc3339Now() string { return time.Now().UTC().Format(time.RFC3339) }
 
-// retryWorker reads events.retry and puts each record back on the main topic when it is due.
+// retryWorker reads events.retry and puts each record back on the main topic when it is due. Each partition has a waiter,
+// so that nobody waits for another delay's records, and a rebalance for nobody. While a waiter has records the client
+// fetches no more of its partition: a million waiting records are on Kafka, and at most a fetch of each partition is here.
 type retryWorker struct {
 	kafka    *kgo.Client
 	sideways *sideways
-	waiting  map[int32][]*kgo.Record // by partition; only run and the group's callbacks inside its polls touch it
+	topic    string
+	troubles *troubles
+	failed   func(error)       // told what a poll says, each time
+	waiters  map[int32]*waiter // by partition; the group's callbacks change it, and never while run has records in hand
 }
 
-func newRetryWorker(cfg *settings, s *sideways) (*retryWorker, error) {
-	w := &retryWorker{sideways: s, waiting: map[int32][]*kgo.Record{}}
-	forget := func(_ context.Context, _ *kgo.Client, topics map[string][]int32) {
-		for _, p := range topics[cfg.kafkaTopic+".retry"] {
-			delete(w.waiting, p) // not committed: the next owner reads them
-		}
-	}
+// waiter holds the records of one partition until they are due, for as long as the partition is this worker's.
+type waiter struct {
+	partition int32
+	records   chan []*kgo.Record // one fetch; the next one comes when all of it is put back
+	ctx       context.Context
+	stop      context.CancelFunc
+	done      chan struct{} // closed at the end
+}
+
+const (
+	// A fetch of a partition is at most retryFetch bytes, or one batch of sideways, compressed. Snappy makes at most 21
+	// times as much of it: in the worst case 10 partitions hold 30 MB, and the client as much again.
+	retryFetch = 128 << 10
+	// putBackRecords bounds what is put back before the next commit, and with it how long a rebalance waits.
+	putBackRecords = 500
+	// retryTick is how exactly a delay is kept.
+	retryTick = 100 * time.Millisecond
+	// retryCommit bounds the commit when partitions leave; what is not committed is put back twice, which the dedupe sees.
+	retryCommit = 5 * time.Second
+)
+
+func newRetryWorker(cfg *settings, s *sideways, failed func(error)) (*retryWorker, error) {
+	w := &retryWorker{sideways: s, topic: cfg.kafkaTopic + ".retry", troubles: s.stats.troubles, failed: failed, waiters: map[int32]*waiter{}}
 	var err error
 	w.kafka, err = newKafka(cfg, "event-ingestion-retry",
 		kgo.ConsumerGroup(cfg.kafkaGroup+".retry"),
-		kgo.ConsumeTopics(cfg.kafkaTopic+".retry"),
+		kgo.ConsumeTopics(w.topic),
 		kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()),
 		kgo.SessionTimeout(cfg.kafkaSession),
 		kgo.HeartbeatInterval(cfg.kafkaSession/4),
 		kgo.BlockRebalanceOnPoll(),
 		kgo.AutoCommitMarks(),
 		kgo.AutoCommitInterval(commitInterval),
+		kgo.FetchMaxBytes(1<<20),
+		kgo.FetchMaxPartitionBytes(retryFetch),
+		kgo.OnPartitionsAssigned(w.onAssigned),
 		kgo.OnPartitionsRevoked(func(ctx context.Context, c *kgo.Client, topics map[string][]int32) {
-			c.CommitMarkedOffsets(ctx) // what fails is done twice, which the dedupe sees
-			forget(ctx, c, topics)
+			if w.release(topics) {
+				ctx, cancel := context.WithTimeout(ctx, retryCommit)
+				defer cancel()
+				c.CommitMarkedOffsets(ctx)
+			}
 		}),
-		kgo.OnPartitionsLost(forget),
+		kgo.OnPartitionsLost(func(_ context.Context, _ *kgo.Client, topics map[string][]int32) { w.release(topics) }),
 	)
 	return w, err
 }
 
-const (
-	// maxWaiting bounds the records that wait in memory; the rest wait on Kafka.
-	maxWaiting = 10_000
-	// retryTick is how exactly a delay is kept.
-	retryTick = 100 * time.Millisecond
-)
-
-// run works until ctx is done.
-func (w *retryWorker) run(ctx context.Context) {
-	defer w.kafka.CloseAllowingRebalance()
+// run works until ctx is done, and leaves the group within the context that finish returns.
+func (w *retryWorker) run(ctx context.Context, finish func() (context.Context, context.CancelFunc)) {
 	for ctx.Err() == nil {
-		held := 0
-		for _, records := range w.waiting {
-			held += len(records)
-		}
-		poll, cancel := context.WithTimeout(ctx, retryTick)
-		if held < maxWaiting {
-			w.kafka.PollRecords(poll, maxWaiting-held).EachRecord(func(r *kgo.Record) {
-				w.waiting[r.Partition] = append(w.waiting[r.Partition], r)
-			})
-		} else {
-			<-poll.Done()
-		}
-		cancel()
-		for p, records := range w.waiting {
-			w.waiting[p] = w.putBack(ctx, records)
-		}
+		fetches := w.kafka.PollFetches(ctx)
+		fetches.EachError(func(_ string, _ int32, err error) {
+			if ctx.Err() == nil {
+				w.failed(err)
+			}
+		})
+		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
+			if len(p.Records) == 0 {
+				return
+			}
+			w.troubles.clear(readRetries)
+			w.kafka.PauseFetchPartitions(map[string][]int32{w.topic: {p.Partition}})
+			select {
+			case w.waiters[p.Partition].records <- p.Records: // at once: what was there before is put back
+			case <-ctx.Done():
+			}
+		})
 		w.kafka.AllowRebalance()
 	}
-	w.kafka.CommitMarkedOffsets(context.Background())
+	end, cancel := finish()
+	defer cancel()
+	leave(end, w.kafka) // calls release
 }
 
-// putBack sends the due ones of a partition's records home and returns the rest.
-func (w *retryWorker) putBack(ctx context.Context, records []*kgo.Record) []*kgo.Record {
-	for len(records) > 0 && ctx.Err() == nil {
-		rec := records[0]
-		if time.Until(rec.Timestamp.Add(delayOf(retryCount(rec)))) > 0 {
-			break
-		}
-		if !w.sideways.reroute(rec, rec.Key, func() bool { return ctx.Err() != nil }) {
-			break
-		}
-		w.kafka.MarkCommitRecords(rec)
-		records = records[1:]
+// readRetries is what fails when a poll does.
+const readRetries = "read the retry topic"
+
+func (w *retryWorker) onAssigned(_ context.Context, _ *kgo.Client, topics map[string][]int32) {
+	w.troubles.clear(readRetries)
+	for _, p := range topics[w.topic] {
+		a := &waiter{partition: p, records: make(chan []*kgo.Record, 1), done: make(chan struct{})}
+		a.ctx, a.stop = context.WithCancel(context.Background())
+		w.waiters[p] = a
+		go w.wait(a) // ends with a.stop
 	}
-	return records
+	w.kafka.ResumeFetchPartitions(topics) // they may have been paused when they left
+}
+
+// release ends the waiters of partitions that leave, and returns when none of them puts back or marks any more: what they
+// hold is the next owner's. It says whether there were any.
+func (w *retryWorker) release(topics map[string][]int32) bool {
+	for _, p := range topics[w.topic] {
+		if a := w.waiters[p]; a != nil {
+			a.stop()
+		}
+	}
+	for _, p := range topics[w.topic] {
+		if a := w.waiters[p]; a != nil {
+			<-a.done
+			delete(w.waiters, p)
+		}
+	}
+	return len(topics[w.topic]) > 0
+}
+
+// wait puts the records of a partition back as they become due.
+func (w *retryWorker) wait(a *waiter) {
+	defer close(a.done)
+	stopped := func() bool { return a.ctx.Err() != nil }
+	for {
+		var held []*kgo.Record
+		select {
+		case held = <-a.records:
+		case <-a.ctx.Done():
+			return
+		}
+		for len(held) > 0 {
+			due := 0
+			for due < min(len(held), putBackRecords) && time.Since(held[due].Timestamp) >= delayOf(retryCount(held[due])) {
+				due++
+			}
+			if due > 0 {
+				if !w.sideways.putBack(held[:due], stopped) {
+					return
+				}
+				w.kafka.MarkCommitRecords(held[due-1])
+				held = held[due:]
+				continue
+			}
+			select {
+			case <-time.After(max(retryTick, time.Until(held[0].Timestamp.Add(delayOf(retryCount(held[0])))))):
+			case <-a.ctx.Done():
+				return
+			}
+		}
+		w.kafka.ResumeFetchPartitions(map[string][]int32{w.topic: {a.partition}})
+	}
 }

@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -221,13 +222,16 @@ const (
 	good        = `"event_name":"e","user_id":"u","timestamp":$NOW`
 )
 
+// loads counts the loads of tests: every other one sends insert_ids.
+var loads atomic.Int32
+
 // loadInto sends made-up events to url and returns the loader for its counts. It runs in the background until done.
 func loadInto(tb testing.TB, url string, rate float64, d time.Duration, more ...string) (l *loader, done func()) {
 	tb.Helper()
 	args := []string{"-url", url, "-rate", fmt.Sprint(rate), "-duration", d.String(), "-bulk", "50", "-connections", "16", "-users", "500", "-retries", "100"}
 	t, isTest := tb.(*testing.T)
 	if isTest { // a benchmark measures without
-		args = append(args, "-dup", "0.1")
+		args = append(args, "-dup", "0.1", fmt.Sprintf("-insert-ids=%t", loads.Add(1)%2 == 0))
 	}
 	args = append(args, more...)
 	cfg, err := parseLoadFlags(args, io.Discard)
@@ -445,4 +449,14 @@ func settingsFrom(b testing.TB, env []string) *settings {
 		b.Fatal(err)
 	}
 	return cfg
+}
+
+// httpPost sends JSON and returns the status.
+func httpPost(url, body string) (int, error) {
+	resp, err := http.Post(url, jsonCT, strings.NewReader(body))
+	if err != nil {
+		return 0, err
+	}
+	resp.Body.Close()
+	return resp.StatusCode, nil
 }

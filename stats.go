@@ -18,13 +18,20 @@ import (
 )
 
 type ingestStats struct {
+	set                            *metrics.Set
 	accepted, refused, unavailable *metrics.Counter
 	ack                            *metrics.PrometheusHistogram
 }
 
+// refusedItems counts the items of Segment's protocol that are not valid: their senders get a 200.
+func (s *ingestStats) refusedItems(code string) *metrics.Counter {
+	return s.set.GetOrCreateCounter(`event_ingestion_segment_items_refused_total{code="` + code + `"}`)
+}
+
 type sidewaysStats struct {
-	set     *metrics.Set
-	retried *metrics.Counter
+	set      *metrics.Set
+	retried  *metrics.Counter
+	troubles *troubles
 }
 
 // dead counts a dead letter by its error_type.
@@ -37,6 +44,7 @@ type storeStats struct {
 	inserts, rows, failures           *metrics.Counter
 	lookups, duplicates, mended       *metrics.Counter
 	seconds, lookupSeconds, freshness *metrics.PrometheusHistogram
+	troubles                          *troubles
 }
 
 func (s *storeStats) lookedUp(rows int, took time.Duration) {
@@ -77,6 +85,7 @@ type stats struct {
 	ingest   ingestStats
 	sideways sidewaysStats
 	store    storeStats
+	troubles *troubles      // shared by all of them
 	lags     func() []int64 // by partition
 }
 
@@ -85,17 +94,20 @@ type stats struct {
 var seconds = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
 
 func newStats() *stats {
-	set := metrics.NewSet()
+	set, failing := metrics.NewSet(), newTroubles()
 	s := &stats{
 		set: set,
 		ingest: ingestStats{
+			set:         set,
 			accepted:    set.NewCounter("event_ingestion_events_accepted_total"),
 			refused:     set.NewCounter("event_ingestion_events_refused_total"),
 			unavailable: set.NewCounter("event_ingestion_events_unavailable_total"),
 			ack:         set.NewPrometheusHistogramExt("event_ingestion_produce_duration_seconds", seconds),
 		},
-		sideways: sidewaysStats{set: set, retried: set.NewCounter("event_ingestion_retries_total")},
+		troubles: failing,
+		sideways: sidewaysStats{set: set, retried: set.NewCounter("event_ingestion_retries_total"), troubles: failing},
 		store: storeStats{
+			troubles:  failing,
 			consumed:  set.NewCounter("event_ingestion_records_consumed_total"),
 			inserts:   set.NewCounter("event_ingestion_inserts_total"),
 			rows:      set.NewCounter("event_ingestion_rows_stored_total"),
@@ -110,6 +122,9 @@ func newStats() *stats {
 		},
 	}
 	set.NewGauge(fmt.Sprintf(`event_ingestion_build_info{version="%s",goversion="%s"}`, version(), runtime.Version()), func() float64 { return 1 })
+	for _, code := range []string{codeRequired, codeMaxLength, codeInvalidFormat, codeFuture, codeExpired} {
+		s.ingest.refusedItems(code)
+	}
 	for _, why := range []string{errorInsertFailed, errorUnmarshal, errorExhausted} { // there from the start, so that an alert sees the first one
 		set.NewCounter(`event_ingestion_dead_letters_total{type="` + why + `"}`)
 	}
@@ -126,6 +141,7 @@ func (s *stats) watch(current *atomic.Pointer[consumer], wm *watermark, bodies *
 	s.lags = wm.partitionLags
 	s.set.NewGauge("event_ingestion_in_flight_bytes", func() float64 { return float64(bodies.used.Load()) })
 	s.set.NewGauge("event_ingestion_complete_through_timestamp_seconds", func() float64 { return float64(wm.through.Load()) })
+	s.set.NewGauge("event_ingestion_stored_behind_seconds", func() float64 { d, _ := wm.stalled(); return d.Seconds() })
 	gauge := func(name string, value func(*consumer) float64) {
 		s.set.NewGauge(name, func() float64 {
 			if c := current.Load(); c != nil {
@@ -145,14 +161,16 @@ var help = map[string]string{
 	"event_ingestion_http_request_duration_seconds":      "histogram: Time from a request's header to the end of its answer, by route.",
 	"event_ingestion_events_accepted_total":              "counter: Events that Kafka has acknowledged.",
 	"event_ingestion_events_refused_total":               "counter: Events that are not valid.",
+	"event_ingestion_segment_items_refused_total":        "counter: Items of Segment's protocol that are not valid, by the code of their first problem.",
 	"event_ingestion_events_unavailable_total":           "counter: Good events that Kafka did not acknowledge in time.",
-	"event_ingestion_in_flight_bytes":                    "gauge: Bytes of request bodies held at the moment.",
+	"event_ingestion_in_flight_bytes":                    "gauge: Bytes of bodies, records and answers that requests hold at the moment.",
 	"event_ingestion_produce_duration_seconds":           "histogram: Time from handing a request's events to Kafka to the last acknowledgement.",
 	"event_ingestion_records_consumed_total":             "counter: Records read from the main topic.",
 	"event_ingestion_partitions_assigned":                "gauge: Partitions of the main topic that this copy has.",
 	"event_ingestion_consumer_lag_records":               "gauge: Records of the main topic that are not yet stored, by partition.",
 	"event_ingestion_freshness_seconds":                  "histogram: Age of a block's first record when its round is stored.",
 	"event_ingestion_complete_through_timestamp_seconds": "gauge: Unix second up to which everything acknowledged is stored.",
+	"event_ingestion_stored_behind_seconds":              "gauge: Seconds for which nothing was stored of a partition that has records waiting; 0 when none stands still.",
 	"event_ingestion_inserts_total":                      "counter: Inserts that ClickHouse has taken.",
 	"event_ingestion_rows_stored_total":                  "counter: Rows of these inserts.",
 	"event_ingestion_insert_failures_total":              "counter: Attempts at an insert or a lookup that failed and were repeated.",

@@ -7,10 +7,12 @@ import (
 	"crypto/tls"
 	_ "embed"
 	"fmt"
+	"log/slog"
 	"net"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/ClickHouse/ch-go"
@@ -24,9 +26,13 @@ var schemaSQL string
 type store struct {
 	options  ch.Options
 	database string
-	cluster  string // of replicas, or empty
+	cluster  string       // of replicas, or empty
+	userBits atomic.Int32 // precision of the user states that events_hourly has: queries have to say the same
 	broken   brokenParts
 }
+
+// wantedUserBits is the precision of user states in a table that is made: see schema.sql.
+const wantedUserBits = 17
 
 func newStore(cfg *settings) *store {
 	st := &store{
@@ -45,6 +51,7 @@ func newStore(cfg *settings) *store {
 	if cfg.clickhouseTLS {
 		st.options.TLS = &tls.Config{RootCAs: cfg.clickhouseCA, ServerName: cfg.clickhouseHost}
 	}
+	st.userBits.Store(wantedUserBits)
 	return st
 }
 
@@ -56,35 +63,129 @@ func (s *store) dial(ctx context.Context) (*ch.Client, error) {
 	return c, nil
 }
 
-// applySchema runs schema.sql, statement by statement.
+// asker runs a query: a connection, or a pool of them.
+type asker interface {
+	Do(ctx context.Context, q ch.Query) error
+}
+
+// applySchema brings the tables up to date: it runs schema.sql, statement by statement. A table whose user states have
+// another precision keeps it, and everything says that precision, until `reconcile -rebuild` has made the table anew.
 func (s *store) applySchema(ctx context.Context) error {
 	c, err := s.dial(ctx)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
+	s.attachAll(ctx, c)
+	rebuilding, err := s.readStates(ctx, c)
+	if err != nil {
+		return err
+	}
+	if rebuilding { // and it may be about to exchange the tables: nothing to be changed beside that
+		slog.Warn("events_hourly is being made anew, tables stay as they are; when no `event-ingestion reconcile -rebuild` runs, run it: it finishes what one has begun")
+		return nil
+	}
+	if err := s.applyAll(ctx, c); err != nil {
+		return err
+	}
+	if bits := s.userBits.Load(); bits != wantedUserBits {
+		slog.Warn("events_hourly has user states of another precision, which works and is slow; `event-ingestion reconcile -rebuild` makes it anew from events while ingestion goes on",
+			"bits", bits, "wanted", wantedUserBits)
+	}
+	return nil
+}
+
+func (s *store) applyAll(ctx context.Context, c asker) error {
 	for _, stmt := range s.schema() {
-		if err := c.Do(ctx, ch.Query{Body: stmt}); err != nil {
+		if err := s.change(ctx, c, stmt); err != nil {
 			return fmt.Errorf("apply schema.sql: %w", err)
 		}
 	}
 	return nil
 }
 
-// schema returns the statements of schema.sql, for one server or for a cluster of replicas. A replicated table finds its
-// place in Keeper by the server's default_replica_path and default_replica_name.
+// change runs a statement that answers nothing: on a cluster, when every replica has done it.
+func (s *store) change(ctx context.Context, c asker, stmt string) error {
+	q := ch.Query{Body: s.sql(stmt)}
+	if s.cluster != "" {
+		q.Settings = []ch.Setting{{Key: "distributed_ddl_output_mode", Value: "none"}} // else it answers a row a replica
+	}
+	return c.Do(ctx, q)
+}
+
+// readStates sets userBits to what events_hourly has. rebuilding says that a rebuild is under way, or was cut off.
+func (s *store) readStates(ctx context.Context, c asker) (rebuilding bool, err error) {
+	var (
+		bits   proto.ColInt32
+		tables proto.ColUInt64
+	)
+	err = c.Do(ctx, ch.Query{
+		Body: fmt.Sprintf(`SELECT max(toInt32OrZero(extract(type, 'uniqCombined64.(\\d+).'))) AS bits,
+			ifNull((SELECT count() FROM system.tables WHERE database = '%[1]s' AND name IN ('%[2]s', '%[3]s')), 0) AS tables
+			FROM system.columns WHERE database = '%[1]s' AND table = 'events_hourly' AND name = 'unique_users_state'`, s.database, tableNext, tableRebuilt),
+		Result: proto.Results{{Name: "bits", Data: &bits}, {Name: "tables", Data: &tables}},
+	})
+	if err != nil {
+		return false, fmt.Errorf("look at the tables: %w", err)
+	}
+	if len(bits) == 1 && bits[0] > 0 {
+		s.userBits.Store(bits[0])
+	}
+	return len(tables) == 1 && tables[0] > 0, nil
+}
+
+// schema returns the statements of schema.sql, for one server or for a cluster of replicas.
 func (s *store) schema() (statements []string) {
+	for _, stmt := range schemaStatements {
+		statements = append(statements, s.sql(stmt))
+	}
+	return statements
+}
+
+// schemaStatements are those of schema.sql, definitions its DEFINEs: name and text, in turns.
+var schemaStatements, definitions = cutSchema(schemaSQL)
+
+func cutSchema(text string) (statements, definitions []string) {
+	for stmt := range strings.SplitSeq(text, ";\n") {
+		if _, definition, ok := strings.Cut(stmt, "\nDEFINE "); ok {
+			name, text, _ := strings.Cut(definition, " AS")
+			definitions = append(definitions, name, strings.TrimSpace(text))
+		} else if strings.TrimSpace(stmt) != "" {
+			statements = append(statements, stmt)
+		}
+	}
+	return statements, definitions
+}
+
+// statementsOf are those that make a table, with another name in its place.
+func statementsOf(table, name string) (statements []string) {
+	for _, stmt := range schemaStatements {
+		if renamed := strings.Replace(stmt, " {database}."+table+"{on cluster}", " {database}."+name+"{on cluster}", 1); renamed != stmt {
+			statements = append(statements, renamed)
+		}
+	}
+	return statements
+}
+
+// sql fills in the braces of schema.sql, which the program's own queries have, too. A replicated table finds its place in
+// Keeper by the server's default_replica_path and default_replica_name.
+func (s *store) sql(text string) string {
 	onCluster, replicated := "", ""
 	if s.cluster != "" {
 		onCluster, replicated = " ON CLUSTER '"+s.cluster+"'", "Replicated"
 	}
-	text := strings.NewReplacer("{database}", s.database, "{on cluster}", onCluster, "{replicated}", replicated).Replace(schemaSQL)
-	for stmt := range strings.SplitSeq(text, ";\n") {
-		if strings.TrimSpace(stmt) != "" {
-			statements = append(statements, stmt)
-		}
-	}
-	return statements
+	text = strings.NewReplacer(definitions...).Replace(text) // what is defined may name {database}
+	return strings.NewReplacer("{database}", s.database, "{on cluster}", onCluster, "{replicated}", replicated,
+		"{user bits}", strconv.Itoa(int(s.userBits.Load()))).Replace(text)
+}
+
+// otherStates are the codes of a query that says another precision than the table has.
+var otherStates = []proto.Error{proto.ErrIllegalTypeOfArgument, proto.ErrNoCommonType, proto.ErrCannotConvertType, proto.ErrTypeMismatch}
+
+// saysOtherStates is whether a query failed because events_hourly was made anew since readStates.
+func saysOtherStates(err error) bool {
+	e, ok := ch.AsException(err)
+	return ok && slices.Contains(otherStates, e.Code)
 }
 
 // exactly are the settings without which a replica may not have what another one acknowledged: inserts go to a majority,

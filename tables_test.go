@@ -165,7 +165,7 @@ func TestReconcile(t *testing.T) {
 		t.Fatal(status, answer)
 	}
 	drained(p)
-	const figures = "SELECT sum(event_count), sum(revenue), uniqCombined64Merge(19)(unique_users_state), uniqCombined64Merge(12)(campaigns_state) FROM "
+	const figures = "SELECT sum(event_count), sum(revenue), uniqCombined64Merge(17)(unique_users_state), uniqCombined64Merge(12)(campaigns_state) FROM "
 	want := clickhouseQuery(t, figures+db+".events_hourly")
 	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events_hourly SELECT * FROM %[1]s.events_hourly WHERE hour = %d SETTINGS insert_deduplicate = 0", db, at))
 	clickhouseQuery(t, fmt.Sprintf("ALTER TABLE %s.events_hourly DELETE WHERE hour = %d SETTINGS mutations_sync = 1", db, at+3600))
@@ -204,7 +204,7 @@ func TestClusterSchema(t *testing.T) {
 		}
 		replicated += strings.Count(formatted, "ENGINE = Replicated")
 	}
-	if len(statements) != 5 || replicated != 2 {
+	if len(statements) != 11 || replicated != 2 {
 		t.Errorf("%d statements, %d replicated tables", len(statements), replicated)
 	}
 }

@@ -10,9 +10,8 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"strconv"
 	"unicode/utf8"
-
-	"github.com/valyala/fastjson"
 )
 
 // Limits of one event, from contract.md. Lengths are in Unicode code points, metadata in bytes as sent.
@@ -20,6 +19,7 @@ const (
 	maxTextChars     = 100
 	maxTags          = 20
 	maxMetadataBytes = 16 << 10
+	maxProblems      = 20
 	maxAgeSeconds    = 30 * 24 * 3600
 	clockSlackSecs   = 1
 	// minMilliseconds is the year 5138 in seconds and March 1973 in milliseconds: beyond it nobody means seconds.
@@ -46,18 +46,18 @@ type problem struct {
 var (
 	errNotObject    = errors.New("an event must be a JSON object")
 	errNoEvent      = errors.New("the event is empty")
-	errEventTooDeep = errors.New("values are nested more than 300 deep")
+	errEventTooDeep = fmt.Errorf("values are nested more than %d deep", maxDepth)
 )
 
-// eventParser parses events one after another without garbage: it keeps the JSON tree and the scratch space of the
-// last one. It is not for concurrent use; get one from the pool of whoever parses.
+// eventParser parses events one after another without garbage: it keeps the scratch space of the last one. It is not for
+// concurrent use; get one from the pool of whoever parses.
 type eventParser struct {
-	json     fastjson.Parser
+	json     jsonReader
 	ev       event
 	seen     fieldSet
 	problems []problem
 	metadata []byte
-	scratch  []byte
+	scratch  []byte // texts of the event that were sent with escapes; at most 25 of them, each maxTextBytes
 }
 
 // fieldSet has a bit for each known field, to notice one that is sent twice.
@@ -71,68 +71,111 @@ const (
 	fieldCampaignID
 	fieldTags
 	fieldMetadata
+	fieldInsertID
 )
 
+// fieldNames are the fields of contract.md by bit.
+var fieldNames = map[fieldSet]string{
+	fieldName: "event_name", fieldUserID: "user_id", fieldTimestamp: "timestamp", fieldChannel: "channel",
+	fieldCampaignID: "campaign_id", fieldTags: "tags", fieldMetadata: "metadata", fieldInsertID: "insert_id",
+}
+
 // parse reads one event from raw and checks every rule that does not need a clock. The problems are empty for a good
-// event. The error is for raw that is no JSON object at all. Event and problems live until the next parse.
+// event. The error is for raw that is no JSON object at all. Event and problems live until the next parse, or until raw
+// changes.
 func (p *eventParser) parse(raw []byte) (*event, []problem, error) {
-	p.problems = p.problems[:0]
-	p.seen = 0
-	p.ev = event{tags: p.ev.tags[:0]}
-	v, err := parseJSON(&p.json, raw)
-	if err != nil {
-		return nil, nil, err
+	p.json.reset(raw)
+	if p.json.peek() == 0 && p.json.end() == nil {
+		return nil, nil, errNoEvent
 	}
-	obj, err := v.Object()
-	if err != nil {
+	ev, problems, err := p.read(&p.json)
+	if end := p.json.end(); end != nil && (err == nil || isEventsOwn(err)) {
+		err = end
+	}
+	return ev, problems, err
+}
+
+// isEventsOwn says whether an error of read is about one event: the reader has got past it, and what follows can be read.
+func isEventsOwn(err error) bool {
+	return errors.Is(err, errNotObject) || errors.Is(err, errEventTooDeep)
+}
+
+// read is parse for an event in the middle of a text. Of what nobody asks for it only sees that it is JSON.
+func (p *eventParser) read(r *jsonReader) (*event, []problem, error) {
+	p.begin()
+	if r.peek() != '{' {
+		if _, err := r.value(); err != nil {
+			return nil, nil, err
+		}
 		return nil, nil, errNotObject
 	}
-	// Slow path: text that is not Unicode is looked for value by value only when the event has any.
-	badText := hasBadText(raw)
-	obj.Visit(func(key []byte, v *fastjson.Value) {
-		if badText {
-			p.scratch = v.MarshalTo(append(p.scratch[:0], key...))
-			if hasBadText(p.scratch) {
-				p.addf(string(bytes.ToValidUTF8(key, []byte("�"))), codeInvalidFormat, "is not valid UTF-8 text")
-				p.seen |= fieldByName(key)
-				return
-			}
+	deepest := 0
+	r.eat('{')
+	for n := 0; ; n++ {
+		if more, err := r.more(n, '}'); err != nil {
+			return nil, nil, err
+		} else if !more {
+			break
 		}
-		p.field(key, v, raw)
-	})
-	p.require(fieldName, "event_name")
-	p.require(fieldUserID, "user_id")
-	p.require(fieldTimestamp, "timestamp")
+		k, err := r.key()
+		if err != nil {
+			return nil, nil, err
+		}
+		v, err := r.value()
+		if err != nil {
+			return nil, nil, err
+		}
+		p.member(&k, &v)
+		deepest = max(deepest, v.depth)
+	}
+	if deepest >= maxDepth { // and the event is a bracket itself
+		return nil, nil, errEventTooDeep
+	}
+	p.finish()
 	return &p.ev, p.problems, nil
 }
 
-// parseJSON parses and then validates: fastjson's parser takes numbers and escapes that are not JSON, and its
-// validator recurses without a limit on depth, which the parser has.
-func parseJSON(p *fastjson.Parser, raw []byte) (*fastjson.Value, error) {
-	if len(raw) == 0 {
-		return nil, errNoEvent
-	}
-	v, err := p.ParseBytes(raw)
-	if err != nil {
-		if bytes.Contains([]byte(err.Error()), []byte("too big depth")) {
-			return nil, errEventTooDeep
-		}
-		return nil, jsonError(err)
-	}
-	if err := fastjson.ValidateBytes(raw); err != nil {
-		return nil, jsonError(err)
-	}
-	return v, nil
+func (p *eventParser) begin() {
+	p.problems, p.scratch = p.problems[:0], p.scratch[:0]
+	p.seen = 0
+	p.ev = event{tags: p.ev.tags[:0]}
 }
 
-// jsonError keeps the reason of a fastjson error, without the copy of the input's whole tail that follows it.
-func jsonError(err error) error {
-	const most = 160
-	s := err.Error()
-	if len(s) > most {
-		s = s[:most] + "…"
+func (p *eventParser) finish() {
+	p.require(fieldName)
+	p.require(fieldUserID)
+	p.require(fieldTimestamp)
+}
+
+func (p *eventParser) member(k, v *jsonValue) {
+	var f fieldSet
+	if len(k.raw) <= maxNameBytes { // Fast path: what is longer is no name of ours, however it is spelled.
+		kept := len(p.scratch)
+		f = fieldByName(k.text(&p.scratch))
+		p.scratch = p.scratch[:kept]
 	}
-	return errors.New(string(bytes.ToValidUTF8([]byte(s), []byte("�"))))
+	switch {
+	case k.badText || v.badText:
+		p.seen |= f
+		p.addf(clip(k.raw[1:len(k.raw)-1]), codeInvalidFormat, "is not valid UTF-8 text")
+	case f != 0:
+		p.field(f, v)
+	}
+}
+
+// A character takes at most 12 bytes in a string of JSON, as a surrogate pair of escapes; one of a field's name 6.
+const (
+	maxTextBytes = 12*maxTextChars + len(`""`)
+	maxNameBytes = 6*len("event_name_") + len(`""`)
+)
+
+// clip is what a message repeats of a name that the client made up.
+func clip(name []byte) string {
+	const most = 40
+	if len(name) <= most {
+		return string(bytes.ToValidUTF8(name, []byte("�")))
+	}
+	return string(bytes.ToValidUTF8(name[:most], []byte("�"))) + "…"
 }
 
 func fieldByName(key []byte) fieldSet {
@@ -151,36 +194,31 @@ func fieldByName(key []byte) fieldSet {
 		return fieldTags
 	case "metadata":
 		return fieldMetadata
+	case "insert_id":
+		return fieldInsertID
 	}
 	return 0
 }
 
-func (p *eventParser) field(key []byte, v *fastjson.Value, raw []byte) {
-	f := fieldByName(key)
-	if f == 0 {
-		return
-	}
+// field checks a field's value and takes it in.
+func (p *eventParser) field(f fieldSet, v *jsonValue) {
 	if p.seen&f != 0 {
-		p.addf(string(key), codeInvalidFormat, "appears more than once")
+		p.addf(fieldNames[f], codeInvalidFormat, "appears more than once")
 		return
 	}
-	if v.Type() == fastjson.TypeNull {
+	if v.kind == 'n' {
 		return // absent
 	}
 	p.seen |= f
 	switch f {
 	case fieldName:
-		p.ev.name = p.text("event_name", v)
-		if len(p.ev.name) == 0 {
-			p.missing(f)
-		}
+		p.ev.name = p.required(f, v)
 	case fieldUserID:
-		p.ev.userID = p.text("user_id", v)
-		if len(p.ev.userID) == 0 {
-			p.missing(f)
-		}
+		p.ev.userID = p.required(f, v)
 	case fieldCampaignID:
 		p.ev.campaignID = p.text("campaign_id", v)
+	case fieldInsertID:
+		p.ev.insertID = p.text("insert_id", v)
 	case fieldChannel:
 		p.channel(v)
 	case fieldTimestamp:
@@ -188,35 +226,40 @@ func (p *eventParser) field(key []byte, v *fastjson.Value, raw []byte) {
 	case fieldTags:
 		p.tags(v)
 	case fieldMetadata:
-		p.meta(v, raw)
+		p.meta(v)
 	}
 }
 
-// missing takes back that a field was seen when it is an empty string without a problem of its own.
-func (p *eventParser) missing(f fieldSet) {
-	if n := len(p.problems); n > 0 && fieldByName([]byte(p.problems[n-1].field)) == f {
-		return
-	}
-	p.seen &^= f
-}
-
-func (p *eventParser) require(f fieldSet, name string) {
-	if p.seen&f == 0 {
-		p.addf(name, codeRequired, "is required")
-	}
-}
-
-func (p *eventParser) text(field string, v *fastjson.Value) []byte {
-	b, err := v.StringBytes()
-	if err != nil {
-		p.addf(field, codeInvalidFormat, "must be a string, not %s", v.Type())
+// required is text of a field that must not be empty: an empty string counts as none.
+func (p *eventParser) required(f fieldSet, v *jsonValue) []byte {
+	if v.kind == '"' && len(v.raw) == len(`""`) {
+		p.seen &^= f
 		return nil
 	}
-	p.checkText(field, codeMaxLength, b)
-	return b
+	return p.text(fieldNames[f], v)
 }
 
-func (p *eventParser) checkText(field, tooLong string, b []byte) {
+func (p *eventParser) require(f fieldSet) {
+	if p.seen&f == 0 {
+		p.addf(fieldNames[f], codeRequired, "is required")
+	}
+}
+
+func (p *eventParser) text(field string, v *jsonValue) []byte {
+	if v.kind != '"' {
+		p.addf(field, codeInvalidFormat, "must be a string, not %s", v.kindName())
+		return nil
+	}
+	return p.checked(field, codeMaxLength, v)
+}
+
+// checked is the string's text, with its problems noted under field.
+func (p *eventParser) checked(field, tooLong string, v *jsonValue) []byte {
+	if len(v.raw) > maxTextBytes { // whatever is in it: not worth unescaping
+		p.addf(field, tooLong, "has %d bytes, the limit is %d characters", len(v.raw)-len(`""`), maxTextChars)
+		return nil
+	}
+	b := v.text(&p.scratch)
 	if len(b) > maxTextChars {
 		if n := utf8.RuneCount(b); n > maxTextChars {
 			p.addf(field, tooLong, "has %d characters, the limit is %d", n, maxTextChars)
@@ -225,22 +268,23 @@ func (p *eventParser) checkText(field, tooLong string, b []byte) {
 	for _, c := range b {
 		if c < 0x20 || c == 0x7f {
 			p.addf(field, codeInvalidFormat, "contains the control character U+%04X", c)
-			return
+			break
 		}
 	}
+	return b
 }
 
-func (p *eventParser) channel(v *fastjson.Value) {
-	b, err := v.StringBytes()
-	if err != nil {
-		p.addf("channel", codeInvalidFormat, "must be a string, not %s", v.Type())
+func (p *eventParser) channel(v *jsonValue) {
+	if v.kind != '"' {
+		p.addf("channel", codeInvalidFormat, "must be a string, not %s", v.kindName())
 		return
 	}
-	if !validChannel(b) {
-		p.addf("channel", codeInvalidChannel, "must be one of web, mobile_app, api, not %.100q", b)
-		return
+	if len(v.raw) <= maxTextBytes {
+		p.ev.channel = v.text(&p.scratch)
 	}
-	p.ev.channel = b
+	if !validChannel(p.ev.channel) || len(v.raw) > maxTextBytes {
+		p.addf("channel", codeInvalidChannel, "must be one of web, mobile_app, api, not %s", clip(v.raw))
+	}
 }
 
 func validChannel(b []byte) bool {
@@ -251,18 +295,15 @@ func validChannel(b []byte) bool {
 	return false
 }
 
-func (p *eventParser) timestamp(v *fastjson.Value) {
-	if v.Type() != fastjson.TypeNumber {
-		p.addf("timestamp", codeInvalidFormat, "must be an integer of Unix seconds, not %s", v.Type())
+func (p *eventParser) timestamp(v *jsonValue) {
+	if v.kind != 0 {
+		p.addf("timestamp", codeInvalidFormat, "must be an integer of Unix seconds, not %s", v.kindName())
 		return
 	}
-	n, err := v.Int64()
-	if err != nil { // Slow path: 1795441976.0 is the same number, and some languages write it so
-		f := v.GetFloat64()
-		if n = int64(f); f != math.Trunc(f) || math.Abs(f) >= 1<<53 {
-			p.addf("timestamp", codeInvalidFormat, "must be an integer of Unix seconds")
-			return
-		}
+	n, err := integer64(v.raw)
+	if err != nil {
+		p.addf("timestamp", codeInvalidFormat, "must be an integer of Unix seconds")
+		return
 	}
 	if n >= minMilliseconds {
 		p.addf("timestamp", codeInvalidFormat, "looks like milliseconds or finer, send Unix seconds: %d", n)
@@ -271,50 +312,67 @@ func (p *eventParser) timestamp(v *fastjson.Value) {
 	p.ev.timestamp = n
 }
 
-func (p *eventParser) tags(v *fastjson.Value) {
-	list, err := v.Array()
-	if err != nil {
-		p.addf("tags", codeInvalidFormat, "must be an array of strings, not %s", v.Type())
+// integer64 reads a number of JSON that is an integer.
+func integer64(raw []byte) (int64, error) {
+	n := int64(0)
+	for i, c := range raw {
+		if c < '0' || c > '9' || i > 17 { // Slow path: 1795441976.0 is the same number, and some languages write it so
+			f, err := strconv.ParseFloat(string(raw), 64)
+			if err != nil || f != math.Trunc(f) || math.Abs(f) >= 1<<53 {
+				return 0, errors.New("not an integer")
+			}
+			return int64(f), nil
+		}
+		n = 10*n + int64(c-'0')
+	}
+	return n, nil
+}
+
+func (p *eventParser) tags(v *jsonValue) {
+	if v.kind != '[' {
+		p.addf("tags", codeInvalidFormat, "must be an array of strings, not %s", v.kindName())
 		return
 	}
-	if len(list) > maxTags {
-		p.addf("tags", codeMaxTags, "has %d items, the limit is %d", len(list), maxTags)
-		return
-	}
-	for i, t := range list {
-		b, err := t.StringBytes()
-		if err != nil {
-			p.addf("tags", codeInvalidFormat, "tags[%d] must be a string, not %s", i, t.Type())
+	r := jsonReader{b: v.raw, i: len(`[`)} // it has been read without an error before
+	n := 0
+	for ; ; n++ {
+		if more, _ := r.more(n, ']'); !more {
+			break
+		}
+		t, _ := r.value()
+		if n >= maxTags {
+			continue
+		}
+		if t.kind != '"' {
+			p.addf("tags", codeInvalidFormat, "tags[%d] must be a string, not %s", n, t.kindName())
 			continue
 		}
 		before := len(p.problems)
-		p.checkText("tags", codeTagTooLong, b)
+		b := p.checked("tags", codeTagTooLong, &t)
 		for j := before; j < len(p.problems); j++ {
-			p.problems[j].message = fmt.Sprintf("tags[%d] %s", i, p.problems[j].message[len("tags "):])
+			p.problems[j].message = fmt.Sprintf("tags[%d] %s", n, p.problems[j].message[len("tags "):])
 		}
 		p.ev.tags = append(p.ev.tags, b)
 	}
+	if n > maxTags {
+		p.addf("tags", codeMaxTags, "has %d items, the limit is %d", n, maxTags)
+	}
 }
 
-func (p *eventParser) meta(v *fastjson.Value, raw []byte) {
-	if v.Type() != fastjson.TypeObject {
-		p.addf("metadata", codeInvalidFormat, "must be an object, not %s", v.Type())
+func (p *eventParser) meta(v *jsonValue) {
+	if v.kind != '{' {
+		p.addf("metadata", codeInvalidFormat, "must be an object, not %s", v.kindName())
 		return
 	}
-	// Before anything looks inside: fastjson writes strings and keys as they were sent only while nobody has read
-	// them; afterwards it writes them back with Go's escapes, which are not JSON's.
-	p.metadata = v.MarshalTo(p.metadata[:0])
-	size := len(p.metadata)
-	if len(raw) > maxMetadataBytes { // Fast path: no event this small can hold metadata that is too big.
-		if sent := memberSize(raw, "metadata"); sent > size {
-			size = sent
-		}
-	}
-	if size > maxMetadataBytes {
-		p.addf("metadata", codeMaxLength, "has %d bytes, the limit is %d", size, maxMetadataBytes)
+	if len(v.raw) > maxMetadataBytes {
+		p.addf("metadata", codeMaxLength, "has %d bytes, the limit is %d", len(v.raw), maxMetadataBytes)
 		return
 	}
-	p.ev.metadata, p.ev.meta = p.metadata, v
+	p.ev.metadata = v.raw
+	if v.spaced {
+		p.metadata = v.appendCompact(p.metadata[:0])
+		p.ev.metadata = p.metadata
+	}
 }
 
 // checkAge adds the rules that need a clock: now is Unix seconds. It is apart from parse because a record that waited
@@ -337,7 +395,9 @@ func (p *eventParser) checkAge(now int64) []problem {
 	return p.problems
 }
 
-// addf is the slow path: only a bad event pays for the message.
+// addf is the slow path: only a bad event pays for the message, and not for more of them than are reported.
 func (p *eventParser) addf(field, code, format string, args ...any) {
-	p.problems = append(p.problems, problem{field, code, field + " " + fmt.Sprintf(format, args...)})
+	if len(p.problems) < maxProblems {
+		p.problems = append(p.problems, problem{field, code, field + " " + fmt.Sprintf(format, args...)})
+	}
 }

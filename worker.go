@@ -232,7 +232,7 @@ func (w *worker) takeIn(n int) (bad *kgo.Record, why error) {
 	head := &w.queue[0]
 	for ; n > 0 && len(head.records) > 0 && !w.isFull(); n-- {
 		rec := head.records[0]
-		ev, err := w.decode(rec.Value)
+		ev, err := w.parser.decode(rec.Value)
 		if err != nil {
 			return rec, err
 		}
@@ -278,10 +278,10 @@ func (w *worker) pop(rec *kgo.Record) {
 	w.backlog.remove(rec)
 }
 
-// decode reads a record's value as an event. The API's rules hold for other producers too, except the age: a record
-// may have waited.
-func (w *worker) decode(value []byte) (*event, error) {
-	ev, problems, err := w.parser.parse(value)
+// decode reads a record's value as an event, which lives until the next call. The API's rules hold for other producers
+// too, except the age: a record may have waited.
+func (p *eventParser) decode(value []byte) (*event, error) {
+	ev, problems, err := p.parse(value)
 	switch {
 	case err != nil:
 		return nil, err
@@ -318,7 +318,7 @@ func (w *worker) setAside(rec *kgo.Record, why error) {
 
 // ownKey is the key that the record's event should have.
 func (w *worker) ownKey(rec *kgo.Record) []byte {
-	ev, _, _ := w.parser.parse(rec.Value) // only this goroutine uses the parser, and it has parsed this before
+	ev, _ := w.parser.decode(rec.Value) // only this goroutine uses the parser, and it has parsed this before
 	id, _ := ev.id(nil)
 	return hex.AppendEncode(nil, id[:])
 }

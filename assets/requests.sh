@@ -30,12 +30,17 @@ request "One event" 202 "$base/api/v1/events" -H "$json" -d '{
 request "Several events" 202 "$base/api/v1/events/bulk" -H "$json" -d '{"events": [
   {"event_name": "product_view", "user_id": "user_123", "timestamp": '"$now"', "channel": "web"},
   {"event_name": "add_to_cart", "user_id": "user_456", "timestamp": '"$now"', "channel": "mobile_app"}]}'
+request "Twice in a second: each has an insert_id of its own" 202 "$base/api/v1/events/bulk" -H "$json" -d '{"events": [
+  {"event_name": "item_scanned", "user_id": "till_7", "timestamp": '"$now"', "insert_id": "receipt-1042-1"},
+  {"event_name": "item_scanned", "user_id": "till_7", "timestamp": '"$now"', "insert_id": "receipt-1042-2"}]}'
 printf '{"event_name":"search","user_id":"user_1","timestamp":%s}\n{"event_name":"search","user_id":"user_2","timestamp":%s}\n' "$now" "$now" >"$events"
 request "Several events, one a line" 202 "$base/api/v1/events/bulk" -H 'Content-Type: application/x-ndjson' --data-binary "@$events"
 gzip -c "$events" >"$events.gz"
 request "The same, compressed" 202 "$base/api/v1/events/bulk" -H 'Content-Type: application/x-ndjson' -H 'Content-Encoding: gzip' --data-binary "@$events.gz"
 request "Some good, some bad" 207 "$base/api/v1/events/bulk" -H "$json" -d '{"events": [
   {"event_name": "search", "user_id": "user_3", "timestamp": '"$now"'}, {"event_name": "search", "timestamp": '"$now"'}]}'
+request "What a client of Segment sends" 200 "$base/v1/batch" -H "$json" -d '{"batch": [
+  {"type": "track", "messageId": "m-'"$now"'", "userId": "user_123", "event": "product_view", "properties": {"price": 129.99, "currency": "TRY"}}]}'
 request "Refused, with everything that is wrong" 400 "$base/api/v1/events" -H "$json" -d '{"event_name": "", "user_id": 42, "timestamp": 1, "channel": "television"}'
 sleep 1
 request "Metrics" 200 "$base/api/v1/metrics?event_name=product_view&from=$from&to=$now"

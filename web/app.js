@@ -37,12 +37,15 @@ async function refresh() {
   const range = +document.querySelector('input[name=range]:checked').value
   const to = Math.floor(Date.now() / 1000)
   try {
+    const health = fetch('/ready').then(answer => answer.json()).catch(() => ({})) // says why events wait, whatever its status
     const o = await call(`/api/v1/overview?from=${to - range}&to=${to}&channel=${$('channel').value}`)
+    const consumers = (await health).consumers || 'ok'
     if (mine !== asked) return // a later question is on its way
     $('login').hidden = true
     draw(o)
     const behind = o.complete_through ? Math.max(0, Math.round(Date.now() / 1000 - o.complete_through)) : null
-    say(behind === null ? 'catching up with a backlog' : `complete to ${behind} s ago`)
+    const fresh = behind === null ? 'catching up with a backlog' : `complete to ${behind} s ago`
+    say(consumers === 'ok' ? fresh : `${fresh}; ${consumers}`, consumers !== 'ok')
   } catch (e) {
     if (mine === asked) say(e instanceof TypeError ? 'the API does not answer' : e.message, true)
   }

@@ -1,0 +1,349 @@
+// What a request may cost: shapes that are searched for one that takes more memory or time than its bytes are worth.
+//
+// Memory is what the runtime has allocated. Time is the CPU time of this thread, and never compared with a clock: with
+// what half the body takes, and with what encoding/json takes to look at the same.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// Limits of a request's cost.
+const (
+	maxAllocPerByte = 4        // the body's buffer and the one it grew out of, records, and little else
+	maxAllocBase    = 8 << 20  // the slab of records, the decoders, 1000 entries of errors with 20 messages each
+	maxAllocBeside  = 64 << 20 // the goal
+	maxAnswerBytes  = 2 << 20
+	maxTimeRatio    = 3                      // of twice the body: 2 is linear, 4 is quadratic
+	maxJSONRatio    = 8                      // of encoding/json's time for the same, and
+	slackTime       = 100 * time.Millisecond // for 20,000 messages, with the race detector
+)
+
+// cost is what one request took.
+type cost struct {
+	allocated int
+	answer    int
+	status    int
+	held      int64 // of the budget, at its end
+	cpu       time.Duration
+}
+
+// discard is a client that reads the answer and forgets it.
+type discard struct {
+	header http.Header
+	cost   *cost
+}
+
+func (d discard) Header() http.Header         { return d.header }
+func (d discard) WriteHeader(status int)      { d.cost.status = status }
+func (d discard) Write(b []byte) (int, error) { d.cost.answer += len(b); return len(b), nil }
+
+// costOf has a request of its own ingester read, checked, encoded and answered, all but Kafka's part.
+func costOf(single bool, media, encoding string, body []byte) (c cost) {
+	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &newStats().ingest)
+	r := httptest.NewRequest("POST", bulkPath, bytes.NewReader(body))
+	r.Header.Set("Content-Type", media)
+	if encoding != "" {
+		r.Header.Set("Content-Encoding", encoding)
+	}
+	w := discard{http.Header{}, &c}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	allocated, cpu := allocatedBytes(), threadTime()
+	limit, pool := maxBulkBody, &in.bulks
+	if single {
+		limit, pool = maxSingleBody, &in.singles
+	}
+	if q, err := in.receive(r, pool, limit); err != nil {
+		writeReadError(w, err)
+	} else if single {
+		if _, problems, err := q.parser.parse(q.body.b); err != nil {
+			writeReadError(w, err)
+		} else if len(problems) > 0 {
+			writeProblems(w, problems)
+		}
+		c.held = in.bodies.used.Load()
+		in.release(q)
+	} else {
+		if err := q.encode(context.Background(), media, 1795441976); err != nil {
+			writeReadError(w, err)
+		} else {
+			q.records = q.records[:0]
+			in.answerBulk(w, q)
+		}
+		c.held = in.bodies.used.Load()
+		in.release(q)
+	}
+	c.cpu = threadTime() - cpu
+	c.allocated = allocatedBytes() - allocated
+	if used := in.bodies.used.Load(); used != 0 {
+		panic(fmt.Sprintf("%d bytes of the budget were not given back", used))
+	}
+	return c
+}
+
+func allocatedBytes() int {
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int(m.TotalAlloc)
+}
+
+// threadTime is the CPU time that this thread has used.
+func threadTime() time.Duration {
+	const rusageThread = 1
+	var u syscall.Rusage
+	syscall.Getrusage(rusageThread, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// costGood is an event that only needs its end.
+const costGood = `{"event_name":"e","user_id":"u","timestamp":1795441976`
+
+// costPieces are repeated to make a value: what stands in front, the piece, what stands between two, what ends it.
+var costPieces = []struct{ name, open, piece, between, close string }{
+	{"zeros", `[`, `0`, `,`, `]`},
+	{"empty arrays", `[`, `[]`, `,`, `]`},
+	{"empty objects", `[`, `{}`, `,`, `]`},
+	{"members", `{`, `"":0`, `,`, `}`},
+	{"members of one name", `{`, `"price":1`, `,`, `}`},
+	{"deep arrays, open", ``, `[`, ``, ``},
+	{"deep objects, open", ``, `{"":`, ``, ``},
+	{"string", `"`, `xxxxxxxxxxxxxxxx`, ``, `"`},
+	{"wide characters", `"`, `ö😀`, ``, `"`},
+	{"escapes", `"`, `\u0041`, ``, `"`},
+	{"pairs of escapes", `"`, `\ud83d\ude00`, ``, `"`},
+	{"halves of pairs", `"`, `\ud83d`, ``, `"`},
+	{"backslashes", `"`, `\\`, ``, `"`},
+	{"quotes", `"`, `\"`, ``, `"`},
+	{"quotes, open", `"`, `\"`, ``, ``},
+	{"no text", `"`, "\xff", ``, `"`},
+	{"digits", ``, `7`, ``, ``},
+	{"fraction", `0.`, `7`, ``, ``},
+	{"exponent", `1e`, `9`, ``, ``},
+	{"spaces", ``, ` `, ``, `0`},
+	{"spaced zeros", `[`, "\n\t 0", `,`, `]`},
+	{"strings", `[`, `"a"`, `,`, `]`},
+	{"strings of control characters", `[`, `"\u0000"`, `,`, `]`},
+	{"words", `[`, `true,false,null`, `,`, `]`},
+}
+
+// costMembers are repeated in an event.
+var costMembers = []string{
+	`"tags":0`, `"\u0074ags":0`, `"tags":null`, `"metadata":{}`, `"event_name":"\u0000"`, `"insert_id":1`, `"x":0`, `"":[]`, "\"\xff\":0", "\"" + strings.Repeat("\xff\xfe", 50) + "\":0",
+	"\"" + strings.Repeat("\\ud800", 50) + "\":0", `"channel":"` + strings.Repeat("😀", 100) + `"`,
+}
+
+func costValue(i, size int) string {
+	p := costPieces[i]
+	return p.open + p.piece + strings.Repeat(p.between+p.piece, size/len(p.between+p.piece)) + p.close
+}
+
+// costShapes calls do with every shape of about size bytes. An event of the shape is what a single request has; a body holds
+// it once, or in pieces that are events of 60 KiB or less.
+func costShapes(do func(name string, shape func(size int) []byte, single bool, media string)) {
+	event := func(name string, make func(size int) string) {
+		do("single, "+name, func(n int) []byte { return []byte(make(n)) }, true, jsonCT)
+		do("one event, "+name, func(n int) []byte { return []byte(`{"events":[` + make(n) + `]}`) }, false, jsonCT)
+		do("one line, "+name, func(n int) []byte { return []byte(make(n)) }, false, ndjson)
+		do("events of 60 KiB, "+name, func(n int) []byte {
+			return []byte(`{"events":[` + make(60<<10) + strings.Repeat(","+make(60<<10), n/(61<<10)) + `]}`)
+		}, false, jsonCT)
+		do("1000 events, "+name, func(n int) []byte {
+			return []byte(`{"events":[` + make(n/1100) + strings.Repeat(","+make(n/1100), 999) + `]}`)
+		}, false, jsonCT)
+		do("1000 lines, "+name, func(n int) []byte { return []byte(strings.Repeat(make(n/1100)+"\n", 1000)) }, false, ndjson)
+	}
+	for i, p := range costPieces {
+		do("member beside, "+p.name, func(n int) []byte {
+			return []byte(`{"a":` + costValue(i, n) + `,"events":[` + costGood + `}]}`)
+		}, false, jsonCT)
+		do("instead of events, "+p.name, func(n int) []byte { return []byte(`{"events":` + costValue(i, n) + `}`) }, false, jsonCT)
+		do("instead of lines, "+p.name, func(n int) []byte { return []byte(costValue(i, n)) }, false, ndjson)
+		for _, field := range []string{`"x":`, `"metadata":{"x":`, `"tags":`, `"campaign_id":`, `"timestamp":`} {
+			closing := strings.Repeat("}", strings.Count(field, "{")+1)
+			event(p.name+" in "+field, func(n int) string { return costGood + `,` + field + costValue(i, n) + closing })
+		}
+	}
+	for _, m := range costMembers {
+		event(fmt.Sprintf("repeated %.20q", m), func(n int) string { return costGood + strings.Repeat(","+m, n/(1+len(m))) + `}` })
+		do(fmt.Sprintf("repeated %.20q beside", m), func(n int) []byte {
+			return []byte(`{"events":[` + costGood + `}]` + strings.Repeat(","+m, n/(1+len(m))) + `}`)
+		}, false, jsonCT)
+	}
+	do("empty lines", func(n int) []byte { return bytes.Repeat([]byte(" \r\n"), n/3) }, false, ndjson)
+	do("events without end", func(n int) []byte { return []byte(`{"events":[` + strings.Repeat(`{},`, n/3)) }, false, jsonCT)
+}
+
+// TestCostBounds: nothing that a client may send takes more memory than its bytes are worth. The shapes that take the most
+// at an eighth of a MiB are tried again as large as a body may be, compressed, too.
+func TestCostBounds(t *testing.T) {
+	type tried struct {
+		name    string
+		perByte int
+		again   func() cost
+	}
+	var all []tried
+	costShapes(func(name string, shape func(int) []byte, single bool, media string) {
+		try := func(size int, encoding string, compress func([]byte) []byte) cost {
+			body := shape(size)
+			c := costOf(single, media, encoding, compress(body))
+			switch most := min(maxAllocBase+maxAllocPerByte*len(body), maxAllocBeside+len(body)); {
+			case c.allocated > most:
+				t.Errorf("%s: %d bytes %s allocate %d", name, len(body), encoding, c.allocated)
+			case c.held > int64(most):
+				t.Errorf("%s: %d bytes %s hold %d", name, len(body), encoding, c.held)
+			case c.answer > maxAnswerBytes:
+				t.Errorf("%s: %d bytes are answered with %d", name, len(body), c.answer)
+			case c.status >= 500:
+				t.Errorf("%s: status %d", name, c.status)
+			case c.cpu > slackTime+maxJSONRatio*jsonTime(body):
+				t.Errorf("%s: %d bytes %s take %s, encoding/json %s", name, len(body), encoding, c.cpu, jsonTime(body))
+			}
+			return c
+		}
+		plain := func(b []byte) []byte { return b }
+		size := 128 << 10
+		if single {
+			size = 60 << 10
+		}
+		c := try(size, "", plain)
+		all = append(all, tried{name, c.allocated * 1000 / size, func() cost {
+			if size = 15 << 19; single { // as large as it gets: pieces and frames come on top
+				size = 60 << 10
+			}
+			try(size, "gzip", gzipped)
+			try(size, "zstd", zstded)
+			return try(size, "", plain)
+		}})
+	})
+	slices.SortFunc(all, func(a, b tried) int { return b.perByte - a.perByte })
+	for _, worst := range all[:5] {
+		c := worst.again()
+		t.Logf("%d bytes for 1000: %s; %s of CPU", worst.perByte, worst.name, c.cpu)
+	}
+}
+
+// TestCostIsLinear: twice the body takes twice the time.
+func TestCostIsLinear(t *testing.T) {
+	costShapes(func(name string, shape func(int) []byte, single bool, media string) {
+		size := 64 << 10
+		if single {
+			size = 30 << 10
+		}
+		if why := tooSlow(single, media, shape(size), shape(2*size)); why != "" {
+			t.Errorf("%s: %s", name, why)
+		}
+	})
+}
+
+// tooSlow says how body and twice the body misbehave. Other processes disturb a measurement, so that one good one in ten is
+// enough.
+func tooSlow(single bool, media string, once, twice []byte) (why string) {
+	for range 10 {
+		a, b := costOf(single, media, "", once).cpu, costOf(single, media, "", twice).cpu
+		if b <= maxTimeRatio*a+slackTime/50 {
+			return ""
+		}
+		why = fmt.Sprintf("%d bytes take %s, %d take %s", len(once), a, len(twice), b)
+	}
+	return why
+}
+
+// jsonTime is how long encoding/json looks at the text, line by line.
+func jsonTime(text []byte) time.Duration {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	started := threadTime()
+	for line := range bytes.Lines(text) {
+		json.Valid(line)
+	}
+	return threadTime() - started
+}
+
+// FuzzCost looks for other shapes: a piece is repeated between a head and a tail.
+func FuzzCost(f *testing.F) {
+	for i, p := range costPieces {
+		f.Add(i%2 == 0, `{"events":[`+costGood+`,"metadata":{"a":`+p.open, p.piece+p.between, p.piece+p.close+`}}]}`)
+	}
+	for _, m := range costMembers {
+		f.Add(true, costGood, ","+m, `}`)
+		f.Add(false, `{"events":[`+costGood, ","+m, `}]}`)
+	}
+	f.Fuzz(func(t *testing.T, lines bool, head, piece, tail string) {
+		if len(piece) == 0 || len(head)+len(piece)+len(tail) > 4096 {
+			return
+		}
+		media := jsonCT
+		if lines {
+			media = ndjson
+		}
+		body := func(size int) []byte { return []byte(head + strings.Repeat(piece, size/len(piece)) + tail) }
+		once, twice := body(256<<10), body(512<<10)
+		if c := costOf(false, media, "", twice); c.allocated > maxAllocBase+maxAllocPerByte*len(twice) || c.answer > maxAnswerBytes {
+			t.Fatalf("%d bytes allocate %d and are answered with %d", len(twice), c.allocated, c.answer)
+		}
+		if why := tooSlow(false, media, once, twice); why != "" {
+			t.Fatal(why)
+		}
+	})
+}
+
+// TestClientGone: nothing is worked out for a client that has gone, and nothing is held for it.
+func TestClientGone(t *testing.T) {
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	body := []byte(strings.Repeat(costGood+"}\n", 1000))
+	q := newTestRequest()
+	q.fill(body)
+	if err := q.encode(gone, typeNDJSON, 1795441976); !errors.Is(err, context.Canceled) || len(q.records) > 64 {
+		t.Errorf("lines: %v, %d records", err, len(q.records))
+	}
+	q.fill([]byte(`{"events":[` + costGood + `}` + strings.Repeat(`,`+costGood+`}`, 999) + `]}`))
+	if err := q.encode(gone, typeJSON, 1795441976); !errors.Is(err, context.Canceled) || len(q.records) > 64 {
+		t.Errorf("events: %v, %d records", err, len(q.records))
+	}
+	r := httptest.NewRequestWithContext(gone, "POST", bulkPath, bytes.NewReader(gzipped(bytes.Repeat(body, 100))))
+	r.Header.Set("Content-Encoding", "gzip")
+	if _, err := q.in.readBody(r, maxBulkBody); !errors.Is(err, context.Canceled) {
+		t.Errorf("decompressed to the end: %v", err)
+	}
+}
+
+// TestBudget: what requests hold is counted while they hold it, refused beyond the limit, and given back.
+func TestBudget(t *testing.T) {
+	body := []byte(strings.Repeat(costGood+"}\n", 1000)) // 55,000 bytes; with keys and records about half a MB
+	for _, limit := range []int64{1 << 10, 16 << 10, 100 << 10, 300 << 10} {
+		in := newIngester(nil, &settings{maxInFlightBytes: limit, ackTimeout: time.Minute}, &newStats().ingest)
+		c := cost{}
+		q, err := in.receive(httptest.NewRequest("POST", bulkPath, bytes.NewReader(body)), &in.bulks, maxBulkBody)
+		if err == nil {
+			err = q.encode(t.Context(), typeNDJSON, 1795441976)
+			if used := in.bodies.used.Load(); used > limit || used < int64(len(q.body.b)) {
+				t.Errorf("%d of %d bytes used", used, limit)
+			}
+			in.release(q)
+		}
+		if !errors.Is(err, errOverBudget) {
+			t.Errorf("limit %d: %v", limit, err)
+		}
+		if writeReadError(discard{http.Header{}, &c}, err); c.status != http.StatusServiceUnavailable {
+			t.Errorf("limit %d: status %d", limit, c.status)
+		}
+		if used := in.bodies.used.Load(); used != 0 {
+			t.Errorf("limit %d: %d bytes were not given back", limit, used)
+		}
+	}
+}

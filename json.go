@@ -1,0 +1,437 @@
+// JSON, read once from front to back.
+//
+// json.go walks a text strictly and builds nothing: a value is a piece of the text, and it costs one look at each of its
+// bytes, whatever its shape. Nothing recurses; of an open bracket it keeps one bit. A tree of [0,0,0,…] would take fifty
+// times the bytes of the text, and a parser that takes numbers and escapes which are not JSON needs a second pass to
+// refuse them.
+
+package main
+
+import (
+	"encoding/binary"
+	"fmt"
+	"strconv"
+	"unicode/utf16"
+	"unicode/utf8"
+)
+
+// maxDepth is how deep an event's values may be nested: what reads them later may recurse.
+const maxDepth = 300
+
+// jsonReader is a place in a text. reset makes it ready.
+type jsonReader struct {
+	b      []byte
+	i      int
+	spaces int // bytes of white space so far
+	// The brackets that are open within value, a bit each: 1 is an object. Those deeper than maxDepth cost memory.
+	kinds  [maxDepth/64 + 1]uint64
+	deeper []uint64
+}
+
+// jsonValue is one value as it was sent. raw points into the text.
+type jsonValue struct {
+	raw     []byte
+	kind    byte // its first byte, and 0 for every number
+	escaped bool // there is a \ in its strings
+	spaced  bool // there is white space between its tokens
+	badText bool // its strings have what is text in no encoding: invalid UTF-8, or half of a surrogate pair as an escape
+	depth   int  // of its brackets
+}
+
+// kindName is what a message calls a value.
+func (v *jsonValue) kindName() string {
+	switch v.kind {
+	case '{':
+		return "object"
+	case '[':
+		return "array"
+	case '"':
+		return "string"
+	case 't':
+		return "true"
+	case 'f':
+		return "false"
+	case 'n':
+		return "null"
+	}
+	return "number"
+}
+
+// text is a string's text. It points into v.raw, or, when it has escapes, to the end of *scratch.
+func (v *jsonValue) text(scratch *[]byte) []byte {
+	s := v.raw[1 : len(v.raw)-1]
+	if !v.escaped { // Fast path
+		return s
+	}
+	start := len(*scratch)
+	*scratch = appendUnescaped(*scratch, s)
+	return (*scratch)[start:len(*scratch):len(*scratch)]
+}
+
+// is says whether a member is called name, which has no characters that need an escape.
+func (v *jsonValue) is(name string) bool {
+	if !v.escaped { // Fast path
+		return string(v.raw[1:len(v.raw)-1]) == name
+	}
+	var scratch []byte
+	return len(v.raw) <= 6*len(name)+len(`""`) && string(v.text(&scratch)) == name
+}
+
+// appendCompact appends the value without white space between its tokens.
+func (v *jsonValue) appendCompact(dst []byte) []byte {
+	for i := 0; i < len(v.raw); i++ {
+		start := i
+		switch v.raw[i] {
+		case ' ', '\t', '\n', '\r':
+			continue
+		case '"':
+			for i++; v.raw[i] != '"'; i++ {
+				if v.raw[i] == '\\' {
+					i++
+				}
+			}
+		}
+		dst = append(dst, v.raw[start:i+1]...)
+	}
+	return dst
+}
+
+// space steps over white space.
+func (r *jsonReader) space() {
+	for r.i < len(r.b) && r.b[r.i] <= ' ' && (r.b[r.i] == ' ' || r.b[r.i] == '\n' || r.b[r.i] == '\r' || r.b[r.i] == '\t') {
+		r.i++
+		r.spaces++
+	}
+}
+
+// peek is the next token's first byte, 0 at the end.
+func (r *jsonReader) peek() byte {
+	if r.space(); r.i < len(r.b) {
+		return r.b[r.i]
+	}
+	return 0
+}
+
+// eat steps over c if it is the next token.
+func (r *jsonReader) eat(c byte) bool {
+	if r.peek() != c {
+		return false
+	}
+	r.i++
+	return true
+}
+
+// end is an error unless nothing but white space is left.
+func (r *jsonReader) end() error {
+	if r.space(); r.i < len(r.b) {
+		return r.unexpected("the end")
+	}
+	return nil
+}
+
+// more says whether an n-th element or member follows, counted from 0, in what ends with closing. It steps over the comma
+// in front of it, or over closing.
+func (r *jsonReader) more(n int, closing byte) (bool, error) {
+	if r.eat(closing) {
+		return false, nil
+	}
+	if n > 0 && !r.eat(',') {
+		return false, r.unexpected("',' or '" + string(rune(closing)) + "'")
+	}
+	return true, nil
+}
+
+// key reads a member's name and the colon behind it.
+func (r *jsonReader) key() (k jsonValue, err error) {
+	k.kind = r.peek()
+	start := r.i
+	if err = r.str(&k); err != nil {
+		return k, err
+	}
+	k.raw = r.b[start:r.i]
+	if !r.eat(':') {
+		err = r.unexpected("':'")
+	}
+	return k, err
+}
+
+// value reads the next value, whatever is in it.
+func (r *jsonReader) value() (v jsonValue, err error) {
+	if v.kind = r.peek(); v.kind == '-' || v.kind >= '0' && v.kind <= '9' {
+		v.kind = 0
+	}
+	start, spaces := r.i, r.spaces
+	for depth := 0; ; {
+		// Here a value begins. The first element of what opens is read in the next turn.
+		switch c := r.peek(); c {
+		case '{', '[':
+			r.i++
+			r.open(depth, c)
+			depth++
+			v.depth = max(v.depth, depth)
+			if closing := c + 2; !r.eat(closing) { // in ASCII } is { + 2, and ] is [ + 2
+				if c == '{' {
+					err = r.name(&v)
+				}
+				if err == nil {
+					continue
+				}
+				return v, v.explain(err)
+			}
+			depth--
+		case '"':
+			err = r.str(&v)
+		case 't':
+			err = r.literal("true")
+		case 'f':
+			err = r.literal("false")
+		case 'n':
+			err = r.literal("null")
+		default:
+			err = r.number()
+		}
+		// Here it has ended, and what holds it may end, too.
+		for err == nil && depth > 0 && r.eat(r.closing(depth)) {
+			depth--
+		}
+		switch {
+		case err != nil:
+		case depth == 0:
+			v.raw = r.b[start:r.i]
+			v.spaced = r.spaces > spaces
+			return v, nil
+		case !r.eat(','):
+			err = r.unexpected("',' or '" + string(rune(r.closing(depth))) + "'")
+		case r.closing(depth) == '}':
+			err = r.name(&v)
+		}
+		if err != nil {
+			return v, v.explain(err)
+		}
+	}
+}
+
+// name reads a member's name and colon within v.
+func (r *jsonReader) name(v *jsonValue) error {
+	r.space()
+	err := r.str(v)
+	if err == nil && !r.eat(':') {
+		err = r.unexpected("':'")
+	}
+	return err
+}
+
+// str reads a string and notes in v what is in it.
+func (r *jsonReader) str(v *jsonValue) error {
+	b, i := r.b, r.i
+	if i >= len(b) || b[i] != '"' {
+		return r.unexpected("a string")
+	}
+	for i++; ; {
+		for i+8 <= len(b) && allPlain(binary.LittleEndian.Uint64(b[i:])) {
+			i += 8
+		}
+		for i < len(b) && plainASCII[b[i]] {
+			i++
+		}
+		r.i = i
+		if i == len(b) {
+			return r.unexpected(`'"'`)
+		}
+		switch c := b[i]; {
+		case c == '"':
+			r.i++
+			return nil
+		case c == '\\':
+			n, isText := escape(b[i:])
+			if n == 0 {
+				return r.unexpected("an escape of JSON")
+			}
+			v.escaped, v.badText = true, v.badText || !isText
+			i += n
+		case c < ' ':
+			return r.unexpected("no control character in a string")
+		default:
+			_, n := utf8.DecodeRune(b[i:])
+			v.badText = v.badText || n == 1 // U+FFFD itself has three bytes
+			i += n
+		}
+	}
+}
+
+// plainASCII is what a string holds most of the time: ASCII that stands for itself.
+var plainASCII = func() (t [256]bool) {
+	for c := ' '; c < utf8.RuneSelf; c++ {
+		t[c] = c != '"' && c != '\\'
+	}
+	return t
+}()
+
+// allPlain says whether all eight bytes of x are plainASCII.
+func allPlain(x uint64) bool {
+	const ones, high = 0x0101010101010101, 0x8080808080808080
+	quote, slash := x^ones*'"', x^ones*'\\'
+	return (x|(x-ones*' ')|(quote-ones)|(slash-ones))&high == 0
+}
+
+// escape is the length of the escape that b begins with, or 0 when it is none, and whether it stands for text.
+func escape(b []byte) (n int, isText bool) {
+	if len(b) < 2 {
+		return 0, false
+	}
+	switch b[1] {
+	case '"', '\\', '/', 'b', 'f', 'n', 'r', 't':
+		return 2, true
+	case 'u':
+		first := hexRune(b)
+		switch {
+		case first < 0:
+			return 0, false
+		case !utf16.IsSurrogate(first):
+			return 6, true
+		case utf16.DecodeRune(first, hexRune(b[6:])) != utf8.RuneError:
+			return 12, true
+		}
+		return 6, false
+	}
+	return 0, false
+}
+
+// hexRune reads \uXXXX at the start of b; -1 when there is none.
+func hexRune(b []byte) rune {
+	if len(b) < 6 || b[0] != '\\' || b[1] != 'u' {
+		return -1
+	}
+	n, err := strconv.ParseUint(string(b[2:6]), 16, 16)
+	if err != nil {
+		return -1
+	}
+	return rune(n)
+}
+
+// appendUnescaped appends the text that the inside of a string stands for.
+func appendUnescaped(dst, s []byte) []byte {
+	for len(s) > 0 {
+		n, c := 1, s[0]
+		if c == '\\' {
+			n, _ = escape(s)
+			switch c = s[1]; c {
+			case 'b':
+				c = '\b'
+			case 'f':
+				c = '\f'
+			case 'n':
+				c = '\n'
+			case 'r':
+				c = '\r'
+			case 't':
+				c = '\t'
+			case 'u':
+				r := hexRune(s)
+				if n == 12 {
+					r = utf16.DecodeRune(r, hexRune(s[6:]))
+				}
+				dst = utf8.AppendRune(dst, r)
+				s = s[n:]
+				continue
+			}
+		}
+		dst = append(dst, c)
+		s = s[n:]
+	}
+	return dst
+}
+
+func (r *jsonReader) literal(word string) error {
+	if end := r.i + len(word); end <= len(r.b) && string(r.b[r.i:end]) == word {
+		r.i = end
+		return nil
+	}
+	return r.unexpected("a value")
+}
+
+func (r *jsonReader) number() error {
+	start := r.i
+	if r.i < len(r.b) && r.b[r.i] == '-' {
+		r.i++
+	}
+	if r.i < len(r.b) && r.b[r.i] == '0' {
+		r.i++
+	} else if !r.digits() {
+		if r.i == start {
+			return r.unexpected("a value")
+		}
+		return r.unexpected("a digit")
+	}
+	if r.i < len(r.b) && r.b[r.i] == '.' {
+		if r.i++; !r.digits() {
+			return r.unexpected("a digit")
+		}
+	}
+	if r.i < len(r.b) && r.b[r.i]|0x20 == 'e' {
+		if r.i++; r.i < len(r.b) && (r.b[r.i] == '+' || r.b[r.i] == '-') {
+			r.i++
+		}
+		if !r.digits() {
+			return r.unexpected("a digit")
+		}
+	}
+	return nil
+}
+
+// digits steps over digits and says whether there were any.
+func (r *jsonReader) digits() bool {
+	start := r.i
+	for r.i < len(r.b) && r.b[r.i]-'0' <= 9 {
+		r.i++
+	}
+	return r.i > start
+}
+
+// open notes that the bracket c is open, inside depth others.
+func (r *jsonReader) open(depth int, c byte) {
+	word, bit := r.kindsAt(depth), uint64(1)<<(depth%64)
+	if *word &^= bit; c == '{' {
+		*word |= bit
+	}
+}
+
+// closing is the bracket that ends the innermost of depth open ones.
+func (r *jsonReader) closing(depth int) byte {
+	if *r.kindsAt(depth - 1)>>((depth-1)%64)&1 == 1 {
+		return '}'
+	}
+	return ']'
+}
+
+// kindsAt is the word that has the bit of a bracket inside depth others.
+func (r *jsonReader) kindsAt(depth int) *uint64 {
+	word := depth / 64
+	if word < len(r.kinds) { // Fast path
+		return &r.kinds[word]
+	}
+	if word -= len(r.kinds); word == len(r.deeper) {
+		r.deeper = append(r.deeper, 0)
+	}
+	return &r.deeper[word]
+}
+
+func (r *jsonReader) unexpected(want string) error {
+	if r.i >= len(r.b) {
+		return fmt.Errorf("expected %s at byte %d, found the end", want, r.i)
+	}
+	return fmt.Errorf("expected %s at byte %d, found %q", want, r.i, r.b[r.i])
+}
+
+// explain adds to an error what the text's author may not see.
+func (v *jsonValue) explain(err error) error {
+	if v.depth >= maxDepth {
+		return fmt.Errorf("%w; values are nested more than %d deep", err, maxDepth)
+	}
+	return err
+}
+
+// reset points the reader at the start of b.
+func (r *jsonReader) reset(b []byte) {
+	r.b, r.i, r.spaces, r.deeper = b, 0, 0, nil
+}

@@ -1,0 +1,300 @@
+// This program beside what else could do its work: `make bench-peers` prints one table of medians.
+//
+// Every way stores the same events in tables of the same schema, in turns, each time after merges have come to rest: events
+// a second until the last row is counted, and the CPU of each process for an event.
+
+package main
+
+import (
+	"bytes"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"text/tabwriter"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// way is a way of storing events. store sends or moves n of them into a database that has the tables, and returns when
+// they are on their way; pid is the process that does it, 0 when there is none but the client and ClickHouse.
+type way struct {
+	name   string
+	events int
+	store  func(r *run) (pid int)
+}
+
+// otherWays are commands that move the JSON records of KAFKA_TOPIC into CLICKHOUSE_DATABASE until they are killed. They
+// find their addresses in the environment, as the program does.
+var otherWays = map[string][]string{}
+
+const (
+	sentEvents    = 400_000
+	singleEvents  = 40_000
+	waitingEvents = 2_000_000
+)
+
+// run is one run of one way.
+type run struct {
+	b     *testing.B
+	env   []string
+	db    string
+	n     int
+	begin func(pid int) int // is called when all is prepared and the work begins
+}
+
+func BenchmarkPeers(b *testing.B) {
+	ways := []way{
+		{"bulk 1000", sentEvents, sendBulks("-bulk", "1000")},
+		{"bulk 100", sentEvents, sendBulks("-bulk", "100")},
+		{"bulk 1000, gzip", sentEvents, sendBulks("-bulk", "1000", "-gzip")},
+		{"single, 128 connections", singleEvents, sendBulks("-bulk", "1", "-connections", "128")},
+		{"ClickHouse HTTP, async_insert, 1000", sentEvents, sendToClickHouse},
+		{"drain", waitingEvents, drainByProgram},
+		{"drain by ClickHouse's Kafka engine", waitingEvents, drainByEngine},
+	}
+	for name, command := range otherWays {
+		ways = append(ways, way{"drain by " + name, waitingEvents, drainBy(command)})
+	}
+	speed, cpu := make([][]float64, len(ways)), make([][4][]float64, len(ways))
+	for b.Loop() {
+		for i, p := range ways {
+			rate, costs := p.measure(b)
+			speed[i] = append(speed[i], rate)
+			for part, c := range costs {
+				cpu[i][part] = append(cpu[i][part], c)
+			}
+		}
+	}
+	t := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(t, "\tevents/s\tµs an event\tprogram\tClickHouse\tbrokers\tclient\t")
+	for i, p := range ways {
+		var parts [4]float64
+		for part := range parts {
+			parts[part] = median(cpu[i][part])
+		}
+		fmt.Fprintf(t, "%s\t%.0f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t\n", p.name, median(speed[i]), parts[0]+parts[1]+parts[2]+parts[3], parts[0], parts[1], parts[2], parts[3])
+	}
+	t.Flush()
+}
+
+// measure returns events a second and CPU µs an event of the program, ClickHouse, the brokers and the client.
+func (p way) measure(b *testing.B) (rate float64, cpu [4]float64) {
+	env := newSpace(b)
+	cfg := settingsFrom(b, env)
+	if err := newStore(cfg).applySchema(b.Context()); err != nil {
+		b.Fatal(err)
+	}
+	for clickhouseQuery(b, "SELECT count() FROM system.merges") != "0" {
+		time.Sleep(100 * time.Millisecond)
+	}
+	ch := processWith(b, "--http_port\x00"+os.Getenv("CLICKHOUSE_HTTP_PORT"))
+	started, before := time.Time{}, [4]float64{}
+	r := &run{b, env, cfg.clickhouseDatabase, p.events, func(pid int) int {
+		before = [4]float64{cpuSeconds(pid), cpuSeconds(ch), cpuSeconds(parentOf(ch)), ownSeconds()}
+		started = time.Now()
+		return pid
+	}}
+	pid := p.store(r)
+	for r.count() < r.n {
+		time.Sleep(20 * time.Millisecond)
+	}
+	took := time.Since(started).Seconds()
+	after := [4]float64{cpuSeconds(pid), cpuSeconds(ch), cpuSeconds(parentOf(ch)), ownSeconds()}
+	for i := range cpu {
+		cpu[i] = (after[i] - before[i]) / float64(r.n) * 1e6
+	}
+	if n := r.count(); n != r.n {
+		b.Logf("%s: %d rows for %d events", p.name, n, r.n)
+	}
+	if pid != 0 {
+		syscall.Kill(pid, syscall.SIGTERM)
+	}
+	clickhouseQuery(b, "DROP DATABASE "+r.db)
+	return float64(r.n) / took, cpu
+}
+
+func (r *run) count() int {
+	n, _ := strconv.Atoi(clickhouseQuery(r.b, "SELECT count() FROM "+r.db+".events"))
+	return n
+}
+
+// sendBulks sends flat out to the program, over 16 connections unless told otherwise.
+func sendBulks(flags ...string) func(*run) int {
+	return func(r *run) int {
+		p := startProgram(r.b, r.env)
+		pid := r.begin(p.cmd.Process.Pid)
+		l, done := loadInto(r.b, p.url, 0, time.Hour, append([]string{"-users", "10000000"}, flags...)...)
+		p.await("sent", 5*time.Minute, func() bool { return l.ok.Load() >= int64(r.n) })
+		l.stop()
+		done()
+		r.n = int(l.ok.Load())
+		return pid
+	}
+}
+
+// sendToClickHouse is what a client gets without this system: the same events over ClickHouse's own HTTP interface, which
+// collects the inserts of 16 connections by itself and answers when they are stored.
+func sendToClickHouse(r *run) int {
+	cfg, _ := parseLoadFlags([]string{"-users", "10000000"}, io.Discard)
+	gen := newGenerator(cfg)
+	var bodies [][]byte
+	for n := int64(0); n < int64(r.n); {
+		var body []byte
+		for range 1000 {
+			body = fmt.Appendf(body, `{"event_id":"%032d",`, n)
+			start := len(body)
+			body = append(gen.appendEvent(body, n), '\n')
+			body = append(body[:start], body[start+1:]...) // one brace is enough
+			n++
+		}
+		bodies = append(bodies, body)
+	}
+	url := "http://127.0.0.1:" + os.Getenv("CLICKHOUSE_HTTP_PORT") + "/?async_insert=1&wait_for_async_insert=1&input_format_json_read_objects_as_strings=1&query=" +
+		strings.ReplaceAll("INSERT INTO "+r.db+".events (event_id, event_name, channel, campaign_id, user_id, timestamp, tags, metadata) FORMAT JSONEachRow", " ", "+")
+	r.begin(0)
+	var inserts sync.WaitGroup
+	slots := make(chan struct{}, 16)
+	for _, body := range bodies {
+		slots <- struct{}{}
+		inserts.Go(func() { // ends with its insert
+			defer func() { <-slots }()
+			resp, err := http.Post(url, "application/json", bytes.NewReader(body))
+			if err != nil {
+				r.b.Error(err)
+				return
+			}
+			defer resp.Body.Close()
+			if answer, _ := io.ReadAll(resp.Body); resp.StatusCode != http.StatusOK {
+				r.b.Errorf("%s", answer)
+			}
+		})
+	}
+	inserts.Wait()
+	return 0
+}
+
+// fillTopic puts the run's events on its topic as the program does.
+func (r *run) fillTopic() {
+	cfg := settingsFrom(r.b, r.env)
+	kafka, err := newProducer(cfg)
+	if err != nil {
+		r.b.Fatal(err)
+	}
+	defer kafka.Close()
+	if _, err := ensureTopics(r.b.Context(), kafka, cfg); err != nil {
+		r.b.Fatal(err)
+	}
+	load, _ := parseLoadFlags([]string{"-users", "10000000"}, io.Discard)
+	gen, parser := newGenerator(load), new(eventParser)
+	var failed error
+	for n := range int64(r.n) {
+		ev, _, err := parser.parse(gen.appendEvent(nil, n))
+		if err != nil {
+			r.b.Fatal(err)
+		}
+		id, _ := ev.id(nil)
+		kafka.Produce(r.b.Context(), &kgo.Record{Topic: cfg.kafkaTopic, Key: hex.AppendEncode(nil, id[:]), Value: appendEvent(nil, ev)}, func(_ *kgo.Record, err error) {
+			if err != nil {
+				failed = err
+			}
+		})
+	}
+	if err := kafka.Flush(r.b.Context()); err != nil || failed != nil {
+		r.b.Fatal(err, failed)
+	}
+}
+
+func drainByProgram(r *run) int {
+	r.fillTopic()
+	r.begin(0) // its start counts, too
+	p := &program{t: r.b, env: append(r.env, "SERVER_PORT="+freePort(r.b))}
+	p.start()
+	return p.cmd.Process.Pid
+}
+
+// drainByEngine is ClickHouse's own consumer, with as many of them as two cores take and blocks as large as it likes.
+func drainByEngine(r *run) int {
+	r.fillTopic()
+	columns := "event_name String, channel String, campaign_id String, user_id String, timestamp UInt32, tags Array(String), metadata String"
+	clickhouseQuery(r.b, fmt.Sprintf("CREATE TABLE %s.queue (%s) ENGINE = Kafka('%s', '%s', '%s_engine', 'JSONEachRow') SETTINGS kafka_num_consumers = 2, kafka_thread_per_consumer = 1, kafka_max_block_size = 100000, kafka_poll_max_batch_size = 100000, input_format_json_read_objects_as_strings = 1",
+		r.db, columns, os.Getenv("KAFKA_BROKERS"), space(r.env, "KAFKA_TOPIC"), r.db))
+	r.begin(0)
+	clickhouseQuery(r.b, fmt.Sprintf("CREATE MATERIALIZED VIEW %[1]s.queue_mv TO %[1]s.events AS SELECT SHA256(concat(event_name, '|', user_id, '|', toString(timestamp), '|', channel)) AS event_id, event_name, channel, campaign_id, user_id, timestamp, tags, metadata FROM %[1]s.queue", r.db))
+	return 0
+}
+
+func drainBy(command []string) func(*run) int {
+	return func(r *run) int {
+		r.fillTopic()
+		r.begin(0)
+		cmd := exec.Command(command[0], command[1:]...)
+		cmd.Env = append(os.Environ(), r.env...)
+		if err := cmd.Start(); err != nil {
+			r.b.Fatal(err)
+		}
+		r.b.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+		return cmd.Process.Pid
+	}
+}
+
+// processWith returns the process whose command line, arguments separated by NUL, contains what.
+func processWith(b *testing.B, what string) int {
+	paths, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, path := range paths {
+		if line, _ := os.ReadFile(path); strings.Contains(string(line), what) {
+			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(path)))
+			return pid
+		}
+	}
+	b.Fatalf("no process with %q: needs /proc and the embedded stack", what)
+	return 0
+}
+
+func parentOf(pid int) int {
+	fields := statOf(pid)
+	if len(fields) < 2 {
+		return 0
+	}
+	parent, _ := strconv.Atoi(fields[1])
+	return parent
+}
+
+// statOf is /proc/PID/stat from the state on.
+func statOf(pid int) []string {
+	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	return strings.Fields(rest)
+}
+
+// cpuSeconds is what a process has used, 0 when there is none. The kernel counts in hundredths.
+func cpuSeconds(pid int) float64 {
+	fields := statOf(pid)
+	if pid == 0 || len(fields) < 13 {
+		return 0
+	}
+	user, _ := strconv.ParseFloat(fields[11], 64)
+	system, _ := strconv.ParseFloat(fields[12], 64)
+	return (user + system) / 100
+}
+
+func ownSeconds() float64 {
+	var u syscall.Rusage
+	syscall.Getrusage(syscall.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano()).Seconds()
+}
+
+func median(v []float64) float64 {
+	slices.Sort(v)
+	return v[len(v)/2]
+}

@@ -1,0 +1,168 @@
+// Tables of an earlier version: brought up to date at start, and events_hourly made anew while events come in.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// oldTables makes the tables as they were with user states of 19 bits, with events of 40 days in them.
+func oldTables(t *testing.T, env []string) (db string) {
+	t.Helper()
+	text, err := os.ReadFile("testdata/schema_19_bits.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	st := newStore(settingsFrom(t, env))
+	for stmt := range strings.SplitSeq(st.sql(string(text)), ";\n") {
+		if strings.TrimSpace(stmt) != "" {
+			clickhouseQuery(t, stmt)
+		}
+	}
+	for part := range 3 {
+		clickhouseQuery(t, fmt.Sprintf(`INSERT INTO %s.events (event_id, event_name, channel, campaign_id, user_id, timestamp, price)
+			SELECT SHA256(toString(number)), ['old', 'purchase', 'older'][number %% 3 + 1], ['', 'web', 'api'][number %% 7 %% 3 + 1], concat('c', toString(number %% 20)), concat('u', toString(number %% 701)),
+				now() - 86400 - number * 347, 2.5 FROM numbers(%d, 3000)`, st.database, part*3000))
+	}
+	return st.database
+}
+
+// answers are what every kind of question says about the events of oldTables, the newest of which is a day old.
+func answers(p *program, until int64) string {
+	var all strings.Builder
+	for _, question := range []string{
+		"metrics?event_name=old", "metrics?event_name=old&group_by=hour", "metrics?event_name=older&group_by=day&channel=web", "metrics?event_name=purchase&group_by=channel", "overview?",
+	} {
+		status, _, answer := p.do("GET", fmt.Sprintf("/api/v1/%s&from=%d&to=%d", question, until-35*daySeconds, until), "", "", nil)
+		answer, _, _ = strings.Cut(answer, `,"complete_through"`)
+		fmt.Fprintln(&all, status, answer)
+	}
+	return all.String()
+}
+
+func TestTablesChange(t *testing.T) {
+	env := newSpace(t)
+	db := oldTables(t, env)
+	clickhouseQuery(t, "SYSTEM STOP MERGES "+db+".events")
+	clickhouseQuery(t, "SYSTEM STOP MERGES "+db+".events_hourly")
+	look := func() string {
+		return clickhouseQuery(t, fmt.Sprintf("SELECT arraySort(groupArray((table, name, modification_time))), (SELECT count() FROM system.mutations WHERE database = '%[1]s') FROM system.parts WHERE database = '%[1]s' AND active", db))
+	}
+	before := look()
+	p := startProgram(t, env)
+	if !strings.Contains(p.log.String(), "reconcile -rebuild") {
+		t.Errorf("the log does not say what to do:\n%s", p.log)
+	}
+	for table, want := range map[string][]string{
+		"events":           {"auto_statistics_types = \\'\\'"},
+		"events_hourly":    {"auto_statistics_types = \\'\\'", "PROJECTION daily", "deduplicate_merge_projection_mode = \\'rebuild\\'", "uniqCombined64(19)"},
+		"events_hourly_mv": {"uniqCombined64State(19)"},
+	} {
+		for _, text := range want {
+			if has := clickhouseQuery(t, "SHOW CREATE TABLE "+db+"."+table); !strings.Contains(has, text) {
+				t.Errorf("%s lacks %s: %s", table, text, has)
+			}
+		}
+	}
+	until := time.Now().Unix() - 86400
+	want := clickhouseQuery(t, fmt.Sprintf("SELECT count(), uniqExact(user_id) FROM %s.events WHERE event_name = 'old' AND timestamp >= %d AND timestamp <= %d", db, until-35*daySeconds, until))
+	if got := answers(p, until); !strings.HasPrefix(got, fmt.Sprintf(`200 {"total_count":%s,"unique_users":%s`, strings.Fields(want)[0], strings.Fields(want)[1])) || strings.Count(got, "200 ") != 5 {
+		t.Errorf("with the old states: %s, want %s", got, want)
+	}
+	p.terminate()
+	startProgram(t, env).terminate()
+	if after := look(); after != before {
+		t.Errorf("a start has rewritten parts:\n%s\n%s", before, after)
+	}
+}
+
+// stopAfter cancels a context when the n-th line is written to it.
+type stopAfter struct {
+	bytes.Buffer
+	n    int
+	stop context.CancelFunc
+}
+
+func (s *stopAfter) Write(b []byte) (int, error) {
+	if s.n -= bytes.Count(b, []byte("\n")); s.n <= 0 {
+		s.stop()
+	}
+	return s.Buffer.Write(b)
+}
+
+// TestRebuild: events_hourly is made anew under load, cut off at each of its steps and begun again. Whoever asks meanwhile
+// is told the same numbers all the time, and in the end every event is counted once.
+func TestRebuild(t *testing.T) {
+	env := newSpace(t)
+	db := oldTables(t, env)
+	p := startProgram(t, env)
+	cfg := settingsFrom(t, env)
+	l, done := loadInto(t, p.url, 300, time.Hour)
+	until := time.Now().Unix() - 86400
+	want := answers(p, until)
+
+	var asking sync.WaitGroup
+	asked := make(chan struct{})
+	asking.Go(func() { // ends with asked
+		for {
+			select {
+			case <-asked:
+				return
+			default:
+				if got := answers(p, until); got != want {
+					t.Errorf("while the table is made anew:\n%s\nwant\n%s", got, want)
+					return
+				}
+			}
+		}
+	})
+	for n := 1; ; n++ {
+		ctx, cancel := context.WithCancel(t.Context())
+		out := &stopAfter{n: n, stop: cancel}
+		err := rebuildHourly(ctx, cfg, out)
+		cancel()
+		if err == nil && out.n > 0 { // it was not cut off
+			break
+		}
+		if err != nil && !errors.Is(err, context.Canceled) {
+			t.Fatalf("cut off at line %d: %v\n%s", n, err, &out.Buffer)
+		}
+		if n > 30 {
+			t.Fatalf("it has no end:\n%s", &out.Buffer)
+		}
+	}
+	if out, code := subcommand(t, env, runReconcile, "-rebuild"); code != 0 || !strings.Contains(out, "0 of its rows had to be mended") {
+		t.Errorf("once more: %d %s", code, out)
+	}
+	close(asked)
+	asking.Wait()
+	l.stop()
+	done()
+	drained(p)
+	mustAgree(t, l, p.url)
+	if got := answers(p, until); got != want {
+		t.Errorf("afterwards:\n%s\nwant\n%s", got, want)
+	}
+	counts := strings.Fields(clickhouseQuery(t, fmt.Sprintf("SELECT count(), uniqExact(event_id), (SELECT sum(event_count) FROM %[1]s.events_hourly) FROM %[1]s.events FINAL", db)))
+	if counts[0] != counts[1] || counts[1] != counts[2] {
+		t.Errorf("%s rows, %s events, %s counted", counts[0], counts[1], counts[2])
+	}
+	if n, err := reconcile(t.Context(), newStore(cfg), timeRange{0, maxUnixSeconds}, 0, true, io.Discard); n != 0 || err != nil {
+		t.Errorf("%d rows differ, %v", n, err)
+	}
+	if got := clickhouseQuery(t, fmt.Sprintf("SELECT arraySort(groupArray(name)) FROM system.tables WHERE database = '%s'", db)); got != "['events','events_between','events_between_by_day','events_hourly','events_hourly_mv']" {
+		t.Errorf("left behind: %s", got)
+	}
+	if has := clickhouseQuery(t, "SHOW CREATE TABLE "+db+".events_hourly"); !strings.Contains(has, "uniqCombined64(17)") || strings.Contains(has, "(19)") {
+		t.Errorf("made anew as %s", has)
+	}
+}

@@ -1,0 +1,188 @@
+// complete_through: what it says is stored at that moment, through every fault, and it does not stand still for what will
+// never be stored.
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// acknowledged is what a sender was told: an event, and the Unix second in which its answer came.
+type acknowledged struct {
+	mu sync.Mutex // guards at
+	at []int64    // by number of the event; 0 where there was no answer, or none yet
+}
+
+// mustBeHonest asks for complete_through and then for what is stored: every event that was answered up to that second has
+// to be there. It returns complete_through.
+func (a *acknowledged) mustBeHonest(p *program, db string) int64 {
+	p.t.Helper()
+	through := int64(0)
+	if p.status("/health") == 200 { // not killed a moment ago
+		through = completeThrough(p)
+	}
+	stored := map[string]bool{}
+	for user := range strings.Lines(clickhouseQuery(p.t, "SELECT DISTINCT user_id FROM "+db+".events WHERE event_name = 'honest'")) {
+		stored[strings.TrimSpace(user)] = true
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for i, at := range a.at {
+		if at != 0 && at <= through && !stored[fmt.Sprint("u", i)] {
+			p.t.Fatalf("complete through %d, and event %d, acknowledged at %d, is not stored", through, i, at)
+		}
+	}
+	return through
+}
+
+// send posts one event after the other until ctx is done.
+func (a *acknowledged) send(ctx context.Context, p *program) {
+	pace := time.NewTicker(5 * time.Millisecond)
+	defer pace.Stop()
+	for i := 0; ctx.Err() == nil; i++ {
+		<-pace.C
+		a.mu.Lock()
+		a.at = append(a.at, 0)
+		a.mu.Unlock()
+		status := 0
+		for status != 202 && ctx.Err() == nil { // nobody answers while a copy is killed
+			if resp, err := httpPost(p.url+onePath, fmt.Sprintf(`{"event_name":"honest","user_id":"u%d","timestamp":%d}`, i, time.Now().Unix())); err == nil {
+				status = resp
+			}
+		}
+		if status == 202 {
+			a.mu.Lock()
+			a.at[i] = time.Now().Unix()
+			a.mu.Unlock()
+		}
+	}
+}
+
+// TestCompleteThroughIsHonest: rows that are rejected and stored later, a copy that is killed, ClickHouse away.
+func TestCompleteThroughIsHonest(t *testing.T) {
+	env := newSpace(t, "SERVER_PORT="+freePort(t), "MAX_RETRY_ATTEMPTS=20")
+	p := startProgram(t, env)
+	db := space(env, "CLICKHOUSE_DATABASE")
+	ctx, stop := context.WithCancel(t.Context())
+	var told acknowledged
+	var sending sync.WaitGroup
+	sending.Go(func() { told.send(ctx, p) }) // ends with stop
+	defer sending.Wait()
+	defer stop()
+	until := func(what string, fault func(), over func() bool) {
+		fault()
+		p.await(what, time.Minute, func() bool { told.mustBeHonest(p, db); return over() })
+	}
+	catchesUp := func() func() bool {
+		second := time.Now().Unix() + 1
+		return func() bool { return completeThrough(p) >= second }
+	}
+	for range tortureFactor() {
+		until("complete", func() {}, catchesUp())
+		clickhouseQuery(t, "ALTER TABLE "+db+".events ADD CONSTRAINT seldom CHECK user_id NOT LIKE '%77'")
+		before := readTopicEnds(t, env, ".retry")
+		rejected := func(times int) func() bool { // a record has been, since before
+			return func() bool {
+				p := (times - 1) * delayPartitions
+				return totalOf(readTopicEnds(t, env, ".retry")[p:p+delayPartitions]) > totalOf(before[p:p+delayPartitions])
+			}
+		}
+		until("rejected twice", func() {}, rejected(2))
+		until("killed", func() { p.cmd.Process.Kill(); p.cmd.Wait(); p.start() }, func() bool { return p.status("/ready") == 200 })
+		until("rejected three times", func() {}, rejected(3))
+		clickhouseQuery(t, "ALTER TABLE "+db+".events DROP CONSTRAINT seldom")
+		until("complete with the rejected", func() {}, catchesUp())
+		control(t, "/clickhouse/kill")
+		control(t, "/clickhouse/start")
+		time.Sleep(rand.N(50 * time.Millisecond)) // any moment of a round
+		until("complete after ClickHouse's death", func() {}, catchesUp())
+	}
+}
+
+func readTopicEnds(t *testing.T, env []string, suffix string) []int64 {
+	t.Helper()
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	ends, err := offsetsOf(kadm.NewClient(kafka).ListEndOffsets(t.Context(), space(env, "KAFKA_TOPIC")+suffix))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ends
+}
+
+// TestCompleteThroughGoesOn: records that expire before anybody reads them, and topics that are deleted and made again with
+// fewer records than the group had committed, do not freeze it.
+func TestCompleteThroughGoesOn(t *testing.T) {
+	if isCluster() {
+		t.Skip("a cluster deletes topics and records in its own time")
+	}
+	env := newSpace(t)
+	topic := space(env, "KAFKA_TOPIC")
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	admin := kadm.NewClient(kafka)
+	send := func(p *program, n int) {
+		t.Helper()
+		var body []byte
+		for range n {
+			body = append(append(body, freshEvent("g")...), '\n')
+		}
+		if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != 202 {
+			t.Fatal(status, answer)
+		}
+	}
+	p := startProgram(t, env)
+	send(p, 300)
+	drained(p)
+	p.terminate()
+
+	api := startProgram(t, append(env, "ROLE=api"))
+	send(api, 300)
+	for _, name := range []string{topic, topic + ".retry"} {
+		if name != topic { // a record whose time came and went
+			rec := &kgo.Record{Topic: name, Value: []byte("{}")}
+			if err := kafka.ProduceSync(t.Context(), rec).FirstErr(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		ends, err := admin.ListEndOffsets(t.Context(), name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if deleted, err := admin.DeleteRecords(t.Context(), ends.Offsets()); err != nil || deleted.Error() != nil {
+			t.Fatal(err, deleted.Error())
+		}
+	}
+	drained(api)
+
+	p = startProgram(t, env)
+	for _, name := range []string{topic, topic + ".retry"} {
+		if _, err := admin.DeleteTopics(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.terminate() // its consumers have nothing to go on with
+	p = startProgram(t, env)
+	send(p, 20)
+	drained(p)
+	drained(api)
+	if n := clickhouseQuery(t, "SELECT count() FROM "+space(env, "CLICKHOUSE_DATABASE")+".events"); n != "320" {
+		t.Errorf("%s events are stored, want 320", n)
+	}
+}
