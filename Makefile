@@ -60,7 +60,7 @@ test-clients: $(DEV) ## the real clients of Segment's protocol for Python, Node,
 	$(DEV) -ephemeral -- scripts/test_clients.sh
 
 torture: $(DEV) ## the tests that kill things, with five times as many kills; TORTURE=n for more
-	TORTURE=$${TORTURE:-5} $(DEV) -ephemeral -- go test -race -count=1 -timeout 80m -v -run 'Kill|Power|Paused|Away|Answers|Copies|Stop|Model|Disk|Refused' .
+	TORTURE=$${TORTURE:-5} $(DEV) -ephemeral -- go test -race -count=1 -timeout 80m -v -run 'Kill|Power|Paused|Away|Answers|Copies|Stop|Model|Disk|Refused|Broken' .
 
 fuzz: ## each fuzz target for FUZZTIME (default 20s)
 	for t in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do go test -run '^$$' -fuzz "^$$t$$" -fuzztime $${FUZZTIME:-20s} . || exit 1; done

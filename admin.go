@@ -5,6 +5,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -55,7 +56,7 @@ type readiness struct {
 func (rd *readiness) serve(w http.ResponseWriter, _ *http.Request) {
 	kafkaErr, tablesErr := rd.dependencies()
 	type check struct{ name, text string }
-	checks := []check{{"kafka", "ok"}, {"clickhouse", "ok"}}
+	checks := []check{{"kafka", "ok"}, {"clickhouse", cmp.Or(rd.store.broken.words(), "ok")}}
 	status, word := http.StatusOK, "ready"
 	if rd.stopping.Load() {
 		status, word = http.StatusServiceUnavailable, "stopping"

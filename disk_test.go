@@ -185,7 +185,7 @@ func TestDiskFullClickHouse(t *testing.T) {
 	db := space(env, "CLICKHOUSE_DATABASE")
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 5000, time.Hour)
-	fills, broken := 2, 0
+	fills, broken, noticed := 2, 0, 0
 	if tortureFactor() > 1 {
 		fills = 5 * tortureFactor()
 	}
@@ -193,8 +193,9 @@ func TestDiskFullClickHouse(t *testing.T) {
 		target := l.ok.Load() + 2000
 		p.await("under load", time.Minute, func() bool { return l.ok.Load() > target })
 		s.fill(time.Duration(500+rand.IntN(2500)) * time.Millisecond)
-		if list := emptyParts(t, db); len(list) > 0 {
-			t.Log("empty:", list)
+		if list := emptyParts(t, db); len(list) > 0 || strings.Count(p.log.String(), "has a broken part") > noticed {
+			noticed = strings.Count(p.log.String(), "has a broken part")
+			t.Log("empty:", list, "noticed so far:", noticed)
 			broken++
 			for _, table := range []string{"events", "events_hourly"} {
 				clickhouseQuery(t, "DETACH TABLE IF EXISTS "+db+"."+table+" SYNC")

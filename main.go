@@ -147,6 +147,7 @@ func newSystem(cfg *settings) (*system, error) {
 	in := newIngester(s.producer, cfg, &s.stats.ingest)
 	s.api = newServer(addr, s.routes(in), cfg, s.access, s.stats)
 	s.admin = newAdminServer(cfg.adminAddr, s.stats)
+	s.stats.set.NewGauge("event_ingestion_broken_parts_total", func() float64 { return float64(s.store.broken.total.Load()) })
 	s.stats.watch(&s.ready.consumer, s.watermark, &in.bodies)
 	return s, nil
 }

@@ -181,6 +181,7 @@ var help = map[string]string{
 	"event_ingestion_dedupe_bytes":                       "gauge: Memory of the ids that are known to be stored.",
 	"event_ingestion_dedupe_minutes":                     "gauge: Minutes of event time of which all ids are in memory.",
 	"event_ingestion_mended_rows_total":                  "counter: Rows of events_hourly that did not agree with events after a fault and were mended.",
+	"event_ingestion_broken_parts_total":                 "counter: Parts of ClickHouse that could not be read, each once.",
 	"event_ingestion_retries_total":                      "counter: Rejected records put on the retry topic.",
 	"event_ingestion_dead_letters_total":                 "counter: Records given up, by error type.",
 	"event_ingestion_build_info":                         "gauge: 1, with the version as label.",
