@@ -11,7 +11,7 @@ APP      := bin/event-ingestion
 # make up SCALE=1: three copies of the program behind a load balancer.
 COMPOSE := docker compose -f docker-compose.yml $(if $(SCALE),-f deploy/compose.scale.yml)
 
-.PHONY: help run stop build up down logs test test-cluster torture fuzz bench bench-peers profile lint clean test-api
+.PHONY: help run stop build up down logs test test-cluster torture fuzz bench bench-peers profile lint clean test-api test-clients
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,8 +56,11 @@ test-cluster: $(DEV) ## the program's tests on a real Kafka cluster, set up as d
 test-api: $(APP) $(DEV) ## the OpenAPI document validated, and the running program fuzzed by it
 	$(DEV) -ephemeral -- scripts/test_api.sh $(APP)
 
+test-clients: $(DEV) ## the real clients of Segment's protocol for Python, Node, Go and browsers, through faults; needs npm, python3 and Linux
+	$(DEV) -ephemeral -- scripts/test_clients.sh
+
 torture: $(DEV) ## the tests that kill things, with five times as many kills; TORTURE=n for more
-	TORTURE=$${TORTURE:-5} $(DEV) -ephemeral -- go test -race -count=1 -timeout 80m -v -run 'Kill|Power|Paused|Away|Answers|Copies|Stop|Model' .
+	TORTURE=$${TORTURE:-5} $(DEV) -ephemeral -- go test -race -count=1 -timeout 80m -v -run 'Kill|Power|Paused|Away|Answers|Copies|Stop|Model|Disk|Refused|Broken' .
 
 fuzz: ## each fuzz target for FUZZTIME (default 20s)
 	for t in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do go test -run '^$$' -fuzz "^$$t$$" -fuzztime $${FUZZTIME:-20s} . || exit 1; done
@@ -74,7 +77,7 @@ profile: $(DEV) ## CPU and memory profile of the whole path: cpu.pprof, mem.ppro
 
 lint: ## gofmt, vet, staticcheck, govulncheck
 	@test -z "$$(gofmt -l .)" || { gofmt -l . ; echo "run gofmt -w ."; exit 1; }
-	go vet ./... && cd dev && go vet ./...
+	go vet ./... && (cd dev && go vet ./...) && cd scripts/clients && go vet ./...
 	go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...
 	cd dev && go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...
 	@out=$$(go run golang.org/x/vuln/cmd/govulncheck@v1.9.0 ./... 2>&1) || case "$$out" in \

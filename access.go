@@ -134,10 +134,13 @@ func (a *access) admits(x *exchange, r *http.Request) bool {
 	if !a.crosses(x, r) {
 		return false
 	}
-	if !strings.HasPrefix(r.URL.Path, "/api/") {
+	given := keyOf(r)
+	switch {
+	case strings.HasPrefix(r.URL.Path, "/api/"):
+	case strings.HasPrefix(r.URL.Path, "/v1/") && given != "": // else segment.go looks for it in the body
+	default:
 		return true
 	}
-	given := givenKey(r)
 	may, key := a.rightsOf(given)
 	switch x.client = key; may {
 	case mayAll:
@@ -169,7 +172,8 @@ func (a *access) crosses(w http.ResponseWriter, r *http.Request) bool {
 		}
 		if r.Method == http.MethodOptions && method != "" {
 			h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST")
-			h.Set("Access-Control-Allow-Headers", "Authorization, Content-Encoding, Content-Type, X-API-Key, X-Request-Id")
+			// X-Retry-Count is what Segment's client for browsers adds when it sends again.
+			h.Set("Access-Control-Allow-Headers", "Authorization, Content-Encoding, Content-Type, X-API-Key, X-Request-Id, X-Retry-Count")
 			h.Set("Access-Control-Max-Age", "600")
 			w.WriteHeader(http.StatusNoContent)
 			return false
@@ -196,14 +200,17 @@ func isOwnPage(r *http.Request, origin string) bool {
 
 // takesEvents says whether a request goes to a route that takes events.
 func takesEvents(r *http.Request) bool {
-	return r.Method == http.MethodPost && (r.URL.Path == "/api/v1/events" || r.URL.Path == "/api/v1/events/bulk")
+	return r.Method == http.MethodPost && (r.URL.Path == "/api/v1/events" || r.URL.Path == "/api/v1/events/bulk" || strings.HasPrefix(r.URL.Path, "/v1/"))
 }
 
-// givenKey is the key that a request brings, empty when there is none. In the URL, where histories and logs of others keep it, it
-// counts only where events are taken.
-func givenKey(r *http.Request) string {
+// keyOf is the key that a request brings, empty when there is none. Segment's clients send it as a user without a password. In
+// the URL, where histories and logs of others keep it, it counts only where events are taken.
+func keyOf(r *http.Request) string {
 	if key := r.Header.Get("X-API-Key"); key != "" {
 		return key
+	}
+	if user, _, ok := r.BasicAuth(); ok && strings.HasPrefix(r.URL.Path, "/v1/") {
+		return user
 	}
 	if scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " "); strings.EqualFold(scheme, "Bearer") {
 		return strings.TrimSpace(token)
@@ -251,6 +258,12 @@ func isAmong(hash *[sha256.Size]byte, hashes [][sha256.Size]byte) bool {
 }
 
 func (k *keyring) isEmpty() bool { return len(k.all)+len(k.writing) == 0 }
+
+// knows says whether a key lets its sender send events.
+func (a *access) knows(given string) bool {
+	may, _ := a.rightsOf(given)
+	return may != mayNothing
+}
 
 // refuse answers a request whose key is not known.
 func (a *access) refuse(w http.ResponseWriter, given string) {

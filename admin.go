@@ -5,6 +5,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -23,6 +24,7 @@ import (
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
 const (
@@ -54,7 +56,7 @@ type readiness struct {
 func (rd *readiness) serve(w http.ResponseWriter, _ *http.Request) {
 	kafkaErr, tablesErr := rd.dependencies()
 	type check struct{ name, text string }
-	checks := []check{{"kafka", "ok"}, {"clickhouse", "ok"}}
+	checks := []check{{"kafka", "ok"}, {"clickhouse", cmp.Or(rd.store.broken.words(), "ok")}}
 	status, word := http.StatusOK, "ready"
 	if rd.stopping.Load() {
 		status, word = http.StatusServiceUnavailable, "stopping"
@@ -132,10 +134,31 @@ func (rd *readiness) tables(ctx context.Context) (err error) {
 	return err
 }
 
+// brokers asks all of them at once; one that answers is enough, and one that hangs holds nobody up.
 func (rd *readiness) brokers(ctx context.Context) error {
-	err := rd.kafka.Ping(ctx)
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	brokers := append(rd.kafka.DiscoveredBrokers(), rd.kafka.SeedBrokers()...)
+	answers := make(chan error, len(brokers))
+	for _, b := range brokers {
+		go func() { // ends with ctx
+			req := kmsg.NewPtrMetadataRequest()
+			req.Topics = []kmsg.MetadataRequestTopic{} // none, rather than all
+			_, err := b.Request(ctx, req)
+			answers <- err
+		}()
+	}
+	var err error
+	for range brokers {
+		if err = <-answers; err == nil {
+			return nil
+		}
+	}
 	if errors.Is(err, io.EOF) {
 		return fmt.Errorf("no broker keeps the connection (%w); look at KAFKA_TLS and KAFKA_SASL_MECHANISM, user and password", err)
+	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("no broker has answered in %s", readyTimeout)
 	}
 	return err
 }

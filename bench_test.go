@@ -397,7 +397,8 @@ func bareHandler() error {
 	}))
 }
 
-// BenchmarkMetrics asks for 30 days that hold 20 million events, from the middle of an hour to the middle of an hour.
+// BenchmarkMetrics asks for 30 days that hold 20 million events, from the middle of an hour to the middle of an hour, and
+// for what the dashboard page draws.
 func BenchmarkMetrics(b *testing.B) {
 	env := newSpace(b)
 	p := startProgram(b, env)
@@ -406,18 +407,24 @@ func BenchmarkMetrics(b *testing.B) {
 		SELECT SHA256(toString(number)), ['view','cart','purchase','search'][number %% 4 + 1], ['web','mobile_app','api'][intHash32(number) %% 3 + 1],
 			concat('c', toString(number %% 50)), concat('user_', toString(intHash64(number) %% 100000)), %d - intHash64(number + 1) %% 2592000, ['a','b'], '{"price":1}'
 		FROM numbers(20000000) SETTINGS max_insert_threads = 2, optimize_on_insert = 0, max_partitions_per_insert_block = 100`, space(env, "CLICKHOUSE_DATABASE"), now))
-	for _, groupBy := range []string{"", "channel", "hour", "day"} {
-		b.Run("group_by="+groupBy, func(b *testing.B) {
+	month := fmt.Sprintf("from=%d&to=%d", now-30*86400+1000, now-1000)
+	for name, question := range map[string]string{
+		"total": "metrics?event_name=view&" + month, "channel": "metrics?event_name=view&group_by=channel&" + month, "hour": "metrics?event_name=view&group_by=hour&" + month,
+		"day": "metrics?event_name=view&group_by=day&" + month, "campaign": "metrics?event_name=view&group_by=campaign&" + month,
+		"overview-30d": "overview?" + month, "overview-7d": fmt.Sprintf("overview?from=%d&to=%d", now-7*86400, now), "overview-24h": fmt.Sprintf("overview?from=%d&to=%d", now-86400, now),
+	} {
+		b.Run(name, func(b *testing.B) {
 			var took []float64
 			for b.Loop() {
 				started := time.Now()
-				status, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=view&from=%d&to=%d&group_by=%s", metricsPath, now-30*86400+1000, now-1000, groupBy), "", "", nil)
+				status, _, answer := p.do("GET", "/api/v1/"+question, "", "", nil)
 				took = append(took, float64(time.Since(started).Microseconds())/1000)
-				if status != http.StatusOK || !strings.Contains(answer, `"total_count":4`) {
+				if status != http.StatusOK || strings.HasPrefix(question, "metrics") && !strings.Contains(answer, `"total_count":4`) {
 					b.Fatal(status, answer)
 				}
 			}
 			slices.Sort(took)
+			b.ReportMetric(took[len(took)/2], "p50-ms")
 			b.ReportMetric(took[len(took)*99/100], "p99-ms")
 		})
 	}

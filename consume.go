@@ -178,6 +178,9 @@ func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[s
 	c.stats.troubles.clear(readEvents)
 	member, _ := kafka.GroupMetadata()
 	c.member.CompareAndSwap(nil, &member)
+	if len(topics[c.topic]) == 0 {
+		return
+	}
 	came := time.Now()
 	c.inserter.cameAt.Store(&came)
 	for _, p := range topics[c.topic] {
@@ -187,9 +190,8 @@ func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[s
 		}
 		c.workers[int(p)%len(c.workers)].assign(p, came)
 	}
-	if n := len(topics[c.topic]); n > 0 {
-		slog.Info("partitions assigned", "count", n, "all", c.assigned.Add(int32(n)))
-	}
+	n := len(topics[c.topic])
+	slog.Info("partitions assigned", "count", n, "all", c.assigned.Add(int32(n)))
 }
 
 // onRevoked lets partitions go: what is queued is dropped, what is in blocks is stored, marks are committed. Only then

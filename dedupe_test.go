@@ -66,7 +66,7 @@ func TestDedupeMemory(t *testing.T) {
 			known.bytes.Add(setOverhead)
 			for id := range seen {
 				if int64(id[31]) == minute && known.makeRoom(known.minutes[minute], 1) {
-					known.minutes[minute].add(keyOf(&id))
+					known.minutes[minute].add(idKeyOf(&id))
 				} else if int64(id[31]) == minute {
 					known.drop(minute)
 					break

@@ -8,6 +8,7 @@ package main
 import (
 	"bytes"
 	"errors"
+	"fmt"
 )
 
 // Limits of a bulk request, from contract.md.
@@ -16,20 +17,16 @@ const (
 	maxEventBytes = maxSingleBody // of one event in it, as sent
 )
 
-var (
-	errNotEnvelope   = errors.New(`the body must be a JSON object with an "events" array`)
-	errEventsTwice   = errors.New(`"events" appears more than once`)
-	errNoEvents      = errors.New(`"events" is missing or empty: send 1 to 1000 events`)
-	errTooManyEvents = errors.New("more than 1000 events: split the request")
-)
+var errTooManyEvents = errors.New("more than 1000 events: split the request")
 
-// eachEvent calls do with r in front of each event of {"events":[…]}; do reads one value. Other members are ignored.
-func eachEvent(r *jsonReader, do func(*jsonReader) error) error {
-	if !r.eat('{') {
-		return errNotEnvelope
+// eachEvent calls do with r in front of each element of the array in {"events":[…]}, which list names; do reads one value. Of
+// the other members only other hears, which may be nil.
+func eachEvent(r *jsonReader, list string, other func(k, v jsonValue), do func(*jsonReader) error) error {
+	if r.peek() != '{' {
+		return errNotEnvelope(list)
 	}
-	events := 0
-	found := false
+	r.eat('{')
+	events, found := 0, false
 	for n := 0; ; n++ {
 		if more, err := r.more(n, '}'); err != nil {
 			return err
@@ -40,16 +37,23 @@ func eachEvent(r *jsonReader, do func(*jsonReader) error) error {
 		if err != nil {
 			return err
 		}
-		if !k.is("events") {
-			if _, err := r.value(); err != nil {
+		if !k.is(list) {
+			v, err := r.value()
+			if err != nil {
 				return err
+			}
+			if other != nil {
+				other(k, v)
 			}
 			continue
 		}
 		if found {
-			return errEventsTwice
+			return fmt.Errorf("%q appears more than once", list)
 		}
 		found = true
+		if r.peek() != '[' {
+			return errNotEnvelope(list)
+		}
 		if events, err = eachElement(r, do); err != nil {
 			return err
 		}
@@ -58,7 +62,7 @@ func eachEvent(r *jsonReader, do func(*jsonReader) error) error {
 		return err
 	}
 	if events == 0 {
-		return errNoEvents
+		return errNoEvents(list)
 	}
 	return nil
 }
@@ -84,11 +88,17 @@ func isEnvelope(body []byte) bool {
 	}
 }
 
+func errNoEvents(list string) error {
+	return fmt.Errorf("%q is missing or empty: send 1 to 1000 events", list)
+}
+
+func errNotEnvelope(list string) error {
+	return fmt.Errorf("the body must be a JSON object with an %q array", list)
+}
+
 // eachElement calls do with r in front of each of the array's elements, of which it allows maxBulkEvents.
 func eachElement(r *jsonReader, do func(*jsonReader) error) (n int, err error) {
-	if !r.eat('[') {
-		return 0, errNotEnvelope
-	}
+	r.eat('[')
 	for ; ; n++ {
 		if more, err := r.more(n, ']'); err != nil || !more {
 			return n, err
@@ -123,7 +133,7 @@ func eachLine(body []byte, do func(line []byte) error) error {
 		}
 	}
 	if n == 0 {
-		return errNoEvents
+		return errNoEvents("events")
 	}
 	return nil
 }

@@ -44,7 +44,9 @@ func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats) *ingester
 	in := &ingester{kafka: kafka, topic: cfg.kafkaTopic, ackTimeout: cfg.ackTimeout, writeTimeout: cfg.writeTimeout, clockSkew: int64(cfg.clockSkew / time.Second), stats: stats}
 	in.bodies.limit, in.bodies.perClient = cfg.maxInFlightBytes, cfg.maxInFlightPerClient
 	for _, pool := range []*sync.Pool{&in.singles, &in.bulks} {
-		pool.New = func() any { return &ingestRequest{in: in, pool: pool, index: -1, acked: make(chan struct{}, 1)} }
+		pool.New = func() any {
+			return &ingestRequest{in: in, pool: pool, index: -1, entry: appendBulkEntry, acked: make(chan struct{}, 1)}
+		}
 	}
 	return in
 }
@@ -149,25 +151,30 @@ func (q *ingestRequest) encode(ctx context.Context, media string, now int64) err
 			return q.take(ev, now)
 		})
 	}
-	r := &q.parser.json
-	r.reset(q.body.b)
-	return eachEvent(r, func(r *jsonReader) error {
+	q.parser.json.reset(q.body.b)
+	return eachEvent(&q.parser.json, "events", nil, func(r *jsonReader) error {
 		if err := q.step(ctx); err != nil {
 			return err
 		}
 		r.space()
 		start := r.i
 		ev, _, err := q.parser.read(r)
-		switch {
-		case err != nil && !isEventsOwn(err):
-			return fmt.Errorf("events[%d]: %w", q.index, err)
-		case r.i-start > maxEventBytes:
-			return q.refuse(errEventTooLarge)
-		case err != nil:
-			return q.refuse(err)
-		}
-		return q.take(ev, now)
+		return q.outcome(ev, r.i-start, err, now)
 	})
+}
+
+// outcome is what becomes of the event at hand, of size bytes, that was read out of the middle of a body. Only an error that
+// is not the event's own is one of the body.
+func (q *ingestRequest) outcome(ev *event, size int, err error, now int64) error {
+	switch {
+	case err != nil && !isEventsOwn(err):
+		return fmt.Errorf("events[%d]: %w", q.index, err)
+	case size > maxEventBytes:
+		return q.refuse(errEventTooLarge)
+	case err != nil:
+		return q.refuse(err)
+	}
+	return q.take(ev, now)
 }
 
 // step goes on to the next event.
@@ -283,6 +290,7 @@ type ingestRequest struct {
 	parser  eventParser
 	body    *buffer
 	index   int        // of the event at hand
+	entry   entryForm  // of the answer's errors
 	records []outgoing // a slab
 	arena   *buffer    // keys and values of the records, back to back
 	idInput []byte
@@ -403,8 +411,10 @@ const (
 	maxDetail = 256 << 10
 )
 
-// addError appends one entry of the bulk answer's errors: the first problem in the original's form, all of them in a list.
-// owed says that there has to be an answer, whatever the budget says.
+// entryForm appends what an answer says about the event of that index.
+type entryForm func(dst []byte, index int, problems []problem) []byte
+
+// addError notes the problems of an event in the answer. owed says that there has to be an answer, whatever the budget says.
 func (q *ingestRequest) addError(index int, problems []problem, owed bool) error {
 	if q.errors == nil {
 		q.errors = new(buffer)
@@ -415,32 +425,37 @@ func (q *ingestRequest) addError(index int, problems []problem, owed bool) error
 	if err := q.account.grow(&q.errors, maxEntry, owed); err != nil {
 		return err
 	}
-	b := q.errors.b
 	if q.failed > 0 {
-		b = append(b, ',')
+		q.errors.b = append(q.errors.b, ',')
 	}
 	q.failed++
-	b = append(b, `{"index":`...)
-	b = strconv.AppendInt(b, int64(index), 10)
-	b = append(b, `,"error":`...)
+	q.errors.b = q.entry(q.errors.b, index, problems)
+	return nil
+}
+
+// appendBulkEntry is the entry of a bulk's answer: the first problem in the original's form, all of them in a list.
+func appendBulkEntry(dst []byte, index int, problems []problem) []byte {
+	dst = append(dst, `{"index":`...)
+	dst = strconv.AppendInt(dst, int64(index), 10)
+	dst = append(dst, `,"error":`...)
 	text := problems[0].message
 	for _, p := range problems[1:] {
 		text += "; " + p.message
 	}
-	b = appendString(b, text)
-	b = append(b, `,"code":"`...)
-	b = append(b, problems[0].code...)
-	b = append(b, `","field":`...)
-	b = appendString(b, problems[0].field)
+	dst = appendString(dst, text)
+	dst = append(dst, `,"code":"`...)
+	dst = append(dst, problems[0].code...)
+	dst = append(dst, `","field":`...)
+	dst = appendString(dst, problems[0].field)
 	if len(problems) > 1 {
-		b = append(b, `,"errors":`...)
-		b = appendProblems(b, problems)
+		dst = append(dst, `,"errors":`...)
+		dst = appendProblems(dst, problems)
 	}
-	q.errors.b = append(b, '}')
-	return nil
+	return append(dst, '}')
 }
 
-// mediaType returns typeJSON, typeNDJSON, typeText or "" for a Content-Type that is none of them. An absent one means JSON.
+// mediaType returns typeJSON, typeNDJSON, typeText or "" for a Content-Type that is none of them. An absent one means JSON. Text
+// is what a page may send to another origin, or as its last beacon, without asking.
 func mediaType(r *http.Request) string {
 	header := r.Header["Content-Type"]
 	if len(header) == 0 {
@@ -498,7 +513,7 @@ func (q *ingestRequest) reset() {
 		*buf = nil
 	}
 	q.firstErr.Store(nil)
-	q.failed, q.index = 0, -1
+	q.failed, q.index, q.entry = 0, -1, appendBulkEntry
 	q.stored = false
 	q.records, q.answer = q.records[:0], q.answer[:0]
 }

@@ -66,6 +66,7 @@ type inserter struct {
 	queries uint64   // number of the last insert
 	unknown bool     // the last insert has been given rows and got no answer
 	torn
+	repairs repair
 }
 
 // flushRequest asks for a round, and to forget what is known of partitions that leave.
@@ -83,6 +84,7 @@ func newInserter(st *store, cfg *settings, stats *storeStats, workers []*worker,
 		columns:  insertColumns(),
 		empty:    newBlock(0),
 		torn:     torn{hours: map[int64]struct{}{}, held: map[int32]position{}},
+		repairs:  repair{ranges: map[partName]timeRange{}, aside: map[partName]struct{}{}},
 	}
 	in.past = newPast(in.query, st.database, cfg.dedupeMemory)
 	return in
@@ -353,6 +355,7 @@ func (in *inserter) persist(ctx context.Context, what string, try func() error) 
 			slog.Warn("round abandoned, its records will be read from Kafka again", "what", what, "error", err)
 			return ctx.Err()
 		}
+		in.repair(ctx, err)
 		pause := min(minBackoff<<min(attempt-1, 10), maxBackoff)
 		in.stats.troubles.note(what, err)
 		select {
@@ -368,7 +371,7 @@ func (in *inserter) persist(ctx context.Context, what string, try func() error) 
 // the insert there and waits for its end (awaitInserts). The question costs 0.3 ms.
 //
 // ClickHouse's own deduplication of inserts is off: it remembers a block before the part is in place, so that an insert
-// may be answered "known" and not be there.
+// may be answered "known" and not be there, and what was lost with a broken part could never be stored again.
 func (in *inserter) insertOnce(ctx context.Context) error {
 	in.queries++
 	next := 0
@@ -400,6 +403,7 @@ func (in *inserter) insertOnce(ctx context.Context) error {
 			{Key: "async_insert", Value: "0"},
 			{Key: "optimize_on_insert", Value: "0"}, // merges sort duplicates out anyway; a quarter less CPU
 			{Key: "insert_deduplicate", Value: "0"},
+			{Key: "deduplicate_insert", Value: "disable"}, // where it exists it overrides the one above, and is on
 			{Key: "materialized_views_ignore_errors", Value: "0"},
 			{Key: "max_partitions_per_insert_block", Value: "0"}, // other producers' events may be of any age
 			{Key: "receive_timeout", Value: insertSilence},
@@ -424,6 +428,7 @@ func (in *inserter) query(ctx context.Context, q ch.Query) (err error) {
 		if in.conn, err = in.store.dial(ctx); err != nil {
 			return err
 		}
+		in.repairs.dialed = true
 	}
 	conn := in.conn
 	stop := context.AfterFunc(ctx, func() { conn.Close() }) // ch-go looks at ctx between two packets only

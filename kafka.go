@@ -172,6 +172,9 @@ const (
 // (3), hence put back before the first (2), and that would be a newer place. A look that is quiet may be first and last at
 // once: what is below its (4) and its (1) and went to events.retry was put back below its (4), and so on to the last time.
 // A look that is not quiet therefore voids those before it, and counts as the first of the next ones.
+//
+// One move is not seen: a record that another producer put under a key that is not its event's goes back to the main topic
+// under its own, and may be missing for as long as that takes.
 type watermark struct {
 	kafka        *kgo.Client // the API's producer
 	admin        *kadm.Client

@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -69,6 +70,9 @@ func main() {
 	}
 }
 
+// restMemory is for what no setting bounds: connections, clients of Kafka and ClickHouse, the runtime.
+const restMemory = 64 << 20
+
 // serve runs the system until SIGINT or SIGTERM and returns the exit code. A second signal ends it at once.
 func serve() int {
 	cfg, err := loadSettings(os.Getenv)
@@ -80,6 +84,9 @@ func serve() int {
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, options)))
 	if cfg.logFormat == "json" {
 		slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, options)))
+	}
+	if os.Getenv("GOMEMLIMIT") == "" { // the garbage collector works harder before the budgets and what it needs itself are passed
+		debug.SetMemoryLimit(cfg.maxInFlightBytes + cfg.consumeMemory + cfg.dedupeMemory + restMemory)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -142,6 +149,7 @@ func newSystem(cfg *settings) (*system, error) {
 	s.api = newServer(addr, s.routes(in), cfg, s.access, s.stats)
 	s.api.RegisterOnShutdown(in.stored.end)
 	s.admin = newAdminServer(cfg.adminAddr, s.stats)
+	s.stats.set.NewGauge("event_ingestion_broken_parts_total", func() float64 { return float64(s.store.broken.total.Load()) })
 	s.stats.watch(&s.ready.consumer, s.watermark, &in.bodies)
 	return s, nil
 }
@@ -159,6 +167,7 @@ func (s *system) routes(in *ingester) []route {
 			route{http.MethodGet, "/api/v1/metrics", "metrics", s.metrics.serve},
 			route{http.MethodGet, "/api/v1/overview", "overview", s.metrics.serveOverview},
 		)
+		routes = append(routes, (&segment{in, s.access}).routes()...)
 		routes = append(routes, pages()...)
 	}
 	return routes

@@ -86,6 +86,7 @@ func (t *torn) hold(reached []position) {
 // of this instance runs. Where other instances insert, it looks in a moment in which none of them does, and takes a
 // difference for one when a second look finds the same.
 func (in *inserter) mend(ctx context.Context) {
+	in.repair(ctx, nil)
 	if len(in.hours) > 0 && !time.Now().Before(in.next) {
 		started := time.Now()
 		agrees, err := in.lookAndMend(ctx)
@@ -95,6 +96,7 @@ func (in *inserter) mend(ctx context.Context) {
 			clear(in.hours)
 		}
 		if err != nil {
+			in.store.broken.note(err)
 			slog.Warn("hours not reconciled yet, their offsets wait", "hours", len(in.hours), "error", err)
 			in.next = time.Now().Add(mendInterval)
 		}

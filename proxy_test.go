@@ -91,20 +91,26 @@ func (p *proxy) cutAnswers() {
 	clear(p.conns)
 }
 
-// silentBrokers is a Kafka of the test's own that can fall silent: connections stay open, and no answer comes any more.
-func silentBrokers(t *testing.T, more ...kfake.Opt) (addresses string, silence func()) {
+// silentBrokers is a Kafka of the test's own, of which the first n brokers can fall silent: connections stay open, and no answer
+// comes any more.
+func silentBrokers(t *testing.T) (addresses string, silence func(n int)) {
 	t.Helper()
-	silent := new(atomic.Bool)
+	var listeners []silentListener
 	listen := func(network, address string) (net.Listener, error) {
 		l, err := net.Listen(network, address)
-		return silentListener{l, silent}, err
+		listeners = append(listeners, silentListener{l, new(atomic.Bool)})
+		return listeners[len(listeners)-1], err
 	}
-	brokers, err := kfake.NewCluster(append([]kfake.Opt{kfake.NumBrokers(2), kfake.GroupMinSessionTimeout(time.Second), kfake.ListenFn(listen)}, more...)...)
+	brokers, err := kfake.NewCluster(kfake.NumBrokers(2), kfake.GroupMinSessionTimeout(time.Second), kfake.ListenFn(listen))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(brokers.Close)
-	return strings.Join(brokers.ListenAddrs(), ","), func() { silent.Store(true) }
+	return strings.Join(brokers.ListenAddrs(), ","), func(n int) {
+		for _, l := range listeners[:n] {
+			l.silent.Store(true)
+		}
+	}
 }
 
 type silentListener struct {

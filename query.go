@@ -85,6 +85,7 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 	through := m.watermark.through.Load() // before the query, which then sees at least that much
 	body, err := ask(ctx, through)
 	if err != nil {
+		m.store.broken.note(err)
 		writeUnavailable(w, "ClickHouse does not answer the query: "+firstLine(err.Error()))
 		return
 	}

@@ -167,6 +167,24 @@ func TestReadyBesideSlowQueries(t *testing.T) {
 	}
 }
 
+// TestReadyWithOneBroker: a broker that hangs does not make Kafka as a whole unready.
+func TestReadyWithOneBroker(t *testing.T) {
+	brokers, silence := silentBrokers(t)
+	p := startProgram(t, newSpace(t, "KAFKA_BROKERS="+brokers, "ROLE=api"))
+	silence(1)
+	for range 3 {
+		if status, _, answer := p.do("GET", "/ready", "", "", nil); status != http.StatusOK {
+			t.Errorf("%d %s", status, answer)
+		}
+		time.Sleep(readyAge) // until the answer is too old
+	}
+	silence(2)
+	p.await("unready", 20*time.Second, func() bool {
+		_, _, answer := p.do("GET", "/ready", "", "", nil)
+		return strings.Contains(answer, `"kafka":"no broker has answered in 3s"`)
+	})
+}
+
 // TestReadyIsShared: however many ask, Kafka and ClickHouse are asked once a second.
 func TestReadyIsShared(t *testing.T) {
 	slow := newProxy(t, "127.0.0.1:"+os.Getenv("CLICKHOUSE_PORT"), nil)
@@ -198,20 +216,20 @@ func TestReadyIsShared(t *testing.T) {
 func TestStopWhateverHangs(t *testing.T) {
 	for _, c := range []struct {
 		name string
-		hang func(t *testing.T, p *program, clickhouse *proxy, silence func())
+		hang func(t *testing.T, p *program, clickhouse *proxy, silence func(int))
 	}{
-		{"nothing", func(*testing.T, *program, *proxy, func()) {}},
-		{"clickhouse silent", func(_ *testing.T, p *program, clickhouse *proxy, _ func()) {
+		{"nothing", func(*testing.T, *program, *proxy, func(int)) {}},
+		{"clickhouse silent", func(_ *testing.T, p *program, clickhouse *proxy, _ func(int)) {
 			clickhouse.silent.Store(true)
 			go p.status(metricsPath + "event_name=x&from=1&to=2") // ends with the program
 			httpPost(p.url+onePath, string(freshEvent("after")))
 		}},
-		{"brokers silent", func(_ *testing.T, _ *program, _ *proxy, silence func()) { silence() }},
-		{"both silent", func(_ *testing.T, _ *program, clickhouse *proxy, silence func()) {
+		{"brokers silent", func(_ *testing.T, _ *program, _ *proxy, silence func(int)) { silence(2) }},
+		{"both silent", func(_ *testing.T, _ *program, clickhouse *proxy, silence func(int)) {
 			clickhouse.silent.Store(true)
-			silence()
+			silence(2)
 		}},
-		{"client stuck", func(t *testing.T, p *program, _ *proxy, _ func()) {
+		{"client stuck", func(t *testing.T, p *program, _ *proxy, _ func(int)) {
 			conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
 			if err != nil {
 				t.Fatal(err)

@@ -152,22 +152,28 @@ func (s *sideways) produce(recs []*kgo.Record, stopped func() bool) bool {
 // produceAll is produce for what can be sent at once.
 func (s *sideways) produceAll(recs []*kgo.Record, stopped func() bool) bool {
 	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
-		var failed, tooLarge []*kgo.Record
+		var done, failed, tooLarge []*kgo.Record
 		var why error
 		for _, result := range s.produceOnce(recs, stopped) {
 			switch {
 			case result.Err == nil:
-				s.moved(result.Record)
+				done = append(done, result.Record)
 			case errors.Is(result.Err, kerr.MessageTooLarge):
 				tooLarge = append(tooLarge, result.Record)
 			default:
 				failed, why = append(failed, result.Record), result.Err
 			}
 		}
+		s.count(done)
 		for _, rec := range tooLarge {
-			if len(recs) == 1 {
-				rec = s.shrink(rec)
-			} // else it may have been the batch
+			if len(recs) == 1 { // else it may have been the batch
+				smaller := s.shrink(rec)
+				if smaller == nil {
+					failed, why = append(failed, rec), kerr.MessageTooLarge
+					break
+				}
+				rec = smaller
+			}
 			if !s.produceAll([]*kgo.Record{rec}, stopped) {
 				return false
 			}
@@ -187,15 +193,23 @@ func (s *sideways) produceAll(recs []*kgo.Record, stopped func() bool) bool {
 	}
 }
 
-// shrink makes something of a record that the brokers do not take: a dead letter, and of that one the beginning.
+// shrink makes something smaller of a record that the brokers do not take: a dead letter, and of that one the beginning, half
+// as much each time. Nil when nothing is left to cut.
 func (s *sideways) shrink(rec *kgo.Record) *kgo.Record {
 	if rec.Topic != s.topic+".dlq" {
 		return s.letter(rec, retryCount(rec), errorInsertFailed, "the brokers do not take the record: "+kerr.MessageTooLarge.Message)
 	}
-	if len(rec.Value) > maxTruncated {
+	if len(rec.Value) == 0 {
+		return nil
+	}
+	if header(rec, "value_truncated_from") == "" {
 		rec.Headers = setHeader(rec.Headers, "value_truncated_from", strconv.Itoa(len(rec.Value)))
 	}
-	rec.Value = rec.Value[:min(maxTruncated, len(rec.Value)/2)] // halved where a topic's limit is far below the default
+	for i := range rec.Headers { // another producer's can be of any size
+		rec.Headers[i].Value = rec.Headers[i].Value[:min(len(rec.Headers[i].Value), maxErrorMessage)]
+	}
+	rec.Key = rec.Key[:min(len(rec.Key), maxErrorMessage)]
+	rec.Value = rec.Value[:min(maxTruncated, len(rec.Value)/2)]
 	return rec
 }
 
@@ -239,15 +253,24 @@ const moveAside = "move records aside"
 
 var errNoAnswer = errors.New("no answer from Kafka before the end")
 
-// moved counts and tells what has become of a record.
-func (s *sideways) moved(rec *kgo.Record) {
-	switch rec.Topic {
-	case s.topic + ".retry":
-		s.stats.retried.Inc()
-	case s.topic + ".dlq":
-		s.stats.dead(header(rec, "error_type"))
-		slog.Warn("record sent to the dead letters", "topic", header(rec, "original_topic"), "partition", header(rec, "original_partition"),
-			"offset", header(rec, "original_offset"), "type", header(rec, "error_type"), "error", header(rec, "error_message"))
+// count counts the records that were moved, and tells of the dead letters among them: one line for all, with the first.
+func (s *sideways) count(recs []*kgo.Record) {
+	var first *kgo.Record
+	dead := 0
+	for _, rec := range recs {
+		switch rec.Topic {
+		case s.topic + ".retry":
+			s.stats.retried.Inc()
+		case s.topic + ".dlq":
+			s.stats.dead(header(rec, "error_type"))
+			if dead++; first == nil {
+				first = rec
+			}
+		}
+	}
+	if first != nil {
+		slog.Warn("sent to the dead letters", "records", dead, "topic", header(first, "original_topic"), "partition", header(first, "original_partition"),
+			"offset", header(first, "original_offset"), "type", header(first, "error_type"), "error", header(first, "error_message"))
 	}
 }
 
@@ -339,6 +362,8 @@ const (
 	// A fetch of a partition is at most retryFetch bytes, or one batch of sideways, compressed. Snappy makes at most 21
 	// times as much of it: in the worst case 10 partitions hold 30 MB, and the client as much again.
 	retryFetch = 128 << 10
+	// putBackRecords bounds what is put back before the next commit, and with it how long a rebalance waits.
+	putBackRecords = 500
 	// retryTick is how exactly a delay is kept.
 	retryTick = 100 * time.Millisecond
 	// retryCommit bounds the commit when partitions leave; what is not committed is put back twice, which the dedupe sees.
@@ -443,7 +468,7 @@ func (w *retryWorker) wait(a *waiter) {
 		}
 		for len(held) > 0 {
 			due := 0
-			for due < len(held) && time.Since(held[due].Timestamp) >= delayOf(retryCount(held[due])) {
+			for due < min(len(held), putBackRecords) && time.Since(held[due].Timestamp) >= delayOf(retryCount(held[due])) {
 				due++
 			}
 			if due > 0 {

@@ -3,7 +3,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	crand "crypto/rand"
 	"fmt"
 	"runtime"
 	"strconv"
@@ -11,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
@@ -188,4 +191,33 @@ func totalOf(ns []int64) (total int64) {
 		total += n
 	}
 	return total
+}
+
+// TestTooLarge: topics that take less than the main one. A batch that is too large goes record by record, and a record that is
+// too large is a dead letter, cut until it fits, with what it was in its headers.
+func TestTooLarge(t *testing.T) {
+	cfg := settingsFrom(t, newSpace(t))
+	side := newTestSideways(t, cfg)
+	limit := "20000"
+	_, err := kadm.NewClient(side.kafka).AlterTopicConfigs(t.Context(), []kadm.AlterConfig{{Name: "max.message.bytes", Value: &limit}}, cfg.kafkaTopic+".retry", cfg.kafkaTopic+".dlq")
+	if err != nil {
+		t.Fatal(err)
+	}
+	noise := make([]byte, 100_000)
+	crand.Read(noise)
+	recs := []*kgo.Record{{Topic: cfg.kafkaTopic, Value: noise, Headers: []kgo.RecordHeader{{Key: "strange", Value: noise[:30_000]}}}}
+	for i := range 20 {
+		recs = append(recs, &kgo.Record{Topic: cfg.kafkaTopic, Value: noise[i : i+5000]})
+	}
+	if !side.retry(recs, "a reason", never) {
+		t.Fatal("not acknowledged")
+	}
+	letter := readTopic(t, cfg.kafkaTopic+".dlq", 1)[0]
+	if header(letter, "value_truncated_from") != "100000" || header(letter, "error_type") != errorInsertFailed || !strings.Contains(header(letter, "error_message"), "do not take") ||
+		len(letter.Value) == 0 || !bytes.HasPrefix(noise, letter.Value) {
+		t.Errorf("%d bytes, %.100v", len(letter.Value), letter.Headers)
+	}
+	if small := readTopic(t, cfg.kafkaTopic+".retry", 20); len(small) != 20 {
+		t.Errorf("%d records are put off, want 20", len(small))
+	}
 }

@@ -98,7 +98,7 @@ func (c *settings) settingsTable() []setting {
 		{"CLOCK_SKEW", "1s", "a timestamp may be so far in the future, in whole seconds: senders' clocks are ahead of this one", duration(&c.clockSkew, 0, 5*time.Minute)},
 		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", address(&c.adminAddr)},
 		{"ROLE", "all", "all; api serves HTTP and leaves consuming to others; consumer only consumes, and answers /health and /ready", oneOf(&c.role, "all", "api", "consumer")},
-		{"API_KEYS", "", "comma-separated keys, one of which a request to /api/ has to bring; none, and no WRITE_KEYS, lets everybody in", keys(&c.apiKeys)},
+		{"API_KEYS", "", "comma-separated keys, one of which a request to /api/ or /v1/ has to bring; none, and no WRITE_KEYS, lets everybody in", keys(&c.apiKeys)},
 		{"WRITE_KEYS", "", "comma-separated keys that may only send events, for pages and apps, whose keys are public", keys(&c.writeKeys)},
 		{"CORS_ORIGINS", "", "comma-separated origins whose pages may call the API, such as https://shop.example; * is all of them", origins(&c.corsOrigins)},
 		{"TLS_CERT_FILE", "", "certificate chain in PEM; with TLS_KEY_FILE the API speaks HTTPS", text(&c.tlsCertFile, true)},

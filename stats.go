@@ -18,8 +18,14 @@ import (
 )
 
 type ingestStats struct {
+	set                            *metrics.Set
 	accepted, refused, unavailable *metrics.Counter
 	ack                            *metrics.PrometheusHistogram
+}
+
+// refusedItems counts the items of Segment's protocol that are not valid: their senders get a 200.
+func (s *ingestStats) refusedItems(code string) *metrics.Counter {
+	return s.set.GetOrCreateCounter(`event_ingestion_segment_items_refused_total{code="` + code + `"}`)
 }
 
 type sidewaysStats struct {
@@ -92,6 +98,7 @@ func newStats() *stats {
 	s := &stats{
 		set: set,
 		ingest: ingestStats{
+			set:         set,
 			accepted:    set.NewCounter("event_ingestion_events_accepted_total"),
 			refused:     set.NewCounter("event_ingestion_events_refused_total"),
 			unavailable: set.NewCounter("event_ingestion_events_unavailable_total"),
@@ -115,6 +122,9 @@ func newStats() *stats {
 		},
 	}
 	set.NewGauge(fmt.Sprintf(`event_ingestion_build_info{version="%s",goversion="%s"}`, version(), runtime.Version()), func() float64 { return 1 })
+	for _, code := range []string{codeRequired, codeMaxLength, codeInvalidFormat, codeFuture, codeExpired} {
+		s.ingest.refusedItems(code)
+	}
 	for _, why := range []string{errorInsertFailed, errorUnmarshal, errorExhausted} { // there from the start, so that an alert sees the first one
 		set.NewCounter(`event_ingestion_dead_letters_total{type="` + why + `"}`)
 	}
@@ -151,6 +161,7 @@ var help = map[string]string{
 	"event_ingestion_http_request_duration_seconds":      "histogram: Time from a request's header to the end of its answer, by route.",
 	"event_ingestion_events_accepted_total":              "counter: Events that Kafka has acknowledged.",
 	"event_ingestion_events_refused_total":               "counter: Events that are not valid.",
+	"event_ingestion_segment_items_refused_total":        "counter: Items of Segment's protocol that are not valid, by the code of their first problem.",
 	"event_ingestion_events_unavailable_total":           "counter: Good events that Kafka did not acknowledge in time.",
 	"event_ingestion_in_flight_bytes":                    "gauge: Bytes of bodies, records and answers that requests hold at the moment.",
 	"event_ingestion_produce_duration_seconds":           "histogram: Time from handing a request's events to Kafka to the last acknowledgement.",
@@ -170,6 +181,7 @@ var help = map[string]string{
 	"event_ingestion_dedupe_bytes":                       "gauge: Memory of the ids that are known to be stored.",
 	"event_ingestion_dedupe_minutes":                     "gauge: Minutes of event time of which all ids are in memory.",
 	"event_ingestion_mended_rows_total":                  "counter: Rows of events_hourly that did not agree with events after a fault and were mended.",
+	"event_ingestion_broken_parts_total":                 "counter: Parts of ClickHouse that could not be read, each once.",
 	"event_ingestion_retries_total":                      "counter: Rejected records put on the retry topic.",
 	"event_ingestion_dead_letters_total":                 "counter: Records given up, by error type.",
 	"event_ingestion_build_info":                         "gauge: 1, with the version as label.",

@@ -28,6 +28,7 @@ type store struct {
 	database string
 	cluster  string       // of replicas, or empty
 	userBits atomic.Int32 // precision of the user states that events_hourly has: queries have to say the same
+	broken   brokenParts
 }
 
 // wantedUserBits is the precision of user states in a table that is made: see schema.sql.
@@ -75,6 +76,7 @@ func (s *store) applySchema(ctx context.Context) error {
 		return err
 	}
 	defer c.Close()
+	s.attachAll(ctx, c)
 	rebuilding, err := s.readStates(ctx, c)
 	if err != nil {
 		return err

@@ -15,7 +15,8 @@ import (
 const (
 	// tellAgain is how often the log repeats a cause that stays the same.
 	tellAgain = time.Minute
-	// maxTold bounds the causes that are remembered, about 200 bytes each; beyond it all are forgotten, and told anew.
+	// maxTold bounds the causes that are remembered, of at most maxErrorMessage bytes; beyond it all are forgotten, and told
+	// anew.
 	maxTold = 200
 )
 
@@ -47,6 +48,7 @@ func newTroubles() *troubles {
 // note says that what ("insert", "create topics") has failed, once more or for the first time, and will be tried again.
 func (t *troubles) note(what string, err error) {
 	cause, now := firstLine(err.Error()), time.Now()
+	cause = cause[:min(len(cause), maxErrorMessage)]
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	tr := t.open[what]

@@ -374,8 +374,8 @@ func (p *eventParser) meta(v *jsonValue) {
 	}
 }
 
-// checkAge adds the rules that need a clock: now is Unix seconds, and skew how many of them a sender's clock may be ahead. It is apart from parse because a record that waited
-// on Kafka while ClickHouse was down has been accepted and does not expire.
+// checkAge adds the rules that need a clock: now is Unix seconds, and skew how many of them a sender's clock may be ahead. It
+// is apart from parse because a record that waited on Kafka while ClickHouse was down has been accepted and does not expire.
 func (p *eventParser) checkAge(now, skew int64) []problem {
 	if p.seen&fieldTimestamp == 0 {
 		return p.problems

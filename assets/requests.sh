@@ -39,6 +39,8 @@ gzip -c "$events" >"$events.gz"
 request "The same, compressed" 202 "$base/api/v1/events/bulk" -H 'Content-Type: application/x-ndjson' -H 'Content-Encoding: gzip' --data-binary "@$events.gz"
 request "Some good, some bad" 207 "$base/api/v1/events/bulk" -H "$json" -d '{"events": [
   {"event_name": "search", "user_id": "user_3", "timestamp": '"$now"'}, {"event_name": "search", "timestamp": '"$now"'}]}'
+request "What a client of Segment sends" 200 "$base/v1/batch" -H "$json" -d '{"batch": [
+  {"type": "track", "messageId": "m-'"$now"'", "userId": "user_123", "event": "product_view", "properties": {"price": 129.99, "currency": "TRY"}}]}'
 request "Refused, with everything that is wrong" 400 "$base/api/v1/events" -H "$json" -d '{"event_name": "", "user_id": 42, "timestamp": 1, "channel": "television"}'
 sleep 1
 request "Metrics" 200 "$base/api/v1/metrics?event_name=product_view&from=$from&to=$now"

@@ -50,6 +50,7 @@ type clickhouse struct {
 	engine               engine
 	dir, log, settings   string // the data, and two files beside it
 	nativePort, httpPort int
+	keepFree             int // bytes of the disk that it leaves alone
 	logLevel             string
 	version              string // "" until it has answered once; written under mu
 
@@ -71,7 +72,7 @@ type clickhouse struct {
 
 func newClickHouse(cfg *config, e engine) *clickhouse {
 	c := &clickhouse{
-		engine: e, nativePort: cfg.nativePort, httpPort: cfg.httpPort, logLevel: "warning",
+		engine: e, nativePort: cfg.nativePort, httpPort: cfg.httpPort, keepFree: cfg.keepFree * megabyte, logLevel: "warning",
 		dir:      filepath.Join(cfg.data, "clickhouse"),
 		log:      filepath.Join(cfg.data, "clickhouse.log"),
 		settings: filepath.Join(cfg.data, "clickhouse.xml"),
@@ -108,6 +109,10 @@ func (c *clickhouse) start(ctx context.Context) error {
 	c.mu.Lock()
 	c.version = version
 	c.mu.Unlock()
+	if free, err := c.ask(ctx, "SELECT free_space FROM system.disks"); err == nil && free == "0" { // beyond what is kept free
+		progress("%s is nearly full: ClickHouse leaves the last %d MB of its disk alone, and stores nothing until there is more; "+
+			"free some, or give it less to keep: KEEP_FREE_MB=100", c.dir, c.keepFree/megabyte)
+	}
 	return nil
 }
 
@@ -183,7 +188,7 @@ func (c *clickhouse) spawn() error {
 	if err != nil {
 		return err
 	}
-	cmd.Env = append(os.Environ(), "DEV_CLICKHOUSE_LOG="+c.log, "DEV_CLICKHOUSE_CONFIG="+c.settings)
+	cmd.Env = append(os.Environ(), "DEV_CLICKHOUSE_LOG="+c.log, "DEV_CLICKHOUSE_CONFIG="+c.settings, "DEV_CLICKHOUSE_KEEP_FREE="+strconv.Itoa(c.keepFree))
 	cmd.Stderr = &stderrWatch{path: c.log, fatal: func() { c.abandon(cmd) }}
 	stdin, err := cmd.StdinPipe()
 	if err != nil {

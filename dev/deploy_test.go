@@ -182,7 +182,7 @@ func TestClickHouseConfig(t *testing.T) {
 	d := start(t, onPorts(t, data), ``, `sleep 68`)
 
 	// Sections are no server settings; what is in them is looked at below, or read by the server of the image only.
-	sections := map[string]bool{"logger": true, "prometheus": true, "backups": true}
+	sections := map[string]bool{"logger": true, "prometheus": true, "backups": true, "storage_configuration": true}
 	logs := ""
 	for _, s := range settingsIn(t, "../deploy/clickhouse/config.xml", "clickhouse") {
 		switch {
@@ -200,6 +200,9 @@ func TestClickHouseConfig(t *testing.T) {
 		if got := d.query(t, "SELECT value FROM system.settings WHERE name = '"+s.name+"'"); got != s.value {
 			t.Errorf("setting %s is %q, want %s", s.name, got, s.value)
 		}
+	}
+	if got := d.query(t, "SELECT keep_free_space FROM system.disks"); got != "5000000000" {
+		t.Errorf("ClickHouse keeps %s bytes free", got)
 	}
 	d.query(t, "CREATE DATABASE b")
 	d.query(t, "CREATE TABLE b.t (x UInt8) ENGINE = MergeTree ORDER BY x")

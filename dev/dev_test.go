@@ -43,6 +43,7 @@ func TestFlags(t *testing.T) {
 		"-clickhouse-port 70000 -- true":    "port 70000",
 		"-clickhouse-port 8123 -- true":     "port 8123 is given twice",
 		"-ephemeral -data d -- true":        "leave out -data",
+		"-keep-free -1 -- true":             "has to be 0 or more",
 		"-kafka x -- true":                  `-kafka "x"`,
 		"-data d stop":                      "",
 		"-kafka-ports 1,2 -- stop -data -h": "",
@@ -226,6 +227,30 @@ func TestSupervised(t *testing.T) {
 	d.exit()
 	if !strings.Contains(d.out.String(), "clickhouse ended (signal: killed)") {
 		t.Errorf("no word of it:\n%s", d.out)
+	}
+}
+
+// TestFullDisk: a start on a disk without the room that ClickHouse leaves alone says so, reads work, and inserts do not.
+func TestFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	flags := onPorts(t, dir)
+	d := start(t, flags, ``, `sleep 69`)
+	d.query(t, "CREATE TABLE t (x UInt8) ENGINE = MergeTree ORDER BY x")
+	d.query(t, "INSERT INTO t VALUES (42)")
+	d.Process.Signal(syscall.SIGTERM)
+	if d.exit(); strings.Contains(d.out.String(), "nearly full") {
+		t.Errorf("said without need:\n%s", d.out)
+	}
+	d = start(t, append(flags, "-keep-free", "1000000000"), ``, `sleep 70`)
+	if got := d.query(t, "SELECT x FROM t"); got != "42" {
+		t.Errorf("in ClickHouse: %q", got)
+	}
+	if got, err := d.ask("INSERT INTO t VALUES (43)"); err == nil || !strings.Contains(err.Error(), "NOT_ENOUGH_SPACE") {
+		t.Errorf("an insert is answered %q, %v", got, err)
+	}
+	d.Process.Signal(syscall.SIGTERM)
+	if d.exit(); !strings.Contains(d.out.String(), "nearly full") || !strings.Contains(d.out.String(), "KEEP_FREE_MB=") {
+		t.Errorf("not said:\n%s", d.out)
 	}
 }
 

@@ -27,12 +27,18 @@ const usage = `dev runs a command with what the program needs around it: two Kaf
 
 CMD finds in its environment KAFKA_BROKERS, CLICKHOUSE_HOST, CLICKHOUSE_PORT, CLICKHOUSE_HTTP_PORT,
 CLICKHOUSE_USERNAME, CLICKHOUSE_PASSWORD and DEV_CONTROL, where fault tests take parts of the stack away;
-DEV_KAFKA_NODES names the brokers of a cluster that can be killed one by one.
+DEV_KAFKA_NODES names the brokers of a cluster that can be killed one by one, DEV_COMMAND is dev itself.
 ClickHouse is the library CLICKHOUSE_LIB if that is set, else a recent clickhouse from the PATH, else a library
 that npm brings once. -kafka cluster needs Java 17 and, once, Maven.
 
 Flags:
 `
+
+const (
+	megabyte = 1_000_000
+	// defaultKeepFree, in MB, is two seconds of a disk that is being filled as fast as it can be, and little for a laptop.
+	defaultKeepFree = 1000
+)
 
 // config is what the command line says.
 type config struct {
@@ -43,6 +49,7 @@ type config struct {
 	kafkaPorts []int
 	nativePort int
 	httpPort   int
+	keepFree   int // MB
 	verbose    bool
 
 	stop bool     // the stop subcommand
@@ -61,6 +68,13 @@ func parseFlags(args []string, out io.Writer) (*config, error) {
 	if data == "" {
 		data = ".data"
 	}
+	keepFree := defaultKeepFree
+	if mb := os.Getenv("KEEP_FREE_MB"); mb != "" {
+		var err error
+		if keepFree, err = strconv.Atoi(mb); err != nil {
+			return nil, fmt.Errorf("KEEP_FREE_MB %q is no number", mb)
+		}
+	}
 	var kafkaPorts string
 	fs := flag.NewFlagSet("dev", flag.ContinueOnError)
 	fs.StringVar(&cfg.data, "data", data, "keep the data in `DIR`; DATA_DIR sets the default")
@@ -70,6 +84,7 @@ func parseFlags(args []string, out io.Writer) (*config, error) {
 	fs.StringVar(&kafkaPorts, "kafka-ports", "29092,29093", "a broker on each of these `PORTS` of 127.0.0.1")
 	fs.IntVar(&cfg.nativePort, "clickhouse-port", 9000, "ClickHouse's native `PORT`")
 	fs.IntVar(&cfg.httpPort, "clickhouse-http-port", 8123, "ClickHouse's HTTP `PORT`")
+	fs.IntVar(&cfg.keepFree, "keep-free", keepFree, "ClickHouse leaves the last so many `MB` of its disk alone; KEEP_FREE_MB sets the default")
 	fs.BoolVar(&cfg.verbose, "v", false, "log more: the brokers here, ClickHouse in DIR/clickhouse.log")
 	fs.SetOutput(io.Discard) // else Parse buries its error under the whole usage
 
@@ -112,6 +127,9 @@ func parseFlags(args []string, out io.Writer) (*config, error) {
 			return nil, fmt.Errorf("-kafka-ports %q is not a list of port numbers", kafkaPorts)
 		}
 		cfg.kafkaPorts = append(cfg.kafkaPorts, port)
+	}
+	if cfg.keepFree < 0 {
+		return nil, fmt.Errorf("-keep-free %d has to be 0 or more", cfg.keepFree)
 	}
 	for i, port := range cfg.ports() {
 		if port < 1 || port > 65535 {

@@ -124,6 +124,10 @@ func run(cfg *config) (code int, err error) {
 		return 1, err
 	}
 	defer control.Close()
+	self, err := os.Executable()
+	if err != nil {
+		return 1, err
+	}
 	return runCommand(cfg.args, signals, []string{
 		"KAFKA_BROKERS=" + kafka.addresses(),
 		"DEV_KAFKA_NODES=" + kafka.names(),
@@ -133,6 +137,7 @@ func run(cfg *config) (code int, err error) {
 		"CLICKHOUSE_USERNAME=default",
 		"CLICKHOUSE_PASSWORD=",
 		"DEV_CONTROL=http://" + control.Addr,
+		"DEV_COMMAND=" + self,
 	})
 }
 

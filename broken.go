@@ -1,0 +1,370 @@
+// Broken parts: files of ClickHouse that cannot be read.
+//
+// A disk that is full to the last byte may leave a part whose files are empty, mostly a merged one. For old_parts_lifetime,
+// 8 minutes, the parts that were merged into it are still there: to detach the table and to attach it puts the broken part
+// aside and brings them back. After that only Kafka has the rows. So a broken part is noticed by whoever meets it, and
+// looked for after an insert failed for want of space; the inserter mends it between two attempts, nobody else. A
+// replicated table mends itself. broken.go owns what is known of broken parts, and says which rows are gone.
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/ClickHouse/ch-go"
+	"github.com/ClickHouse/ch-go/proto"
+)
+
+const (
+	// reattachInterval is the least time between two mendings: while one runs nothing is stored and no query answered.
+	reattachInterval = 10 * time.Minute
+	// attachTimeout bounds the attempts to attach a table, which has to wait for queries that still read it.
+	attachTimeout = 2 * time.Minute
+	// checkAgain is when the parts are checked once more after a full disk: merges that began on it have ended.
+	checkAgain = time.Minute
+	// repairPause is the least time from an attempt at a mending that failed to the next.
+	repairPause = 5 * time.Second
+)
+
+// corruptions are ClickHouse's codes for a file that is not what it should be.
+var corruptions = []proto.Error{
+	proto.ErrCorruptedData, proto.ErrChecksumDoesntMatch, proto.ErrCannotReadAllData, proto.ErrAttemptToReadAfterEOF,
+	proto.ErrCannotDecompress, proto.ErrBadSizeOfFileInDataPart, proto.ErrNoFileInDataPart,
+}
+
+// readingPart finds the part in ClickHouse's words for these errors.
+var readingPart = regexp.MustCompile(`while reading from part \S*?/([^/\s]+)/(?:\w+\.proj/)? in table \S+\.(events|events_hourly) \(`)
+
+// partName is a part of a table.
+type partName struct{ table, name string }
+
+// brokenParts is what all that ask ClickHouse have found.
+type brokenParts struct {
+	total atomic.Int64 // event_ingestion_broken_parts_total
+	mu    sync.Mutex   // guards what follows
+	known map[partName]struct{}
+	found []partName // and not mended yet
+}
+
+// note is given every error of a query. A part is counted, and told, once.
+func (b *brokenParts) note(err error) {
+	e, ok := ch.AsException(err)
+	if !ok || !slices.Contains(corruptions, e.Code) {
+		return
+	}
+	if m := readingPart.FindStringSubmatch(e.Message); m != nil {
+		b.add(partName{m[2], m[1]}, firstLine(e.Message))
+	}
+}
+
+// add lets a part wait for a mending.
+func (b *brokenParts) add(p partName, why string) {
+	if b.tell(p, why) {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.found = append(b.found, p)
+	}
+}
+
+// tell counts and logs a part, and says whether it is new.
+func (b *brokenParts) tell(p partName, why string) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if _, known := b.known[p]; known {
+		return false
+	}
+	if b.known == nil {
+		b.known = map[partName]struct{}{}
+	}
+	b.known[p] = struct{}{}
+	b.total.Add(1)
+	slog.Error("ClickHouse has a broken part", "table", p.table, "part", p.name, "why", why)
+	return true
+}
+
+// waiting returns the parts that wait for a mending, in the order in which they were found.
+func (b *brokenParts) waiting() []partName {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.Clone(b.found)
+}
+
+// words is for /ready: empty when no part waits for a mending.
+func (b *brokenParts) words() string {
+	list := b.waiting()
+	if len(list) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("answers, but part %s of %s is broken (%d in all)", list[0].name, list[0].table, len(list))
+}
+
+// mended takes the first n off the list.
+func (b *brokenParts) mended(n int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.found = b.found[n:]
+}
+
+// repair is what the inserter knows of its mendings.
+type repair struct {
+	detached   string                 // the table that has to be attached, empty when none
+	reattached time.Time              // the last mending
+	notBefore  time.Time              // the next attempt
+	dialed     bool                   // ClickHouse may have been started since it was asked what it has put aside
+	ranges     map[partName]timeRange // event times of parts, from before they were put aside
+	aside      map[partName]struct{}  // put aside and looked at
+
+	full      time.Time // since when inserts failed for want of space, zero when all is checked
+	checks    int       // to come
+	nextCheck time.Time
+}
+
+// repair is called between two attempts, with what the last one failed with, and between two rounds, with nil.
+func (in *inserter) repair(ctx context.Context, failure error) {
+	in.store.broken.note(failure)
+	if ch.IsErr(failure, proto.ErrNotEnoughSpace) {
+		if in.repairs.full.IsZero() {
+			in.repairs.full = time.Now()
+		}
+		in.repairs.checks, in.repairs.nextCheck = 2, time.Now()
+	}
+	if failure == nil && in.repairs.checks > 0 && !time.Now().Before(in.repairs.nextCheck) {
+		in.repairs.checks, in.repairs.nextCheck = in.repairs.checks-1, time.Now().Add(checkAgain)
+		go in.store.checkParts(ctx, time.Since(in.repairs.full)) // ends with the parts, or with ctx
+		if in.repairs.checks == 0 {
+			in.repairs.full = time.Time{}
+		}
+	}
+	if time.Now().Before(in.repairs.notBefore) {
+		return
+	}
+	if err := in.repairParts(ctx); err != nil {
+		in.stats.troubles.note("mend broken parts", err)
+		in.repairs.notBefore = time.Now().Add(repairPause)
+	}
+}
+
+func (in *inserter) repairParts(ctx context.Context) error {
+	if in.repairs.detached != "" {
+		if err := in.attach(ctx); err != nil {
+			return err
+		}
+	}
+	if parts := in.store.broken.waiting(); len(parts) > 0 && time.Since(in.repairs.reattached) >= reattachInterval {
+		if err := in.reattach(ctx, parts); err != nil {
+			return err
+		}
+	}
+	if !in.repairs.dialed {
+		return nil
+	}
+	return in.lookAside(ctx)
+}
+
+// reattach detaches the tables of the parts and attaches them. Meanwhile inserts and queries, of other instances too, are
+// answered UNKNOWN_TABLE and tried again; an insert into events stores nothing while the view has no target.
+func (in *inserter) reattach(ctx context.Context, parts []partName) error {
+	tables, err := in.tablesOf(ctx, parts)
+	if err != nil {
+		return err
+	}
+	for _, table := range tables {
+		slog.Warn("a table with a broken part is detached and attached", "table", table)
+		in.repairs.reattached, in.repairs.detached = time.Now(), table
+		// SYNC waits for the inserts and queries that still use the table.
+		err := in.query(ctx, ch.Query{Body: "DETACH TABLE IF EXISTS " + in.store.database + "." + table + " SYNC"})
+		if err := in.attach(ctx); err != nil {
+			return err
+		}
+		if err != nil {
+			return fmt.Errorf("detach %s: %w", table, err)
+		}
+	}
+	in.store.broken.mended(len(parts))
+	in.repairs.dialed = true
+	return nil
+}
+
+// tablesOf returns the tables in which one of the parts is live, but for replicated ones, and notes what is in the parts.
+func (in *inserter) tablesOf(ctx context.Context, parts []partName) (tables []string, err error) {
+	var list []string
+	for _, p := range parts {
+		list = append(list, fmt.Sprintf("('%s','%s')", p.table, p.name))
+	}
+	var table, name, engine proto.ColStr
+	var from, to proto.ColUInt32
+	err = in.query(ctx, ch.Query{
+		Body: "SELECT table, name, engine, toUnixTimestamp(min_time) AS from, toUnixTimestamp(max_time) AS to FROM system.parts" +
+			" WHERE active AND database = {database:String} AND (table, name) IN (" + strings.Join(list, ",") + ")",
+		Parameters: []proto.Parameter{parameter("database", in.store.database)},
+		Result:     proto.Results{{Name: "table", Data: &table}, {Name: "name", Data: &name}, {Name: "engine", Data: &engine}, {Name: "from", Data: &from}, {Name: "to", Data: &to}},
+		OnResult: func(context.Context, proto.Block) error {
+			for i := range from {
+				if strings.HasPrefix(engine.Row(i), "Replicated") || strings.HasPrefix(engine.Row(i), "Shared") {
+					slog.Warn("a broken part of a replicated table is left to ClickHouse", "table", table.Row(i), "part", name.Row(i))
+					continue
+				}
+				in.repairs.ranges[partName{table.Row(i), name.Row(i)}] = timeRange{int64(from[i]), int64(to[i])}
+				if !slices.Contains(tables, table.Row(i)) {
+					tables = append(tables, table.Row(i))
+				}
+			}
+			return nil
+		},
+	})
+	return tables, err
+}
+
+// attach attaches the table that is detached. A stop of the program does not keep it from that: nobody else would do it
+// before the next start (attachAll).
+func (in *inserter) attach(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), attachTimeout)
+	defer cancel()
+	for {
+		err := in.query(ctx, ch.Query{Body: "ATTACH TABLE IF NOT EXISTS " + in.store.database + "." + in.repairs.detached})
+		if err == nil {
+			in.repairs.detached = ""
+			return nil
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("attach %s: %w", in.repairs.detached, err)
+		}
+		select {
+		case <-time.After(minBackoff):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// attachAll attaches what a mending that was cut off has left detached. It fails where there are no tables yet; what is
+// really wrong is told by what comes next.
+func (s *store) attachAll(ctx context.Context, c asker) {
+	if s.cluster != "" {
+		return
+	}
+	for _, table := range []string{"events", "events_hourly"} {
+		if err := c.Do(ctx, ch.Query{Body: "ATTACH TABLE IF NOT EXISTS " + s.database + "." + table}); err != nil {
+			slog.Debug("attach", "table", table, "error", err)
+		}
+	}
+}
+
+// lookAside looks at the parts that ClickHouse has put aside as broken, when it started or a table was attached. Their
+// rows may be gone: nothing is known of the past, and their hours are compared and mended.
+func (in *inserter) lookAside(ctx context.Context) error {
+	var table, name, reason, partition proto.ColStr
+	var back proto.ColUInt8
+	err := in.query(ctx, ch.Query{
+		// The parts that were merged into one begin and end with its blocks.
+		Body: "SELECT d.table AS table, d.name AS name, any(d.reason) AS reason, any(d.partition_id) AS partition," +
+			" toUInt8(countIf(p.rows > 0 AND p.first = d.first AND p.last <= d.last) > 0 AND countIf(p.rows > 0 AND p.last = d.last AND p.first >= d.first) > 0) AS back FROM (" +
+			"SELECT table, name, ifNull(reason, '') AS reason, ifNull(partition_id, '') AS partition_id, assumeNotNull(min_block_number) AS first, assumeNotNull(max_block_number) AS last" +
+			" FROM system.detached_parts WHERE database = {database:String} AND table IN ('events', 'events_hourly') AND startsWith(reason, 'broken')) AS d LEFT JOIN (" +
+			"SELECT table, partition_id, rows, min_block_number AS first, max_block_number AS last FROM system.parts WHERE active AND database = {database:String}" +
+			") AS p ON p.table = d.table AND p.partition_id = d.partition_id GROUP BY table, name ORDER BY table, name",
+		Parameters: []proto.Parameter{parameter("database", in.store.database)},
+		Result:     proto.Results{{Name: "table", Data: &table}, {Name: "name", Data: &name}, {Name: "reason", Data: &reason}, {Name: "partition", Data: &partition}, {Name: "back", Data: &back}},
+		OnResult: func(context.Context, proto.Block) error {
+			for i := range back {
+				in.noteAside(table.Row(i), name.Row(i), reason.Row(i), partition.Row(i), back[i] == 1)
+			}
+			return nil
+		},
+	})
+	in.repairs.dialed = in.repairs.dialed && err != nil
+	return err
+}
+
+// noteAside is called for a part in a directory of its table's detached ones. back says that the parts that were merged
+// into it are live again.
+func (in *inserter) noteAside(table, dir, reason, partition string, back bool) {
+	p := partName{table, strings.TrimPrefix(dir, reason+"_")}
+	if _, seen := in.repairs.aside[p]; seen {
+		return
+	}
+	in.repairs.aside[p] = struct{}{}
+	in.store.broken.tell(p, reason)
+	in.past.forgetAll()
+	within, known := in.repairs.ranges[p]
+	if month, err := time.Parse("200601", partition); !known && err == nil {
+		within = timeRange{month.Unix(), month.AddDate(0, 1, 0).Unix() - 1}
+	}
+	for hour := within.from / hourSeconds; hour <= within.to/hourSeconds; hour++ {
+		in.hours[hour] = struct{}{}
+	}
+	log := slog.With("table", table, "part", p.name, "remove it with", fmt.Sprintf("ALTER TABLE %s.%s DROP DETACHED PART '%s' SETTINGS allow_drop_detached = 1", in.store.database, table, dir))
+	switch {
+	case back:
+		log.Warn("a broken part is put aside, the parts that were merged into it are back")
+	case table == "events":
+		to := "start"
+		if known { // no event is accepted before its time
+			to = time.Unix(within.from-minuteSeconds, 0).UTC().Format(time.RFC3339)
+		}
+		log.Error("a broken part is put aside and its rows are gone; Kafka has them: stop all copies and read them again", "with", "event-ingestion rewind -to "+to)
+	default:
+		log.Warn("a broken part is put aside, its hours are counted from events again")
+	}
+}
+
+// checkParts lets ClickHouse check the live parts that it has written within a time, on a connection of its own: large parts
+// take a second a gigabyte.
+func (s *store) checkParts(ctx context.Context, age time.Duration) {
+	conn, err := s.dial(ctx)
+	if err == nil {
+		defer conn.Close()
+		var parts []partName
+		if parts, err = s.recentParts(ctx, conn, age); err == nil {
+			slog.Info("inserts failed for want of space, checking what was written meanwhile", "parts", len(parts))
+			for _, p := range parts {
+				if err = s.checkPart(ctx, conn, p); err != nil {
+					break
+				}
+			}
+		}
+	}
+	if err != nil {
+		slog.Warn("parts written on a full disk are not checked", "error", err)
+	}
+}
+
+func (s *store) recentParts(ctx context.Context, conn *ch.Client, age time.Duration) (parts []partName, err error) {
+	var table, name proto.ColStr
+	err = conn.Do(ctx, ch.Query{
+		Body: fmt.Sprintf("SELECT table, name FROM system.parts WHERE active AND database = {database:String} AND table IN ('events', 'events_hourly')"+
+			" AND modification_time >= now() - %d", int(age.Seconds())+minuteSeconds),
+		Parameters: []proto.Parameter{parameter("database", s.database)},
+		Result:     proto.Results{{Name: "table", Data: &table}, {Name: "name", Data: &name}},
+		OnResult: func(context.Context, proto.Block) error {
+			for i := range name.Rows() {
+				parts = append(parts, partName{table.Row(i), name.Row(i)})
+			}
+			return nil
+		},
+	})
+	return parts, err
+}
+
+// checkPart is nil for a part that has been merged away meanwhile.
+func (s *store) checkPart(ctx context.Context, conn *ch.Client, p partName) error {
+	var passed proto.ColUInt8
+	err := conn.Do(ctx, ch.Query{
+		Body:   fmt.Sprintf("CHECK TABLE %s.%s PART '%s' SETTINGS check_query_single_value_result = 1", s.database, p.table, p.name),
+		Result: proto.Results{{Name: "result", Data: &passed}},
+	})
+	if err == nil && len(passed) == 1 && passed[0] == 0 {
+		s.broken.add(p, "CHECK TABLE does not pass it")
+	}
+	if ch.IsErr(err, proto.ErrNoSuchDataPart) {
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,406 @@
+// Segment's protocol, so that an app can send with a client that exists: its queue, batches, retries and flush at the end.
+//
+// segment.go maps a message of that protocol onto an event, field by field as the table in contract.md says; rules, limits,
+// keys, Kafka and what is held meanwhile are those of a bulk. What it owns is the mapping and the answer: these clients throw
+// away what gets a 4xx, so that an item that is invalid is named in a 200.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"net/http"
+	"strconv"
+	"time"
+)
+
+// segment serves the POST routes below /v1/.
+type segment struct {
+	in     *ingester
+	access *access
+}
+
+// segmentKinds are the messages, by the last part of a route's path: the whole name or its letter.
+var segmentKinds = map[string]string{
+	"batch": "batch", "b": "batch", "import": "batch",
+	"track": "track", "t": "track", "page": "page", "p": "page", "screen": "screen", "s": "screen",
+	"identify": "identify", "i": "identify", "group": "group", "g": "group", "alias": "alias", "a": "alias",
+}
+
+func (s *segment) routes() (routes []route) {
+	for part, kind := range segmentKinds {
+		routes = append(routes, route{http.MethodPost, "/v1/" + part, "segment", func(w http.ResponseWriter, r *http.Request) { s.serve(w, r, kind) }})
+	}
+	return routes
+}
+
+func (s *segment) serve(w http.ResponseWriter, r *http.Request, kind string) {
+	if media := mediaType(r); media != typeJSON && media != typeText {
+		writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send application/json")
+		return
+	}
+	limit := maxSingleBody
+	if kind == "batch" {
+		limit = maxBulkBody
+	}
+	q, err := s.in.receive(w, r, &s.in.bulks, limit)
+	if err != nil {
+		writeReadError(w, err)
+		return
+	}
+	defer s.in.release(q)
+	refused := map[string]int{} // items by code
+	q.entry = func(dst []byte, index int, problems []problem) []byte {
+		refused[problems[0].code]++
+		return appendItemEntries(dst, index, problems)
+	}
+	key, err := q.encodeSegment(r.Context(), kind, time.Now().Unix())
+	switch {
+	case err != nil:
+		writeReadError(w, err)
+	case keyOf(r) == "" && !s.access.knows(string(key)): // a key in the header was looked at before the body was read
+		s.access.refuse(w, string(key))
+	default:
+		for code, n := range refused {
+			s.in.stats.refusedItems(code).Add(n)
+		}
+		s.in.produce(q)
+		s.answer(w, q)
+	}
+}
+
+// encodeSegment is encode for Segment's messages. key is the body's writeKey, which points into the body.
+func (q *ingestRequest) encodeSegment(ctx context.Context, kind string, now int64) (key []byte, err error) {
+	r := &q.parser.json
+	r.reset(q.body.b)
+	var scratch []byte
+	note := func(v jsonValue) {
+		if key == nil && v.kind == '"' && len(v.raw) <= maxTextBytes {
+			key = v.text(&scratch)
+		}
+	}
+	var m message // of one item after another
+	do := func(r *jsonReader) error {
+		if err := q.step(ctx); err != nil {
+			return err
+		}
+		r.space()
+		start := r.i
+		m = message{}
+		err := m.read(r, &q.parser)
+		note(m.writeKey)
+		ev := q.parser.fromMessage(&m, kind, now)
+		if err == nil && ev == nil {
+			return nil // of a kind that is not stored
+		}
+		return q.outcome(ev, r.i-start, err, now)
+	}
+	switch {
+	case kind == "batch":
+		err = eachEvent(r, "batch", func(k, v jsonValue) {
+			if k.is("writeKey") {
+				note(v)
+			}
+		}, do)
+	case r.peek() != '{':
+		err = errNotObject
+	default:
+		if err = do(r); err == nil {
+			err = r.end()
+		}
+	}
+	return key, err
+}
+
+// message is what is read of one message; what was not sent, or null, has no bytes. The values point into the body.
+type message struct {
+	kind, event, name, category, userID, anonymousID, timestamp, originalTimestamp jsonValue
+	channel, properties, messageID, writeKey, library, campaign                    jsonValue
+}
+
+// field is where the member of that name goes, nil when nobody asks for it.
+func (m *message) field(name []byte) *jsonValue {
+	switch string(name) { // no copy
+	case "type":
+		return &m.kind
+	case "event":
+		return &m.event
+	case "name":
+		return &m.name
+	case "category":
+		return &m.category
+	case "userId":
+		return &m.userID
+	case "anonymousId":
+		return &m.anonymousID
+	case "timestamp":
+		return &m.timestamp
+	case "originalTimestamp":
+		return &m.originalTimestamp
+	case "channel":
+		return &m.channel
+	case "properties":
+		return &m.properties
+	case "messageId":
+		return &m.messageID
+	case "writeKey":
+		return &m.writeKey
+	}
+	return nil
+}
+
+// read reads one message and notes in p what is wrong with its form.
+func (m *message) read(r *jsonReader, p *eventParser) error {
+	p.begin()
+	depth, err := eachMember(r, func(k, v jsonValue) {
+		if len(k.raw) > maxNameBytes {
+			return
+		}
+		kept := len(p.scratch)
+		name := k.text(&p.scratch)
+		p.scratch = p.scratch[:kept]
+		to := m.field(name)
+		switch {
+		case k.badText || v.badText:
+			p.addf(clip(name), codeInvalidFormat, "is not valid UTF-8 text")
+		case string(name) == "context":
+			m.context(&v)
+		case to == nil || v.kind == 'n':
+		case len(to.raw) > 0:
+			p.addf(string(name), codeInvalidFormat, "appears more than once")
+		default:
+			*to = v
+		}
+	})
+	if err == nil && depth >= maxDepth {
+		err = errEventTooDeep
+	}
+	return err
+}
+
+// context takes the names of the library and of the campaign out of a message's context.
+func (m *message) context(v *jsonValue) {
+	nameIn := func(v jsonValue, to *jsonValue) {
+		eachMember(&jsonReader{b: v.raw}, func(k, v jsonValue) { // an error has been seen before
+			if k.is("name") && v.kind != 'n' {
+				*to = v
+			}
+		})
+	}
+	eachMember(&jsonReader{b: v.raw}, func(k, v jsonValue) {
+		switch {
+		case k.is("library"):
+			nameIn(v, &m.library)
+		case k.is("campaign"):
+			nameIn(v, &m.campaign)
+		}
+	})
+}
+
+// eachMember reads one value and calls do with each of its members, at which depth is how deep the deepest is nested. What
+// is no object is errNotObject.
+func eachMember(r *jsonReader, do func(k, v jsonValue)) (depth int, err error) {
+	if r.peek() != '{' {
+		if _, err := r.value(); err != nil {
+			return 0, err
+		}
+		return 0, errNotObject
+	}
+	r.eat('{')
+	for n := 0; ; n++ {
+		if more, err := r.more(n, '}'); err != nil || !more {
+			return depth, err
+		}
+		k, err := r.key()
+		if err != nil {
+			return depth, err
+		}
+		v, err := r.value()
+		if err != nil {
+			return depth, err
+		}
+		depth = max(depth, v.depth)
+		do(k, v)
+	}
+}
+
+// fromMessage fills the event from the message, whose problems it adds to those of its form; nil for a kind that is not
+// stored. kind is the route's; in a batch each message says its own.
+func (p *eventParser) fromMessage(m *message, kind string, now int64) *event {
+	if kind == "batch" {
+		kind = string(p.word(&m.kind))
+	}
+	switch kind {
+	case "track":
+		p.given(fieldName, &m.event)
+	case "page", "screen":
+		p.ev.name = append(p.ev.name, kind...)
+		p.seen |= fieldName
+	case "identify", "group", "alias":
+		return nil
+	default:
+		p.addf("type", codeInvalidFormat, "must be track, page, screen, identify, group or alias")
+		p.seen |= fieldName
+	}
+	if p.given(fieldUserID, &m.userID); p.seen&fieldUserID == 0 {
+		p.given(fieldUserID, &m.anonymousID)
+	}
+	p.given(fieldCampaignID, &m.campaign)
+	p.given(fieldInsertID, &m.messageID)
+	p.given(fieldMetadata, &m.properties)
+	if kind == "page" || kind == "screen" {
+		p.titled(m)
+	}
+	p.ev.channel = p.channelOf(m)
+	at := &m.timestamp
+	if len(at.raw) == 0 {
+		at = &m.originalTimestamp
+	}
+	p.ev.timestamp = now
+	p.seen |= fieldTimestamp
+	if len(at.raw) > 0 {
+		p.isoTime(at)
+	}
+	p.finish()
+	return &p.ev
+}
+
+// given is field for a value that may be absent.
+func (p *eventParser) given(f fieldSet, v *jsonValue) {
+	if len(v.raw) > 0 {
+		p.field(f, v)
+	}
+}
+
+// word is a string that is compared with known ones, empty when it is none or longer than any of them. It lives until the
+// next text.
+func (p *eventParser) word(v *jsonValue) []byte {
+	if v.kind != '"' || len(v.raw) > maxTextBytes {
+		return nil
+	}
+	kept := len(p.scratch)
+	b := v.text(&p.scratch)
+	p.scratch = p.scratch[:kept]
+	return b
+}
+
+// titled puts the name and the category of a page or screen in front of its properties, unless these have them already.
+func (p *eventParser) titled(m *message) {
+	if p.seen&fieldMetadata != 0 && len(p.ev.metadata) == 0 {
+		return // which are refused
+	}
+	has := map[string]bool{}
+	if len(m.properties.raw) > 0 {
+		eachMember(&jsonReader{b: m.properties.raw}, func(k, _ jsonValue) {
+			for _, name := range []string{"name", "category"} {
+				has[name] = has[name] || k.is(name)
+			}
+		})
+	}
+	b := make([]byte, 0, 256)
+	for _, title := range []struct {
+		name string
+		v    *jsonValue
+	}{{"name", &m.name}, {"category", &m.category}} {
+		if size := len(title.v.raw); size > maxMetadataBytes {
+			p.addf("metadata", codeMaxLength, "would have %d bytes of %s, the limit is %d", size, title.name, maxMetadataBytes)
+		} else if size > 0 && !has[title.name] {
+			b = append(b, `,"`+title.name+`":`...)
+			b = title.v.appendCompact(b)
+		}
+	}
+	if len(b) == 0 {
+		return
+	}
+	if rest := p.ev.metadata; len(rest) > len(`{}`) {
+		b = append(append(b, ','), rest[1:]...)
+	} else {
+		b = append(b, '}')
+	}
+	b[0] = '{'
+	if p.ev.metadata = b; len(b) > maxMetadataBytes {
+		p.addf("metadata", codeMaxLength, "has %d bytes with name and category, the limit is %d", len(b), maxMetadataBytes)
+	}
+}
+
+// Channels of an event, by what a message says of where it comes from.
+var (
+	channelWeb    = []byte("web")
+	channelMobile = []byte("mobile_app")
+	channelAPI    = []byte("api")
+
+	mobileLibraries = [][]byte{[]byte("-ios"), []byte("-android"), []byte("-swift"), []byte("-kotlin"), []byte("react-native"), []byte("flutter")}
+)
+
+func (p *eventParser) channelOf(m *message) []byte {
+	switch string(p.word(&m.channel)) {
+	case "browser":
+		return channelWeb
+	case "mobile":
+		return channelMobile
+	case "server":
+		return channelAPI
+	}
+	library := p.word(&m.library)
+	if string(library) == "analytics.js" {
+		return channelWeb
+	}
+	for _, mobile := range mobileLibraries {
+		if bytes.Contains(library, mobile) {
+			return channelMobile
+		}
+	}
+	return channelAPI
+}
+
+// isoForms are the times of ISO 8601 that clients send; a fraction of the second is understood by all of them.
+var isoForms = []string{time.RFC3339, "2006-01-02T15:04:05Z0700", "2006-01-02T15:04:05", "2006-01-02 15:04:05", time.DateOnly}
+
+// isoTime takes a timestamp down to the second. One without a zone is UTC.
+func (p *eventParser) isoTime(v *jsonValue) {
+	text := p.word(v)
+	for _, form := range isoForms {
+		if at, err := time.Parse(form, string(text)); err == nil {
+			p.ev.timestamp = at.Unix()
+			return
+		}
+	}
+	p.addf("timestamp", codeInvalidFormat, "must be a time of ISO 8601, such as 2026-01-31T14:00:00.000Z")
+}
+
+// answer says 200 only when Kafka has every valid item.
+func (s *segment) answer(w http.ResponseWriter, q *ingestRequest) {
+	success := 0
+	for i := range q.records {
+		if q.records[i].state.Load() == stateAcked {
+			success++
+		}
+	}
+	s.in.stats.accepted.Add(success)
+	s.in.stats.refused.Add(q.failed)
+	if late := len(q.records) - success; late > 0 {
+		s.in.stats.unavailable.Add(late)
+		writeUnavailable(w, q.failure())
+		return
+	}
+	writeJSON(w, http.StatusOK, []byte(`{"success":true,"errors":[`), q.errors.bytes(), []byte(`]}`))
+}
+
+// appendItemEntries is an entry for each problem of an item.
+func appendItemEntries(dst []byte, index int, problems []problem) []byte {
+	for i, p := range problems {
+		if i > 0 {
+			dst = append(dst, ',')
+		}
+		dst = append(dst, `{"index":`...)
+		dst = strconv.AppendInt(dst, int64(index), 10)
+		dst = append(dst, `,"field":`...)
+		dst = appendString(dst, p.field)
+		dst = append(dst, `,"code":"`...)
+		dst = append(dst, p.code...)
+		dst = append(dst, `","error":`...)
+		dst = appendString(dst, p.message)
+		dst = append(dst, '}')
+	}
+	return dst
+}
