@@ -1,0 +1,154 @@
+// The senders of assets/: each is short, sends again what was refused for a moment, and everything is counted once.
+
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// maxSenderLines is how long a sender may be: it is copied, not installed.
+const maxSenderLines = 15
+
+// senderText returns the text of a file in assets/.
+func senderText(t *testing.T, name string) string {
+	t.Helper()
+	b, err := os.ReadFile("assets/" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if lines := bytes.Count(b, []byte("\n")); lines > maxSenderLines {
+		t.Errorf("%s has %d lines, at most %d are to be copied", name, lines, maxSenderLines)
+	}
+	return string(b)
+}
+
+// refusing stands in front of an address: the first request that sends events gets 503, the second 429, and of the third the
+// answer is lost.
+func refusing(t *testing.T, address string) *httptest.Server {
+	t.Helper()
+	to, err := url.Parse(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := httputil.NewSingleHostReverseProxy(to)
+	var posts atomic.Int32
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodPost {
+			switch posts.Add(1) {
+			case 1:
+				http.Error(w, "no", http.StatusServiceUnavailable)
+				return
+			case 2:
+				http.Error(w, "not so much", http.StatusTooManyRequests)
+				return
+			case 3:
+				proxy.ServeHTTP(httptest.NewRecorder(), r)
+				panic(http.ErrAbortHandler)
+			}
+		}
+		proxy.ServeHTTP(w, r)
+	}))
+	t.Cleanup(server.Close)
+	return server
+}
+
+func TestSenders(t *testing.T) {
+	p := startProgram(t, newSpace(t, "API_KEYS="+secondKey, "WRITE_KEYS="+firstKey))
+	var lines bytes.Buffer
+	event := func(name string, i int) string {
+		return fmt.Sprintf(`{"event_name":%q,"user_id":"u","timestamp":%d,"insert_id":"i%d"}`, name, time.Now().Unix(), i)
+	}
+	for name, c := range map[string]struct {
+		tool  string
+		count int
+		run   func(front string) *exec.Cmd
+	}{
+		"sh": {"curl", 1500, func(front string) *exec.Cmd {
+			senderText(t, "send.sh")
+			lines.Reset()
+			for i := range 1500 {
+				fmt.Fprintln(&lines, event("sh", i))
+			}
+			cmd := exec.Command("sh", "assets/send.sh", front, firstKey)
+			cmd.Stdin = &lines
+			return cmd
+		}},
+		"py": {"python3", 50, func(front string) *exec.Cmd {
+			return exec.Command("python3", "-c", senderText(t, "send.py")+fmt.Sprintf("print(send(%q, %q, [{'event_name': 'py', 'user_id': 'u'}] * 50))", front, firstKey))
+		}},
+		"go": {"go", 50, func(front string) *exec.Cmd {
+			text := "package main\n\nimport (\n\t\"bytes\"\n\t\"fmt\"\n\t\"io\"\n\t\"net/http\"\n\t\"net/url\"\n\t\"os\"\n\t\"time\"\n)\n\n" + senderText(t, "send.go.txt") +
+				"\nfunc main() {\n\tlines, _ := io.ReadAll(os.Stdin)\n\tstatus, answer := send(os.Args[1], os.Args[2], lines)\n\tfmt.Printf(\"%s\", answer)\n\tif status != 202 {\n\t\tos.Exit(1)\n\t}\n}\n"
+			path := filepath.Join(t.TempDir(), "main.go")
+			if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			var lines bytes.Buffer
+			for i := range 50 {
+				fmt.Fprintln(&lines, event("go", i))
+			}
+			cmd := exec.Command("go", "run", path, front, firstKey)
+			cmd.Stdin = &lines
+			return cmd
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if _, err := exec.LookPath(c.tool); err != nil {
+				t.Skipf("%s is not installed", c.tool)
+			}
+			cmd := c.run(refusing(t, p.url).URL)
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			p.awaitCount(name, c.count)
+		})
+	}
+}
+
+// TestPageSender: the page's sender in a browser, with what it still has when the page goes away.
+func TestPageSender(t *testing.T) {
+	chromium, err := exec.LookPath("chromium")
+	if err != nil {
+		t.Skip("chromium is not installed")
+	}
+	port := freePort(t)
+	front := refusing(t, "http://127.0.0.1:"+port)
+	pages := map[string]string{
+		"/": "<script>" + senderText(t, "send.js") + "</script>" + pageScript(front.URL, `
+			const track = sender(api, key)
+			for (let i = 0; i < 250; i++) track({event_name: 'js', user_id: 'u', channel: 'web'})
+			await new Promise((done) => setTimeout(done, 5000)) // one after the other: refused, refused, lost, and what there is
+			for (let i = 0; i < 150; i++) track({event_name: 'js', user_id: 'u', channel: 'web'})
+			await report('sent')
+			location.href = '/next'`),
+		"/next": pageScript(front.URL, `await report('next')`),
+	}
+	origin, open := visit(t, chromium, pages, "/", 2)
+	p := startProgram(t, newSpace(t, "SERVER_PORT="+port, "API_KEYS="+secondKey, "WRITE_KEYS="+firstKey, "CORS_ORIGINS="+origin))
+	if reports := open(); reports[0] != "sent" || reports[1] != "next" {
+		t.Fatalf("the page reported %q", reports)
+	}
+	p.awaitCount("js", 400)
+}
+
+// awaitCount returns when so many events of that name are counted. It asks with secondKey.
+func (p *program) awaitCount(name string, want int) {
+	p.t.Helper()
+	answer := ""
+	counted := func() bool {
+		_, _, answer = p.ask("GET", fmt.Sprintf("%sevent_name=%s&from=1&to=%d", metricsPath, name, time.Now().Unix()+10), nil, "X-API-Key: "+secondKey)
+		return bytes.HasPrefix([]byte(answer), fmt.Appendf(nil, `{"total_count":%d,`, want))
+	}
+	p.await(fmt.Sprintf("counted: %d of %s", want, name), 30*time.Second, counted)
+}
