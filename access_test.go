@@ -98,6 +98,7 @@ func TestWriteKeys(t *testing.T) {
 		status               int
 	}{
 		{"POST", onePath, "X-API-Key: " + firstKey, 202}, {"POST", bulkPath, "Authorization: Bearer " + secondKey, 202},
+		{"POST", "/v1/track", "X-API-Key: " + firstKey, 200}, {"POST", "/v1/batch?key=" + firstKey, "", 400}, {"GET", "/v1/track", "X-API-Key: " + firstKey, 403},
 		{"POST", onePath + "?key=" + firstKey, "", 202}, {"POST", bulkPath + "?x=1&key=" + secondKey + "&key=2", "", 202},
 		{"POST", onePath + "?key=" + all, "", 202}, {"POST", onePath + "?key=wrong-0123456789abcdef", "", 401},
 		{"POST", onePath + "?key=", "", 401}, {"POST", onePath + "?Key=" + firstKey, "", 401}, {"POST", onePath + "?key=%zz" + firstKey, "", 401},

@@ -128,6 +128,8 @@ func TestContract(t *testing.T) {
 
 		{"metrics", "GET", metricsPath + "event_name=nothing&from=1&to=$NOW", "", "", 200, `{"total_count":0,"unique_users":0,"complete_through":`},
 		{"metrics grouped", "GET", metricsPath + "event_name=nothing&from=1&to=$NOW&group_by=day", "", "", 200, `"grouped_data":[]`},
+		{"metrics before 1970", "GET", metricsPath + "event_name=e&from=-300&to=-50", "", "", 200, `"total_count":0`},
+		{"metrics after 2106", "GET", metricsPath + "event_name=e&from=4294967296&to=4294967297&group_by=hour", "", "", 200, `"total_count":0`},
 		{"metrics all missing", "GET", metricsPath, "", "", 400, `event_name","code":"validation.required.error"…"from","code":"validation.required.error"…"to","code":"validation.required.error"`},
 		{"metrics range", "GET", metricsPath + "event_name=e&from=5&to=5", "", "", 400, `validation.invalid-range.error`},
 		{"metrics channel", "GET", metricsPath + "event_name=e&from=5&to=6&channel=tv", "", "", 400, `validation.invalid-channel.error`},

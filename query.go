@@ -213,7 +213,7 @@ func (c *queryCheck) rangeAndChannel(from, to int64, channel string) {
 // many, so that the total is then asked of the view by day.
 func (q *metricsQuery) sql() string {
 	const figures = " AS key, toUInt64(sum(n)) AS total, uniqCombined64Merge({user bits})(u) AS users, "
-	from, to := max(q.from, 0), min(q.to, maxUnixSeconds)
+	from, to := min(max(q.from, 0), maxUnixSeconds), min(max(q.to, 0), maxUnixSeconds) // no event is outside
 	where := "event_name = {event_name:String}"
 	if q.channel != "" {
 		where += " AND channel = {channel:String}"
