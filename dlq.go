@@ -12,6 +12,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -38,7 +39,7 @@ type dlqFlags struct {
 
 func (f *dlqFlags) define(fs *flag.FlagSet) {
 	fs.DurationVar(&f.since, "since", 0, "only letters of this last while; 0 means all")
-	fs.StringVar(&f.kind, "type", "", "only this error_type: "+errorUnmarshal+" or "+errorExhausted)
+	fs.StringVar(&f.kind, "type", "", "only this error_type: "+errorUnmarshal+", "+errorInsertFailed+" or "+errorExhausted)
 	fs.StringVar(&f.filter, "filter", "", "only letters whose value or error_message contains this text")
 	fs.IntVar(&f.limit, "limit", 0, "at most this many; 0 means all")
 	fs.BoolVar(&f.json, "json", false, "a JSON object a line")
@@ -67,6 +68,10 @@ func runDLQ(args []string, stdout, stderr io.Writer) int {
 	cfg, fs, code, ok := command("dlq "+action, args[1:], stderr, f.define)
 	if !ok {
 		return code
+	}
+	if kinds := []string{"", errorUnmarshal, errorInsertFailed, errorExhausted}; !slices.Contains(kinds, f.kind) {
+		fmt.Fprintf(stderr, "dlq %s: -type %s: has to be one of%s\n", action, f.kind, strings.Join(kinds, " "))
+		return 2
 	}
 	if err := run(context.Background(), cfg, f, fs.Arg(0), stdout); err != nil {
 		fmt.Fprintf(stderr, "dlq %s: %v\n", action, err)

@@ -40,6 +40,7 @@ type loadConfig struct {
 	gzip        bool
 	apiKey      string
 	retries     int
+	maxP99      time.Duration
 	verify      bool
 	verifyWait  time.Duration
 	file        string
@@ -61,8 +62,9 @@ func parseLoadFlags(args []string, stderr io.Writer) (*loadConfig, error) {
 	fs.Uint64Var(&c.seed, "seed", 1, "which events -dup repeats: the same seed, the same events")
 	fs.BoolVar(&c.insertIDs, "insert-ids", false, "give each event an insert_id; groups of ten then differ in nothing else")
 	fs.BoolVar(&c.gzip, "gzip", false, "compress request bodies")
-	fs.StringVar(&c.apiKey, "api-key", os.Getenv("API_KEY"), "sent as X-API-Key")
+	fs.StringVar(&c.apiKey, "api-key", os.Getenv("API_KEY"), "sent as X-API-Key; better from the environment, API_KEY, where ps does not show it")
 	fs.IntVar(&c.retries, "retries", 3, "tries again after a 503 or a lost answer")
+	fs.DurationVar(&c.maxP99, "max-p99", 0, "exit 1 when the latency's p99 is beyond this; 0 means any will do")
 	fs.BoolVar(&c.verify, "verify", false, "measure freshness and compare the metrics endpoint with what was accepted")
 	fs.DurationVar(&c.verifyWait, "verify-timeout", time.Minute, "how long the counts may take to agree")
 	fs.StringVar(&c.file, "file", "", "send this file of NDJSON instead of made-up events, once, at -rate")
@@ -121,7 +123,7 @@ func (c *loadConfig) perSecond() int {
 }
 
 // runLoad is the subcommand; it returns the exit code: 0 when all is well, 1 when something was refused, lost or
-// counted wrongly, 2 for bad flags.
+// counted wrongly, or the run is short of what it was to do, 2 for bad flags.
 func runLoad(args []string, stdout, stderr io.Writer) int {
 	cfg, err := parseLoadFlags(args, stderr)
 	if errors.Is(err, flag.ErrHelp) {
@@ -146,7 +148,26 @@ func runLoad(args []string, stdout, stderr io.Writer) int {
 	if cfg.verify {
 		checks = l.verify(stderr)
 	}
-	return l.report(stdout, checks)
+	code := l.report(stdout, checks)
+	for _, why := range l.shortOf(ctx.Err() != nil) {
+		fmt.Fprintln(stderr, "load:", why)
+		code = 1
+	}
+	return code
+}
+
+// shortOf is what the run did not reach, whatever was counted: a script must not take it for a measurement.
+func (l *loader) shortOf(interrupted bool) (why []string) {
+	if interrupted {
+		why = append(why, "interrupted")
+	}
+	if due := l.sent.Load() + l.unsent; l.unsent*100 > due {
+		why = append(why, fmt.Sprintf("%d of %d events could not be sent in time", l.unsent, due))
+	}
+	if p99 := l.latency.quantile(0.99); l.cfg.maxP99 > 0 && p99 > l.cfg.maxP99 {
+		why = append(why, fmt.Sprintf("the latency's p99, %s, is beyond -max-p99 %s", p99.Round(time.Millisecond), l.cfg.maxP99))
+	}
+	return why
 }
 
 // eventSource hands out events and remembers which were accepted. A batch is a run of tickets from append.
@@ -182,13 +203,14 @@ type loader struct {
 	freshness *histogram
 	refused   map[string]int
 	examples  []string
+	noAnswer  map[string]int // events, by why
 }
 
 func newLoader(cfg *loadConfig, src eventSource) *loader {
 	ended, stop := context.WithCancel(context.Background())
 	return &loader{
 		stop: stop, ended: ended,
-		cfg: cfg, src: src, latency: newHistogram(), freshness: newHistogram(), refused: map[string]int{},
+		cfg: cfg, src: src, latency: newHistogram(), freshness: newHistogram(), refused: map[string]int{}, noAnswer: map[string]int{},
 		client: &http.Client{Timeout: time.Minute, Transport: &http.Transport{MaxIdleConnsPerHost: cfg.connections + 8, DisableCompression: true}},
 	}
 }

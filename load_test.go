@@ -12,6 +12,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -416,5 +417,35 @@ func TestLoadFile(t *testing.T) {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the report has no %q:\n%s", want, &out)
 		}
+	}
+}
+
+// TestLoadShort: a run that did not do what it was to do says so, and why, and ends with 1.
+func TestLoadShort(t *testing.T) {
+	secured := httptest.NewTLSServer(http.NotFoundHandler())
+	defer secured.Close()
+	secured.Config.ErrorLog = log.New(io.Discard, "", 0)
+	slow := &peer{before: func(int, http.ResponseWriter) bool { time.Sleep(300 * time.Millisecond); return false }}
+	short := " -rate 100 -bulk 10 -duration 200ms -retries 0"
+	for name, c := range map[string]struct {
+		args, want string
+		code       int
+	}{
+		"dead":        {"-url http://127.0.0.1:" + freePort(t) + short, "20 without an answer: connect: connection refused\n", 1},
+		"certificate": {"-url " + secured.URL + short, "20 without an answer: tls: failed to verify certificate: x509: certificate signed by unknown authority\n", 1},
+		"well":        {"-max-p99 1m -url " + newPeer(t, &peer{}) + short, "accepted   20 ", 0},
+		"too slow":    {"-max-p99 1ns -url " + newPeer(t, &peer{}) + short, "is beyond -max-p99 1ns\n", 1},
+		"unsent":      {"-rate 100 -bulk 1 -duration 1s -connections 1 -url " + newPeer(t, slow), "events could not be sent in time\n", 1},
+	} {
+		var out bytes.Buffer
+		if code := runLoad(strings.Fields(c.args), &out, &out); code != c.code || !strings.Contains(out.String(), c.want) {
+			t.Errorf("%s: code %d, want %d and %q:\n%s", name, code, c.code, c.want, &out)
+		}
+		if c.code == 1 && strings.Contains(c.want, "without") && !strings.Contains(out.String(), "p50 0.0 ms") {
+			t.Errorf("%s: latency of no answer:\n%s", name, &out)
+		}
+	}
+	if why := newLoader(&loadConfig{}, nil).shortOf(true); len(why) != 1 || why[0] != "interrupted" {
+		t.Error(why)
 	}
 }

@@ -363,7 +363,7 @@ func (l *loader) report(w io.Writer, checks []loadCheck) int {
 	if l.cfg.json {
 		json.NewEncoder(w).Encode(map[string]any{
 			"event": l.cfg.event, "seconds": l.took.Seconds(), "sent": l.sent.Load(), "accepted": l.ok.Load(), "refused": l.refused,
-			"unsent": l.unsent, "duplicates": dups, "unknown": l.unknown.Load(), "retries": l.retried.Load(), "rate": rate,
+			"unsent": l.unsent, "duplicates": dups, "unknown": l.unknown.Load(), "no_answer": l.noAnswer, "retries": l.retried.Load(), "rate": rate,
 			"latency_ms":   map[string]float64{"p50": ms(l.latency, .5), "p90": ms(l.latency, .9), "p99": ms(l.latency, .99), "p99.9": ms(l.latency, .999), "max": ms(l.latency, 1)},
 			"freshness_ms": map[string]float64{"samples": float64(l.freshness.n), "p50": ms(l.freshness, .5), "p99": ms(l.freshness, .99), "max": ms(l.freshness, 1)},
 			"checks":       checks,
@@ -377,6 +377,9 @@ func (l *loader) report(w io.Writer, checks []loadCheck) int {
 	}
 	for _, e := range l.examples {
 		fmt.Fprintf(w, "           %s\n", e)
+	}
+	for _, why := range slices.Sorted(maps.Keys(l.noAnswer)) {
+		fmt.Fprintf(w, "           %d without an answer: %s\n", l.noAnswer[why], why)
 	}
 	fmt.Fprintf(w, "latency    p50 %.1f ms  p90 %.1f  p99 %.1f  p99.9 %.1f  max %.1f, from the intended time, a request\n",
 		ms(l.latency, .5), ms(l.latency, .9), ms(l.latency, .99), ms(l.latency, .999), ms(l.latency, 1))

@@ -9,6 +9,9 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
+	"net"
+	"net/url"
 	"sync/atomic"
 	"time"
 
@@ -99,10 +102,11 @@ func (s *sender) run(sending, interrupted context.Context) {
 			return
 		}
 		l.sent.Add(int64(len(s.tickets)))
-		s.post(interrupted)
-		l.mu.Lock()
-		l.latency.add(time.Since(due))
-		l.mu.Unlock()
+		if s.post(interrupted) {
+			l.mu.Lock()
+			l.latency.add(time.Since(due))
+			l.mu.Unlock()
+		}
 		if !more {
 			return
 		}
@@ -166,8 +170,8 @@ func (s *sender) keep(indices []int) {
 }
 
 // post sends the request, and again what of it has no final answer, until all has or -retries is used up. Sending an
-// event twice is safe: its id makes it the same event.
-func (s *sender) post(interrupted context.Context) {
+// event twice is safe: its id makes it the same event. It returns whether there was an answer in the end.
+func (s *sender) post(interrupted context.Context) bool {
 	l := s.l
 	path, media := "/api/v1/events/bulk", typeJSON
 	if l.cfg.file != "" {
@@ -181,16 +185,33 @@ func (s *sender) post(interrupted context.Context) {
 		if err == nil {
 			again := l.settle(status, answer, s.tickets, last)
 			if len(again) == 0 {
-				return
+				return true
 			}
 			s.keep(again)
 		} else if last {
 			l.unknown.Add(int64(len(s.tickets)))
-			return
+			l.mu.Lock()
+			l.noAnswer[reason(err)] += len(s.tickets)
+			l.mu.Unlock()
+			return false
 		}
 		l.retried.Add(1)
 		sleepUntil(interrupted, time.Now().Add(wait))
 	}
+}
+
+// reason is why there is no answer, without what differs from one connection to the next: a dead server and a certificate that
+// nobody knows are then an entry each.
+func reason(err error) string {
+	var op *net.OpError
+	var request *url.Error
+	switch {
+	case errors.As(err, &op):
+		err = op.Err
+	case errors.As(err, &request):
+		err = request.Err
+	}
+	return err.Error()
 }
 
 // encoded returns the body as it goes over the wire, valid until the next call.

@@ -141,6 +141,9 @@ func TestRejectedRows(t *testing.T) {
 			t.Errorf("dlq %s: %d %s", c.args, code, out)
 		}
 	}
+	if out, code := subcommand(t, env, runDLQ, "list -type bogus"); code != 2 || !strings.Contains(out, errorExhausted) {
+		t.Errorf("dlq list of a type that there is not: %d %s", code, out)
+	}
 	p.await("stored with those that were dead", 30*time.Second, count(events))
 	drained(p)
 	if out, code := subcommand(t, env, runAudit, ""); code != 0 || !strings.Contains(out, fmt.Sprint(2*bad)) {
