@@ -7,6 +7,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -65,7 +66,11 @@ func command(name string, args []string, stderr io.Writer, define func(*flag.Fla
 // runAudit prints the ledger; the exit code is 1 when it does not balance.
 func runAudit(args []string, stdout, stderr io.Writer) int {
 	var r timeRange
-	cfg, _, code, ok := command("audit", args, stderr, r.flags)
+	asJSON := false
+	cfg, _, code, ok := command("audit", args, stderr, func(fs *flag.FlagSet) {
+		r.flags(fs)
+		fs.BoolVar(&asJSON, "json", false, "the figures as a JSON object")
+	})
 	if !ok {
 		return code
 	}
@@ -74,7 +79,11 @@ func runAudit(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stderr, "audit:", err)
 		return 1
 	}
-	l.print(stdout)
+	if asJSON {
+		l.printJSON(stdout)
+	} else {
+		l.print(stdout)
+	}
 	if l.difference() != 0 || l.aggregated != l.rows {
 		return 1
 	}
@@ -214,6 +223,18 @@ func (l *ledger) print(w io.Writer) {
 		}
 		fmt.Fprintf(w, "nowhere: %x\n", id)
 	}
+}
+
+// printJSON writes the same figures; of the events that are nowhere at most ten ids.
+func (l *ledger) printJSON(w io.Writer) {
+	nowhere := []string{}
+	for _, id := range l.lost[:min(len(l.lost), 10)] {
+		nowhere = append(nowhere, fmt.Sprintf("%x", id))
+	}
+	json.NewEncoder(w).Encode(map[string]any{
+		"records": l.records, "duplicates": l.records - int64(len(l.ids)), "distinct_events": len(l.ids), "stored": l.stored, "waiting": l.waiting, "dead_letters": l.dead,
+		"difference": l.difference(), "no_event": l.junk, "distinct_rows": l.rows, "aggregated": l.aggregated, "nowhere": nowhere,
+	})
 }
 
 // readWhole hands each record of a topic to f, up to the ends that the partitions have when it starts.

@@ -8,6 +8,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"flag"
 	"fmt"
 	"io"
@@ -40,10 +41,11 @@ HAVING (event_count != 0 OR revenue != 0) AND last_written <= now64(3) - %[3]d`
 // runReconcile is the subcommand: 0 when there is nothing to mend or it was mended, 1 when it could not be.
 func runReconcile(args []string, stdout, stderr io.Writer) int {
 	var r timeRange
-	var dryRun, anew bool
+	var dryRun, anew, asJSON bool
 	cfg, _, code, ok := command("reconcile", args, stderr, func(fs *flag.FlagSet) {
 		r.flags(fs)
 		fs.BoolVar(&dryRun, "dry-run", false, "only print what differs")
+		fs.BoolVar(&asJSON, "json", false, "what differs as a JSON object a line, and nothing else")
 		fs.BoolVar(&anew, "rebuild", false, "make the whole table anew from events, as schema.sql says it now, while events go on coming in")
 	})
 	if !ok {
@@ -58,6 +60,14 @@ func runReconcile(args []string, stdout, stderr io.Writer) int {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
 	defer cancel()
+	if asJSON {
+		lines := json.NewEncoder(stdout)
+		if _, err := reconcileEach(ctx, newStore(cfg), r, quietSeconds, dryRun, func(d unequal) { lines.Encode(d) }); err != nil {
+			fmt.Fprintln(stderr, "reconcile:", err)
+			return 1
+		}
+		return 0
+	}
 	n, err := reconcile(ctx, newStore(cfg), r, quietSeconds, dryRun, stdout)
 	if err != nil {
 		fmt.Fprintln(stderr, "reconcile:", err)
@@ -67,9 +77,32 @@ func runReconcile(args []string, stdout, stderr io.Writer) int {
 	return 0
 }
 
-// reconcile prints the rows that differ and, unless dryRun, mends them. It returns how many there were. The range is
-// widened to whole hours; what was written within the last quiet seconds is left out.
+// unequal is a row of events_hourly that does not agree with events.
+type unequal struct {
+	Hour     string `json:"hour"`
+	Event    string `json:"event_name"`
+	Channel  string `json:"channel"`
+	InEvents int64  `json:"in_events"`
+	InHourly int64  `json:"in_events_hourly"`
+}
+
+// reconcile is reconcileEach that prints a table.
 func reconcile(ctx context.Context, st *store, r timeRange, quiet int, dryRun bool, w io.Writer) (rows int, err error) {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	defer t.Flush()
+	begun := false
+	return reconcileEach(ctx, st, r, quiet, dryRun, func(d unequal) {
+		if !begun {
+			fmt.Fprintln(t, "HOUR\tEVENT\tCHANNEL\tIN EVENTS\tIN EVENTS_HOURLY")
+			begun = true
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%d\n", d.Hour, d.Event, d.Channel, d.InEvents, d.InHourly)
+	})
+}
+
+// reconcileEach hands the rows that differ to each and, unless dryRun, mends them. It returns how many there were. The range
+// is widened to whole hours; what was written within the last quiet seconds is left out.
+func reconcileEach(ctx context.Context, st *store, r timeRange, quiet int, dryRun bool, each func(unequal)) (rows int, err error) {
 	from, to := r.from/hourSeconds*hourSeconds, (r.to+hourSeconds-1)/hourSeconds*hourSeconds
 	c, err := st.dial(ctx)
 	if err != nil {
@@ -84,22 +117,18 @@ func reconcile(ctx context.Context, st *store, r timeRange, quiet int, dryRun bo
 		name, channel, hour proto.ColStr
 		missing, has        proto.ColInt64
 	)
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	err = c.Do(ctx, ch.Query{
 		Body:     st.sql("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") + " AS at, event_count AS missing, aggregated FROM (" + query + ") ORDER BY hour, name, ch"),
 		Settings: st.exactly(),
 		Result:   proto.Results{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "at", Data: &hour}, {Name: "missing", Data: &missing}, {Name: "aggregated", Data: &has}},
 		OnResult: func(context.Context, proto.Block) error {
 			for i := range missing {
-				if rows++; rows == 1 {
-					fmt.Fprintln(t, "HOUR\tEVENT\tCHANNEL\tIN EVENTS\tIN EVENTS_HOURLY")
-				}
-				fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%d\n", hour.Row(i), name.Row(i), channel.Row(i), has[i]+missing[i], has[i])
+				rows++
+				each(unequal{hour.Row(i), name.Row(i), channel.Row(i), has[i] + missing[i], has[i]})
 			}
 			return nil
 		},
 	})
-	t.Flush()
 	if err != nil || rows == 0 || dryRun {
 		return rows, err
 	}

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"os"
@@ -176,6 +177,19 @@ func TestReconcile(t *testing.T) {
 		out, _ := subcommand(t, env, runReconcile, "-dry-run")
 		return strings.Contains(out, "2 rows of events_hourly differ")
 	})
+	lines, code := subcommand(t, env, runReconcile, "-dry-run -json")
+	for line := range strings.Lines(lines) {
+		var d unequal
+		if err := json.Unmarshal([]byte(line), &d); err != nil || d.Event != "purchase" || d.InEvents != 50 || d.InHourly != 100 && d.InHourly != 0 {
+			t.Errorf("%v %s", err, line)
+		}
+	}
+	if code != 0 || strings.Count(lines, "\n") != 2 {
+		t.Errorf("%d %s", code, lines)
+	}
+	if out, code := subcommand(t, env, runAudit, "-json"); code != 0 && code != 1 || !json.Valid([]byte(out)) || !strings.Contains(out, `"distinct_events":100,`) {
+		t.Errorf("%d %s", code, out)
+	}
 	if out, code := subcommand(t, env, runReconcile, ""); code != 0 || !strings.Contains(out, "2 rows") {
 		t.Fatalf("%d %s", code, out)
 	}
