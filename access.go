@@ -216,20 +216,21 @@ func keyOf(r *http.Request) string {
 		return strings.TrimSpace(token)
 	}
 	if r.URL.RawQuery != "" && takesEvents(r) {
-		return queryValue(r.URL.RawQuery, "key")
+		key, _ := queryValue(r.URL.RawQuery, "key")
+		return key
 	}
 	return ""
 }
 
-// queryValue is the first value that a query has for name; what cannot be decoded is none. It builds no map.
-func queryValue(rawQuery, name string) string {
+// queryValue is the first value that a query has for name, empty when it cannot be decoded. It builds no map.
+func queryValue(rawQuery, name string) (value string, is bool) {
 	for pair := range strings.SplitSeq(rawQuery, "&") {
 		if n, v, _ := strings.Cut(pair, "="); n == name {
 			v, _ = url.QueryUnescape(v)
-			return v
+			return v, true
 		}
 	}
-	return ""
+	return "", false
 }
 
 // rightsOf is what a key allows, and whose it is; without any keys everybody may do everything, and a key is nobody's.

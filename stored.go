@@ -71,10 +71,10 @@ func (s *storedSignal) wait(ctx context.Context, then time.Time) bool {
 
 // wantsStored says whether the answer is to come when the events are stored, ?wait=stored.
 func wantsStored(r *http.Request) (bool, []problem) {
-	switch queryValue(r.URL.RawQuery, "wait") {
-	case "":
+	switch value, is := queryValue(r.URL.RawQuery, "wait"); {
+	case !is:
 		return false, nil
-	case "stored":
+	case value == "stored":
 		return true, nil
 	}
 	return false, []problem{{"wait", codeInvalidFormat, "wait must be stored, or absent"}}

@@ -46,8 +46,8 @@ func TestWaitStored(t *testing.T) {
 		}
 		counts(c.name, c.counted)
 	}
-	for _, path := range []string{onePath, bulkPath} {
-		if status, _, answer := p.do("POST", path+"?wait=stared", jsonCT, "", []byte(line("no"))); status != 400 || !strings.Contains(answer, `{"field":"wait","code":"validation.invalid-format.error"`) {
+	for _, path := range []string{onePath + "?wait=stared", bulkPath + "?wait=stared", onePath + "?wait=", onePath + "?x&wait"} {
+		if status, _, answer := p.do("POST", path, jsonCT, "", []byte(line("no"))); status != 400 || !strings.Contains(answer, `{"field":"wait","code":"validation.invalid-format.error"`) {
 			t.Errorf("%s: %d %s", path, status, answer)
 		}
 	}
