@@ -68,7 +68,7 @@ fuzz: ## each fuzz target for FUZZTIME (default 20s)
 bench: $(DEV) ## all benchmarks on an embedded stack; BENCH=regexp chooses
 	$(DEV) -ephemeral -- go test -run '^$$' -bench '$(or $(BENCH),.)' -skip Peers -benchmem -timeout 30m .
 
-bench-peers: $(DEV) ## this program beside other ways into the same tables: medians of RUNS (default 5) runs, 20 minutes
+bench-peers: $(DEV) ## this program beside other ways into the same tables: medians of RUNS (default 5) runs, 20 minutes; WAYS=drain for those with that word
 	$(DEV) -ephemeral -- go test -run '^$$' -bench Peers -benchtime $(or $(RUNS),5)x -timeout 80m .
 
 profile: $(DEV) ## CPU and memory profile of the whole path: cpu.pprof, mem.pprof
