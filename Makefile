@@ -56,7 +56,7 @@ test-cluster: $(DEV) ## the program's tests on a real Kafka cluster, set up as d
 test-api: $(APP) $(DEV) ## the OpenAPI document validated, and the running program fuzzed by it
 	$(DEV) -ephemeral -- scripts/test_api.sh $(APP)
 
-test-clients: $(DEV) ## the real clients of Segment's protocol for Python, Node and Go, through faults; needs npm and python3
+test-clients: $(DEV) ## the real clients of Segment's protocol for Python, Node, Go and browsers, through faults; needs npm, python3 and Linux
 	$(DEV) -ephemeral -- scripts/test_clients.sh
 
 # Midnight passes within the second and the fourth run, a month ends within the fourth.

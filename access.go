@@ -96,7 +96,8 @@ func (a *access) admits(w http.ResponseWriter, r *http.Request) bool {
 			h.Set("Access-Control-Expose-Headers", "Retry-After, X-Request-Id")
 			if r.Method == http.MethodOptions && r.Header.Get("Access-Control-Request-Method") != "" {
 				h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST")
-				h.Set("Access-Control-Allow-Headers", "Authorization, Content-Encoding, Content-Type, X-API-Key, X-Request-Id")
+				// X-Retry-Count is what Segment's client for browsers adds when it sends again.
+				h.Set("Access-Control-Allow-Headers", "Authorization, Content-Encoding, Content-Type, X-API-Key, X-Request-Id, X-Retry-Count")
 				h.Set("Access-Control-Max-Age", "600")
 				w.WriteHeader(http.StatusNoContent)
 				return false

@@ -21,21 +21,27 @@ func TestClients(t *testing.T) {
 	if dir == "" {
 		t.Skip("needs the clients: make test-clients")
 	}
-	const count = 4000
+	const count, atLeave = 4000, 40
 	for name, command := range map[string][]string{
-		"python": {dir + "/venv/bin/python", "scripts/clients/send.py"},
-		"node":   {"node", "scripts/clients/send.cjs"},
-		"go":     {dir + "/go-client"},
+		"python":  {dir + "/venv/bin/python", "scripts/clients/send.py"},
+		"node":    {"node", "scripts/clients/send.cjs"},
+		"go":      {dir + "/go-client"},
+		"browser": {"node", "scripts/clients/send.mjs"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			env := newSpace(t, "API_KEYS="+firstKey, "ACK_TIMEOUT=2s")
+			pagePort := freePort(t) // of the browser's page, which is another origin
+			env := newSpace(t, "API_KEYS="+firstKey, "ACK_TIMEOUT=2s", "CORS_ORIGINS=http://127.0.0.1:"+pagePort)
 			p := startProgram(t, env)
 			between := newProxy(t, strings.TrimPrefix(p.url, "http://"), nil)
-			client := exec.Command(command[0], append(command[1:], "http://127.0.0.1:"+between.port(), firstKey, fmt.Sprint(count))...)
+			client := exec.Command(command[0], append(command[1:], "http://127.0.0.1:"+between.port(), firstKey, fmt.Sprint(count), pagePort)...)
 			client.Env = append(os.Environ(), "NODE_PATH="+dir+"/node_modules")
 			var said bytes.Buffer
 			client.Stderr = &said
 			out, err := client.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			in, err := client.StdinPipe()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -56,19 +62,32 @@ func TestClients(t *testing.T) {
 			between.cutAnswers()
 			sent.await(t, 3000)
 			p = p.killAndRestart()
-			sent.await(t, count)
-			between.cutAnswers()
+			db, channel := space(env, "CLICKHOUSE_DATABASE"), "api"
+			stored := func(n int) {
+				p.await(fmt.Sprint(n, " stored"), time.Minute, func() bool {
+					return clickhouseQuery(t, "SELECT sum(event_count) FROM "+db+".events_hourly") == fmt.Sprint(n)
+				})
+			}
+			if name == "browser" { // its last events leave with the page, which nothing sends again
+				channel = "web"
+				sent.await(t, count-atLeave)
+				stored(count - atLeave)
+				fmt.Fprintln(in)
+				sent.await(t, count)
+				stored(count)
+				fmt.Fprintln(in)
+			} else {
+				sent.await(t, count)
+				between.cutAnswers()
+			}
 			if err := client.Wait(); err != nil {
 				t.Fatalf("the client ended with %v: %s", err, &said)
 			}
-			db := space(env, "CLICKHOUSE_DATABASE")
-			p.await("stored", time.Minute, func() bool {
-				return clickhouseQuery(t, "SELECT sum(event_count) FROM "+db+".events_hourly") == fmt.Sprint(count)
-			})
+			stored(count)
 			got := clickhouseQuery(t, "SELECT user_id, campaign_id, channel, count() FROM "+db+".events GROUP BY ALL ORDER BY ALL")
 			want := map[string]int{}
 			for i := range count {
-				want[fmt.Sprintf("u%d\tc%d\tapi", i%50, i%7)]++
+				want[fmt.Sprintf("u%d\tc%d\t%s", i%50, i%7, channel)]++
 			}
 			lines := strings.Split(got, "\n")
 			for _, line := range lines {

@@ -78,7 +78,14 @@ func costOf(single bool, media, encoding string, body []byte) (c cost) {
 		c.held = in.bodies.used.Load()
 		in.release(q)
 	} else {
-		if err := q.encode(context.Background(), media, 1795441976); err != nil {
+		err := error(nil)
+		if media == asSegment {
+			q.entry = appendItemEntries
+			_, err = q.encodeSegment(context.Background(), "batch", 1795441976)
+		} else {
+			err = q.encode(context.Background(), media, 1795441976)
+		}
+		if err != nil {
 			writeReadError(w, err)
 		} else {
 			q.records = q.records[:0]
@@ -108,6 +115,9 @@ func threadTime() time.Duration {
 	syscall.Getrusage(rusageThread, &u)
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
+
+// asSegment stands for the media type of a batch of Segment's protocol.
+const asSegment = "segment"
 
 // costGood is an event that only needs its end.
 const costGood = `{"event_name":"e","user_id":"u","timestamp":1795441976`
@@ -176,6 +186,21 @@ func costShapes(do func(name string, shape func(size int) []byte, single bool, m
 			closing := strings.Repeat("}", strings.Count(field, "{")+1)
 			event(p.name+" in "+field, func(n int) string { return costGood + `,` + field + costValue(i, n) + closing })
 		}
+	}
+	for i, p := range costPieces {
+		for _, field := range []string{`"userId":`, `"timestamp":`, `"name":`, `"properties":`, `"context":`, `"context":{"library":{"name":`, `"x":`} {
+			closing := strings.Repeat("}", strings.Count(field, "{")+1)
+			message := func(n int) string { return `{"type":"page","userId":"u",` + field + costValue(i, n) + closing }
+			do("one message, "+p.name+" in "+field, func(n int) []byte { return []byte(`{"batch":[` + message(n) + `]}`) }, false, asSegment)
+			do("1000 messages, "+p.name+" in "+field, func(n int) []byte {
+				return []byte(`{"batch":[` + message(n/1100) + strings.Repeat(","+message(n/1100), 999) + `]}`)
+			}, false, asSegment)
+		}
+	}
+	for _, m := range []string{`"context":{"campaign":{"name":1}}`, `"userId":0`, "\"\xff\":0", `"name":1`} {
+		do(fmt.Sprintf("repeated %.20q in a message", m), func(n int) []byte {
+			return []byte(`{"batch":[{"type":"page","userId":"u"` + strings.Repeat(","+m, n/(1+len(m))) + `}]}`)
+		}, false, asSegment)
 	}
 	for _, m := range costMembers {
 		event(fmt.Sprintf("repeated %.20q", m), func(n int) string { return costGood + strings.Repeat(","+m, n/(1+len(m))) + `}` })

@@ -300,10 +300,7 @@ func TestNothingAfterTo(t *testing.T) {
 	if got := clickhouseQuery(t, fmt.Sprintf("SELECT count(), uniqExact(event_id), (SELECT sum(event_count) FROM %[1]s.events_hourly) FROM %[1]s.events", db)); got != fmt.Sprintf("%d\t%d\t%d", len(seen), len(seen), len(seen)) {
 		t.Fatalf("%s, want %d of each", got, len(seen))
 	}
-	var ends []int64
-	for i := range int64(8) {
-		ends = append(ends, newest+2-i, hour+2-i, newest-daySeconds+i, newest-2*daySeconds-i*hourSeconds)
-	}
+	ends := []int64{newest + 1, newest, newest - 1, newest - 3, hour + 1, hour, hour - 1, hour - 2, newest - daySeconds, newest - 2*daySeconds - 5*hourSeconds}
 	for _, from := range []int64{newest - 4*daySeconds, hour - hourSeconds, hour, hour - 1, newest - 40} {
 		for _, to := range ends {
 			if to <= from {

@@ -63,8 +63,8 @@ func TestTablesChange(t *testing.T) {
 		t.Errorf("the log does not say what to do:\n%s", p.log)
 	}
 	for table, want := range map[string][]string{
-		"events":           {"auto_statistics_types = \\'\\'"},
-		"events_hourly":    {"auto_statistics_types = \\'\\'", "PROJECTION daily", "deduplicate_merge_projection_mode = \\'rebuild\\'", "uniqCombined64(19)"},
+		"events":           {"auto_statistics_types = \\'\\'", "CODEC(NONE)"},
+		"events_hourly":    {"`last_at`", "auto_statistics_types = \\'\\'", "PROJECTION daily", "deduplicate_merge_projection_mode = \\'rebuild\\'", "uniqCombined64(19)"},
 		"events_hourly_mv": {"uniqCombined64State(19)"},
 	} {
 		for _, text := range want {

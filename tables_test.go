@@ -204,7 +204,7 @@ func TestClusterSchema(t *testing.T) {
 		}
 		replicated += strings.Count(formatted, "ENGINE = Replicated")
 	}
-	if len(statements) != 11 || replicated != 2 {
+	if len(statements) != 12 || replicated != 2 {
 		t.Errorf("%d statements, %d replicated tables", len(statements), replicated)
 	}
 }

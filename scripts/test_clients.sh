@@ -1,8 +1,9 @@
 #!/bin/sh
-# Sends with the real clients of Segment's protocol through kills, an absent Kafka and lost answers: make test-clients. They go
-# into the user's cache, pinned; the Go one is a module of its own, so that the program's go.mod does not have it.
+# Sends with the real clients of Segment's protocol through kills, an absent Kafka and lost answers: make test-clients, or
+# CLIENT=go make test-clients for one of them. They go into the user's cache, pinned; the Go one is a module of its own, so
+# that the program's go.mod does not have it.
 set -eu
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/event-ingestion/clients-python2.4.0-node3.1.0
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/event-ingestion/clients-python2.4.0-node3.1.0-browser1.84.3
 for tool in python3 npm node go; do
 	command -v $tool >/dev/null || { echo "missing: $tool"; exit 1; }
 done
@@ -11,7 +12,8 @@ if [ ! -x "$cache/venv/bin/python" ]; then
 	"$cache/venv/bin/pip" install -q segment-analytics-python==2.4.0 || { rm -rf "$cache/venv"; exit 1; }
 fi
 if [ ! -d "$cache/node_modules/@segment/analytics-node" ]; then
-	npm install --silent --no-fund --no-audit --prefix "$cache" @segment/analytics-node@3.1.0
+	npm install --silent --no-fund --no-audit --prefix "$cache" @segment/analytics-node@3.1.0 \
+		@segment/analytics-next@1.84.3 puppeteer-core@24.43.1 @sparticuz/chromium@147.0.0
 fi
 (cd scripts/clients && CGO_ENABLED=0 go build -o "$cache/go-client" .)
-CLIENTS=$cache go test -race -count=1 -v -timeout 20m -run TestClients .
+CLIENTS=$cache go test -race -count=1 -v -timeout 20m -run "TestClients/${CLIENT:-}" .
