@@ -11,7 +11,7 @@ APP      := bin/event-ingestion
 # make up SCALE=1: three copies of the program behind a load balancer.
 COMPOSE := docker compose -f docker-compose.yml $(if $(SCALE),-f deploy/compose.scale.yml)
 
-.PHONY: help run stop build up down logs test test-cluster torture fuzz bench bench-peers profile lint clean test-api test-clients
+.PHONY: help run stop build up down logs test test-cluster test-clock torture fuzz bench bench-peers profile lint clean test-api test-clients
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,12 @@ test-api: $(APP) $(DEV) ## the OpenAPI document validated, and the running progr
 test-clients: $(DEV) ## the real clients of Segment's protocol for Python, Node, Go and browsers, through faults; needs npm, python3 and Linux
 	$(DEV) -ephemeral -- scripts/test_clients.sh
 
+# Midnight passes within the second and the fourth run, a month ends within the fourth.
+SHIFTS ?= 12:00 23:56 00:01 month-end month-start 12-31T12:00
+
+test-clock: $(DEV) ## the program's tests at other hours, half an hour; SHIFTS="12:00 23:56" chooses, TESTFLAGS='-run X' narrows
+	scripts/test_clock.py $(SHIFTS) -- $(TESTFLAGS)
+
 torture: $(DEV) ## the tests that kill things, with five times as many kills; TORTURE=n for more
 	TORTURE=$${TORTURE:-5} $(DEV) -ephemeral -- go test -race -count=1 -timeout 80m -v -run 'Kill|Power|Paused|Away|Answers|Copies|Stop|Model|Disk|Refused|Broken' .
 
@@ -68,7 +74,7 @@ fuzz: ## each fuzz target for FUZZTIME (default 20s)
 bench: $(DEV) ## all benchmarks on an embedded stack; BENCH=regexp chooses
 	$(DEV) -ephemeral -- go test -run '^$$' -bench '$(or $(BENCH),.)' -skip Peers -benchmem -timeout 30m .
 
-bench-peers: $(DEV) ## this program beside other ways into the same tables: medians of RUNS (default 5) runs, 20 minutes
+bench-peers: $(DEV) ## this program beside other ways into the same tables: medians of RUNS (default 5) runs, 20 minutes; WAYS=drain for those with that word
 	$(DEV) -ephemeral -- go test -run '^$$' -bench Peers -benchtime $(or $(RUNS),5)x -timeout 80m .
 
 profile: $(DEV) ## CPU and memory profile of the whole path: cpu.pprof, mem.pprof

@@ -263,12 +263,13 @@ func (in *inserter) lookAside(ctx context.Context) error {
 	var table, name, reason, partition proto.ColStr
 	var back proto.ColUInt8
 	err := in.query(ctx, ch.Query{
-		// The parts that were merged into one begin and end with its blocks.
+		// The parts that were merged into one begin and end with its blocks. They may have been merged into others already,
+		// and are there for some minutes more.
 		Body: "SELECT d.table AS table, d.name AS name, any(d.reason) AS reason, any(d.partition_id) AS partition," +
 			" toUInt8(countIf(p.rows > 0 AND p.first = d.first AND p.last <= d.last) > 0 AND countIf(p.rows > 0 AND p.last = d.last AND p.first >= d.first) > 0) AS back FROM (" +
 			"SELECT table, name, ifNull(reason, '') AS reason, ifNull(partition_id, '') AS partition_id, assumeNotNull(min_block_number) AS first, assumeNotNull(max_block_number) AS last" +
 			" FROM system.detached_parts WHERE database = {database:String} AND table IN ('events', 'events_hourly') AND startsWith(reason, 'broken')) AS d LEFT JOIN (" +
-			"SELECT table, partition_id, rows, min_block_number AS first, max_block_number AS last FROM system.parts WHERE active AND database = {database:String}" +
+			"SELECT table, partition_id, rows, min_block_number AS first, max_block_number AS last FROM system.parts WHERE database = {database:String}" +
 			") AS p ON p.table = d.table AND p.partition_id = d.partition_id GROUP BY table, name ORDER BY table, name",
 		Parameters: []proto.Parameter{parameter("database", in.store.database)},
 		Result:     proto.Results{{Name: "table", Data: &table}, {Name: "name", Data: &name}, {Name: "reason", Data: &reason}, {Name: "partition", Data: &partition}, {Name: "back", Data: &back}},
@@ -284,7 +285,7 @@ func (in *inserter) lookAside(ctx context.Context) error {
 }
 
 // noteAside is called for a part in a directory of its table's detached ones. back says that the parts that were merged
-// into it are live again.
+// into it are there again; minutes after a mending that cannot be seen any more.
 func (in *inserter) noteAside(table, dir, reason, partition string, back bool) {
 	p := partName{table, strings.TrimPrefix(dir, reason+"_")}
 	if _, seen := in.repairs.aside[p]; seen {
@@ -309,7 +310,7 @@ func (in *inserter) noteAside(table, dir, reason, partition string, back bool) {
 		if known { // no event is accepted before its time
 			to = time.Unix(within.from-minuteSeconds, 0).UTC().Format(time.RFC3339)
 		}
-		log.Error("a broken part is put aside and its rows are gone; Kafka has them: stop all copies and read them again", "with", "event-ingestion rewind -to "+to)
+		log.Error("a broken part is put aside and nothing has its rows; Kafka does: unless that is done, stop all copies and read them again", "with", "event-ingestion rewind -to "+to)
 	default:
 		log.Warn("a broken part is put aside, its hours are counted from events again")
 	}

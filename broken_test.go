@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -77,6 +78,7 @@ func breakPart(t *testing.T, db, table string) (name string) {
 func TestBrokenMerged(t *testing.T) {
 	for table, back := range map[string]int64{"events": 1000, "events_hourly": 7000} { // seconds, for a query that reads the part
 		t.Run(table, func(t *testing.T) {
+			t.Parallel()
 			p, send := brokenSpace(t, true)
 			db := space(p.env, "CLICKHOUSE_DATABASE")
 			name := breakPart(t, db, table)
@@ -151,11 +153,15 @@ func TestBrokenGone(t *testing.T) {
 func TestBrokenUnderLoad(t *testing.T) {
 	for _, table := range []string{"events", "events_hourly"} {
 		t.Run(table, func(t *testing.T) {
+			t.Parallel()
 			env := newSpace(t)
 			db := space(env, "CLICKHOUSE_DATABASE")
 			first, second := startProgram(t, env), startProgram(t, env)
 			l, done := loadInto(t, first.url, 3000, time.Hour)
-			first.await("under load", 20*time.Second, func() bool { return l.ok.Load() > 3000 })
+			first.await("stored", 30*time.Second, func() bool {
+				n, _ := strconv.Atoi(clickhouseQuery(t, "SELECT sum(event_count) FROM "+db+".events_hourly"))
+				return n > 3000
+			})
 			clickhouseQuery(t, "OPTIMIZE TABLE "+db+"."+table+" FINAL")
 			name := breakPart(t, db, table)
 			clickhouseQuery(t, "SYSTEM DROP MARK CACHE")

@@ -185,7 +185,7 @@ func TestDiskFullClickHouse(t *testing.T) {
 	db := space(env, "CLICKHOUSE_DATABASE")
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 5000, time.Hour)
-	fills, broken, noticed := 2, 0, 0
+	fills, broken, noticed := 1, 0, 0
 	if tortureFactor() > 1 {
 		fills = 5 * tortureFactor()
 	}
@@ -235,6 +235,7 @@ func TestRefusedForSeconds(t *testing.T) {
 		"UNKNOWN_TABLE": {"RENAME TABLE %[1]s.events TO %[1]s.away", "RENAME TABLE %[1]s.away TO %[1]s.events"},
 	} {
 		t.Run(code, func(t *testing.T) {
+			t.Parallel()
 			env := faultSpace(t)
 			p := startProgram(t, env)
 			l, done := loadInto(t, p.url, 3000, time.Hour)
