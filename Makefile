@@ -8,7 +8,7 @@ GO_FILES := $(wildcard *.go web/*) schema.sql go.mod go.sum
 DEV      := bin/dev
 APP      := bin/event-ingestion
 
-# make up SCALE=1: three copies of the program behind a load balancer.
+# make up SCALE=1: three instances of the program behind a load balancer.
 COMPOSE := docker compose -f docker-compose.yml $(if $(SCALE),-f deploy/compose.scale.yml)
 
 .PHONY: help run stop build up down logs test test-cluster test-clock torture fuzz bench bench-peers profile lint clean test-api test-clients
@@ -35,7 +35,7 @@ $(APP): $(GO_FILES)
 $(DEV): $(wildcard dev/*.go) dev/clickhouse.xml dev/go.mod dev/go.sum
 	cd dev && CGO_ENABLED=0 go build -trimpath -o ../$@ .
 
-up: ## the production stack in containers: Kafka, ClickHouse, Grafana, the program; SCALE=1 for three copies
+up: ## the production stack in containers: Kafka, ClickHouse, Grafana, the program; SCALE=1 for three instances
 	$(COMPOSE) up -d --build --wait
 	@$(COMPOSE) ps
 
@@ -66,7 +66,7 @@ test-clock: $(DEV) ## the program's tests at other hours, half an hour; SHIFTS="
 	scripts/test_clock.py $(SHIFTS) -- $(TESTFLAGS)
 
 torture: $(DEV) ## the tests that kill things, with five times as many kills; TORTURE=n for more
-	TORTURE=$${TORTURE:-5} $(DEV) -ephemeral -- go test -race -count=1 -timeout 80m -v -run 'Kill|Power|Paused|Away|Answers|Copies|Stop|Model|Disk|Refused|Broken' .
+	TORTURE=$${TORTURE:-5} $(DEV) -ephemeral -- go test -race -count=1 -timeout 80m -v -run 'Kill|Power|Paused|Away|Answers|Instances|Torn|Stop|Model|Disk|Refused|Broken' .
 
 fuzz: ## each fuzz target for FUZZTIME (default 20s)
 	for t in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do go test -run '^$$' -fuzz "^$$t$$" -fuzztime $${FUZZTIME:-20s} . || exit 1; done

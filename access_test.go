@@ -305,7 +305,7 @@ func TestRoles(t *testing.T) {
 		t.Errorf("a consumer takes events: %d", status)
 	}
 	if _, _, answer := api.do("GET", "/ready", "", "", nil); strings.Contains(answer, "consumers") {
-		t.Errorf("an API copy asks for consumers: %s", answer)
+		t.Errorf("an API instance asks for consumers: %s", answer)
 	}
 	done()
 	mustHold(api, l)

@@ -163,7 +163,7 @@ func (rd *readiness) brokers(ctx context.Context) error {
 	return err
 }
 
-// consuming says how storing goes, in words, and whether it runs at all. A copy that stands still stays ready: it accepts,
+// consuming says how storing goes, in words, and whether it runs at all. An instance that stands still stays ready: it accepts,
 // and Kafka keeps.
 func (rd *readiness) consuming() (text string, running bool) {
 	because := ""
@@ -194,7 +194,7 @@ func grouped(n int64) string {
 }
 
 // serveHealth answers GET /health: the process answers. It asks no dependency, so that an outage of one does not
-// make an orchestrator kill the copies that still accept events.
+// make an orchestrator kill the instances that still accept events.
 func serveHealth(w http.ResponseWriter, _ *http.Request) {
 	writeJSON(w, http.StatusOK, []byte(`{"status":"ok"}`))
 }

@@ -1,5 +1,5 @@
-// Three copies behind the load balancer of deploy/compose.scale.yml, with its own configuration: a roll-out that no
-// client notices, a copy that dies, a store that is away.
+// Three instances behind the load balancer of deploy/compose.scale.yml, with its own configuration: a roll-out that no
+// client notices, an instance that dies, a store that is away.
 
 package main
 
@@ -16,9 +16,9 @@ import (
 	"time"
 )
 
-// startBalancer runs HAProxy with deploy/haproxy.cfg in front of the copies and returns a program that stands for it.
+// startBalancer runs HAProxy with deploy/haproxy.cfg in front of the instances and returns a program that stands for it.
 // Only addresses are replaced, and what a test says, in pairs.
-func startBalancer(t *testing.T, haproxy string, copies []*program, replaced ...string) *program {
+func startBalancer(t *testing.T, haproxy string, instances []*program, replaced ...string) *program {
 	t.Helper()
 	cfg, err := os.ReadFile("deploy/haproxy.cfg")
 	if err != nil {
@@ -27,13 +27,13 @@ func startBalancer(t *testing.T, haproxy string, copies []*program, replaced ...
 	port := freePort(t)
 	replace := append(replaced, "bind :8080", "bind 127.0.0.1:"+port, "bind 127.0.0.1:8404", "bind 127.0.0.1:"+freePort(t))
 	for i, name := range []string{"event-ingestion", "event-ingestion-2", "event-ingestion-3"} {
-		replace = append(replace, " "+name+":8080", " "+strings.TrimPrefix(copies[i].url, "http://"))
+		replace = append(replace, " "+name+":8080", " "+strings.TrimPrefix(instances[i].url, "http://"))
 	}
 	path := filepath.Join(t.TempDir(), "haproxy.cfg")
 	if err := os.WriteFile(path, []byte(strings.NewReplacer(replace...).Replace(string(cfg))), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	b := &program{t: t, env: copies[0].env, url: "http://127.0.0.1:" + port, log: new(logBuffer)}
+	b := &program{t: t, env: instances[0].env, url: "http://127.0.0.1:" + port, log: new(logBuffer)}
 	b.cmd = exec.Command(haproxy, "-db", "-f", path)
 	b.cmd.Stdout, b.cmd.Stderr = b.log, b.log
 	if err := b.cmd.Start(); err != nil {
@@ -56,16 +56,16 @@ func TestBalancer(t *testing.T) {
 		t.Skip("haproxy is not installed")
 	}
 	env := newSpace(t, "MAX_IN_FLIGHT_BYTES_PER_CLIENT=0")
-	copies := []*program{startProgram(t, env), startProgram(t, env), startProgram(t, env)}
-	b := startBalancer(t, haproxy, copies)
+	instances := []*program{startProgram(t, env), startProgram(t, env), startProgram(t, env)}
+	b := startBalancer(t, haproxy, instances)
 
-	// A roll-out: each copy is stopped and comes back; the client, which tries everything once, sees no failure.
+	// A roll-out: each instance is stopped and comes back; the client, which tries everything once, sees no failure.
 	l, done := loadInto(t, b.url, 2000, time.Hour, "-retries", "0")
-	for i, p := range copies {
+	for i, p := range instances {
 		target := l.ok.Load() + 2000
 		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
 		p.terminate()
-		copies[i] = startProgram(t, p.env)
+		instances[i] = startProgram(t, p.env)
 	}
 	l.mu.Lock()
 	if n := l.unknown.Load(); n > 0 || len(l.refused) > 0 {
@@ -76,11 +76,11 @@ func TestBalancer(t *testing.T) {
 	done()
 	mustHold(b, l)
 
-	// A copy dies: the balancer sends most of what that had in hand to another, the client the rest once more.
+	// An instance dies: the balancer sends most of what that had in hand to another, the client the rest once more.
 	l, done = loadInto(t, b.url, 2000, time.Hour)
 	target := l.ok.Load() + 2000
 	b.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
-	copies[0] = copies[0].killAndRestart()
+	instances[0] = instances[0].killAndRestart()
 	target = l.ok.Load() + 2000
 	b.await("under load again", 20*time.Second, func() bool { return l.ok.Load() > target })
 	l.stop()

@@ -310,7 +310,7 @@ func (in *inserter) noteAside(table, dir, reason, partition string, back bool) {
 		if known { // no event is accepted before its time
 			to = time.Unix(within.from-minuteSeconds, 0).UTC().Format(time.RFC3339)
 		}
-		log.Error("a broken part is put aside and nothing has its rows; Kafka does: unless that is done, stop all copies and read them again", "with", "event-ingestion rewind -to "+to)
+		log.Error("a broken part is put aside and nothing has its rows; Kafka does: unless that is done, stop all instances and read them again", "with", "event-ingestion rewind -to "+to)
 	default:
 		log.Warn("a broken part is put aside, its hours are counted from events again")
 	}

@@ -53,7 +53,7 @@ type consumer struct {
 	stats    *storeStats
 	failed   func(error)            // told what a poll says, each time
 	assigned atomic.Int32           // partitions
-	member   atomic.Pointer[string] // the group's name for this copy since the first assignment
+	member   atomic.Pointer[string] // the group's name for this instance since the first assignment
 	holding  context.Context
 	letGo    context.CancelCauseFunc // ends holding: nothing that was taken in may be stored any more
 }
@@ -195,7 +195,7 @@ func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[s
 }
 
 // onRevoked lets partitions go: what is queued is dropped, what is in blocks is stored, marks are committed. Only then
-// may another copy have them.
+// may another instance have them.
 func (c *consumer) onRevoked(ctx context.Context, _ *kgo.Client, topics map[string][]int32) {
 	leaving := map[int32]struct{}{}
 	for _, p := range topics[c.topic] {
@@ -223,11 +223,11 @@ func (c *consumer) onLost(_ context.Context, _ *kgo.Client, topics map[string][]
 	}
 }
 
-var errGivenUp = errors.New("the consumer group did not hear from this copy in time and has given its partitions to others")
+var errGivenUp = errors.New("the consumer group did not hear from this instance in time and has given its partitions to others")
 
 var errGrown = errors.New("the topic has more partitions than before: every key has to be looked at anew")
 
-// isMember asks the group's coordinator whether this copy belongs to the group at this moment, under the name that it
+// isMember asks the group's coordinator whether this instance belongs to the group at this moment, under the name that it
 // was given its partitions by: franz-go joins under another one without a word when a rebalance finds the old one
 // unknown. A no ends the consumer; what is no answer has to be asked again.
 func (c *consumer) isMember(ctx context.Context) error {
@@ -251,7 +251,7 @@ func (c *consumer) isMember(ctx context.Context) error {
 		c.letGo(errGivenUp)
 		return errGivenUp
 	default:
-		return fmt.Errorf("ask Kafka whether this copy is still in the consumer group: %w", err)
+		return fmt.Errorf("ask Kafka whether this instance is still in the consumer group: %w", err)
 	}
 }
 

@@ -1,4 +1,4 @@
-// What must not lose an event: a stop under load, a kill, ClickHouse away, Kafka away, answers lost, copies that come and go.
+// What must not lose an event: a stop under load, a kill, ClickHouse away, Kafka away, answers lost, instances that come and go.
 
 package main
 
@@ -106,7 +106,7 @@ func TestKafkaAway(t *testing.T) {
 	mustHold(p, l)
 }
 
-// TestKilledUnderLoad: kill -9 of the program at random moments. The client resends what has no answer, the next copy
+// TestKilledUnderLoad: kill -9 of the program at random moments. The client resends what has no answer, the next instance
 // reads again what was not committed: everything is counted once.
 func TestKilledUnderLoad(t *testing.T) {
 	killUnderLoad(t, 20*tortureFactor(), func() {})
@@ -181,8 +181,8 @@ func TestResent(t *testing.T) {
 	}
 }
 
-// TestCopiesComeAndGo: partitions move under load, back and forth, and every event is stored once.
-func TestCopiesComeAndGo(t *testing.T) {
+// TestInstancesComeAndGo: partitions move under load, back and forth, and every event is stored once.
+func TestInstancesComeAndGo(t *testing.T) {
 	env := faultSpace(t)
 	first := startProgram(t, env)
 	l, done := loadInto(t, first.url, 5000, time.Hour)
@@ -277,9 +277,9 @@ func TestSameBlockAgain(t *testing.T) {
 	in.conn.Close()
 }
 
-// TestPausedCopy: a copy sleeps beyond its session and wakes up with blocks that somebody else has stored meanwhile, or
+// TestPausedInstance: an instance sleeps beyond its session and wakes up with blocks that somebody else has stored meanwhile, or
 // in the middle of an insert that somebody else waits for.
-func TestPausedCopy(t *testing.T) {
+func TestPausedInstance(t *testing.T) {
 	env := faultSpace(t)
 	first := startProgram(t, env)
 	second := startProgram(t, env)

@@ -1,7 +1,7 @@
 // Kafka beside the path of an event: the producer's options, the topics, and how far the group has come.
 //
 // kafka.go owns the freshness watermark: it samples the ends of the topic and the group's committed offsets, and so
-// knows a moment up to which everything acknowledged is stored, whoever of the copies stored it.
+// knows a moment up to which everything acknowledged is stored, whoever of the instances stored it.
 
 package main
 

@@ -32,7 +32,7 @@ const usage = `event-ingestion takes events over HTTP and answers metrics about 
   event-ingestion reconcile  make events_hourly agree with events (reconcile -h)
   event-ingestion rewind     read from Kafka again what ClickHouse lost (rewind -h)
   event-ingestion dlq        list, show and replay dead letters (dlq -h)
-  event-ingestion healthcheck  exit 0 when the copy of this machine is ready, for containers
+  event-ingestion healthcheck  exit 0 when the instance of this machine is ready, for containers
   event-ingestion version    print the version
   event-ingestion -h         this page
 
@@ -102,7 +102,7 @@ func serve() int {
 	return 0
 }
 
-// system is one copy of the program, put together.
+// system is one instance of the program, put together.
 type system struct {
 	cfg       *settings
 	stats     *stats

@@ -34,18 +34,18 @@ func (ev modelEvent) line() []byte {
 
 // model is the truth: the set of events that were acknowledged, and who may be asked.
 type model struct {
-	t      *testing.T
-	env    []string
-	rnd    *rand.Rand
-	copies []*program
-	now    int64 // the newest timestamp that is sent
-	serial int
-	acked  map[modelEvent]struct{}
-	order  []modelEvent // of acked, for choosing
-	log    []string     // steps so far
+	t         *testing.T
+	env       []string
+	rnd       *rand.Rand
+	instances []*program
+	now       int64 // the newest timestamp that is sent
+	serial    int
+	acked     map[modelEvent]struct{}
+	order     []modelEvent // of acked, for choosing
+	log       []string     // steps so far
 }
 
-// TestModel takes random steps: new, repeated and late events, kills, copies that come and go, stores that die, answers
+// TestModel takes random steps: new, repeated and late events, kills, instances that come and go, stores that die, answers
 // that are lost, reconciling. After every few of them the metrics endpoint, the raw table and the aggregate have to say
 // what the map says. MODEL_SEED repeats a run as far as timing allows.
 func TestModel(t *testing.T) {
@@ -55,7 +55,7 @@ func TestModel(t *testing.T) {
 	}
 	t.Logf("MODEL_SEED=%d", seed)
 	m := &model{t: t, env: faultSpace(t), rnd: rand.New(rand.NewPCG(seed, 0)), acked: map[modelEvent]struct{}{}, now: time.Now().Unix()}
-	m.copies = []*program{startProgram(t, m.env)}
+	m.instances = []*program{startProgram(t, m.env)}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("steps: %s", strings.Join(m.log, ", "))
@@ -134,7 +134,7 @@ func (m *model) oldEvents(n int) []modelEvent {
 
 func (m *model) name() string { return []string{"view", "click", `odd|\name`}[m.rnd.IntN(3)] }
 
-func (m *model) any() *program { return m.copies[m.rnd.IntN(len(m.copies))] }
+func (m *model) any() *program { return m.instances[m.rnd.IntN(len(m.instances))] }
 
 // send posts the events as a bulk until each was acknowledged, as a client does that got no answer.
 func (m *model) send(events []modelEvent) {
@@ -173,7 +173,7 @@ func (m *model) while(fault func()) {
 	events := append(m.newEvents(100), m.oldEvents(100)...)
 	var sending sync.WaitGroup
 	var ids [4][]modelEvent
-	url := m.copies[0].url // this one is never taken away for good
+	url := m.instances[0].url // this one is never taken away for good
 	for i := range ids {
 		ids[i] = events[i*50 : (i+1)*50]
 		sending.Go(func() {
@@ -191,20 +191,20 @@ func (m *model) while(fault func()) {
 }
 
 func (m *model) kill() {
-	i := m.rnd.IntN(len(m.copies))
-	m.copies[i] = m.copies[i].killAndRestart()
+	i := m.rnd.IntN(len(m.instances))
+	m.instances[i] = m.instances[i].killAndRestart()
 }
 
 func (m *model) join() {
-	if len(m.copies) < 3 {
-		m.copies = append(m.copies, startProgram(m.t, m.env))
+	if len(m.instances) < 3 {
+		m.instances = append(m.instances, startProgram(m.t, m.env))
 	}
 }
 
 func (m *model) leave() {
-	if last := len(m.copies) - 1; last > 0 {
-		m.copies[last].terminate()
-		m.copies = m.copies[:last]
+	if last := len(m.instances) - 1; last > 0 {
+		m.instances[last].terminate()
+		m.instances = m.instances[:last]
 	}
 }
 

@@ -38,10 +38,10 @@ DEFINE {whole hours} AS
 CREATE DATABASE IF NOT EXISTS {database}{on cluster};
 
 -- One row an event. The sorting key answers "which of these ids are here?" by primary key, and the cut hours of a
--- metrics query by event_name and time. ReplacingMergeTree merges away a copy that got past the dedupe.
+-- metrics query by event_name and time. ReplacingMergeTree merges away a duplicate that got past the dedupe.
 CREATE TABLE IF NOT EXISTS {database}.events{on cluster}
 (
-    event_id    FixedString(32)          COMMENT 'SHA-256 of event_name|user_id|timestamp|channel, raw; lower(hex(event_id)) is the API''s event_id',
+    event_id    FixedString(32)          COMMENT 'SHA-256 of event_name|user_id|timestamp|channel and, when there is one, |insert_id, raw; lower(hex(event_id)) is the API''s event_id',
     event_name  LowCardinality(String),
     channel     LowCardinality(String)   COMMENT 'web, mobile_app, api or empty',
     campaign_id LowCardinality(String),
@@ -57,9 +57,6 @@ ENGINE = {replicated}ReplacingMergeTree
 PARTITION BY toYYYYMM(timestamp)
 ORDER BY (event_name, timestamp, event_id)
 SETTINGS
-    -- An insert whose answer was lost is sent again with the same token; this many tokens are remembered.
-    non_replicated_deduplication_window = 10000,
-    replicated_deduplication_window = 10000,
     -- Parts below this size keep all columns in one file: a third less CPU for a small insert.
     min_bytes_for_wide_part = 67108864,
     -- A lookup unpacks a granule for each id: less than half of the CPU that 8192 rows cost, and inserts take the same.
@@ -69,8 +66,9 @@ SETTINGS
 -- Ids are random bytes: nobody tries to compress them, or to unpack them in a lookup.
 ALTER TABLE {database}.events{on cluster} MODIFY COLUMN event_id CODEC(NONE);
 
--- Statistics of every part, which the server makes by default, are for joins: 0.4 µs an event for nothing.
-ALTER TABLE {database}.events{on cluster} MODIFY SETTING auto_statistics_types = '';
+-- Statistics of every part, which the server makes by default, are for joins: 0.4 µs an event for nothing. Blocks that were
+-- inserted are not remembered: the program knows what is stored, and what was lost may have to be inserted once more.
+ALTER TABLE {database}.events{on cluster} MODIFY SETTING auto_statistics_types = '', non_replicated_deduplication_window = 0;
 
 -- One row an event_name, channel and hour: what the metrics endpoint and the dashboards read.
 CREATE TABLE IF NOT EXISTS {database}.events_hourly{on cluster}
@@ -89,8 +87,6 @@ ENGINE = {replicated}AggregatingMergeTree
 PARTITION BY toYYYYMM(hour)
 ORDER BY (event_name, channel, hour)
 SETTINGS
-    non_replicated_deduplication_window = 10000,
-    replicated_deduplication_window = 10000,
     min_bytes_for_wide_part = 67108864,
     -- States are large: a question about a few hours unpacks half as much.
     index_granularity_bytes = 1048576;
@@ -98,7 +94,7 @@ SETTINGS
 -- Rows from before there was this column may be from the hour's last second.
 ALTER TABLE {database}.events_hourly{on cluster} ADD COLUMN IF NOT EXISTS last_at SimpleAggregateFunction(max, DateTime('UTC')) DEFAULT hour + 3599 COMMENT 'timestamp of the newest event';
 
-ALTER TABLE {database}.events_hourly{on cluster} MODIFY SETTING auto_statistics_types = '', deduplicate_merge_projection_mode = 'rebuild';
+ALTER TABLE {database}.events_hourly{on cluster} MODIFY SETTING auto_statistics_types = '', non_replicated_deduplication_window = 0, deduplicate_merge_projection_mode = 'rebuild';
 
 -- The same by the day, in every part and so never out of step with it: a month is 30 states to merge, not 720.
 ALTER TABLE {database}.events_hourly{on cluster} ADD PROJECTION IF NOT EXISTS daily

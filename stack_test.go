@@ -41,7 +41,7 @@ func TestMain(m *testing.M) {
 	}
 }
 
-// program is one running copy.
+// program is one running instance.
 type program struct {
 	t      testing.TB
 	binary string // this test's own when empty, see asProgram
@@ -51,7 +51,7 @@ type program struct {
 	log    *logBuffer
 }
 
-// logBuffer is what a running copy has logged so far.
+// logBuffer is what a running instance has logged so far.
 type logBuffer struct {
 	mu sync.Mutex // guards b
 	b  bytes.Buffer
@@ -100,7 +100,7 @@ func faultSpace(t testing.TB, more ...string) []string {
 	return env
 }
 
-// startProgram runs a copy in the space and waits until it is ready. It is killed with the test if it still runs.
+// startProgram runs an instance in the space and waits until it is ready. It is killed with the test if it still runs.
 func startProgram(t testing.TB, env []string) *program {
 	t.Helper()
 	return startBinary(t, "", env)
@@ -152,7 +152,7 @@ func freePort(t testing.TB) string {
 	return strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
 }
 
-// killAndRestart ends the program with -9 and starts another copy in its place, on the same port.
+// killAndRestart ends the program with -9 and starts another instance in its place, on the same port.
 func (p *program) killAndRestart() *program {
 	p.t.Helper()
 	p.cmd.Process.Kill()

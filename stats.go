@@ -166,7 +166,7 @@ var help = map[string]string{
 	"event_ingestion_in_flight_bytes":                    "gauge: Bytes of bodies, records and answers that requests hold at the moment.",
 	"event_ingestion_produce_duration_seconds":           "histogram: Time from handing a request's events to Kafka to the last acknowledgement.",
 	"event_ingestion_records_consumed_total":             "counter: Records read from the main topic.",
-	"event_ingestion_partitions_assigned":                "gauge: Partitions of the main topic that this copy has.",
+	"event_ingestion_partitions_assigned":                "gauge: Partitions of the main topic that this instance has.",
 	"event_ingestion_consumer_lag_records":               "gauge: Records of the main topic that are not yet stored, by partition.",
 	"event_ingestion_freshness_seconds":                  "histogram: Age of a block's first record when its round is stored.",
 	"event_ingestion_complete_through_timestamp_seconds": "gauge: Unix second up to which everything acknowledged is stored.",

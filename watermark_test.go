@@ -55,7 +55,7 @@ func (a *acknowledged) send(ctx context.Context, p *program) {
 		a.at = append(a.at, 0)
 		a.mu.Unlock()
 		status := 0
-		for status != 202 && ctx.Err() == nil { // nobody answers while a copy is killed
+		for status != 202 && ctx.Err() == nil { // nobody answers while an instance is killed
 			if resp, err := httpPost(p.url+onePath, fmt.Sprintf(`{"event_name":"honest","user_id":"u%d","timestamp":%d}`, i, time.Now().Unix())); err == nil {
 				status = resp
 			}
@@ -68,7 +68,7 @@ func (a *acknowledged) send(ctx context.Context, p *program) {
 	}
 }
 
-// TestCompleteThroughIsHonest: rows that are rejected and stored later, a copy that is killed, ClickHouse away.
+// TestCompleteThroughIsHonest: rows that are rejected and stored later, an instance that is killed, ClickHouse away.
 func TestCompleteThroughIsHonest(t *testing.T) {
 	env := newSpace(t, "SERVER_PORT="+freePort(t), "MAX_RETRY_ATTEMPTS=20")
 	p := startProgram(t, env)
