@@ -265,13 +265,13 @@ func TestSettings(t *testing.T) {
 	}
 	var help bytes.Buffer
 	printSettings(&help)
-	readme, err := os.ReadFile("README.md")
+	readme, err := os.ReadFile("deploy/README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, s := range new(settings).settingsTable() {
 		if !strings.Contains(string(readme), "`"+s.name+"`") {
-			t.Errorf("README.md does not explain %s", s.name)
+			t.Errorf("deploy/README.md does not explain %s", s.name)
 		}
 	}
 }
