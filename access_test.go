@@ -35,6 +35,7 @@ const (
 )
 
 func TestKeys(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "keys")
 	os.WriteFile(file, []byte(firstKey+"\n"+secondKey+"\n"), 0o600)
 	p := startProgram(t, newSpace(t, "API_KEYS_FILE="+file))
@@ -88,6 +89,7 @@ func TestKeys(t *testing.T) {
 
 // TestWriteKeys: they send, by header or in the URL, and get nothing else; rotated like the others.
 func TestWriteKeys(t *testing.T) {
+	t.Parallel()
 	const all, third = "key-all-0123456789abcdef", "key-&+%-0123456789abcdef" // a key may need escapes in a URL
 	file := filepath.Join(t.TempDir(), "keys")
 	os.WriteFile(file, []byte(firstKey+"\n"+secondKey+"\n"), 0o600)
@@ -142,6 +144,7 @@ func TestWriteKeys(t *testing.T) {
 }
 
 func TestCORS(t *testing.T) {
+	t.Parallel()
 	p := startProgram(t, newSpace(t, "CORS_ORIGINS=https://shop.example, http://localhost:5173", "API_KEYS="+firstKey))
 	preflight := []string{"Access-Control-Request-Method: POST", "Access-Control-Request-Headers: content-type,x-api-key"}
 	status, header, _ := p.ask("OPTIONS", onePath, nil, append(preflight, "Origin: https://shop.example")...)
@@ -223,6 +226,7 @@ func newCertificate(t *testing.T, dir, name string) (certFile, keyFile string, p
 }
 
 func TestTLS(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	certFile, keyFile, _ := newCertificate(t, dir, "first")
 	port := freePort(t)
@@ -297,6 +301,7 @@ func TestSecureDependencies(t *testing.T) {
 }
 
 func TestRoles(t *testing.T) {
+	t.Parallel()
 	env := newSpace(t, "SHUTDOWN_DELAY=1s")
 	api := startProgram(t, append(env, "ROLE=api"))
 	consumer := startProgram(t, append(env, "ROLE=consumer"))
@@ -323,6 +328,7 @@ func TestRoles(t *testing.T) {
 
 // TestSecretsAreNotTold: whatever goes wrong, keys and passwords stay out of the log and of messages.
 func TestSecretsAreNotTold(t *testing.T) {
+	t.Parallel()
 	secrets := []string{firstKey, "clickhouse-secret-4711", "kafka-secret-4711", "sent-by-a-client-4711"}
 	port, admin := freePort(t), freePort(t)
 	env := append(newSpace(t), "ADMIN_ADDR=127.0.0.1:"+admin, "LOG_LEVEL=debug", "ACCESS_LOG=1", "SERVER_PORT="+port, "API_KEYS="+secrets[0], "CLICKHOUSE_PASSWORD="+secrets[1],

@@ -15,6 +15,7 @@ import (
 )
 
 func TestRequestIDs(t *testing.T) {
+	t.Parallel()
 	p := startProgram(t, newSpace(t, "ACCESS_LOG=1", "LOG_FORMAT=json"))
 	_, header, answer := p.ask("POST", onePath, []byte(`{}`), "X-Request-Id: trace-1.a_B")
 	if header.Get("X-Request-Id") != "trace-1.a_B" || !strings.Contains(answer, `"request_id":"trace-1.a_B"`) {

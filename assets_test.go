@@ -64,6 +64,7 @@ func refusing(t *testing.T, address string) *httptest.Server {
 }
 
 func TestSenders(t *testing.T) {
+	t.Parallel()
 	p := startProgram(t, newSpace(t, "API_KEYS="+secondKey, "WRITE_KEYS="+firstKey))
 	var lines bytes.Buffer
 	event := func(name string, i int) string {
@@ -118,6 +119,7 @@ func TestSenders(t *testing.T) {
 
 // TestPageSender: the page's sender in a browser, with what it still has when the page goes away.
 func TestPageSender(t *testing.T) {
+	t.Parallel()
 	chromium, err := exec.LookPath("chromium")
 	if err != nil {
 		t.Skip("chromium is not installed")

@@ -102,6 +102,7 @@ func TestBalancer(t *testing.T) {
 
 // TestBalancerRates: an address that asks too often is told so, with when to come back, and nobody else is.
 func TestBalancerRates(t *testing.T) {
+	t.Parallel()
 	haproxy, err := exec.LookPath("haproxy")
 	if err != nil {
 		t.Skip("haproxy is not installed")

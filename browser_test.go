@@ -71,6 +71,7 @@ go().catch((e) => report('failed: ' + e))
 }
 
 func TestPagesOfOthers(t *testing.T) {
+	t.Parallel()
 	chromium, err := exec.LookPath("chromium")
 	if err != nil {
 		t.Skip("chromium is not installed")

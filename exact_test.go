@@ -56,6 +56,7 @@ func postAll(t *testing.T, p *program, bodies [][]byte) {
 // TestLittleMemory: events over many hours, each sent three times in another order, with memory for a small part of
 // their ids or for none, with other numbers of workers and partitions, and a kill between.
 func TestLittleMemory(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		events, hours int
 		settings      []string
@@ -91,6 +92,7 @@ func TestLittleMemory(t *testing.T) {
 
 // TestOtherPartitioner: a producer that places keys by CRC32, as librdkafka's clients do, sends what the API has, too.
 func TestOtherPartitioner(t *testing.T) {
+	t.Parallel()
 	env := faultSpace(t)
 	p := startProgram(t, env)
 	kafka, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...), kgo.RecordPartitioner(kgo.BasicConsistentPartitioner(func(string) func(*kgo.Record, int) int {
@@ -130,6 +132,7 @@ func TestOtherPartitioner(t *testing.T) {
 // TestTopicGrows: partitions are added under load, so that most keys get another one, and what was sent before is sent
 // again.
 func TestTopicGrows(t *testing.T) {
+	t.Parallel()
 	env := faultSpace(t, "KAFKA_PARTITIONS=5")
 	p := startProgram(t, env)
 	kafka, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...))
@@ -228,6 +231,7 @@ func peakMemory(t *testing.T, p *program) int64 {
 // TestManyRejected: a constraint refuses a tenth of the rows, all the time. The others arrive, and all of the tenth become
 // dead letters.
 func TestManyRejected(t *testing.T) {
+	t.Parallel()
 	env := faultSpace(t, "MAX_RETRY_ATTEMPTS=1")
 	p := startProgram(t, env)
 	clickhouseQuery(t, "ALTER TABLE "+space(env, "CLICKHOUSE_DATABASE")+".events ADD CONSTRAINT tenth CHECK user_id NOT LIKE '%0'")

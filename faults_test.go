@@ -21,6 +21,7 @@ import (
 )
 
 func TestStopUnderLoad(t *testing.T) {
+	t.Parallel()
 	env := faultSpace(t)
 	for round := range 3 {
 		p := startProgram(t, env)
@@ -109,6 +110,7 @@ func TestKafkaAway(t *testing.T) {
 // TestKilledUnderLoad: kill -9 of the program at random moments. The client resends what has no answer, the next instance
 // reads again what was not committed: everything is counted once.
 func TestKilledUnderLoad(t *testing.T) {
+	t.Parallel()
 	killUnderLoad(t, 20*tortureFactor(), func() {})
 }
 
@@ -136,6 +138,7 @@ func killUnderLoad(t *testing.T, times int, also func()) {
 
 // TestResent: three clients send the same file at once, and one of them again after a restart.
 func TestResent(t *testing.T) {
+	t.Parallel()
 	env := faultSpace(t)
 	p := startProgram(t, env)
 	path := filepath.Join(t.TempDir(), "events.ndjson")
@@ -183,6 +186,7 @@ func TestResent(t *testing.T) {
 
 // TestInstancesComeAndGo: partitions move under load, back and forth, and every event is stored once.
 func TestInstancesComeAndGo(t *testing.T) {
+	t.Parallel()
 	env := faultSpace(t)
 	first := startProgram(t, env)
 	l, done := loadInto(t, first.url, 5000, time.Hour)
@@ -200,6 +204,7 @@ func TestInstancesComeAndGo(t *testing.T) {
 // TestTornBesideOthers: an hour of the aggregate is wrong, as two faults at once leave it, when an instance dies; it is
 // mended while another one goes on inserting into that hour.
 func TestTornBesideOthers(t *testing.T) {
+	t.Parallel()
 	env := faultSpace(t)
 	first, second := startProgram(t, env), startProgram(t, env)
 	l, done := loadInto(t, first.url, 2000, time.Hour)
@@ -225,6 +230,7 @@ func TestTornBesideOthers(t *testing.T) {
 
 // TestFence: when the group is asked, the insert stands in system.processes and has no row; without a yes none gets there.
 func TestFence(t *testing.T) {
+	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
 	st := newStore(cfg)
 	if err := st.applySchema(t.Context()); err != nil {
@@ -254,6 +260,7 @@ func TestFence(t *testing.T) {
 
 // TestSameBlockAgain: rows that were lost are inserted again, just as they were, and ClickHouse does not take them for known.
 func TestSameBlockAgain(t *testing.T) {
+	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
 	st := newStore(cfg)
 	if err := st.applySchema(t.Context()); err != nil {
@@ -280,6 +287,7 @@ func TestSameBlockAgain(t *testing.T) {
 // TestPausedInstance: an instance sleeps beyond its session and wakes up with blocks that somebody else has stored meanwhile, or
 // in the middle of an insert that somebody else waits for.
 func TestPausedInstance(t *testing.T) {
+	t.Parallel()
 	env := faultSpace(t)
 	first := startProgram(t, env)
 	second := startProgram(t, env)
@@ -319,6 +327,7 @@ func TestKafkaAwayUnderLoad(t *testing.T) {
 
 // TestAnswersCut: a proxy in front of ClickHouse lets requests through and cuts the connection before the answer.
 func TestAnswersCut(t *testing.T) {
+	t.Parallel()
 	cut := newProxy(t, "127.0.0.1:"+os.Getenv("CLICKHOUSE_PORT"), nil)
 	env := faultSpace(t, "CLICKHOUSE_PORT="+cut.port())
 	p := startProgram(t, env)

@@ -18,6 +18,7 @@ import (
 )
 
 func TestContract(t *testing.T) {
+	t.Parallel()
 	p := startProgram(t, newSpace(t))
 	now := time.Now().Unix()
 	expand := strings.NewReplacer(
@@ -170,6 +171,7 @@ func TestContract(t *testing.T) {
 }
 
 func TestContentEncoding(t *testing.T) {
+	t.Parallel()
 	p := startProgram(t, newSpace(t))
 	body := fmt.Appendf(nil, `{"events":[{"event_name":"e","user_id":"u","timestamp":%d}]}`, time.Now().Unix())
 	bomb := bytes.Repeat([]byte(" "), 50<<20)
@@ -215,6 +217,7 @@ func zstded(b []byte) []byte {
 
 // TestMetrics compares the endpoint with an independent count over ranges that cut hours at either end.
 func TestMetrics(t *testing.T) {
+	t.Parallel()
 	p := startProgram(t, newSpace(t))
 	type sent struct {
 		user, channel, campaign string
@@ -283,6 +286,7 @@ func TestMetrics(t *testing.T) {
 // TestNothingAfterTo: events of this very moment and around it, asked for up to each of these seconds, of everything that
 // answers, with merges stopped. What is from after `to` is in no answer, and everything else is in each.
 func TestNothingAfterTo(t *testing.T) {
+	t.Parallel()
 	env := newSpace(t)
 	p := startProgram(t, env)
 	db := space(env, "CLICKHOUSE_DATABASE")
@@ -345,6 +349,7 @@ func TestNothingAfterTo(t *testing.T) {
 
 // TestManyCampaigns: of more than the largest 1,000 the rest is left out, and the answer says so.
 func TestManyCampaigns(t *testing.T) {
+	t.Parallel()
 	env := newSpace(t)
 	p := startProgram(t, env)
 	insert := func(from, n int) { // campaign c0 once, c1 twice and so on to c9
@@ -402,6 +407,7 @@ func TestQueryParameters(t *testing.T) {
 
 // TestMetricsOddNames: a name that means something to SQL, TSV or a URL is a name like any other.
 func TestMetricsOddNames(t *testing.T) {
+	t.Parallel()
 	p := startProgram(t, newSpace(t))
 	names := []string{`it's`, `'`, `\`, `\'`, `a\b`, `\n`, `|\|`, `x|y`, `{event_name:String}`, `') OR 1=1 --`, `%27`, `a b+c&d=e`, `"quoted"`, "ünïcode 😀", `\N`, `\0`}
 	for _, name := range names {
@@ -433,6 +439,7 @@ func TestMetricsOddNames(t *testing.T) {
 
 // TestClockSkew: an event from a clock that is ahead is taken, up to the setting, and counted when its time has come.
 func TestClockSkew(t *testing.T) {
+	t.Parallel()
 	p := startProgram(t, newSpace(t, "CLOCK_SKEW=1m"))
 	body := func(at int64) []byte { return fmt.Appendf(nil, `{"event_name":"s","user_id":"u","timestamp":%d}`, at) }
 	count := func(path string) (now int64, counted bool) {

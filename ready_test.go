@@ -102,6 +102,7 @@ func TestWhatCanNeverWork(t *testing.T) {
 // TestCausesAreTold: a broker that hangs up on a wrong password, and a ClickHouse that is not there, are named in /ready and,
 // each once, in the log; when they heal the program goes on.
 func TestCausesAreTold(t *testing.T) {
+	t.Parallel()
 	port := freePort(t)
 	env := newSpace(t, "CLICKHOUSE_PORT=1", "SERVER_PORT="+port)
 	p := &program{t: t, env: env, url: "http://127.0.0.1:" + port}
@@ -142,6 +143,7 @@ func TestCausesAreTold(t *testing.T) {
 
 // TestReadyBesideSlowQueries: every connection of the metrics pool hangs, and more; /ready has its own.
 func TestReadyBesideSlowQueries(t *testing.T) {
+	t.Parallel()
 	slow := newProxy(t, "127.0.0.1:"+os.Getenv("CLICKHOUSE_PORT"), nil)
 	p := startProgram(t, newSpace(t, "CLICKHOUSE_PORT="+slow.port()))
 	slow.deaf.Store(true) // the connections of /ready and of the inserter are from before
@@ -169,6 +171,7 @@ func TestReadyBesideSlowQueries(t *testing.T) {
 
 // TestReadyWithOneBroker: a broker that hangs does not make Kafka as a whole unready.
 func TestReadyWithOneBroker(t *testing.T) {
+	t.Parallel()
 	brokers, silence := silentBrokers(t)
 	p := startProgram(t, newSpace(t, "KAFKA_BROKERS="+brokers, "ROLE=api"))
 	silence(1)
@@ -214,6 +217,7 @@ func TestReadyIsShared(t *testing.T) {
 
 // TestStopWhateverHangs: with rows and dead letters on their way and one thing that hangs for a minute or for ever.
 func TestStopWhateverHangs(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name string
 		hang func(t *testing.T, p *program, clickhouse *proxy, silence func(int))
@@ -280,6 +284,7 @@ func TestStopWithKafkaAway(t *testing.T) {
 // TestStandingStill: nothing can be stored, records wait, and /ready stays 200 and says since when, why and how many; the log
 // says the cause once; when it is over everything is as before.
 func TestStandingStill(t *testing.T) {
+	t.Parallel()
 	port := freePort(t)
 	env := newSpace(t, "ADMIN_ADDR=127.0.0.1:"+port)
 	p := startProgram(t, env)

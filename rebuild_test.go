@@ -50,6 +50,7 @@ func answers(p *program, until int64) string {
 }
 
 func TestTablesChange(t *testing.T) {
+	t.Parallel()
 	env := newSpace(t)
 	db := oldTables(t, env)
 	clickhouseQuery(t, "SYSTEM STOP MERGES "+db+".events")

@@ -36,6 +36,7 @@ func newTestSideways(t *testing.T, cfg *settings) *sideways {
 // TestPutOffTogether: a list far above what the brokers take in one batch, all attempts mixed, one record too large for
 // any batch: everything is acknowledged where it belongs.
 func TestPutOffTogether(t *testing.T) {
+	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
 	side := newTestSideways(t, cfg)
 	const each = 60
@@ -196,6 +197,7 @@ func totalOf(ns []int64) (total int64) {
 // TestTooLarge: topics that take less than the main one. A batch that is too large goes record by record, and a record that is
 // too large is a dead letter, cut until it fits, with what it was in its headers.
 func TestTooLarge(t *testing.T) {
+	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
 	side := newTestSideways(t, cfg)
 	limit := "20000"

@@ -89,6 +89,7 @@ func TestSegmentMapping(t *testing.T) {
 }
 
 func TestSegment(t *testing.T) {
+	t.Parallel()
 	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey+","+secondKey))
 	basic := func(key string) string {
 		return "Authorization: Basic " + base64.StdEncoding.EncodeToString([]byte(key+":"))
@@ -137,6 +138,7 @@ func TestSegment(t *testing.T) {
 
 // TestSegmentHostile: what no client of Segment sends gets 200 with errors, 400 or 413, and nothing else.
 func TestSegmentHostile(t *testing.T) {
+	t.Parallel()
 	p := startProgram(t, newSpace(t))
 	values := []string{`null`, `true`, `0`, `-1`, `1e400`, `""`, `"x"`, `[]`, `{}`, `[{}]`, `{"a":{"b":[1]}}`, `{"name":{"name":1}}`, `"\u0000"`, `"\ud800"`, "\"\xff\"",
 		`"` + strings.Repeat("x", 500<<10) + `"`, strings.Repeat("[", 400) + strings.Repeat("]", 400), strings.Repeat("[", 1e6), strings.Repeat("7", 1e6), `"2026-11-23T13:52:50Z"`, `1795441970`, `01`, `nul`}

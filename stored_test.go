@@ -13,6 +13,7 @@ import (
 )
 
 func TestWaitStored(t *testing.T) {
+	t.Parallel()
 	p := startProgram(t, newSpace(t))
 	counts := func(name string, want int) {
 		t.Helper()

@@ -18,6 +18,7 @@ import (
 // TestJunk: what is no event goes to the dead letters with its headers; what others write in their own way is
 // understood; nothing stops a partition.
 func TestJunk(t *testing.T) {
+	t.Parallel()
 	env := newSpace(t)
 	p := startProgram(t, env)
 	topic := space(env, "KAFKA_TOPIC")

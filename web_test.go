@@ -188,6 +188,7 @@ func TestDocumentStatuses(t *testing.T) {
 }
 
 func TestPages(t *testing.T) {
+	t.Parallel()
 	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey))
 	for path, kind := range map[string]string{
 		"/": "text/html", "/web/app.js": "text/javascript", "/web/app.css": "text/css", "/web/icon.svg": "image/svg+xml", "/swagger/index.html": "text/html",
@@ -220,6 +221,7 @@ func TestPages(t *testing.T) {
 }
 
 func TestOverview(t *testing.T) {
+	t.Parallel()
 	p := startProgram(t, newSpace(t))
 	type sent struct {
 		name, user, channel, campaign, currency string
@@ -319,6 +321,7 @@ func TestOverview(t *testing.T) {
 
 // TestLargeRevenue: prices as large as they can be stored, of which nine are more than 64 bits hold.
 func TestLargeRevenue(t *testing.T) {
+	t.Parallel()
 	env := newSpace(t)
 	p := startProgram(t, env)
 	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, timestamp, price) SELECT SHA256(toString(number)), 'purchase', now() - 60, toDecimal64('99999999999999.9999', 4) FROM numbers(30)", space(env, "CLICKHOUSE_DATABASE")))

@@ -284,9 +284,9 @@ func (p *eventParser) decode(value []byte) (*event, error) {
 	ev, problems, err := p.parse(value)
 	switch {
 	case err != nil:
-		return nil, err
+		return nil, fmt.Errorf("not an event's JSON: %w", err)
 	case len(problems) > 0:
-		return nil, fmt.Errorf("%s", problems[0].message)
+		return nil, errors.New(problems[0].message)
 	case !ev.storable():
 		return nil, fmt.Errorf("timestamp %d is not within 1970 to 2106", ev.timestamp)
 	}
