@@ -244,6 +244,14 @@ func (in *inserter) attach(ctx context.Context) error {
 	}
 }
 
+// attachLeft is attachAll for an inserter that finds a table missing: whoever has detached it may have died over it.
+func (s *store) attachLeft(ctx context.Context) {
+	if c, err := s.dial(ctx); err == nil {
+		defer c.Close()
+		s.attachAll(ctx, c)
+	}
+}
+
 // attachAll attaches what a mending that was cut off has left detached. It fails where there are no tables yet; what is
 // really wrong is told by what comes next.
 func (s *store) attachAll(ctx context.Context, c asker) {
@@ -299,7 +307,7 @@ func (in *inserter) noteAside(table, dir, reason, partition string, back bool) {
 		within = timeRange{month.Unix(), month.AddDate(0, 1, 0).Unix() - 1}
 	}
 	for hour := within.from / hourSeconds; hour <= within.to/hourSeconds; hour++ {
-		in.hours[hour] = struct{}{}
+		in.noteHour(hour)
 	}
 	log := slog.With("table", table, "part", p.name, "remove it with", fmt.Sprintf("ALTER TABLE %s.%s DROP DETACHED PART '%s' SETTINGS allow_drop_detached = 1", in.store.database, table, dir))
 	switch {

@@ -58,7 +58,7 @@ type consumer struct {
 	letGo    context.CancelCauseFunc // ends holding: nothing that was taken in may be stored any more
 }
 
-// newConsumer returns a consumer of the topic, which has so many partitions; it starts over when more were seen.
+// newConsumer returns a consumer of the topic, which has so many partitions; it starts over when another number was seen.
 func newConsumer(cfg *settings, st *store, partitions int, seen func() int, side *sideways, stats *storeStats, failed func(error)) (*consumer, error) {
 	c := &consumer{
 		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, seen: seen, stats: stats, failed: failed,
@@ -145,7 +145,7 @@ func (c *consumer) poll(ctx context.Context) {
 				c.failed(err)
 			}
 		})
-		if c.seen() > c.parts {
+		if n := c.seen(); n > 0 && n != c.parts {
 			c.letGo(errGrown)
 		}
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
@@ -225,7 +225,7 @@ func (c *consumer) onLost(_ context.Context, _ *kgo.Client, topics map[string][]
 
 var errGivenUp = errors.New("the consumer group did not hear from this instance in time and has given its partitions to others")
 
-var errGrown = errors.New("the topic has more partitions than before: every key has to be looked at anew")
+var errGrown = errors.New("the topic has another number of partitions than before: every key has to be looked at anew")
 
 // isMember asks the group's coordinator whether this instance belongs to the group at this moment, under the name that it
 // was given its partitions by: franz-go joins under another one without a word when a rebalance finds the old one

@@ -32,6 +32,8 @@ const (
 	loadIDs = 2_000_000
 	// loadAgain is after how many more rows a minute is loaded again that did not fit.
 	loadAgain = 100_000
+	// maxWanted bounds the minutes that are remembered to have been looked up: records of any age may come.
+	maxWanted = 100_000
 	// setOverhead is about what a set takes beside its table, in bytes.
 	setOverhead = 128
 )
@@ -173,6 +175,9 @@ type minuteSpan struct{ from, end int64 }
 // load makes known what the round and those before it asked for in vain, newest first: whole hours, so that the minutes
 // to come are known, too, or single minutes of an hour that is too large for that.
 func (p *past) load(ctx context.Context) error {
+	if len(p.wanted) > maxWanted {
+		clear(p.wanted)
+	}
 	hours := map[int64]int{}
 	for minute, n := range p.tally {
 		if set := p.minutes[minute]; set != nil {

@@ -3,11 +3,13 @@
 package main
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"maps"
 	"math/rand/v2"
 	"testing"
+	"time"
 
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
@@ -166,5 +168,35 @@ func TestKeep(t *testing.T) {
 				t.Fatalf("record of row %d", row)
 			}
 		}
+	}
+}
+
+// TestAbandonedRound: the ids of a round that a stop cut off are known and its rows are not stored. Whatever is asked of the
+// inserter afterwards, nothing of it may be committed.
+func TestAbandonedRound(t *testing.T) {
+	cfg, err := loadSettings(func(name string) string {
+		return map[string]string{"CLICKHOUSE_HOST": "127.0.0.1", "CLICKHOUSE_PORT": "1"}[name] // nobody listens there
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := idleWorker(10)
+	in := newInserter(newStore(cfg), cfg, &newStats().store, []*worker{w}, w.call, membership{
+		isMember: func(context.Context) error { return nil },
+		alone:    func() bool { return true },
+		stored:   func(reached []position) { t.Errorf("%v may be committed", reached) },
+	})
+	ev := mustParse(t, new(eventParser), sampleEvent)
+	in.past.minutes[ev.timestamp/minuteSeconds] = new(idSet)
+	id, _ := ev.id(nil)
+	record := &kgo.Record{Key: fmt.Appendf(nil, "%x", id), Value: []byte(sampleEvent)}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	for range 3 { // the event, and twice its duplicate
+		w.enqueue(0, []*kgo.Record{record})
+		if bad, err := w.takeIn(1); bad != nil {
+			t.Fatal(err)
+		}
+		in.insertRound(ctx)
 	}
 }

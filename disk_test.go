@@ -150,7 +150,6 @@ func (s *ownStack) fill(d time.Duration) {
 // TestDiskFullKafka: the brokers cannot write for some seconds. What cannot be kept is refused, what was acknowledged is
 // there after a kill of the whole stack.
 func TestDiskFullKafka(t *testing.T) {
-	t.Parallel()
 	s := startOwnStack(t, "kafka", 200, 100)
 	env := faultSpace(t, "ACK_TIMEOUT=1s")
 	p := startProgram(t, env)
@@ -179,7 +178,6 @@ func TestDiskFullKafka(t *testing.T) {
 // and are repeated, and no part is left whose files are empty. DISK_KEEP_FREE=0 counts how many are without the room that
 // is kept free, and mends after each.
 func TestDiskFullClickHouse(t *testing.T) {
-	t.Parallel()
 	keepFree := 100
 	fmt.Sscan(os.Getenv("DISK_KEEP_FREE"), &keepFree)
 	s := startOwnStack(t, "clickhouse", 600, keepFree)

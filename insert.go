@@ -99,7 +99,7 @@ func (in *inserter) run(ctx context.Context, stop <-chan struct{}) {
 			in.conn.Close()
 		}
 	}()
-	mending := time.NewTicker(mendInterval)
+	mending := time.NewTicker(mendTick)
 	defer mending.Stop()
 	for {
 		select {
@@ -163,6 +163,9 @@ func (in *inserter) flushFor(ctx context.Context, f flushRequest) {
 // insertRound takes the blocks of all workers and stores what is new in them as one insert. It returns when that is
 // done, or when ctx is: then the blocks' offsets stay unmarked.
 func (in *inserter) insertRound(ctx context.Context) {
+	if in.catchUp(ctx); ctx.Err() != nil { // the ids of a round that was abandoned are known, and its rows are not stored
+		return
+	}
 	in.call.answered()
 	in.taken = in.taken[:0]
 	for _, w := range in.workers {
@@ -190,6 +193,7 @@ func (in *inserter) insertRound(ctx context.Context) {
 		in.taken[i] = nil
 	}
 	in.stats.freshness.Update(time.Since(oldest).Seconds())
+	in.rounds++
 	in.mend(ctx)
 }
 
@@ -292,6 +296,8 @@ func (in *inserter) settle(ctx context.Context) error {
 		for row := range b.rows() {
 			if _, there := in.past.found[*b.id(row)]; !there {
 				missing = append(missing, row)
+			} else {
+				in.noteHour(b.at(row) / hourSeconds)
 			}
 		}
 		b.keep(missing)
@@ -358,6 +364,9 @@ func (in *inserter) persist(ctx context.Context, what string, try func() error) 
 		in.repair(ctx, err)
 		pause := min(minBackoff<<min(attempt-1, 10), maxBackoff)
 		in.stats.troubles.note(what, err)
+		if e, ok := ch.AsException(err); ok && e.Code == proto.ErrUnknownTable {
+			in.store.attachLeft(ctx)
+		}
 		select {
 		case <-time.After(pause/2 + rand.N(pause/2)):
 		case <-ctx.Done():

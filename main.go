@@ -143,7 +143,7 @@ func newSystem(cfg *settings) (*system, error) {
 	s.metrics = newMetricsAPI(s.store, s.watermark)
 	quick := newStore(cfg) // hangs no longer than its question may
 	quick.options.HandshakeTimeout, quick.options.ReadTimeout = readyTimeout, readyTimeout
-	s.ready = &readiness{kafka: s.producer, store: quick, watermark: s.watermark, troubles: s.stats.troubles, consumes: cfg.role != "api"}
+	s.ready = &readiness{kafka: s.producer, store: quick, broken: &s.store.broken, watermark: s.watermark, troubles: s.stats.troubles, consumes: cfg.role != "api"}
 	in := newIngester(s.producer, cfg, &s.stats.ingest)
 	in.stored = &s.watermark.stored
 	s.api = newServer(addr, s.routes(in), cfg, s.access, s.stats)

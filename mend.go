@@ -27,8 +27,11 @@ const (
 	lookShare    = 10
 	// mendTick is the least time between two looks of which the first did not settle it.
 	mendTick = 100 * time.Millisecond
-	// maxSpans bounds the text of a look; beyond it everything from the first hour to the last is counted.
-	maxSpans = 200
+	// lookHours bounds the hours of one look, and with it the time between two rounds.
+	lookHours = 24
+	// heldRounds is how many rounds may be stored and not committed: what a next owner takes for read again, see
+	// rereadBlocks, has to reach as far.
+	heldRounds = rereadBlocks - 2
 )
 
 // span is a range of Unix seconds, end excluded.
@@ -36,10 +39,13 @@ type span struct{ from, end int64 }
 
 // torn is the hours to look at.
 type torn struct {
-	hours map[int64]struct{} // by Unix hour
-	held  map[int32]position // by partition: what may be committed when no hour is left
-	next  time.Time          // of the next look
-	seen  []difference       // by the last look
+	hours   map[int64]struct{} // by Unix hour
+	held    map[int32]position // by partition: what may be committed when no hour is left
+	next    time.Time          // of the next look
+	seen    []difference       // by the last look
+	rounds  int                // that were stored since there is an hour to look at
+	trusted bool               // the last look found nothing
+	unheard bool               // the last mending got no answer
 }
 
 // difference is a row of events_hourly that lacks so many events, or has too many.
@@ -69,9 +75,16 @@ func (t *torn) noteHours(b *block) {
 	last := int64(-1)
 	for _, at := range b.timestamp.Data {
 		if hour := int64(at) / hourSeconds; hour != last {
-			t.hours[hour] = struct{}{}
+			t.noteHour(hour)
 			last = hour
 		}
+	}
+}
+
+func (t *torn) noteHour(hour int64) {
+	if _, noted := t.hours[hour]; !noted {
+		t.hours[hour] = struct{}{}
+		t.trusted = false
 	}
 }
 
@@ -83,55 +96,105 @@ func (t *torn) hold(reached []position) {
 }
 
 // mend lets what is held be committed, when every noted hour agrees. It takes its turn between rounds, so that no insert
-// of this instance runs. Where other instances insert, it looks in a moment in which none of them does, and takes a
-// difference for one when a second look finds the same.
+// of this instance runs. Where other instances insert, a difference is believed that two looks in a row have found, each in a
+// moment in which nobody inserted, and agreement that two looks in a row have found.
 func (in *inserter) mend(ctx context.Context) {
 	in.repair(ctx, nil)
 	if len(in.hours) > 0 && !time.Now().Before(in.next) {
 		started := time.Now()
-		agrees, err := in.lookAndMend(ctx)
+		hours := in.someHours()
+		agree, err := in.lookAndMend(ctx, hours)
 		took := time.Since(started)
-		if in.next = time.Now().Add(max(mendTick, took)); agrees {
-			in.next = time.Now().Add(max(mendInterval, lookShare*took))
-			clear(in.hours)
+		in.next = time.Now().Add(max(mendTick, took))
+		if agree {
+			for _, hour := range hours {
+				delete(in.hours, hour)
+			}
+			if in.next = time.Now().Add(lookShare * took); len(in.hours) == 0 {
+				in.next = time.Now().Add(max(mendInterval, lookShare*took))
+			}
 		}
 		if err != nil {
 			in.store.broken.note(err)
-			slog.Warn("hours not reconciled yet, their offsets wait", "hours", len(in.hours), "error", err)
-			in.next = time.Now().Add(mendInterval)
+			in.stats.troubles.note(lookAtHours, err)
+			in.next = time.Now().Add(max(mendInterval, lookShare*took))
+		} else {
+			in.stats.troubles.clear(lookAtHours)
 		}
 	}
 	if len(in.hours) == 0 && len(in.held) > 0 {
 		in.stored(slices.Collect(maps.Values(in.held)))
 		clear(in.held)
+		in.rounds = 0
 	}
 }
 
-// lookAndMend says whether the noted hours agree. A mending is believed when the next look finds nothing.
-func (in *inserter) lookAndMend(ctx context.Context) (agrees bool, err error) {
+// lookAtHours is what fails when hours cannot be counted.
+const lookAtHours = "compare hours of events_hourly with events; offsets wait"
+
+// catchUp mends until so few rounds are held that a next owner would read all of them as possibly torn.
+func (in *inserter) catchUp(ctx context.Context) {
+	for in.rounds >= heldRounds && ctx.Err() == nil {
+		in.next = time.Time{}
+		if in.mend(ctx); in.rounds < heldRounds {
+			return
+		}
+		select {
+		case <-time.After(mendTick):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// someHours are the oldest noted ones, in order.
+func (t *torn) someHours() []int64 {
+	hours := slices.Sorted(maps.Keys(t.hours))
+	return hours[:min(len(hours), lookHours)]
+}
+
+// lookAndMend says whether the hours agree. A mending is believed when the next look finds nothing.
+func (in *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool, err error) {
 	if came := in.cameAt.Load(); came != nil { // the last insert of a former owner may still be at work
 		if err := in.awaitInserts(ctx, *came); err != nil {
 			return false, err
 		}
 	}
-	alone := in.alone()
-	if busy, err := in.othersInsert(ctx, alone); busy || err != nil {
-		return false, err
+	if in.unheard { // and so may our own last mending
+		if err := in.awaitInserts(ctx, time.Time{}); err != nil {
+			return false, err
+		}
+		in.unheard = false
 	}
-	seen, err := in.look(ctx)
+	alone := in.alone()
+	busy, err := in.othersInsert(ctx, alone)
 	if err != nil {
 		return false, err
 	}
-	if busy, err := in.othersInsert(ctx, alone); busy || err != nil {
+	seen, err := in.look(ctx, hours)
+	if err != nil {
+		return false, err
+	}
+	if len(seen) == 0 {
+		agree = alone || !busy || in.trusted
+		in.seen, in.trusted = nil, !agree
+		return agree, nil
+	}
+	in.trusted = false
+	if after, err := in.othersInsert(ctx, alone); busy || after || err != nil {
 		return false, err
 	}
 	certain := alone || slices.Equal(seen, in.seen)
-	if in.seen = seen; len(seen) == 0 || !certain {
-		return len(seen) == 0, nil
+	if in.seen = seen; !certain {
+		return false, nil
 	}
 	slog.Warn("events_hourly does not agree with events after a fault, mending", "rows", len(seen), "first", fmt.Sprintf("%+v", seen[0]))
 	in.stats.mended.Add(len(seen))
-	return false, in.insertDifferences(ctx, seen)
+	in.unheard = true
+	if err := in.insertDifferences(ctx, seen); err != nil {
+		return false, err
+	}
+	in.unheard = false
+	return false, nil
 }
 
 // othersInsert says whether an insert of another instance runs.
@@ -144,8 +207,8 @@ func (in *inserter) othersInsert(ctx context.Context, alone bool) (bool, error) 
 	return n > 0, err
 }
 
-// look counts the noted hours in both tables and returns where they differ.
-func (in *inserter) look(ctx context.Context) (seen []difference, err error) {
+// look counts the hours in both tables and returns where they differ.
+func (in *inserter) look(ctx context.Context, hours []int64) (seen []difference, err error) {
 	var (
 		name, channel proto.ColStr
 		hour          proto.ColUInt32
@@ -155,7 +218,7 @@ func (in *inserter) look(ctx context.Context) (seen []difference, err error) {
 		Body: fmt.Sprintf("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, toUnixTimestamp(hour) AS h, sum(n) AS missing FROM ("+
 			"SELECT event_name, channel, toStartOfHour(timestamp) AS hour, toInt64(count()) AS n FROM %[1]s.events WHERE %[2]s GROUP BY event_name, channel, hour"+
 			" UNION ALL SELECT event_name, channel, hour, -event_count FROM %[1]s.events_hourly WHERE %[3]s"+
-			") GROUP BY event_name, channel, hour HAVING missing != 0 ORDER BY h, name, ch", in.store.database, in.within("timestamp"), in.within("hour")),
+			") GROUP BY event_name, channel, hour HAVING missing != 0 ORDER BY h, name, ch", in.store.database, within("timestamp", hours), within("hour", hours)),
 		Result: proto.Results{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "h", Data: &hour}, {Name: "missing", Data: &missing}},
 		OnResult: func(context.Context, proto.Block) error {
 			for i := range missing {
@@ -167,9 +230,8 @@ func (in *inserter) look(ctx context.Context) (seen []difference, err error) {
 	return seen, err
 }
 
-// within is the SQL for a column of times being in the noted hours.
-func (t *torn) within(column string) string {
-	hours := slices.Sorted(maps.Keys(t.hours))
+// within is the SQL for a column of times being in these hours, which ascend.
+func within(column string, hours []int64) string {
 	var spans []span
 	for _, hour := range hours {
 		if n := len(spans); n > 0 && spans[n-1].end == hour*hourSeconds {
@@ -177,9 +239,6 @@ func (t *torn) within(column string) string {
 		} else {
 			spans = append(spans, span{hour * hourSeconds, (hour + 1) * hourSeconds})
 		}
-	}
-	if len(spans) > maxSpans {
-		spans = []span{{spans[0].from, spans[len(spans)-1].end}}
 	}
 	var terms []string
 	for _, s := range spans {

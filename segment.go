@@ -304,7 +304,7 @@ func (p *eventParser) titled(m *message) {
 	}{{"name", &m.name}, {"category", &m.category}} {
 		if size := len(title.v.raw); size > maxMetadataBytes {
 			p.addf("metadata", codeMaxLength, "would have %d bytes of %s, the limit is %d", size, title.name, maxMetadataBytes)
-		} else if size > 0 && !has[title.name] {
+		} else if size > 0 && title.v.kind == '"' && !has[title.name] {
 			b = append(b, `,"`+title.name+`":`...)
 			b = title.v.appendCompact(b)
 		}

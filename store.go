@@ -27,6 +27,7 @@ type store struct {
 	options  ch.Options
 	database string
 	cluster  string       // of replicas, or empty
+	fsync    string       // 1 when an insert waits for the disk, else 0
 	userBits atomic.Int32 // precision of the user states that events_hourly has: queries have to say the same
 	broken   brokenParts
 }
@@ -38,6 +39,7 @@ func newStore(cfg *settings) *store {
 	st := &store{
 		database: cfg.clickhouseDatabase,
 		cluster:  cfg.clickhouseCluster,
+		fsync:    "0",
 		options: ch.Options{
 			Address:          net.JoinHostPort(cfg.clickhouseHost, strconv.Itoa(cfg.clickhousePort)),
 			User:             cfg.clickhouseUsername,
@@ -50,6 +52,9 @@ func newStore(cfg *settings) *store {
 	}
 	if cfg.clickhouseTLS {
 		st.options.TLS = &tls.Config{RootCAs: cfg.clickhouseCA, ServerName: cfg.clickhouseHost}
+	}
+	if cfg.clickhouseFsync {
+		st.fsync = "1"
 	}
 	st.userBits.Store(wantedUserBits)
 	return st
@@ -175,7 +180,7 @@ func (s *store) sql(text string) string {
 		onCluster, replicated = " ON CLUSTER '"+s.cluster+"'", "Replicated"
 	}
 	text = strings.NewReplacer(definitions...).Replace(text) // what is defined may name {database}
-	return strings.NewReplacer("{database}", s.database, "{on cluster}", onCluster, "{replicated}", replicated,
+	return strings.NewReplacer("{database}", s.database, "{on cluster}", onCluster, "{replicated}", replicated, "{fsync}", s.fsync,
 		"{user bits}", strconv.Itoa(int(s.userBits.Load()))).Replace(text)
 }
 

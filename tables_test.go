@@ -202,6 +202,20 @@ func TestReconcile(t *testing.T) {
 	}
 }
 
+// TestFsync: the setting reaches tables that are there, and is taken back.
+func TestFsync(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t)
+	for value, want := range map[string]string{"true": "1", "false": "0"} {
+		if err := newStore(settingsFrom(t, append(env, "CLICKHOUSE_FSYNC="+value))).applySchema(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if n := clickhouseQuery(t, "SELECT count() FROM system.tables WHERE database = '"+space(env, "CLICKHOUSE_DATABASE")+"' AND name IN ('events', 'events_hourly') AND create_table_query LIKE '%fsync_after_insert = "+want+", fsync_part_directory = "+want+"%'"); n != "2" {
+			t.Errorf("CLICKHOUSE_FSYNC=%s: %s of 2 tables", value, n)
+		}
+	}
+}
+
 func TestDelays(t *testing.T) {
 	for attempt, want := range map[int]time.Duration{1: 2 * time.Second, 2: 4 * time.Second, 3: 8 * time.Second, 4: 16 * time.Second, 5: 32 * time.Second, 6: time.Minute, 100: time.Minute} {
 		if got := delayOf(attempt); got != want {

@@ -54,6 +54,7 @@ type eventParser struct {
 	json     jsonReader
 	ev       event
 	seen     fieldSet
+	named    fieldSet // by a member, whatever its value
 	problems []problem
 	metadata []byte
 	scratch  []byte // texts of the event that were sent with escapes; at most 25 of them, each maxTextBytes
@@ -136,7 +137,7 @@ func (p *eventParser) read(r *jsonReader) (*event, []problem, error) {
 
 func (p *eventParser) begin() {
 	p.problems, p.scratch = p.problems[:0], p.scratch[:0]
-	p.seen = 0
+	p.seen, p.named = 0, 0
 	p.ev = event{tags: p.ev.tags[:0]}
 }
 
@@ -156,10 +157,15 @@ func (p *eventParser) member(k, v *jsonValue) {
 	switch {
 	case k.badText || v.badText:
 		p.seen |= f
-		p.addf(clip(k.raw[1:len(k.raw)-1]), codeInvalidFormat, "is not valid UTF-8 text")
+		if len(p.problems) < maxProblems { // a name costs an allocation
+			p.addf(clip(k.raw[1:len(k.raw)-1]), codeInvalidFormat, "is not valid UTF-8 text")
+		}
+	case p.named&f != 0:
+		p.addf(fieldNames[f], codeInvalidFormat, "appears more than once")
 	case f != 0:
 		p.field(f, v)
 	}
+	p.named |= f
 }
 
 // A character takes at most 12 bytes in a string of JSON, as a surrogate pair of escapes; one of a field's name 6.
@@ -201,10 +207,6 @@ func fieldByName(key []byte) fieldSet {
 
 // field checks a field's value and takes it in.
 func (p *eventParser) field(f fieldSet, v *jsonValue) {
-	if p.seen&f != 0 {
-		p.addf(fieldNames[f], codeInvalidFormat, "appears more than once")
-		return
-	}
 	if v.kind == 'n' {
 		return // absent
 	}
