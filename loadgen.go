@@ -319,9 +319,12 @@ func (l *loader) verify(stderr io.Writer) (checks []loadCheck) {
 	return checks
 }
 
+// exactUsers is up to how many users the endpoint counts exactly.
+const exactUsers = 4000
+
 func compare(e expectation, a metricsAnswer) []loadCheck {
-	// Beyond 10,000 users the endpoint may estimate within 1 %.
-	near := a.Users == e.users || e.users > 10_000 && math.Abs(float64(a.Users-e.users)) <= 0.01*float64(e.users)
+	// Beyond exactUsers the endpoint may estimate within 1 %.
+	near := a.Users == e.users || e.users > exactUsers && math.Abs(float64(a.Users-e.users)) <= 0.01*float64(e.users)
 	return []loadCheck{
 		{e.event + " total_count", e.count, a.Total, a.Total == e.count},
 		{e.event + " unique_users", e.users, a.Users, near},
