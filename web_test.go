@@ -324,7 +324,7 @@ func TestLargeRevenue(t *testing.T) {
 	t.Parallel()
 	env := newSpace(t)
 	p := startProgram(t, env)
-	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, timestamp, price) SELECT SHA256(toString(number)), 'purchase', now() - 60, toDecimal64('99999999999999.9999', 4) FROM numbers(30)", space(env, "CLICKHOUSE_DATABASE")))
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, timestamp, price) SELECT SHA256(toString(number)), 'purchase', toDateTime(%d), toDecimal64('99999999999999.9999', 4) FROM numbers(30)", space(env, "CLICKHOUSE_DATABASE"), time.Now().Unix()-60))
 	if status, _, answer := p.do("GET", "/api/v1/overview", "", "", nil); status != 200 || !json.Valid([]byte(answer)) || strings.Count(answer, `"revenue":2999999999999999.997`) != 4 {
 		t.Errorf("%d %s", status, answer)
 	}
