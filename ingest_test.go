@@ -354,8 +354,8 @@ func TestManyCampaigns(t *testing.T) {
 	p := startProgram(t, env)
 	insert := func(from, n int) { // campaign c0 once, c1 twice and so on to c9
 		clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, campaign_id, user_id, timestamp) "+
-			"SELECT SHA256(concat(toString(number), 'x', toString(k))), 'n', concat('c', toString(number)), toString(k), now() - 60 FROM numbers(%d, %d) ARRAY JOIN range(if(number < 10, number + 1, 1)) AS k",
-			space(env, "CLICKHOUSE_DATABASE"), from, n))
+			"SELECT SHA256(concat(toString(number), 'x', toString(k))), 'n', concat('c', toString(number)), toString(k), toDateTime(%d) FROM numbers(%d, %d) ARRAY JOIN range(if(number < 10, number + 1, 1)) AS k",
+			space(env, "CLICKHOUSE_DATABASE"), time.Now().Unix()-60, from, n))
 	}
 	ask := func() (a metricsAnswer, truncated bool) {
 		_, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=n&from=1&to=%d&group_by=campaign", metricsPath, time.Now().Unix()), "", "", nil)
