@@ -181,40 +181,9 @@ func insertOverHTTP(b testing.TB, database string, rowsPerInsert int) float64 {
 	cfg, _ := parseLoadFlags([]string{"-users", "10000"}, io.Discard)
 	cfg.event = fmt.Sprint("http_", time.Now().UnixNano())
 	gen := newGenerator(cfg)
-	var bodies [][]byte
-	for range wholePathEvents / rowsPerInsert {
-		var body []byte
-		for range rowsPerInsert {
-			n := gen.next
-			gen.next++
-			body = fmt.Appendf(body, `{"event_id":"%032d",`, n)
-			start := len(body)
-			body = append(gen.appendEvent(body, n), '\n')
-			body = append(body[:start], body[start+1:]...) // one brace is enough
-		}
-		bodies = append(bodies, body)
-	}
-	query := "INSERT INTO " + database + ".events (event_id, event_name, channel, campaign_id, user_id, timestamp, tags, metadata) FORMAT JSONEachRow"
-	url := "http://127.0.0.1:" + os.Getenv("CLICKHOUSE_HTTP_PORT") + "/?async_insert=0&insert_deduplicate=0&optimize_on_insert=0&input_format_json_read_objects_as_strings=1&query=" + strings.ReplaceAll(query, " ", "+")
+	bodies := jsonRows(gen, wholePathEvents, rowsPerInsert)
 	started := time.Now()
-	var inserts sync.WaitGroup
-	slots := make(chan struct{}, 8)
-	for _, body := range bodies {
-		slots <- struct{}{}
-		inserts.Go(func() { // ends with its insert
-			defer func() { <-slots }()
-			resp, err := http.Post(url, "application/json", bytes.NewReader(body))
-			if err != nil {
-				b.Error(err)
-				return
-			}
-			defer resp.Body.Close()
-			if answer, _ := io.ReadAll(resp.Body); resp.StatusCode != http.StatusOK {
-				b.Errorf("%s", answer)
-			}
-		})
-	}
-	inserts.Wait()
+	postRows(b, database, "async_insert=0&insert_deduplicate=0&optimize_on_insert=0", 8, bodies)
 	took := time.Since(started)
 	if got := clickhouseQuery(b, fmt.Sprintf("SELECT count() FROM %s.events WHERE event_name = '%s'", database, cfg.event)); got != fmt.Sprint(wholePathEvents) {
 		b.Fatalf("%s rows", got)

@@ -148,41 +148,52 @@ func sendBulks(flags ...string) func(*run) int {
 // collects the inserts of 16 connections by itself and answers when they are stored.
 func sendToClickHouse(r *run) int {
 	cfg, _ := parseLoadFlags([]string{"-users", "10000000"}, io.Discard)
-	gen := newGenerator(cfg)
-	var bodies [][]byte
-	for n := int64(0); n < int64(r.n); {
+	bodies := jsonRows(newGenerator(cfg), r.n, 1000)
+	r.begin(0)
+	postRows(r.b, r.db, "async_insert=1&wait_for_async_insert=1", 16, bodies)
+	return 0
+}
+
+// jsonRows is so many events as bodies for postRows, each of rowsPerInsert.
+func jsonRows(gen *generator, events, rowsPerInsert int) (bodies [][]byte) {
+	for range events / rowsPerInsert {
 		var body []byte
-		for range 1000 {
+		for range rowsPerInsert {
+			n := gen.next
+			gen.next++
 			body = fmt.Appendf(body, `{"event_id":"%032d",`, n)
 			start := len(body)
 			body = append(gen.appendEvent(body, n), '\n')
 			body = append(body[:start], body[start+1:]...) // one brace is enough
-			n++
 		}
 		bodies = append(bodies, body)
 	}
-	url := "http://127.0.0.1:" + os.Getenv("CLICKHOUSE_HTTP_PORT") + "/?async_insert=1&wait_for_async_insert=1&input_format_json_read_objects_as_strings=1&query=" +
-		strings.ReplaceAll("INSERT INTO "+r.db+".events (event_id, event_name, channel, campaign_id, user_id, timestamp, tags, metadata) FORMAT JSONEachRow", " ", "+")
-	r.begin(0)
+	return bodies
+}
+
+// postRows inserts each body over ClickHouse's own HTTP interface, so many at once, and returns when all are answered.
+func postRows(b testing.TB, database, settings string, connections int, bodies [][]byte) {
+	b.Helper()
+	query := "INSERT INTO " + database + ".events (event_id, event_name, channel, campaign_id, user_id, timestamp, tags, metadata) FORMAT JSONEachRow"
+	url := "http://127.0.0.1:" + os.Getenv("CLICKHOUSE_HTTP_PORT") + "/?" + settings + "&input_format_json_read_objects_as_strings=1&query=" + strings.ReplaceAll(query, " ", "+")
 	var inserts sync.WaitGroup
-	slots := make(chan struct{}, 16)
+	slots := make(chan struct{}, connections)
 	for _, body := range bodies {
 		slots <- struct{}{}
 		inserts.Go(func() { // ends with its insert
 			defer func() { <-slots }()
 			resp, err := http.Post(url, "application/json", bytes.NewReader(body))
 			if err != nil {
-				r.b.Error(err)
+				b.Error(err)
 				return
 			}
 			defer resp.Body.Close()
 			if answer, _ := io.ReadAll(resp.Body); resp.StatusCode != http.StatusOK {
-				r.b.Errorf("%s", answer)
+				b.Errorf("%s", answer)
 			}
 		})
 	}
 	inserts.Wait()
-	return 0
 }
 
 // fillTopic puts the run's events on its topic as the program does.
