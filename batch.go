@@ -187,6 +187,9 @@ func (c *idColumn) keep(rows []int) {
 
 func (c *idColumn) reset() { c.Buf = c.Buf[:0] }
 
+// Type is a constant where ch-go formats one for every block.
+func (*idColumn) Type() proto.ColumnType { return "FixedString(32)" }
+
 // timeColumn is DateTime.
 type timeColumn struct{ proto.ColDateTime }
 
@@ -269,8 +272,11 @@ func (d *dictColumn) append(v []byte) {
 	d.AppendKey(int(key))
 }
 
-// rows is Rows without the copy to the heap that ch-go's value receiver makes.
-func (d *dictColumn) rows() int {
+// Type is a constant where ch-go formats one for every block.
+func (*dictColumn) Type() proto.ColumnType { return "LowCardinality(String)" }
+
+// Rows goes without the copy to the heap that ch-go's value receiver makes.
+func (d *dictColumn) Rows() int {
 	if d.Key == proto.KeyUInt16 {
 		return len(d.Keys16)
 	}
@@ -319,11 +325,11 @@ func (l *listColumn) append(items [][]byte) {
 	for _, v := range items {
 		l.dictColumn.append(v)
 	}
-	l.offsets = append(l.offsets, uint64(l.dictColumn.rows()))
+	l.offsets = append(l.offsets, uint64(l.dictColumn.Rows()))
 }
 
-func (l *listColumn) Type() proto.ColumnType { return proto.ColumnTypeArray.Sub(l.dictColumn.Type()) }
-func (l *listColumn) Rows() int              { return len(l.offsets) }
+func (*listColumn) Type() proto.ColumnType { return "Array(LowCardinality(String))" }
+func (l *listColumn) Rows() int            { return len(l.offsets) }
 func (l *listColumn) EncodeColumn(buf *proto.Buffer) {
 	l.offsets.EncodeColumn(buf)
 	l.dictColumn.EncodeColumn(buf)

@@ -147,10 +147,10 @@ func TestKeep(t *testing.T) {
 			}
 			if l, ok := b.columns[i].column.(*listColumn); ok {
 				w := want.columns[i].column.(*listColumn)
-				if fmt.Sprint(l.offsets) != fmt.Sprint(w.offsets) || l.rows() != w.rows() {
+				if fmt.Sprint(l.offsets) != fmt.Sprint(w.offsets) || l.Rows() != w.Rows() {
 					t.Fatalf("tags end at %d, want %d", l.offsets, w.offsets)
 				}
-				for item := range l.rows() {
+				for item := range l.Rows() {
 					if string(l.value(item)) != string(w.value(item)) {
 						t.Fatalf("item %d: %s", item, l.value(item))
 					}

@@ -377,7 +377,8 @@ func (q *ingestRequest) onAck(rec *outgoing, err error) {
 	if err == nil {
 		rec.state.Store(stateAcked)
 	} else {
-		q.firstErr.CompareAndSwap(nil, &err)
+		why := err // only this one goes to the heap: err itself would, for each record
+		q.firstErr.CompareAndSwap(nil, &why)
 		rec.state.Store(stateFailed)
 	}
 	if q.pending.Add(-1) == 0 {

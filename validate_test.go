@@ -13,6 +13,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
@@ -219,6 +220,18 @@ func TestHotPathAllocations(t *testing.T) {
 		t.Errorf("body to records: %.0f allocations for %d events", n, events)
 	}
 
+	acknowledge := func() {
+		q.holders.Store(2)
+		q.pending.Store(int32(len(q.records)))
+		for i := range q.records {
+			q.records[i].promise(nil, nil)
+		}
+		<-q.acked
+	}
+	if n := testing.AllocsPerRun(100, acknowledge); n > 0 {
+		t.Errorf("acknowledgements: %.0f allocations for %d events", n, events)
+	}
+
 	w := idleWorker(2 * events)
 	records := make([]*kgo.Record, events)
 	for i := range records {
@@ -234,12 +247,25 @@ func TestHotPathAllocations(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	var header proto.Buffer
+	toHeader := func() {
+		header.Reset()
+		for _, c := range w.cur.columns {
+			proto.InputColumn{Name: c.name, Data: c.column}.EncodeStart(&header, proto.Version)
+			if c.Rows() != events {
+				t.Fatalf("%d rows of %s", c.Rows(), c.name)
+			}
+		}
+	}
 	toRows()
 	if w.cur.rows() != events {
 		t.Fatalf("%d rows", w.cur.rows())
 	}
 	if n := testing.AllocsPerRun(100, toRows); n > 0 {
 		t.Errorf("records to rows: %.0f allocations for %d events", n, events)
+	}
+	if n := testing.AllocsPerRun(100, toHeader); n > 0 {
+		t.Errorf("rows to a block's header: %.0f allocations for %d events", n, events)
 	}
 }
 
