@@ -277,7 +277,7 @@ func TestSecureDependencies(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer brokers.Close()
-	secure := newProxy(t, "127.0.0.1:"+os.Getenv("CLICKHOUSE_PORT"), config).port()
+	secure := newProxy(t, clickhouseAddress(t), config).port()
 	env := newSpace(t, "KAFKA_BROKERS="+strings.Join(brokers.ListenAddrs(), ","), "KAFKA_TLS=true", "KAFKA_TLS_CA_FILE="+certFile,
 		"KAFKA_SASL_MECHANISM=SCRAM-SHA-512", "KAFKA_SASL_USERNAME=ingest", "KAFKA_SASL_PASSWORD="+password,
 		"CLICKHOUSE_HOST=localhost", "CLICKHOUSE_PORT="+secure, "CLICKHOUSE_TLS=true", "CLICKHOUSE_TLS_CA_FILE="+certFile)

@@ -47,6 +47,7 @@ func TestRequestIDs(t *testing.T) {
 
 // TestMetricsPage: every metric is there with its meaning, histograms are ones, and the numbers are those of the load.
 func TestMetricsPage(t *testing.T) {
+	t.Parallel()
 	port := freePort(t)
 	env := newSpace(t, "ADMIN_ADDR=127.0.0.1:"+port)
 	p := startProgram(t, env)

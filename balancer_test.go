@@ -51,13 +51,14 @@ func startBalancer(t *testing.T, haproxy string, instances []*program, replaced 
 }
 
 func TestBalancer(t *testing.T) {
+	alone(t)
 	haproxy, err := exec.LookPath("haproxy")
 	if err != nil {
 		t.Skip("haproxy is not installed")
 	}
-	env := newSpace(t, "MAX_IN_FLIGHT_BYTES_PER_CLIENT=0")
+	env := newSpace(t, "MAX_IN_FLIGHT_BYTES_PER_CLIENT=0", "SHUTDOWN_DELAY=500ms")
 	instances := []*program{startProgram(t, env), startProgram(t, env), startProgram(t, env)}
-	b := startBalancer(t, haproxy, instances)
+	b := startBalancer(t, haproxy, instances, "inter 1s", "inter 100ms")
 
 	// A roll-out: each instance is stopped and comes back; the client, which tries everything once, sees no failure.
 	l, done := loadInto(t, b.url, 2000, time.Hour, "-retries", "0")
@@ -87,10 +88,10 @@ func TestBalancer(t *testing.T) {
 	done()
 	mustHold(b, l)
 
-	// ClickHouse is away: no copy is ready, and events are accepted all the same.
+	// ClickHouse is away: no instance is ready, and events are accepted all the same.
 	t.Cleanup(func() { control(t, "/clickhouse/start") })
 	control(t, "/clickhouse/stop")
-	b.await("no copy ready", 20*time.Second, func() bool { return b.status("/ready") == http.StatusServiceUnavailable })
+	b.await("no instance ready", 20*time.Second, func() bool { return b.status("/ready") == http.StatusServiceUnavailable })
 	away, done := loadInto(t, b.url, 1000, 5*time.Second) // the checks notice in the meantime
 	done()
 	control(t, "/clickhouse/start")

@@ -111,6 +111,7 @@ func TestBrokenGone(t *testing.T) {
 		killed bool
 	}{{"events", true}, {"events", false}, {"events_hourly", true}} {
 		t.Run(fmt.Sprint(c.table, " killed ", c.killed), func(t *testing.T) {
+			alone(t)
 			p, send := brokenSpace(t, false)
 			db := space(p.env, "CLICKHOUSE_DATABASE")
 			name := breakPart(t, db, c.table)
@@ -135,7 +136,7 @@ func TestBrokenGone(t *testing.T) {
 					t.Errorf("%s rows more in events than in events_hourly", got)
 				}
 				p.terminate()
-				out, code := subcommand(t, p.env, runRewind, m[1])
+				out, code := subcommand(t, p.env, "rewind "+m[1])
 				if code != 0 {
 					t.Fatalf("rewind %s: %d %s", m[1], code, out)
 				}
@@ -148,7 +149,7 @@ func TestBrokenGone(t *testing.T) {
 	}
 }
 
-// TestBrokenUnderLoad: a merged part breaks while two copies store and queries run. No insert is counted in one table only
+// TestBrokenUnderLoad: a merged part breaks while two instances store and queries run. No insert is counted in one table only
 // while the other one is detached.
 func TestBrokenUnderLoad(t *testing.T) {
 	for _, table := range []string{"events", "events_hourly"} {
@@ -209,6 +210,7 @@ func TestBrokenNamed(t *testing.T) {
 // TestBrokenUnread: a part that breaks on a full disk and that nobody reads is found by a check. The disk is not full here:
 // the inserter is told that an insert failed for want of space.
 func TestBrokenUnread(t *testing.T) {
+	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
 	st := newStore(cfg)
 	if err := st.applySchema(t.Context()); err != nil {

@@ -38,7 +38,7 @@ func newKafkaCluster(t *testing.T) *kafkaCluster {
 	if !isCluster() {
 		t.Skip("needs a cluster: make test-cluster")
 	}
-	client, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...))
+	client, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
 	if err != nil {
 		t.Fatal(err)
 	}

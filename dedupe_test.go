@@ -17,6 +17,7 @@ import (
 
 // TestIDSet: random additions and removals against a map, with keys that crowd at the ends of the table.
 func TestIDSet(t *testing.T) {
+	t.Parallel()
 	rnd := rand.New(rand.NewPCG(1, 2))
 	for run := range 200 {
 		var s idSet
@@ -55,6 +56,7 @@ func TestIDSet(t *testing.T) {
 
 // TestDedupeMemory: sets never take more than their budget, whatever comes, and what they know is never wrong.
 func TestDedupeMemory(t *testing.T) {
+	t.Parallel()
 	const budget = 40_000
 	known := newPast(nil, "", budget)
 	ev := mustParse(t, new(eventParser), sampleEvent)
@@ -107,6 +109,7 @@ func TestDedupeMemory(t *testing.T) {
 
 // TestKeep: what stays of a block is what was there, in every column.
 func TestKeep(t *testing.T) {
+	t.Parallel()
 	rnd := rand.New(rand.NewPCG(5, 6))
 	var p eventParser
 	for range 50 {

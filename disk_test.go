@@ -3,12 +3,9 @@
 package main
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,110 +15,37 @@ import (
 	"time"
 )
 
-// ownStack is an embedded stack of a test's own, of which one part has a small disk.
-type ownStack struct {
-	t      *testing.T
-	args   []string
-	disk   string // where the small disk is mounted
-	cmd    *exec.Cmd
-	ending io.Closer // its command's stdin
-	log    *logBuffer
-}
-
-// startOwnStack mounts a disk of so many MB under a part, kafka or clickhouse, and lets the environment of this process
-// point to the stack until the test ends.
-func startOwnStack(t *testing.T, part string, megabytes, keepFree int) *ownStack {
+// smallDisk mounts a disk of so many MB under a part, kafka or clickhouse, of a stack of the test's own.
+func smallDisk(t *testing.T, part string, megabytes, keepFree int) (s *ownStack, disk string) {
 	t.Helper()
 	if os.Getenv("DEV_COMMAND") == "" || isCluster() {
 		t.Skip("needs the embedded stack")
 	}
+	t.Parallel()
 	dir := t.TempDir()
-	s := &ownStack{t: t, disk: filepath.Join(dir, part), log: new(logBuffer)}
-	if err := os.Mkdir(s.disk, 0o755); err != nil {
+	disk = filepath.Join(dir, part)
+	if err := os.Mkdir(disk, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.Command("mount", "-t", "tmpfs", "-o", fmt.Sprintf("size=%dm", megabytes), "tmpfs", s.disk).CombinedOutput(); err != nil {
+	if out, err := exec.Command("mount", "-t", "tmpfs", "-o", fmt.Sprintf("size=%dm", megabytes), "tmpfs", disk).CombinedOutput(); err != nil {
 		t.Skipf("no small disk can be mounted here, which needs root: %v %s", err, out)
 	}
 	t.Cleanup(func() {
-		if out, err := exec.Command("umount", "-l", s.disk).CombinedOutput(); err != nil {
+		if out, err := exec.Command("umount", "-l", disk).CombinedOutput(); err != nil {
 			t.Errorf("umount: %v %s", err, out)
 		}
 	})
-	brokers, native, http := stackPort(t)+","+stackPort(t), stackPort(t), stackPort(t)
-	s.args = []string{"-data", dir, "-kafka-ports", brokers, "-clickhouse-port", native, "-clickhouse-http-port", http,
-		"-keep-free", fmt.Sprint(keepFree), "--", "sh", "-c", `echo "$KAFKA_BROKERS $DEV_CONTROL"; read end`}
-	t.Setenv("CLICKHOUSE_PORT", native)
-	t.Setenv("CLICKHOUSE_HTTP_PORT", http)
-	s.start()
-	t.Cleanup(func() {
-		s.ending.Close()
-		s.cmd.Wait()
-		if t.Failed() {
-			t.Logf("log of the test's own stack:\n%.4000s", s.log)
-		}
-	})
-	return s
-}
-
-// start runs the stack and waits until it answers. It ends with its stdin, and so with this process.
-func (s *ownStack) start() {
-	s.t.Helper()
-	s.cmd = exec.Command(os.Getenv("DEV_COMMAND"), s.args...)
-	s.cmd.Stderr = s.log
-	stdin, err := s.cmd.StdinPipe()
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	stdout, err := s.cmd.StdoutPipe()
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	if err := s.cmd.Start(); err != nil {
-		s.t.Fatal(err)
-	}
-	s.ending = stdin
-	line, err := bufio.NewReader(stdout).ReadString('\n')
-	brokers, control, ok := strings.Cut(strings.TrimSpace(line), " ")
-	if err != nil || !ok {
-		s.t.Fatalf("the stack does not start: %q %v", line, err)
-	}
-	s.t.Setenv("KAFKA_BROKERS", brokers)
-	s.t.Setenv("DEV_CONTROL", control)
-}
-
-// killAndRestart ends the whole stack with -9.
-func (s *ownStack) killAndRestart() {
-	s.t.Helper()
-	s.cmd.Process.Kill()
-	s.cmd.Wait()
-	s.ending.Close()
-	s.start()
-}
-
-// stackPort is a free port from below the kernels' own ranges: an outgoing connection must not take it while a part of the
-// stack is down.
-func stackPort(t *testing.T) string {
-	t.Helper()
-	for range 100 {
-		port := fmt.Sprint(20000 + rand.IntN(12000))
-		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
-			l.Close()
-			return port
-		}
-	}
-	t.Fatal("no free port")
-	return ""
+	return startOwnStack(t, "-data", dir, "-keep-free", fmt.Sprint(keepFree)), disk
 }
 
 // fill takes all of the disk for a time, gives some MB back now and then and takes them again: what is being written then
 // is cut off.
-func (s *ownStack) fill(d time.Duration) {
-	s.t.Helper()
-	path := filepath.Join(s.disk, "filler")
+func fill(t *testing.T, disk string, d time.Duration) {
+	t.Helper()
+	path := filepath.Join(disk, "filler")
 	f, err := os.Create(path)
 	if err != nil {
-		s.t.Fatal(err)
+		t.Fatal(err)
 	}
 	defer os.Remove(path)
 	defer f.Close()
@@ -135,13 +59,13 @@ func (s *ownStack) fill(d time.Duration) {
 				size += int64(n)
 			}
 			if !errors.Is(err, syscall.ENOSPC) {
-				s.t.Fatal(err)
+				t.Fatal(err)
 			}
 		}
 		time.Sleep(100 * time.Millisecond) // the fault itself, as is the next one
 		size = max(0, size-8<<20)
 		if err := f.Truncate(size); err != nil {
-			s.t.Fatal(err)
+			t.Fatal(err)
 		}
 		time.Sleep(rand.N(20 * time.Millisecond))
 	}
@@ -150,7 +74,7 @@ func (s *ownStack) fill(d time.Duration) {
 // TestDiskFullKafka: the brokers cannot write for some seconds. What cannot be kept is refused, what was acknowledged is
 // there after a kill of the whole stack.
 func TestDiskFullKafka(t *testing.T) {
-	s := startOwnStack(t, "kafka", 200, 100)
+	s, disk := smallDisk(t, "kafka", 200, 100)
 	env := faultSpace(t, "ACK_TIMEOUT=1s")
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 3000, time.Hour)
@@ -158,7 +82,7 @@ func TestDiskFullKafka(t *testing.T) {
 		target := l.ok.Load() + 3000
 		p.await("under load", time.Minute, func() bool { return l.ok.Load() > target })
 		before := l.retried.Load()
-		s.fill(3 * time.Second)
+		fill(t, disk, 3*time.Second)
 		if l.retried.Load() == before {
 			t.Error("nothing was refused")
 		}
@@ -180,7 +104,7 @@ func TestDiskFullKafka(t *testing.T) {
 func TestDiskFullClickHouse(t *testing.T) {
 	keepFree := 100
 	fmt.Sscan(os.Getenv("DISK_KEEP_FREE"), &keepFree)
-	s := startOwnStack(t, "clickhouse", 600, keepFree)
+	_, disk := smallDisk(t, "clickhouse", 600, keepFree)
 	env := newSpace(t)
 	db := space(env, "CLICKHOUSE_DATABASE")
 	p := startProgram(t, env)
@@ -192,7 +116,7 @@ func TestDiskFullClickHouse(t *testing.T) {
 	for range fills {
 		target := l.ok.Load() + 2000
 		p.await("under load", time.Minute, func() bool { return l.ok.Load() > target })
-		s.fill(time.Duration(500+rand.IntN(2500)) * time.Millisecond)
+		fill(t, disk, time.Duration(500+rand.IntN(2500))*time.Millisecond)
 		if list := emptyParts(t, db); len(list) > 0 || strings.Count(p.log.String(), "has a broken part") > noticed {
 			noticed = strings.Count(p.log.String(), "has a broken part")
 			t.Log("empty:", list, "noticed so far:", noticed)

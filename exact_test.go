@@ -95,7 +95,7 @@ func TestOtherPartitioner(t *testing.T) {
 	t.Parallel()
 	env := faultSpace(t)
 	p := startProgram(t, env)
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...), kgo.RecordPartitioner(kgo.BasicConsistentPartitioner(func(string) func(*kgo.Record, int) int {
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...), kgo.RecordPartitioner(kgo.BasicConsistentPartitioner(func(string) func(*kgo.Record, int) int {
 		return func(r *kgo.Record, n int) int { return int(crc32.ChecksumIEEE(r.Key) % uint32(n)) }
 	})))
 	if err != nil {
@@ -135,7 +135,7 @@ func TestTopicGrows(t *testing.T) {
 	t.Parallel()
 	env := faultSpace(t, "KAFKA_PARTITIONS=5")
 	p := startProgram(t, env)
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...))
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -166,6 +166,7 @@ func TestTopicGrows(t *testing.T) {
 // TestLargeEvents: events as large as they may be are accepted while ClickHouse is away, more than memory holds, and pass
 // through when it is back. The program runs without the race detector, whose memory would be counted.
 func TestLargeEvents(t *testing.T) {
+	alone(t)
 	binary := filepath.Join(t.TempDir(), "event-ingestion")
 	build := exec.Command("go", "build", "-o", binary, ".")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")

@@ -39,6 +39,7 @@ func TestStopUnderLoad(t *testing.T) {
 }
 
 func TestClickHouseAwayUnderLoad(t *testing.T) {
+	alone(t)
 	env := faultSpace(t)
 	p := startProgram(t, env)
 	away := 10 * time.Second
@@ -64,6 +65,7 @@ func TestClickHouseAwayUnderLoad(t *testing.T) {
 
 // TestClickHouseKilledUnderLoad: an insert whose answer is lost is repeated under its token, and counted once.
 func TestClickHouseKilledUnderLoad(t *testing.T) {
+	alone(t)
 	env := faultSpace(t)
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 5000, time.Hour)
@@ -79,6 +81,7 @@ func TestClickHouseKilledUnderLoad(t *testing.T) {
 }
 
 func TestKafkaAway(t *testing.T) {
+	alone(t)
 	env := faultSpace(t, "ACK_TIMEOUT=1s")
 	p := startProgram(t, env)
 	event := func() []byte {
@@ -116,6 +119,7 @@ func TestKilledUnderLoad(t *testing.T) {
 
 // TestPowerCut: the program and ClickHouse die together.
 func TestPowerCut(t *testing.T) {
+	alone(t)
 	killUnderLoad(t, 10*tortureFactor(), func() { control(t, "/clickhouse/kill") })
 }
 
@@ -307,6 +311,7 @@ func TestPausedInstance(t *testing.T) {
 
 // TestKafkaAwayUnderLoad: the brokers stop and come back; the client resends what was not acknowledged.
 func TestKafkaAwayUnderLoad(t *testing.T) {
+	alone(t)
 	env := faultSpace(t, "ACK_TIMEOUT=1s")
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 3000, time.Hour)
@@ -328,7 +333,7 @@ func TestKafkaAwayUnderLoad(t *testing.T) {
 // TestAnswersCut: a proxy in front of ClickHouse lets requests through and cuts the connection before the answer.
 func TestAnswersCut(t *testing.T) {
 	t.Parallel()
-	cut := newProxy(t, "127.0.0.1:"+os.Getenv("CLICKHOUSE_PORT"), nil)
+	cut := newProxy(t, clickhouseAddress(t), nil)
 	env := faultSpace(t, "CLICKHOUSE_PORT="+cut.port())
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 4000, time.Hour)
@@ -345,6 +350,7 @@ func TestAnswersCut(t *testing.T) {
 // TestKafkaAnswersCut: the brokers carry requests out and their answers are lost: what was produced is produced again
 // under its sequence number, what was committed is committed again.
 func TestKafkaAnswersCut(t *testing.T) {
+	alone(t)
 	if isCluster() {
 		t.Skip("the brokers of a cluster are killed instead, see cluster_test.go")
 	}

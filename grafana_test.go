@@ -153,7 +153,7 @@ func grafanaFixture(t *testing.T) (database string, base int64, all []sold) {
 // ask runs a panel's query as Grafana would, in the data source's default database.
 func (p picked) ask(t *testing.T, database, sql string) (rows [][]string) {
 	t.Helper()
-	resp, err := http.Post("http://127.0.0.1:"+os.Getenv("CLICKHOUSE_HTTP_PORT")+"/?database="+url.QueryEscape(database), "text/plain", strings.NewReader(p.expand(sql)))
+	resp, err := http.Post("http://127.0.0.1:"+stackEnv(t, "CLICKHOUSE_HTTP_PORT")+"/?database="+url.QueryEscape(database), "text/plain", strings.NewReader(p.expand(sql)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -277,6 +277,7 @@ func sameRows(got, want [][]string) bool {
 }
 
 func TestGrafanaPanels(t *testing.T) {
+	t.Parallel()
 	database, base, all := grafanaFixture(t)
 	d := readDashboard(t, "business")
 	if d.Title != "Event Ingestion - Business Metrics" || d.Time.From != "now-24h" || len(d.Panels) != 13 {

@@ -49,6 +49,7 @@ type model struct {
 // that are lost, reconciling. After every few of them the metrics endpoint, the raw table and the aggregate have to say
 // what the map says. MODEL_SEED repeats a run as far as timing allows.
 func TestModel(t *testing.T) {
+	alone(t)
 	seed := uint64(time.Now().UnixNano())
 	if s, err := strconv.ParseUint(os.Getenv("MODEL_SEED"), 10, 64); err == nil {
 		seed = s

@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"regexp"
 	"strings"
 	"sync"
@@ -40,6 +39,7 @@ func (p *program) ended(why string) int {
 }
 
 func TestWhatCanNeverWork(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name, says string
 		env        []string
@@ -144,7 +144,7 @@ func TestCausesAreTold(t *testing.T) {
 // TestReadyBesideSlowQueries: every connection of the metrics pool hangs, and more; /ready has its own.
 func TestReadyBesideSlowQueries(t *testing.T) {
 	t.Parallel()
-	slow := newProxy(t, "127.0.0.1:"+os.Getenv("CLICKHOUSE_PORT"), nil)
+	slow := newProxy(t, clickhouseAddress(t), nil)
 	p := startProgram(t, newSpace(t, "CLICKHOUSE_PORT="+slow.port()))
 	slow.deaf.Store(true) // the connections of /ready and of the inserter are from before
 	var hanging sync.WaitGroup
@@ -190,7 +190,8 @@ func TestReadyWithOneBroker(t *testing.T) {
 
 // TestReadyIsShared: however many ask, Kafka and ClickHouse are asked once a second.
 func TestReadyIsShared(t *testing.T) {
-	slow := newProxy(t, "127.0.0.1:"+os.Getenv("CLICKHOUSE_PORT"), nil)
+	t.Parallel()
+	slow := newProxy(t, clickhouseAddress(t), nil)
 	p := startProgram(t, newSpace(t, "CLICKHOUSE_PORT="+slow.port()))
 	slow.silent.Store(true)
 	var asking sync.WaitGroup
@@ -243,7 +244,7 @@ func TestStopWhateverHangs(t *testing.T) {
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			clickhouse := newProxy(t, "127.0.0.1:"+os.Getenv("CLICKHOUSE_PORT"), nil)
+			clickhouse := newProxy(t, clickhouseAddress(t), nil)
 			brokers, silence := silentBrokers(t)
 			env := newSpace(t, "CLICKHOUSE_PORT="+clickhouse.port(), "KAFKA_BROKERS="+brokers, "SHUTDOWN_TIMEOUT=2s")
 			p := startProgram(t, env)
@@ -272,6 +273,7 @@ func TestStopWhateverHangs(t *testing.T) {
 
 // TestStopWithKafkaAway: the brokers are gone before the signal comes.
 func TestStopWithKafkaAway(t *testing.T) {
+	alone(t)
 	p := startProgram(t, newSpace(t, "SHUTDOWN_TIMEOUT=2s"))
 	control(t, "/kafka/stop")
 	defer control(t, "/kafka/start")

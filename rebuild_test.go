@@ -103,6 +103,7 @@ func (s *stopAfter) Write(b []byte) (int, error) {
 // TestRebuild: events_hourly is made anew under load, cut off at each of its steps and begun again. Whoever asks meanwhile
 // is told the same numbers all the time, and in the end every event is counted once.
 func TestRebuild(t *testing.T) {
+	t.Parallel()
 	env := newSpace(t)
 	db := oldTables(t, env)
 	p := startProgram(t, env)
@@ -141,7 +142,7 @@ func TestRebuild(t *testing.T) {
 			t.Fatalf("it has no end:\n%s", &out.Buffer)
 		}
 	}
-	if out, code := subcommand(t, env, runReconcile, "-rebuild"); code != 0 || !strings.Contains(out, "0 of its rows had to be mended") {
+	if out, code := subcommand(t, env, "reconcile -rebuild"); code != 0 || !strings.Contains(out, "0 of its rows had to be mended") {
 		t.Errorf("once more: %d %s", code, out)
 	}
 	close(asked)

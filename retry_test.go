@@ -75,6 +75,7 @@ func TestPutOffTogether(t *testing.T) {
 
 // TestPutOffStopped: with the brokers away a move ends when it is told to, and says that it was not done.
 func TestPutOffStopped(t *testing.T) {
+	alone(t)
 	cfg := settingsFrom(t, newSpace(t))
 	side := newTestSideways(t, cfg)
 	control(t, "/kafka/stop")
@@ -98,6 +99,7 @@ func TestPutOffStopped(t *testing.T) {
 // TestRetryWorkers: 20,000 records of 16 KB wait for an hour, and take little memory; those with a short delay pass them, each
 // once, while workers come and go; what waits is still uncommitted in the end.
 func TestRetryWorkers(t *testing.T) {
+	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
 	side := newTestSideways(t, cfg)
 	kafka, err := newProducer(cfg, kgo.RecordPartitioner(kgo.ManualPartitioner()))

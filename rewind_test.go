@@ -13,6 +13,7 @@ import (
 // TestRewind: events are lost in one table, in both, or are as they were at an earlier time; after a rewind both tables
 // have each of them once.
 func TestRewind(t *testing.T) {
+	t.Parallel()
 	env := faultSpace(t)
 	db := space(env, "CLICKHOUSE_DATABASE")
 	p := startProgram(t, env)
@@ -59,7 +60,7 @@ func TestRewind(t *testing.T) {
 			}
 		},
 	} {
-		if out, code := subcommand(t, env, runRewind, "-to start"); code != 1 || !strings.Contains(out, "members") {
+		if out, code := subcommand(t, env, "rewind -to start"); code != 1 || !strings.Contains(out, "members") {
 			t.Errorf("while consumers run: %d %s", code, out)
 		}
 		p.terminate()
@@ -68,10 +69,10 @@ func TestRewind(t *testing.T) {
 		if what == "what came after the backup" {
 			to = second.UTC().Format(time.RFC3339)
 		}
-		if out, code := subcommand(t, env, runRewind, "-dry-run -to "+to); code != 0 || !strings.Contains(out, "would be read again") {
+		if out, code := subcommand(t, env, "rewind -dry-run -to "+to); code != 0 || !strings.Contains(out, "would be read again") {
 			t.Errorf("%s, dry run: %d %s", what, code, out)
 		}
-		out, code := subcommand(t, env, runRewind, "-to "+to)
+		out, code := subcommand(t, env, "rewind -to "+to)
 		if code != 0 {
 			t.Fatalf("%s: %d %s", what, code, out)
 		}
@@ -81,7 +82,7 @@ func TestRewind(t *testing.T) {
 		t.Logf("lost %s: %s", what, out[strings.LastIndex(strings.TrimSpace(out), "\n")+1:])
 	}
 	for args, want := range map[string]string{"": "has to be a time", "-to yesterday": "has to be a time"} {
-		if out, code := subcommand(t, env, runRewind, args); code != 2 || !strings.Contains(out, want) {
+		if out, code := subcommand(t, env, "rewind "+args); code != 2 || !strings.Contains(out, want) {
 			t.Errorf("%q: %d %s", args, code, out)
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -81,6 +82,7 @@ func newSpace(t testing.TB, more ...string) []string {
 	name := fmt.Sprintf("t%d_%d", os.Getpid(), time.Now().UnixNano())
 	t.Cleanup(func() { clickhouseQuery(t, "DROP DATABASE IF EXISTS "+name) })
 	return append([]string{
+		"KAFKA_BROKERS=" + stackEnv(t, "KAFKA_BROKERS"), "CLICKHOUSE_PORT=" + stackEnv(t, "CLICKHOUSE_PORT"),
 		"CLICKHOUSE_DATABASE=" + name, "KAFKA_TOPIC=" + name, "KAFKA_CONSUMER_GROUP=" + name,
 		"SERVER_HOST=127.0.0.1", "ADMIN_ADDR=off", "KAFKA_SESSION_TIMEOUT=1s",
 	}, more...)
@@ -201,7 +203,7 @@ func (p *program) do(method, path, contentType, encoding string, body []byte) (i
 
 func clickhouseQuery(t testing.TB, sql string) string {
 	t.Helper()
-	resp, err := http.Post("http://127.0.0.1:"+os.Getenv("CLICKHOUSE_HTTP_PORT"), "text/plain", strings.NewReader(sql))
+	resp, err := http.Post("http://127.0.0.1:"+stackEnv(t, "CLICKHOUSE_HTTP_PORT"), "text/plain", strings.NewReader(sql))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -306,7 +308,7 @@ func mustAgree(t testing.TB, l *loader, url string) {
 // control asks the embedded stack to take a part away or to give it back.
 func control(t testing.TB, action string) {
 	t.Helper()
-	resp, err := http.Post(os.Getenv("DEV_CONTROL")+action, "", nil)
+	resp, err := http.Post(stackEnv(t, "DEV_CONTROL")+action, "", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -382,21 +384,21 @@ func completeThrough(p *program) int64 {
 }
 
 // subcommand runs one of the program's commands in the space and returns what it printed and its exit code.
-func subcommand(t *testing.T, env []string, run func([]string, io.Writer, io.Writer) int, args string) (string, int) {
+func subcommand(t *testing.T, env []string, args string) (string, int) {
 	t.Helper()
-	for _, kv := range env {
-		name, value, _ := strings.Cut(kv, "=")
-		t.Setenv(name, value)
+	cmd := exec.Command(os.Args[0], strings.Fields(args)...)
+	cmd.Env = append(append(os.Environ(), asProgram+"=1"), env...)
+	out, err := cmd.CombinedOutput()
+	if exit := new(exec.ExitError); err != nil && !errors.As(err, &exit) {
+		t.Fatal(err)
 	}
-	var out bytes.Buffer
-	code := run(strings.Fields(args), &out, &out)
-	return out.String(), code
+	return string(out), cmd.ProcessState.ExitCode()
 }
 
 // readTopic returns the records of a topic once there are n.
 func readTopic(t testing.TB, topic string, n int) (records []*kgo.Record) {
 	t.Helper()
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...), kgo.ConsumeTopics(topic))
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...), kgo.ConsumeTopics(topic))
 	if err != nil {
 		t.Fatal(err)
 	}

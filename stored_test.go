@@ -73,6 +73,7 @@ func TestWaitStored(t *testing.T) {
 
 // TestWaitEnds: who waits for what does not come gets 202, after the time is up or when the program stops.
 func TestWaitEnds(t *testing.T) {
+	alone(t)
 	p := startProgram(t, newSpace(t))
 	t.Cleanup(func() { control(t, "/clickhouse/start") })
 	control(t, "/clickhouse/stop")

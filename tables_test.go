@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
-	"os"
 	"strings"
 	"testing"
 	"time"
@@ -22,7 +21,7 @@ func TestJunk(t *testing.T) {
 	env := newSpace(t)
 	p := startProgram(t, env)
 	topic := space(env, "KAFKA_TOPIC")
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...), kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.ProducerBatchMaxBytes(10_000_000))
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...), kgo.RecordPartitioner(kgo.ManualPartitioner()), kgo.ProducerBatchMaxBytes(10_000_000))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,6 +87,7 @@ func TestJunk(t *testing.T) {
 // TestRejectedRows: a real constraint refuses some rows. Their neighbours are stored, they are tried again, arrive when
 // the constraint is gone, and are dead letters when it stays.
 func TestRejectedRows(t *testing.T) {
+	t.Parallel()
 	env := newSpace(t, "MAX_RETRY_ATTEMPTS=2")
 	p := startProgram(t, env)
 	db, topic := space(env, "CLICKHOUSE_DATABASE"), space(env, "KAFKA_TOPIC")
@@ -139,16 +139,16 @@ func TestRejectedRows(t *testing.T) {
 		{"replay", fmt.Sprint(bad, " letters put back")},
 		{"replay", fmt.Sprint(bad, " letters put back")},
 	} {
-		if out, code := subcommand(t, env, runDLQ, c.args); code != 0 || !strings.Contains(out, c.want) {
+		if out, code := subcommand(t, env, "dlq "+c.args); code != 0 || !strings.Contains(out, c.want) {
 			t.Errorf("dlq %s: %d %s", c.args, code, out)
 		}
 	}
-	if out, code := subcommand(t, env, runDLQ, "list -type bogus"); code != 2 || !strings.Contains(out, errorExhausted) {
+	if out, code := subcommand(t, env, "dlq list -type bogus"); code != 2 || !strings.Contains(out, errorExhausted) {
 		t.Errorf("dlq list of a type that there is not: %d %s", code, out)
 	}
 	p.await("stored with those that were dead", 30*time.Second, count(events))
 	drained(p)
-	if out, code := subcommand(t, env, runAudit, ""); code != 0 || !strings.Contains(out, fmt.Sprint(2*bad)) {
+	if out, code := subcommand(t, env, "audit"); code != 0 || !strings.Contains(out, fmt.Sprint(2*bad)) {
 		t.Errorf("audit: %d\n%s", code, out)
 	}
 	if hourly := clickhouseQuery(t, "SELECT sum(event_count) FROM "+db+".events_hourly"); hourly != fmt.Sprint(events) {
@@ -158,6 +158,7 @@ func TestRejectedRows(t *testing.T) {
 
 // TestReconcile: an aggregate that lost an hour and counted another twice is mended, once.
 func TestReconcile(t *testing.T) {
+	t.Parallel()
 	env := newSpace(t)
 	p := startProgram(t, env)
 	db := space(env, "CLICKHOUSE_DATABASE")
@@ -175,10 +176,10 @@ func TestReconcile(t *testing.T) {
 	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events_hourly SELECT * FROM %[1]s.events_hourly WHERE hour = %d SETTINGS insert_deduplicate = 0", db, at))
 	clickhouseQuery(t, fmt.Sprintf("ALTER TABLE %s.events_hourly DELETE WHERE hour = %d SETTINGS mutations_sync = 1", db, at+3600))
 	p.await("quiet for long enough", 30*time.Second, func() bool {
-		out, _ := subcommand(t, env, runReconcile, "-dry-run")
+		out, _ := subcommand(t, env, "reconcile -dry-run")
 		return strings.Contains(out, "2 rows of events_hourly differ")
 	})
-	lines, code := subcommand(t, env, runReconcile, "-dry-run -json")
+	lines, code := subcommand(t, env, "reconcile -dry-run -json")
 	for line := range strings.Lines(lines) {
 		var d unequal
 		if err := json.Unmarshal([]byte(line), &d); err != nil || d.Event != "purchase" || d.InEvents != 50 || d.InHourly != 100 && d.InHourly != 0 {
@@ -188,13 +189,13 @@ func TestReconcile(t *testing.T) {
 	if code != 0 || strings.Count(lines, "\n") != 2 {
 		t.Errorf("%d %s", code, lines)
 	}
-	if out, code := subcommand(t, env, runAudit, "-json"); code != 0 && code != 1 || !json.Valid([]byte(out)) || !strings.Contains(out, `"distinct_events":100,`) {
+	if out, code := subcommand(t, env, "audit -json"); code != 0 && code != 1 || !json.Valid([]byte(out)) || !strings.Contains(out, `"distinct_events":100,`) {
 		t.Errorf("%d %s", code, out)
 	}
-	if out, code := subcommand(t, env, runReconcile, ""); code != 0 || !strings.Contains(out, "2 rows") {
+	if out, code := subcommand(t, env, "reconcile"); code != 0 || !strings.Contains(out, "2 rows") {
 		t.Fatalf("%d %s", code, out)
 	}
-	if out, code := subcommand(t, env, runReconcile, ""); code != 0 || !strings.Contains(out, "0 rows") {
+	if out, code := subcommand(t, env, "reconcile"); code != 0 || !strings.Contains(out, "0 rows") {
 		t.Errorf("a second time: %d %s", code, out)
 	}
 	if got := clickhouseQuery(t, figures+db+".events_hourly"); got != want {

@@ -7,7 +7,6 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -70,6 +69,7 @@ func (a *acknowledged) send(ctx context.Context, p *program) {
 
 // TestCompleteThroughIsHonest: rows that are rejected and stored later, an instance that is killed, ClickHouse away.
 func TestCompleteThroughIsHonest(t *testing.T) {
+	t.Parallel()
 	env := newSpace(t, "SERVER_PORT="+freePort(t), "MAX_RETRY_ATTEMPTS=20")
 	p := startProgram(t, env)
 	db := space(env, "CLICKHOUSE_DATABASE")
@@ -111,7 +111,7 @@ func TestCompleteThroughIsHonest(t *testing.T) {
 
 func readTopicEnds(t *testing.T, env []string, suffix string) []int64 {
 	t.Helper()
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...))
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,12 +126,13 @@ func readTopicEnds(t *testing.T, env []string, suffix string) []int64 {
 // TestCompleteThroughGoesOn: records that expire before anybody reads them, and topics that are deleted and made again with
 // fewer records than the group had committed, do not freeze it.
 func TestCompleteThroughGoesOn(t *testing.T) {
+	t.Parallel()
 	if isCluster() {
 		t.Skip("a cluster deletes topics and records in its own time")
 	}
 	env := newSpace(t)
 	topic := space(env, "KAFKA_TOPIC")
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...))
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -36,11 +36,11 @@ func stack(t *testing.T, env []string, files ...string) *types.Project {
 // eachStack runs a check on the stack of one copy and on that of three.
 func eachStack(t *testing.T, check func(t *testing.T, p *types.Project)) {
 	t.Run("one copy", func(t *testing.T) { check(t, stack(t, nil, composeFile)) })
-	t.Run("three copies", func(t *testing.T) { check(t, stack(t, nil, composeFile, scaleFile)) })
+	t.Run("three instances", func(t *testing.T) { check(t, stack(t, nil, composeFile, scaleFile)) })
 }
 
-// copies are the services that run the program.
-func copies(p *types.Project) (names []string) {
+// instances are the services that run the program.
+func instances(p *types.Project) (names []string) {
 	for _, name := range p.ServiceNames() {
 		if p.Services[name].Build != nil {
 			names = append(names, name)
@@ -139,7 +139,7 @@ func TestComposeEnvironment(t *testing.T) {
 		t.Fatal(err)
 	}
 	eachStack(t, func(t *testing.T, p *types.Project) {
-		for _, name := range copies(p) {
+		for _, name := range instances(p) {
 			// One bad value more makes the program name every bad value, and end.
 			env := []string{"MAX_RETRY_ATTEMPTS=x"}
 			for key, value := range p.Services[name].Environment {
@@ -162,7 +162,7 @@ func TestComposeEnvironment(t *testing.T) {
 func TestComposeStop(t *testing.T) {
 	limit := programDefault(t, "SHUTDOWN_TIMEOUT")
 	eachStack(t, func(t *testing.T, p *types.Project) {
-		for _, name := range copies(p) {
+		for _, name := range instances(p) {
 			grace := p.Services[name].StopGracePeriod
 			if grace == nil || time.Duration(*grace) <= limit {
 				t.Errorf("%s: stop_grace_period %v, SHUTDOWN_TIMEOUT %s", name, grace, limit)
@@ -175,7 +175,7 @@ func TestComposeStop(t *testing.T) {
 func TestComposePasswords(t *testing.T) {
 	for env, want := range map[string]string{"": "clickhouse123", "CLICKHOUSE_PASSWORD=other": "other"} {
 		p := stack(t, []string{env}, composeFile, scaleFile)
-		for _, name := range append(copies(p), "clickhouse", "grafana") {
+		for _, name := range append(instances(p), "clickhouse", "grafana") {
 			if got := p.Services[name].Environment["CLICKHOUSE_PASSWORD"]; got == nil || *got != want {
 				t.Errorf("%q: password of %s is %v, want %s", env, name, got, want)
 			}
@@ -287,7 +287,7 @@ func TestComposeClients(t *testing.T) {
 			}
 		}
 		lists := []string{*p.Services["kafka-ui"].Environment["KAFKA_CLUSTERS_0_BOOTSTRAPSERVERS"]}
-		for _, name := range copies(p) {
+		for _, name := range instances(p) {
 			lists = append(lists, *p.Services[name].Environment["KAFKA_BROKERS"])
 		}
 		for _, list := range lists {
@@ -295,9 +295,9 @@ func TestComposeClients(t *testing.T) {
 				t.Errorf("brokers %s, want %s", list, want)
 			}
 		}
-		for _, name := range copies(p) { // deploy/prometheus.yml asks this name on the port of ADMIN_ADDR
+		for _, name := range instances(p) { // deploy/prometheus.yml asks this name on the port of ADMIN_ADDR
 			n := p.Services[name].Networks["default"]
-			if n == nil || !slices.Contains(n.Aliases, "copies") || *p.Services[name].Environment["ADMIN_ADDR"] != ":6060" {
+			if n == nil || !slices.Contains(n.Aliases, "instances") || *p.Services[name].Environment["ADMIN_ADDR"] != ":6060" {
 				t.Errorf("%s: Prometheus does not find it", name)
 			}
 		}
@@ -306,8 +306,8 @@ func TestComposeClients(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !regexp.MustCompile(`names: \[copies\]\s+type: A\s+port: 6060\b`).Match(b) {
-		t.Error("deploy/prometheus.yml does not ask copies:6060")
+	if !regexp.MustCompile(`names: \[instances\]\s+type: A\s+port: 6060\b`).Match(b) {
+		t.Error("deploy/prometheus.yml does not ask instances:6060")
 	}
 }
 

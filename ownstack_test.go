@@ -1,0 +1,131 @@
+// Stacks of a test's own: a test that takes a part away does so where nobody else misses it, and beside the others.
+
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// stacks holds the stacks that tests have for themselves, by the test's name.
+var stacks sync.Map // string to *ownStack
+
+// ownStack is an embedded stack that one test may break.
+type ownStack struct {
+	t      testing.TB
+	args   []string // of dev
+	env    []string // what dev tells its command
+	cmd    *exec.Cmd
+	ending io.Closer // its command's stdin
+	log    *logBuffer
+}
+
+// alone lets the test run beside others with a stack of its own. On a real cluster, of which there is only one, the test
+// has to itself what all share: it is not parallel there.
+func alone(t *testing.T) {
+	t.Helper()
+	if os.Getenv("DEV_COMMAND") == "" || isCluster() {
+		return
+	}
+	t.Parallel()
+	startOwnStack(t, "-data", t.TempDir())
+}
+
+// startOwnStack starts a stack, which ends with the test or with this process. Everything that the test asks of the stack
+// (newSpace, clickhouseQuery, control) is then asked of this one.
+func startOwnStack(t testing.TB, args ...string) *ownStack {
+	t.Helper()
+	s := &ownStack{t: t, log: new(logBuffer)}
+	s.args = append(args, "-kafka-ports", stackPort(t)+","+stackPort(t), "-clickhouse-port", stackPort(t), "-clickhouse-http-port", stackPort(t),
+		"--", "sh", "-c", "env; echo; read end")
+	s.start()
+	stacks.Store(t.Name(), s)
+	t.Cleanup(func() {
+		stacks.Delete(t.Name())
+		s.ending.Close()
+		s.cmd.Wait()
+		if t.Failed() {
+			t.Logf("log of the test's own stack:\n%.4000s", s.log)
+		}
+	})
+	return s
+}
+
+// start runs the stack and waits until it answers.
+func (s *ownStack) start() {
+	s.t.Helper()
+	s.cmd = exec.Command(os.Getenv("DEV_COMMAND"), s.args...)
+	s.cmd.Stderr = s.log
+	stdin, err := s.cmd.StdinPipe()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	stdout, err := s.cmd.StdoutPipe()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if err := s.cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	s.ending, s.env = stdin, nil
+	for lines := bufio.NewScanner(stdout); lines.Scan() && lines.Text() != ""; {
+		s.env = append(s.env, lines.Text())
+	}
+	if space(s.env, "DEV_CONTROL") == "" {
+		s.t.Fatalf("the stack does not start:\n%s", s.log)
+	}
+}
+
+// killAndRestart ends the whole stack with -9.
+func (s *ownStack) killAndRestart() {
+	s.t.Helper()
+	s.cmd.Process.Kill()
+	s.cmd.Wait()
+	s.ending.Close()
+	s.start()
+}
+
+// stackEnv is a variable that dev sets, of the stack that the test uses: its own, or the one that all share.
+func stackEnv(t testing.TB, name string) string {
+	for test, more := t.Name(), true; more; {
+		if s, own := stacks.Load(test); own {
+			return space(s.(*ownStack).env, name)
+		}
+		var end int
+		if end = strings.LastIndexByte(test, '/'); end < 0 {
+			more = false
+		} else {
+			test = test[:end]
+		}
+	}
+	return os.Getenv(name)
+}
+
+// kafkaBrokers are the addresses of the brokers of the test's stack.
+func kafkaBrokers(t testing.TB) []string { return strings.Split(stackEnv(t, "KAFKA_BROKERS"), ",") }
+
+// clickhouseAddress is where the test's ClickHouse speaks its native protocol.
+func clickhouseAddress(t testing.TB) string { return "127.0.0.1:" + stackEnv(t, "CLICKHOUSE_PORT") }
+
+// stackPort is a free port from below the kernels' own ranges: an outgoing connection must not take it while a part of the
+// stack is down.
+func stackPort(t testing.TB) string {
+	t.Helper()
+	for range 100 {
+		port := fmt.Sprint(20000 + rand.IntN(12000))
+		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
+			l.Close()
+			return port
+		}
+	}
+	t.Fatal("no free port")
+	return ""
+}
