@@ -59,7 +59,7 @@ type consumer struct {
 }
 
 // newConsumer returns a consumer of the topic, which has so many partitions; it starts over when another number was seen.
-func newConsumer(cfg *settings, st *store, partitions int, seen func() int, side *sideways, stats *storeStats, failed func(error)) (*consumer, error) {
+func newConsumer(cfg *settings, st *store, partitions int, seen func() int, side *sideProducer, stats *storeStats, failed func(error)) (*consumer, error) {
 	c := &consumer{
 		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, seen: seen, stats: stats, failed: failed,
 		backlog: newBacklog(cfg.consumeMemory / queueShare),

@@ -36,10 +36,10 @@ const (
 
 // membership is what an inserter needs to know of the consumer group, and tells it.
 type membership struct {
-	isMember func(context.Context) error                                         // nil when this instance is in the group now
-	alone    func() bool                                                         // it has all partitions
-	stored   func([]position)                                                    // these may be committed
-	rejected func(recs []*kgo.Record, why string, stopped func() bool) (ok bool) // takes what ClickHouse does not
+	isMember func(context.Context) error                                     // nil when this instance is in the group now
+	alone    func() bool                                                     // it has all partitions
+	stored   func([]position)                                                // these may be committed
+	rejected func(ctx context.Context, recs []*kgo.Record, why string) error // takes what ClickHouse does not; the error is ctx's
 }
 
 // inserter runs the rounds.

@@ -303,9 +303,9 @@ func (s *system) consume(ctx context.Context) {
 		<-ctx.Done()
 		return
 	}
-	side, err := newSideways(s.cfg, &s.stats.sideways)
+	side, err := newSideProducer(s.cfg, &s.stats.side)
 	if err != nil {
-		s.fail(fmt.Errorf("set up the producer beside the main way: %w", err))
+		s.fail(fmt.Errorf("set up the producer for the retry topic and the dead letters: %w", err))
 		return
 	}
 	defer side.close()

@@ -81,8 +81,8 @@ func (in *inserter) violators(ctx context.Context, b *block, expression string) 
 // reject puts rows of the block off. They are not known any more: they come back.
 func (in *inserter) reject(ctx context.Context, b *block, bad []int, why error) error {
 	records := keepRows(append(b.records[:0:0], b.records...), bad)
-	if !in.rejected(records, firstLine(why.Error()), func() bool { return ctx.Err() != nil }) {
-		return ctx.Err()
+	if err := in.rejected(ctx, records, firstLine(why.Error())); err != nil {
+		return err
 	}
 	for _, row := range bad {
 		in.past.forget(b.id(row), b.at(row))

@@ -17,12 +17,10 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
-func never() bool { return false }
-
-// newTestSideways has its topics, and no consumer.
-func newTestSideways(t *testing.T, cfg *settings) *sideways {
+// newTestSideProducer has its topics, and no consumer.
+func newTestSideProducer(t *testing.T, cfg *settings) *sideProducer {
 	t.Helper()
-	side, err := newSideways(cfg, &newStats().sideways)
+	side, err := newSideProducer(cfg, &newStats().side)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -38,7 +36,7 @@ func newTestSideways(t *testing.T, cfg *settings) *sideways {
 func TestPutOffTogether(t *testing.T) {
 	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
-	side := newTestSideways(t, cfg)
+	side := newTestSideProducer(t, cfg)
 	const each = 60
 	var recs []*kgo.Record
 	for i := range each * (cfg.maxRetryAttempts + 1) {
@@ -49,7 +47,7 @@ func TestPutOffTogether(t *testing.T) {
 		recs = append(recs, rec)
 	}
 	recs[7].Value = []byte(strings.Repeat("w", 3<<20))
-	if !side.retry(recs, "a reason", never) {
+	if side.retry(t.Context(), recs, "a reason") != nil {
 		t.Fatal("not acknowledged")
 	}
 	perPartition := map[int32]int{}
@@ -77,18 +75,18 @@ func TestPutOffTogether(t *testing.T) {
 func TestPutOffStopped(t *testing.T) {
 	alone(t)
 	cfg := settingsFrom(t, newSpace(t))
-	side := newTestSideways(t, cfg)
+	side := newTestSideProducer(t, cfg)
 	control(t, "/kafka/stop")
 	defer control(t, "/kafka/start")
-	asked := 0
-	stopped := func() bool { asked++; return asked > 3 }
-	done := make(chan bool)
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error)
 	go func() { // ends when retry does
-		done <- side.retry([]*kgo.Record{{Topic: cfg.kafkaTopic, Value: []byte("{}")}}, "a reason", stopped)
+		done <- side.retry(ctx, []*kgo.Record{{Topic: cfg.kafkaTopic, Value: []byte("{}")}}, "a reason")
 	}()
+	time.AfterFunc(200*time.Millisecond, stop) // at any moment of a try
 	select {
-	case acknowledged := <-done:
-		if acknowledged {
+	case err := <-done:
+		if err == nil {
 			t.Error("acknowledged by nobody")
 		}
 	case <-time.After(20 * time.Second):
@@ -101,7 +99,7 @@ func TestPutOffStopped(t *testing.T) {
 func TestRetryWorkers(t *testing.T) {
 	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
-	side := newTestSideways(t, cfg)
+	side := newTestSideProducer(t, cfg)
 	kafka, err := newProducer(cfg, kgo.RecordPartitioner(kgo.ManualPartitioner()))
 	if err != nil {
 		t.Fatal(err)
@@ -201,7 +199,7 @@ func totalOf(ns []int64) (total int64) {
 func TestTooLarge(t *testing.T) {
 	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
-	side := newTestSideways(t, cfg)
+	side := newTestSideProducer(t, cfg)
 	limit := "20000"
 	_, err := kadm.NewClient(side.kafka).AlterTopicConfigs(t.Context(), []kadm.AlterConfig{{Name: "max.message.bytes", Value: &limit}}, cfg.kafkaTopic+".retry", cfg.kafkaTopic+".dlq")
 	if err != nil {
@@ -213,7 +211,7 @@ func TestTooLarge(t *testing.T) {
 	for i := range 20 {
 		recs = append(recs, &kgo.Record{Topic: cfg.kafkaTopic, Value: noise[i : i+5000]})
 	}
-	if !side.retry(recs, "a reason", never) {
+	if side.retry(t.Context(), recs, "a reason") != nil {
 		t.Fatal("not acknowledged")
 	}
 	letter := readTopic(t, cfg.kafkaTopic+".dlq", 1)[0]

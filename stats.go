@@ -28,14 +28,14 @@ func (s *ingestStats) refusedItems(code string) *metrics.Counter {
 	return s.set.GetOrCreateCounter(`event_ingestion_segment_items_refused_total{code="` + code + `"}`)
 }
 
-type sidewaysStats struct {
+type sideStats struct {
 	set      *metrics.Set
 	retried  *metrics.Counter
 	troubles *troubles
 }
 
 // dead counts a dead letter by its error_type.
-func (s *sidewaysStats) dead(why string) {
+func (s *sideStats) dead(why string) {
 	s.set.GetOrCreateCounter(`event_ingestion_dead_letters_total{type="` + why + `"}`).Inc()
 }
 
@@ -83,7 +83,7 @@ func (rs *routeStats) count(status int, took time.Duration) {
 type stats struct {
 	set      *metrics.Set
 	ingest   ingestStats
-	sideways sidewaysStats
+	side     sideStats
 	store    storeStats
 	troubles *troubles      // shared by all of them
 	lags     func() []int64 // by partition
@@ -105,7 +105,7 @@ func newStats() *stats {
 			ack:         set.NewPrometheusHistogramExt("event_ingestion_produce_duration_seconds", seconds),
 		},
 		troubles: failing,
-		sideways: sidewaysStats{set: set, retried: set.NewCounter("event_ingestion_retries_total"), troubles: failing},
+		side:     sideStats{set: set, retried: set.NewCounter("event_ingestion_retries_total"), troubles: failing},
 		store: storeStats{
 			troubles:  failing,
 			consumed:  set.NewCounter("event_ingestion_records_consumed_total"),

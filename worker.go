@@ -96,15 +96,17 @@ type blockLimits struct {
 
 // worker turns the records of its partitions into rows.
 type worker struct {
-	limits   blockLimits
-	backlog  *backlog
-	call     *roundCall
-	sideways *sideways
-	router   kgo.TopicPartitioner // tells the partition of a key
-	parts    int                  // partitions of the topic
-	parser   eventParser
-	idInput  []byte
-	keyed    kgo.Record // for router
+	limits  blockLimits
+	backlog *backlog
+	call    *roundCall
+	side    *sideProducer
+	router  kgo.TopicPartitioner // tells the partition of a key
+	parts   int                  // partitions of the topic
+	parser  eventParser
+	idInput []byte
+	keyed   kgo.Record // for router
+	open    context.Context
+	end     context.CancelFunc // ends open, at close
 
 	mu     sync.Mutex // guards everything below
 	wake   sync.Cond  // queue has records, cur has room, or closed
@@ -136,12 +138,13 @@ type fetched struct {
 	records   []*kgo.Record
 }
 
-func newWorker(limits blockLimits, partitions int, queued *backlog, call *roundCall, side *sideways) *worker {
+func newWorker(limits blockLimits, partitions int, queued *backlog, call *roundCall, side *sideProducer) *worker {
 	w := &worker{
-		limits: limits, backlog: queued, call: call, sideways: side, parts: partitions, router: kgo.StickyKeyPartitioner(nil).ForTopic(""),
+		limits: limits, backlog: queued, call: call, side: side, parts: partitions, router: kgo.StickyKeyPartitioner(nil).ForTopic(""),
 		cur: newBlock(limits.rows), spare: newBlock(limits.rows), came: map[int32]*arrival{},
 	}
 	w.wake.L = &w.mu
+	w.open, w.end = context.WithCancel(context.Background())
 	return w
 }
 
@@ -181,6 +184,7 @@ func (w *worker) drop(partition int32) {
 }
 
 func (w *worker) close() {
+	w.end()
 	w.mu.Lock()
 	w.closed = true
 	w.mu.Unlock()
@@ -297,13 +301,13 @@ func (p *eventParser) decode(value []byte) (*event, error) {
 // another key or on another partition goes back to the topic under its own. It moves past the record
 // once that is acknowledged, unless the partition was lost meanwhile: then the next owner does it again.
 func (w *worker) setAside(rec *kgo.Record, why error) {
-	done := false
+	var err error
 	if errors.Is(why, errMisplaced) {
-		done = w.sideways.reroute(rec, w.ownKey(rec), w.isClosed)
+		err = w.side.rekey(w.open, rec, w.ownKey(rec))
 	} else {
-		done = w.sideways.deadLetter(rec, errorUnmarshal, why.Error(), w.isClosed)
+		err = w.side.deadLetter(w.open, rec, errorUnmarshal, why.Error())
 	}
-	if !done {
+	if err != nil {
 		return
 	}
 	w.mu.Lock()
@@ -321,10 +325,4 @@ func (w *worker) ownKey(rec *kgo.Record) []byte {
 	ev, _ := w.parser.decode(rec.Value) // only this goroutine uses the parser, and it has parsed this before
 	id, _ := ev.id(nil)
 	return hex.AppendEncode(nil, id[:])
-}
-
-func (w *worker) isClosed() bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.closed
 }

@@ -1,0 +1,331 @@
+// Moving records off the main way: to events.retry, to events.dlq, or back to events.
+//
+// A row that ClickHouse rejects goes to the retry topic, and after MAX_RETRY_ATTEMPTS to the dead letters. A record that is
+// no event goes to the dead letters at once. sidetopics.go owns the headers of both topics and the choice of the retry
+// partition: two partitions a delay, so that nothing waits behind a longer one. Every move is acknowledged before the
+// offset that the record came from may be committed: a record is in at least one place, and the dedupe makes two of them
+// one.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// The values of the header error_type.
+const (
+	errorUnmarshal    = "unmarshal_error"
+	errorInsertFailed = "insert_failed"
+	errorExhausted    = "max_retries_exhausted"
+)
+
+const (
+	// firstDelay is the wait before the first retry; each further one is twice as long, up to maxDelay.
+	firstDelay = 2 * time.Second
+	maxDelay   = 60 * time.Second
+	// delayPartitions is how many partitions of events.retry each delay has.
+	delayPartitions = 2
+	// maxErrorMessage bounds the header error_message, in bytes.
+	maxErrorMessage = 500
+	// maxSideBatch bounds what is sent at once, in bytes before compression. It is below every broker's default limit of a
+	// batch, 1,048,588. A larger record goes alone.
+	maxSideBatch = 900 << 10
+	// ackGrace is how long an acknowledgement that is on its way is waited for once the move has to end.
+	ackGrace = 500 * time.Millisecond
+	// maxTruncated is what is left of a value that the brokers do not take again: below every broker's default limit.
+	maxTruncated = 512 << 10
+)
+
+// sideProducer moves records between topics. It has clients of its own: another producer can have put a record of any size
+// onto the topic, and a batch of several has to stay below the brokers' default limit of 1 MB, or they refuse all of it.
+type sideProducer struct {
+	kafka       *kgo.Client // for records of up to maxSideBatch
+	large       *kgo.Client // for larger ones, one at a time
+	alone       sync.Mutex  // guards large: two records at once could become one batch
+	topic       string
+	maxAttempts int
+	stats       *sideStats
+}
+
+func newSideProducer(cfg *settings, stats *sideStats) (*sideProducer, error) {
+	partitioner := kgo.RecordPartitioner(kgo.BasicConsistentPartitioner(func(topic string) func(*kgo.Record, int) int {
+		byKey := kgo.StickyKeyPartitioner(nil).ForTopic(topic)
+		return func(r *kgo.Record, n int) int {
+			if topic == cfg.kafkaTopic+".retry" {
+				return int(r.Partition) % n
+			}
+			return byKey.Partition(r, n)
+		}
+	}))
+	s := &sideProducer{topic: cfg.kafkaTopic, maxAttempts: cfg.maxRetryAttempts, stats: stats}
+	var err error
+	snappy := kgo.ProducerBatchCompression(kgo.SnappyCompression()) // whatever the setting: see retryFetch
+	if s.kafka, err = newProducer(cfg, kgo.ProducerLinger(0), snappy, partitioner); err != nil {
+		return nil, err
+	}
+	s.large, err = newProducer(cfg, kgo.ProducerBatchMaxBytes(90<<20), kgo.ProducerLinger(0), snappy, partitioner)
+	return s, err
+}
+
+func (s *sideProducer) close() {
+	s.kafka.Close()
+	s.large.Close()
+}
+
+// refresh makes the clients look at the topics anew: they may have more partitions.
+func (s *sideProducer) refresh() {
+	s.kafka.ForceMetadataRefresh()
+	s.large.ForceMetadataRefresh()
+}
+
+// deadLetter gives rec up. It returns nil once all in-sync replicas have acknowledged that, and tries until then. The error
+// is ctx's; nothing is lost then, because the record's offset is not committed.
+func (s *sideProducer) deadLetter(ctx context.Context, rec *kgo.Record, errorType, message string) error {
+	return s.produce(ctx, []*kgo.Record{s.letter(rec, retryCount(rec), errorType, message)})
+}
+
+// retry puts off records that ClickHouse rejected, and gives up those that had their last attempt. Each record has its own
+// count. They are sent together, so that a round with a thousand bad rows waits for a few acknowledgements. The error is
+// deadLetter's, for all of them.
+func (s *sideProducer) retry(ctx context.Context, recs []*kgo.Record, message string) error {
+	moved := make([]*kgo.Record, len(recs))
+	for i, rec := range recs {
+		attempt := retryCount(rec) + 1
+		if attempt > s.maxAttempts {
+			moved[i] = s.letter(rec, attempt-1, errorExhausted, message)
+			continue
+		}
+		moved[i] = &kgo.Record{Topic: s.topic + ".retry", Key: rec.Key, Value: rec.Value, Headers: failureHeaders(rec, attempt, errorInsertFailed, message)}
+		moved[i].Partition = int32(min(attempt-1, retryPartitions/delayPartitions-1)*delayPartitions + int(rec.Offset)%delayPartitions)
+	}
+	return s.produce(ctx, moved)
+}
+
+// rekey puts a record back on the main topic under another key. The error is deadLetter's.
+func (s *sideProducer) rekey(ctx context.Context, rec *kgo.Record, key []byte) error {
+	return s.produce(ctx, []*kgo.Record{{Topic: s.topic, Key: key, Value: rec.Value, Headers: rec.Headers}})
+}
+
+// requeue puts records of the retry topic back on the main one, under their keys. The error is deadLetter's.
+func (s *sideProducer) requeue(ctx context.Context, recs []*kgo.Record) error {
+	back := make([]*kgo.Record, len(recs))
+	for i, rec := range recs {
+		back[i] = &kgo.Record{Topic: s.topic, Key: rec.Key, Value: rec.Value, Headers: rec.Headers}
+	}
+	return s.produce(ctx, back)
+}
+
+// letter is rec as a dead letter.
+func (s *sideProducer) letter(rec *kgo.Record, retries int, errorType, message string) *kgo.Record {
+	headers := failureHeaders(rec, retries, errorType, message)
+	headers = setHeader(headers, "final_retry_count", strconv.Itoa(retries))
+	headers = setHeader(headers, "sent_to_dlq_at", rfc3339Now())
+	return &kgo.Record{Topic: s.topic + ".dlq", Key: rec.Key, Value: rec.Value, Headers: headers}
+}
+
+// produce sends records and returns when all are acknowledged, or ctx is done. It sends at most maxSideBatch bytes at once:
+// franz-go makes one batch of what waits for a partition, and the brokers would refuse a larger one as a whole.
+func (s *sideProducer) produce(ctx context.Context, recs []*kgo.Record) error {
+	for len(recs) > 0 {
+		n, bytes := 0, 0
+		for ; n < len(recs) && (n == 0 || bytes+recordBytes(recs[n]) <= maxSideBatch); n++ {
+			bytes += recordBytes(recs[n])
+		}
+		if err := s.produceBatch(ctx, recs[:n:n]); err != nil {
+			return err
+		}
+		recs = recs[n:]
+	}
+	return nil
+}
+
+// moveAside is what fails when Kafka does not acknowledge a move.
+const moveAside = "move records aside"
+
+// produceBatch is produce for what can be sent at once. It sends again what was not acknowledged, with a pause.
+func (s *sideProducer) produceBatch(ctx context.Context, recs []*kgo.Record) error {
+	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
+		var done, failed, tooLarge []*kgo.Record
+		var why error
+		for _, result := range s.produceOnce(ctx, recs) {
+			switch {
+			case result.Err == nil:
+				done = append(done, result.Record)
+			case errors.Is(result.Err, kerr.MessageTooLarge):
+				tooLarge = append(tooLarge, result.Record)
+			default:
+				failed, why = append(failed, result.Record), result.Err
+			}
+		}
+		s.count(done)
+		for _, rec := range tooLarge {
+			if len(recs) == 1 { // else it may have been the batch
+				smaller := s.shrink(rec)
+				if smaller == nil {
+					failed, why = append(failed, rec), kerr.MessageTooLarge
+					break
+				}
+				rec = smaller
+			}
+			if err := s.produceBatch(ctx, []*kgo.Record{rec}); err != nil {
+				return err
+			}
+		}
+		if len(failed) == 0 {
+			s.stats.troubles.clear(moveAside)
+			return nil
+		}
+		recs = failed
+		if ctx.Err() == nil {
+			s.stats.troubles.note(moveAside, why)
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// produceOnce is one attempt. When ctx is done, what has no answer after ackGrace has failed: franz-go would wait for a
+// silent broker much longer.
+func (s *sideProducer) produceOnce(ctx context.Context, recs []*kgo.Record) (all kgo.ProduceResults) {
+	kafka := s.kafka
+	if recordBytes(recs[0]) > maxSideBatch {
+		s.alone.Lock()
+		defer s.alone.Unlock()
+		kafka = s.large
+	}
+	sending, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel() // takes back what was not sent yet
+	results := make(chan kgo.ProduceResult, len(recs))
+	for _, rec := range recs {
+		sent := &kgo.Record{Topic: rec.Topic, Partition: rec.Partition, Key: rec.Key, Value: rec.Value, Headers: rec.Headers}
+		kafka.Produce(sending, sent, func(_ *kgo.Record, err error) { results <- kgo.ProduceResult{Record: rec, Err: err} })
+	}
+	ended := ctx.Done()
+	var giveUp <-chan time.Time
+	for len(all) < len(recs) {
+		select {
+		case result := <-results:
+			all = append(all, result)
+		case <-ended:
+			ended, giveUp = nil, time.After(ackGrace)
+		case <-giveUp:
+			return append(all, kgo.ProduceResult{Record: recs[0], Err: ctx.Err()})
+		}
+	}
+	return all
+}
+
+// shrink makes something smaller of a record that the brokers do not take: a dead letter, and of a dead letter the
+// beginning, half as much each time. It returns nil when nothing is left to cut.
+func (s *sideProducer) shrink(rec *kgo.Record) *kgo.Record {
+	if rec.Topic != s.topic+".dlq" {
+		return s.letter(rec, retryCount(rec), errorInsertFailed, "the brokers do not take the record: "+kerr.MessageTooLarge.Message)
+	}
+	if len(rec.Value) == 0 {
+		return nil
+	}
+	if header(rec, "value_truncated_from") == "" {
+		rec.Headers = setHeader(rec.Headers, "value_truncated_from", strconv.Itoa(len(rec.Value)))
+	}
+	for i := range rec.Headers { // another producer's can be of any size
+		rec.Headers[i].Value = rec.Headers[i].Value[:min(len(rec.Headers[i].Value), maxErrorMessage)]
+	}
+	rec.Key = rec.Key[:min(len(rec.Key), maxErrorMessage)]
+	rec.Value = rec.Value[:min(maxTruncated, len(rec.Value)/2)]
+	return rec
+}
+
+// count counts the records that were moved. The dead letters among them are one line in the log, with the first of them.
+func (s *sideProducer) count(recs []*kgo.Record) {
+	var first *kgo.Record
+	dead := 0
+	for _, rec := range recs {
+		switch rec.Topic {
+		case s.topic + ".retry":
+			s.stats.retried.Inc()
+		case s.topic + ".dlq":
+			s.stats.dead(header(rec, "error_type"))
+			if dead++; first == nil {
+				first = rec
+			}
+		}
+	}
+	if first != nil {
+		slog.Warn("sent to the dead letters", "records", dead, "topic", header(first, "original_topic"), "partition", header(first, "original_partition"),
+			"offset", header(first, "original_offset"), "type", header(first, "error_type"), "error", header(first, "error_message"))
+	}
+}
+
+// recordBytes is about what a record takes in a batch.
+func recordBytes(rec *kgo.Record) int {
+	n := 64 + len(rec.Key) + len(rec.Value)
+	for _, h := range rec.Headers {
+		n += len(h.Key) + len(h.Value) + 8
+	}
+	return n
+}
+
+// delayOf is how long the attempt-th retry waits.
+func delayOf(attempt int) time.Duration {
+	return min(firstDelay<<min(max(attempt-1, 0), 10), maxDelay)
+}
+
+// retryCount is how often a record has been put off; 0 without the header.
+func retryCount(rec *kgo.Record) int {
+	n, err := strconv.Atoi(header(rec, "retry_count"))
+	if err != nil || n < 0 {
+		return 0
+	}
+	return n
+}
+
+func header(rec *kgo.Record, key string) string {
+	for i := range rec.Headers {
+		if rec.Headers[i].Key == key {
+			return string(rec.Headers[i].Value)
+		}
+	}
+	return ""
+}
+
+// failureHeaders is rec's headers with what went wrong. Where it came from and when it first failed stay as they were
+// set the first time.
+func failureHeaders(rec *kgo.Record, retries int, errorType, message string) []kgo.RecordHeader {
+	if len(message) > maxErrorMessage {
+		message = message[:maxErrorMessage]
+	}
+	headers := append([]kgo.RecordHeader(nil), rec.Headers...)
+	if header(rec, "original_topic") == "" {
+		headers = setHeader(headers, "original_topic", rec.Topic)
+		headers = setHeader(headers, "original_partition", strconv.Itoa(int(rec.Partition)))
+		headers = setHeader(headers, "original_offset", strconv.FormatInt(rec.Offset, 10))
+		headers = setHeader(headers, "failed_at", rfc3339Now())
+	}
+	headers = setHeader(headers, "retry_count", strconv.Itoa(retries))
+	headers = setHeader(headers, "error_type", errorType)
+	headers = setHeader(headers, "error_message", message)
+	return setHeader(headers, "last_retry_at", rfc3339Now())
+}
+
+func setHeader(headers []kgo.RecordHeader, key, value string) []kgo.RecordHeader {
+	for i := range headers {
+		if headers[i].Key == key {
+			headers[i].Value = []byte(value)
+			return headers
+		}
+	}
+	return append(headers, kgo.RecordHeader{Key: key, Value: []byte(value)})
+}
+
+func rfc3339Now() string { return time.Now().UTC().Format(time.RFC3339) }

@@ -1,0 +1,280 @@
+// The watermark: how far everything that Kafka acknowledged is stored.
+//
+// watermark.go samples the ends of the topics and the groups' committed offsets, and so knows a moment up to which
+// everything acknowledged is stored, by whichever instance. The API answers it as complete_through.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+const (
+	// sampleInterval is how often the watermark moves, and about how far it is behind at best.
+	sampleInterval = 250 * time.Millisecond
+	// maxSamples is an hour of samples a second apart; a lag beyond that keeps the watermark where it is.
+	maxSamples = 3600
+)
+
+// watermark knows the newest moment up to which everything that Kafka acknowledged is stored in ClickHouse, and how
+// many records are not.
+//
+// A record goes from the main topic into ClickHouse or to the dead letters, or onto events.retry and from there back onto
+// the main topic, perhaps several times. It is acknowledged at each place before the offset that it came from is committed.
+// A look reads, in this order, (1) the committed offsets of the main topic, (2) those of events.retry, (3) the ends of
+// events.retry, (4) the ends of the main topic. A look is quiet when its ends (3) are what the look before it read as
+// committed (2): everything that was on events.retry at (3) had been put back before that earlier (2), so between the
+// earlier (2) and this (3) no record came to events.retry or was on its way back.
+//
+// The rule: what the main topic held at the ends (4) of a look is stored when a later look finds its committed offsets (1) at
+// or beyond them, and every look since, that one included, was quiet. Proof: from the first look's (2) to the last one's
+// (3) the quiet times overlap, so each record's newest place on the main topic is below the first look's (4). It is below
+// the last one's (1), so something became of it there. It did not go to events.retry: it would have been there by the last
+// (3), hence put back before the first (2), and that would be a newer place. A look that is quiet may be first and last at
+// once: what is below its (4) and its (1) and went to events.retry was put back below its (4), and so on to the last time.
+// A look that is not quiet therefore voids those before it, and counts as the first of the next ones.
+//
+// One move is not seen: a record that another producer put under a key that is not its event's goes back to the main topic
+// under its own, and may be missing for as long as that takes.
+type watermark struct {
+	kafka        *kgo.Client // the API's producer
+	admin        *kadm.Client
+	topic, group string
+	through      atomic.Int64 // Unix seconds, 0 while unknown
+	stored       storedSignal
+	samples      []sample    // oldest first; only run touches it, and what follows
+	retried      []int64     // (2) of the last look, nil before the first
+	moved        []time.Time // by partition: when its committed offset moved last, or it had no lag
+	last         []int64     // committed offsets of the last look, as the brokers say
+	gone         map[string]map[int32]int64
+	progress     atomic.Pointer[progress]
+}
+
+// progress is what a look found: the lag of each partition, and since when it has had one without getting anywhere.
+type progress struct {
+	lags  []int64
+	since []time.Time
+}
+
+// sample is where the partitions ended at a moment.
+type sample struct {
+	at   time.Time
+	ends []int64
+}
+
+func newWatermark(kafka *kgo.Client, cfg *settings) *watermark {
+	return &watermark{kafka: kafka, admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup, gone: map[string]map[int32]int64{}}
+}
+
+// partitionLags is the lag of each partition, nil while unknown.
+func (w *watermark) partitionLags() []int64 {
+	if p := w.progress.Load(); p != nil {
+		return p.lags
+	}
+	return nil
+}
+
+// stalled is for how long nothing was stored of a partition that has records waiting, at worst, and how many records wait in
+// all. It is 0 while all that have some get on.
+func (w *watermark) stalled() (d time.Duration, waiting int64) {
+	p := w.progress.Load()
+	if p == nil {
+		return 0, 0
+	}
+	for i, lag := range p.lags {
+		if waiting += lag; lag > 0 {
+			d = max(d, time.Since(p.since[i]))
+		}
+	}
+	return d, waiting
+}
+
+// run samples until ctx is done.
+func (w *watermark) run(ctx context.Context, failing *troubles) {
+	const what = "ask Kafka how far everything is stored"
+	tick := time.NewTicker(sampleInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := w.look(ctx); err == nil {
+			failing.clear(what)
+		} else if ctx.Err() == nil {
+			failing.note(what, err)
+		}
+	}
+}
+
+// look takes a sample, and moves the watermark to the newest one that is reached.
+func (w *watermark) look(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	retryTopic := w.topic + ".retry"
+	stored, err := w.committed(ctx, w.topic, w.group)
+	if err != nil {
+		return err
+	}
+	retried, err := w.committed(ctx, retryTopic, w.group+".retry")
+	if err != nil {
+		return err
+	}
+	retryEnds, err := offsetsOf(w.admin.ListEndOffsets(ctx, retryTopic))
+	if err != nil {
+		return err
+	}
+	now := time.Now() // before the ends are read: what is acknowledged later is not covered
+	ends, err := offsetsOf(w.admin.ListEndOffsets(ctx, w.topic))
+	if err != nil {
+		return err
+	}
+	if len(w.last) > 0 && len(ends) > len(w.last) {
+		slog.Warn("the topic has more partitions than before", "topic", w.topic, "partitions", len(ends), "before", len(w.last))
+		w.kafka.ForceMetadataRefresh() // or it would place keys by the old number for minutes
+	}
+	w.watch(now, stored, ends)
+	if stored, err = w.settle(ctx, w.topic, stored, ends); err != nil {
+		return err
+	}
+	if retried, err = w.settle(ctx, retryTopic, retried, retryEnds); err != nil {
+		return err
+	}
+	lags := make([]int64, len(ends))
+	for p := range ends {
+		lags[p] = max(0, ends[p]-stored[p])
+	}
+	w.progress.Store(&progress{lags, slices.Clone(w.moved)})
+	w.advance(now, stored, ends, slices.Equal(w.retried, retryEnds))
+	w.retried = retried
+	return nil
+}
+
+// advance is a look's part in the rule.
+func (w *watermark) advance(now time.Time, stored, ends []int64, quiet bool) {
+	for _, s := range w.samples { // a topic that was made again ends earlier: what it held before will never be stored
+		for p := range min(len(s.ends), len(ends)) {
+			s.ends[p] = min(s.ends[p], ends[p])
+		}
+	}
+	if n := len(w.samples); n > 1 && w.samples[n-1].at.Sub(w.samples[n-2].at) < time.Second {
+		w.samples = w.samples[:n-1] // a second apart, but for the newest
+	}
+	if !quiet {
+		w.samples = w.samples[:0]
+	}
+	if len(w.samples) < maxSamples {
+		w.samples = append(w.samples, sample{now, slices.Clone(ends)})
+	}
+	reached := 0
+	for quiet && reached < len(w.samples) && covers(stored, w.samples[reached].ends) {
+		w.through.Store(w.samples[reached].at.Unix() - 1) // the second of the sample itself is not over
+		reached++
+	}
+	if reached > 0 {
+		w.stored.advance(w.samples[reached-1].at)
+	}
+	w.samples = append(w.samples[:0], w.samples[reached:]...)
+}
+
+// watch notes which partitions get on.
+func (w *watermark) watch(now time.Time, stored, ends []int64) {
+	moved := make([]time.Time, len(ends))
+	for p := range ends {
+		moved[p] = now
+		if p < len(w.last) && p < len(stored) && stored[p] == w.last[p] && stored[p] < ends[p] {
+			moved[p] = w.moved[p]
+		}
+	}
+	w.moved, w.last = moved, stored
+}
+
+// committed is how far the group has committed the partitions of a topic: 0 where it has not.
+func (w *watermark) committed(ctx context.Context, topic, group string) ([]int64, error) {
+	fetched, err := w.admin.FetchOffsetsForTopics(ctx, group, topic)
+	if err != nil && !errors.Is(err, kerr.GroupIDNotFound) { // nobody has joined yet: nothing is committed
+		return nil, err
+	}
+	committed := make([]int64, len(fetched[topic]))
+	for p, o := range fetched[topic] {
+		if int(p) < len(committed) && o.Err == nil {
+			committed[p] = max(0, o.At)
+		}
+	}
+	return committed, nil
+}
+
+// settle corrects committed offsets, read before the ends, that say nothing of the topic as it is: one beyond the end is of
+// a topic of that name that was deleted, as long as it stays what it was; what is below the start of the log has expired, and
+// nobody can store it any more. The result is as long as ends.
+func (w *watermark) settle(ctx context.Context, topic string, committed, ends []int64) ([]int64, error) {
+	settled := make([]int64, len(ends))
+	copy(settled, committed)
+	if w.gone[topic] == nil {
+		w.gone[topic] = map[int32]int64{}
+	}
+	for p := range settled {
+		of, was := w.gone[topic][int32(p)]
+		switch {
+		case settled[p] > ends[p]:
+			w.gone[topic][int32(p)] = settled[p]
+			settled[p] = 0
+		case was && settled[p] == of:
+			settled[p] = 0
+		default:
+			delete(w.gone[topic], int32(p))
+		}
+	}
+	if covers(settled, ends) {
+		return settled, nil
+	}
+	starts, err := offsetsOf(w.admin.ListStartOffsets(ctx, topic))
+	if err != nil {
+		return nil, err
+	}
+	for p := range min(len(settled), len(starts)) {
+		settled[p] = max(settled[p], starts[p])
+	}
+	return settled, nil
+}
+
+// offsetsOf takes what was listed of one topic, by partition.
+func offsetsOf(listed kadm.ListedOffsets, err error) ([]int64, error) {
+	if err == nil {
+		err = listed.Error()
+	}
+	if err != nil {
+		return nil, err
+	}
+	var offsets []int64
+	for _, partitions := range listed {
+		offsets = make([]int64, len(partitions))
+		for p, o := range partitions {
+			if int(p) >= len(offsets) {
+				return nil, fmt.Errorf("partition %d is listed, those before it are not", p)
+			}
+			offsets[p] = o.Offset
+		}
+	}
+	return offsets, nil
+}
+
+func covers(stored, ends []int64) bool {
+	for p := range min(len(stored), len(ends)) {
+		if stored[p] < ends[p] {
+			return false
+		}
+	}
+	return true
+}
