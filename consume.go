@@ -196,7 +196,7 @@ func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[s
 
 // onRevoked lets partitions go: what is queued is dropped, what is in blocks is stored, marks are committed. Only then
 // may another instance have them.
-func (c *consumer) onRevoked(ctx context.Context, _ *kgo.Client, topics map[string][]int32) {
+func (c *consumer) onRevoked(ctx context.Context, kafka *kgo.Client, topics map[string][]int32) {
 	leaving := map[int32]struct{}{}
 	for _, p := range topics[c.topic] {
 		leaving[p] = struct{}{}
@@ -210,7 +210,7 @@ func (c *consumer) onRevoked(ctx context.Context, _ *kgo.Client, topics map[stri
 		c.letGo(fmt.Errorf("partitions had to go before their rows were stored: %w", err))
 		return
 	}
-	if err := c.kafka.CommitMarkedOffsets(ctx); err != nil {
+	if err := kafka.CommitMarkedOffsets(ctx); err != nil {
 		slog.Warn("offsets not committed before partitions left, their records will be read again", "error", err)
 	}
 }

@@ -102,7 +102,8 @@ func (w *retryWorker) run(ctx context.Context, finish func() (context.Context, c
 // readRetries is what fails when a poll does.
 const readRetries = "read the retry topic"
 
-func (w *retryWorker) onAssigned(_ context.Context, _ *kgo.Client, topics map[string][]int32) {
+// onAssigned may be called before newRetryWorker has its client: the group is joined at once.
+func (w *retryWorker) onAssigned(_ context.Context, kafka *kgo.Client, topics map[string][]int32) {
 	w.troubles.clear(readRetries)
 	for _, p := range topics[w.topic] {
 		a := &waiter{partition: p, records: make(chan []*kgo.Record, 1), done: make(chan struct{})}
@@ -110,7 +111,7 @@ func (w *retryWorker) onAssigned(_ context.Context, _ *kgo.Client, topics map[st
 		w.waiters[p] = a
 		go w.wait(a) // ends with a.stop
 	}
-	w.kafka.ResumeFetchPartitions(topics) // they may have been paused when they left
+	kafka.ResumeFetchPartitions(topics) // they may have been paused when they left
 }
 
 // release ends the waiters of partitions that leave, and returns when none of them puts back or marks any more. What they
