@@ -34,7 +34,6 @@ type dlqFlags struct {
 	since        time.Duration
 	kind, filter string
 	limit        int
-	json, dryRun bool
 }
 
 func (f *dlqFlags) define(fs *flag.FlagSet) {
@@ -42,8 +41,6 @@ func (f *dlqFlags) define(fs *flag.FlagSet) {
 	fs.StringVar(&f.kind, "type", "", "only this error_type: "+errorUnmarshal+", "+errorInsertFailed+" or "+errorExhausted)
 	fs.StringVar(&f.filter, "filter", "", "only letters whose value or error_message contains this text")
 	fs.IntVar(&f.limit, "limit", 0, "at most this many; 0 means all")
-	fs.BoolVar(&f.json, "json", false, "a JSON object a line")
-	fs.BoolVar(&f.dryRun, "dry-run", false, "say what would be put back, and do not")
 }
 
 // matches says whether a letter is meant by the flags.
@@ -53,56 +50,45 @@ func (f *dlqFlags) matches(rec *kgo.Record) bool {
 		(f.filter == "" || strings.Contains(string(rec.Value), f.filter) || strings.Contains(header(rec, "error_message"), f.filter))
 }
 
-// runDLQ is the subcommand; 0, 1 for a failure, 2 for bad arguments.
-func runDLQ(args []string, stdout, stderr io.Writer) int {
-	action := ""
-	if len(args) > 0 {
-		action = args[0]
-	}
-	run, known := map[string]func(context.Context, *settings, *dlqFlags, string, io.Writer) error{"list": dlqList, "show": dlqShow, "replay": dlqReplay}[action]
-	if !known {
-		fmt.Fprint(stderr, dlqUsage)
-		return 2
-	}
-	f := new(dlqFlags)
-	cfg, fs, code, ok := command("dlq "+action, args[1:], stderr, f.define)
-	if !ok {
-		return code
-	}
+// checkKind refuses an error_type that there is not.
+func (f *dlqFlags) checkKind() error {
 	if kinds := []string{"", errorUnmarshal, errorInsertFailed, errorExhausted}; !slices.Contains(kinds, f.kind) {
-		fmt.Fprintf(stderr, "dlq %s: -type %s: has to be one of%s\n", action, f.kind, strings.Join(kinds, " "))
-		return 2
+		return badArgument{fmt.Errorf("-type %s: has to be one of%s", f.kind, strings.Join(kinds, " "))}
 	}
-	if err := run(context.Background(), cfg, f, fs.Arg(0), stdout); err != nil {
-		fmt.Fprintf(stderr, "dlq %s: %v\n", action, err)
-		return 1
-	}
-	return 0
+	return nil
 }
 
-func dlqList(ctx context.Context, cfg *settings, f *dlqFlags, _ string, w io.Writer) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	n := 0
-	err := readWhole(ctx, cfg, cfg.kafkaTopic+".dlq", func(rec *kgo.Record) {
-		if !f.matches(rec) || f.limit > 0 && n >= f.limit {
-			return
+func dlqListTool(fs *flag.FlagSet) toolRun {
+	var f dlqFlags
+	f.define(fs)
+	asJSON := fs.Bool("json", false, "a JSON object a line")
+	return func(ctx context.Context, cfg *settings, _ []string, w io.Writer) error {
+		if err := f.checkKind(); err != nil {
+			return err
 		}
-		n++
-		if f.json {
-			json.NewEncoder(t).Encode(letterJSON(rec))
-			return
+		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		n := 0
+		err := readWhole(ctx, cfg, cfg.kafkaTopic+".dlq", func(rec *kgo.Record) {
+			if !f.matches(rec) || f.limit > 0 && n >= f.limit {
+				return
+			}
+			n++
+			if *asJSON {
+				json.NewEncoder(t).Encode(letterJSON(rec))
+				return
+			}
+			if n == 1 {
+				fmt.Fprintln(t, "LETTER\tSENT\tTYPE\tRETRIES\tFROM\tERROR")
+			}
+			fmt.Fprintf(t, "%d:%d\t%s\t%s\t%s\t%s/%s:%s\t%.100q\n", rec.Partition, rec.Offset, header(rec, "sent_to_dlq_at"), header(rec, "error_type"),
+				header(rec, "final_retry_count"), header(rec, "original_topic"), header(rec, "original_partition"), header(rec, "original_offset"), header(rec, "error_message"))
+		})
+		t.Flush()
+		if err == nil && !*asJSON {
+			fmt.Fprintf(w, "%d dead letters\n", n)
 		}
-		if n == 1 {
-			fmt.Fprintln(t, "LETTER\tSENT\tTYPE\tRETRIES\tFROM\tERROR")
-		}
-		fmt.Fprintf(t, "%d:%d\t%s\t%s\t%s\t%s/%s:%s\t%.100q\n", rec.Partition, rec.Offset, header(rec, "sent_to_dlq_at"), header(rec, "error_type"),
-			header(rec, "final_retry_count"), header(rec, "original_topic"), header(rec, "original_partition"), header(rec, "original_offset"), header(rec, "error_message"))
-	})
-	t.Flush()
-	if err == nil && !f.json {
-		fmt.Fprintf(w, "%d dead letters\n", n)
+		return err
 	}
-	return err
 }
 
 // letterJSON has a value that is no text as base64 beside an empty string, so that nothing is hidden or invented.
@@ -118,16 +104,22 @@ func letterJSON(rec *kgo.Record) map[string]any {
 	return m
 }
 
-func dlqShow(ctx context.Context, cfg *settings, _ *dlqFlags, which string, w io.Writer) error {
-	p, o, _ := strings.Cut(which, ":")
-	partition, err1 := strconv.Atoi(p)
-	offset, err2 := strconv.ParseInt(o, 10, 64)
-	if err1 != nil || err2 != nil {
-		return fmt.Errorf("%q is not PARTITION:OFFSET", which)
+func dlqShowTool(*flag.FlagSet) toolRun {
+	return func(ctx context.Context, cfg *settings, args []string, w io.Writer) error {
+		var partition int32
+		var offset int64
+		which := strings.Join(args, " ")
+		if n, err := fmt.Sscanf(which, "%d:%d", &partition, &offset); n != 2 || err != nil {
+			return badArgument{fmt.Errorf("%q is not PARTITION:OFFSET", which)}
+		}
+		return dlqShow(ctx, cfg, partition, offset, w)
 	}
+}
+
+func dlqShow(ctx context.Context, cfg *settings, partition int32, offset int64, w io.Writer) error {
 	found := false
 	err := readWhole(ctx, cfg, cfg.kafkaTopic+".dlq", func(rec *kgo.Record) {
-		if int(rec.Partition) == partition && rec.Offset == offset {
+		if rec.Partition == partition && rec.Offset == offset {
 			found = true
 			e := json.NewEncoder(w)
 			e.SetIndent("", "  ")
@@ -135,12 +127,24 @@ func dlqShow(ctx context.Context, cfg *settings, _ *dlqFlags, which string, w io
 		}
 	})
 	if err == nil && !found {
-		err = fmt.Errorf("there is no letter %s", which)
+		err = fmt.Errorf("there is no letter %d:%d", partition, offset)
 	}
 	return err
 }
 
-func dlqReplay(ctx context.Context, cfg *settings, f *dlqFlags, _ string, w io.Writer) error {
+func dlqReplayTool(fs *flag.FlagSet) toolRun {
+	var f dlqFlags
+	f.define(fs)
+	dryRun := fs.Bool("dry-run", false, "say what would be put back, and do not")
+	return func(ctx context.Context, cfg *settings, _ []string, w io.Writer) error {
+		if err := f.checkKind(); err != nil {
+			return err
+		}
+		return dlqReplay(ctx, cfg, &f, *dryRun, w)
+	}
+}
+
+func dlqReplay(ctx context.Context, cfg *settings, f *dlqFlags, dryRun bool, w io.Writer) error {
 	var letters []*kgo.Record
 	noEvent, tired := 0, 0
 	var p eventParser
@@ -169,7 +173,7 @@ func dlqReplay(ctx context.Context, cfg *settings, f *dlqFlags, _ string, w io.W
 		return err
 	}
 	verb := "would be put back"
-	if !f.dryRun {
+	if !dryRun {
 		verb = "put back"
 		kafka, err := newProducer(cfg, kgo.ProducerBatchMaxBytes(90<<20))
 		if err != nil {

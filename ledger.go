@@ -8,14 +8,10 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"os"
-	"strings"
 	"text/tabwriter"
-	"time"
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
@@ -23,71 +19,25 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
-// timeRange is what -from and -to say: Unix seconds or RFC 3339, from included, to excluded.
-type timeRange struct{ from, to int64 }
-
-// flags adds -from and -to; the default is everything that the API can have accepted.
-func (r *timeRange) flags(fs *flag.FlagSet) {
-	now := time.Now().Unix()
-	r.from, r.to = now-maxAgeSeconds-86400, now+hourSeconds
-	at := func(dst *int64) func(string) error {
-		return func(s string) error {
-			if _, err := fmt.Sscan(s, dst); err == nil && !strings.ContainsAny(s, "-:T") {
-				return nil
-			}
-			t, err := time.Parse(time.RFC3339, s)
-			*dst = t.Unix()
+func auditTool(fs *flag.FlagSet) toolRun {
+	var r timeRange
+	r.flags(fs)
+	asJSON := fs.Bool("json", false, "the figures as a JSON object")
+	return func(ctx context.Context, cfg *settings, _ []string, w io.Writer) error {
+		l, err := readLedger(ctx, cfg, r)
+		if err != nil {
 			return err
 		}
-	}
-	fs.Func("from", "first second of event time, Unix or RFC 3339 (default 31 days ago)", at(&r.from))
-	fs.Func("to", "second after the last (default in an hour)", at(&r.to))
-}
-
-// command parses flags and settings of a subcommand that talks to the stores; code is for the caller when ok is false.
-func command(name string, args []string, stderr io.Writer, define func(*flag.FlagSet)) (cfg *settings, fs *flag.FlagSet, code int, ok bool) {
-	fs = flag.NewFlagSet(name, flag.ContinueOnError)
-	fs.SetOutput(stderr)
-	define(fs)
-	if err := fs.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			return nil, nil, 0, false
+		if *asJSON {
+			l.printJSON(w)
+		} else {
+			l.print(w)
 		}
-		return nil, nil, 2, false
+		if l.difference() != 0 || l.aggregated != l.rows {
+			return errDiffers
+		}
+		return nil
 	}
-	cfg, err := loadSettings(os.Getenv)
-	if err != nil {
-		fmt.Fprintln(stderr, err)
-		return nil, nil, 2, false
-	}
-	return cfg, fs, 0, true
-}
-
-// runAudit prints the ledger; the exit code is 1 when it does not balance.
-func runAudit(args []string, stdout, stderr io.Writer) int {
-	var r timeRange
-	asJSON := false
-	cfg, _, code, ok := command("audit", args, stderr, func(fs *flag.FlagSet) {
-		r.flags(fs)
-		fs.BoolVar(&asJSON, "json", false, "the figures as a JSON object")
-	})
-	if !ok {
-		return code
-	}
-	l, err := readLedger(context.Background(), cfg, r)
-	if err != nil {
-		fmt.Fprintln(stderr, "audit:", err)
-		return 1
-	}
-	if asJSON {
-		l.printJSON(stdout)
-	} else {
-		l.print(stdout)
-	}
-	if l.difference() != 0 || l.aggregated != l.rows {
-		return 1
-	}
-	return 0
 }
 
 // ledger counts events by where they are. An event that is in several places counts for the first of stored, waiting,

@@ -49,14 +49,8 @@ func main() {
 		os.Exit(serve())
 	case "load":
 		os.Exit(runLoad(os.Args[2:], os.Stdout, os.Stderr))
-	case "audit":
-		os.Exit(runAudit(os.Args[2:], os.Stdout, os.Stderr))
-	case "reconcile":
-		os.Exit(runReconcile(os.Args[2:], os.Stdout, os.Stderr))
-	case "rewind":
-		os.Exit(runRewind(os.Args[2:], os.Stdout, os.Stderr))
-	case "dlq":
-		os.Exit(runDLQ(os.Args[2:], os.Stdout, os.Stderr))
+	case "audit", "reconcile", "rewind", "dlq":
+		os.Exit(runTool(command, os.Args[2:], os.Stdout, os.Stderr))
 	case "healthcheck":
 		os.Exit(runHealthcheck(os.Stderr))
 	case "version", "-version", "--version":

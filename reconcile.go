@@ -38,43 +38,32 @@ FROM
 GROUP BY event_name, channel, hour
 HAVING (event_count != 0 OR revenue != 0) AND last_written <= now64(3) - %[3]d`
 
-// runReconcile is the subcommand: 0 when there is nothing to mend or it was mended, 1 when it could not be.
-func runReconcile(args []string, stdout, stderr io.Writer) int {
+func reconcileTool(fs *flag.FlagSet) toolRun {
 	var r timeRange
-	var dryRun, anew, asJSON bool
-	cfg, _, code, ok := command("reconcile", args, stderr, func(fs *flag.FlagSet) {
-		r.flags(fs)
-		fs.BoolVar(&dryRun, "dry-run", false, "only print what differs")
-		fs.BoolVar(&asJSON, "json", false, "what differs as a JSON object a line, and nothing else")
-		fs.BoolVar(&anew, "rebuild", false, "make the whole table anew from events, as schema.sql says it now, while events go on coming in")
-	})
-	if !ok {
-		return code
-	}
-	if anew {
-		if err := rebuildHourly(context.Background(), cfg, stdout); err != nil {
-			fmt.Fprintln(stderr, "reconcile -rebuild:", err, "(run it again: it finishes, or begins anew)")
-			return 1
+	r.flags(fs)
+	dryRun := fs.Bool("dry-run", false, "only print what differs")
+	asJSON := fs.Bool("json", false, "what differs as a JSON object a line, and nothing else")
+	anew := fs.Bool("rebuild", false, "make the whole table anew from events, as schema.sql says it now, while events go on coming in")
+	return func(ctx context.Context, cfg *settings, _ []string, w io.Writer) error {
+		if *anew {
+			if err := rebuildHourly(ctx, cfg, w); err != nil {
+				return fmt.Errorf("-rebuild: %w (run it again: it finishes, or begins anew)", err)
+			}
+			return nil
 		}
-		return 0
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
-	defer cancel()
-	if asJSON {
-		lines := json.NewEncoder(stdout)
-		if _, err := reconcileEach(ctx, newStore(cfg), r, quietSeconds, dryRun, func(d unequal) { lines.Encode(d) }); err != nil {
-			fmt.Fprintln(stderr, "reconcile:", err)
-			return 1
+		ctx, cancel := context.WithTimeout(ctx, time.Hour)
+		defer cancel()
+		if *asJSON {
+			lines := json.NewEncoder(w)
+			_, err := reconcileEach(ctx, newStore(cfg), r, quietSeconds, *dryRun, func(d unequal) { lines.Encode(d) })
+			return err
 		}
-		return 0
+		n, err := reconcile(ctx, newStore(cfg), r, quietSeconds, *dryRun, w)
+		if err == nil {
+			fmt.Fprintf(w, "%d rows of events_hourly differ from events\n", n)
+		}
+		return err
 	}
-	n, err := reconcile(ctx, newStore(cfg), r, quietSeconds, dryRun, stdout)
-	if err != nil {
-		fmt.Fprintln(stderr, "reconcile:", err)
-		return 1
-	}
-	fmt.Fprintf(stdout, "%d rows of events_hourly differ from events\n", n)
-	return 0
 }
 
 // unequal is a row of events_hourly that does not agree with events.

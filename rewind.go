@@ -19,30 +19,19 @@ import (
 	"github.com/twmb/franz-go/pkg/kadm"
 )
 
-// runRewind is the subcommand: 0, 1 when it was refused or failed, 2 for bad arguments.
-func runRewind(args []string, stdout, stderr io.Writer) int {
-	var to string
-	var dryRun bool
-	cfg, _, code, ok := command("rewind", args, stderr, func(fs *flag.FlagSet) {
-		fs.StringVar(&to, "to", "", "read again what was accepted from this time on: RFC 3339, or start for all that Kafka still has")
-		fs.BoolVar(&dryRun, "dry-run", false, "only say what would be read again")
-	})
-	if !ok {
-		return code
-	}
-	var at time.Time
-	if to != "start" {
-		var err error
-		if at, err = time.Parse(time.RFC3339, to); err != nil {
-			fmt.Fprintf(stderr, "rewind: -to %q has to be a time such as %s, or start\n", to, rfc3339Now())
-			return 2
+func rewindTool(fs *flag.FlagSet) toolRun {
+	to := fs.String("to", "", "read again what was accepted from this time on: RFC 3339, or start for all that Kafka still has")
+	dryRun := fs.Bool("dry-run", false, "only say what would be read again")
+	return func(ctx context.Context, cfg *settings, _ []string, w io.Writer) error {
+		var at time.Time
+		if *to != "start" {
+			var err error
+			if at, err = time.Parse(time.RFC3339, *to); err != nil {
+				return badArgument{fmt.Errorf("-to %q has to be a time such as %s, or start", *to, rfc3339Now())}
+			}
 		}
+		return rewind(ctx, cfg, at, *dryRun, w)
 	}
-	if err := rewind(context.Background(), cfg, at, dryRun, stdout); err != nil {
-		fmt.Fprintln(stderr, "rewind:", err)
-		return 1
-	}
-	return 0
 }
 
 // rewind sets the group back to what was accepted at a time, the zero time being the start of the log.
