@@ -29,6 +29,7 @@ func TestClients(t *testing.T) {
 		"browser": {"node", "scripts/clients/send.mjs"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			alone(t)
 			pagePort := freePort(t) // of the browser's page, which is another origin
 			env := newSpace(t, "API_KEYS="+firstKey, "ACK_TIMEOUT=2s", "CORS_ORIGINS=http://127.0.0.1:"+pagePort)
 			p := startProgram(t, env)

@@ -38,6 +38,7 @@ func newKafkaCluster(t *testing.T) *kafkaCluster {
 	if !isCluster() {
 		t.Skip("needs a cluster: make test-cluster")
 	}
+	alone(t)
 	client, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
 	if err != nil {
 		t.Fatal(err)

@@ -74,7 +74,12 @@ func serve() int {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
 	}
-	options := &slog.HandlerOptions{Level: cfg.logLevel}
+	options := &slog.HandlerOptions{Level: cfg.logLevel, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if err, is := a.Value.Any().(error); is { // ch-go's would print their stacks
+			a.Value = slog.StringValue(err.Error())
+		}
+		return a
+	}}
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, options)))
 	if cfg.logFormat == "json" {
 		slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, options)))

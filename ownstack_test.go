@@ -15,7 +15,7 @@ import (
 	"testing"
 )
 
-// stacks holds the stacks that tests have for themselves, by the test's name.
+// stacks holds the stacks that tests have for themselves, by the test's name; nil is the shared one while nobody else uses it.
 var stacks sync.Map // string to *ownStack
 
 // ownStack is an embedded stack that one test may break.
@@ -33,6 +33,7 @@ type ownStack struct {
 func alone(t *testing.T) {
 	t.Helper()
 	if os.Getenv("DEV_COMMAND") == "" || isCluster() {
+		stacks.Store(t.Name(), (*ownStack)(nil))
 		return
 	}
 	t.Parallel()
@@ -93,18 +94,22 @@ func (s *ownStack) killAndRestart() {
 	s.start()
 }
 
+// stackOf is the stack that the test, or the one that it is a part of, has for itself.
+func stackOf(t testing.TB) (own *ownStack, is bool) {
+	for test := t.Name(); ; test = test[:strings.LastIndexByte(test, '/')] {
+		if s, is := stacks.Load(test); is {
+			return s.(*ownStack), true
+		}
+		if !strings.Contains(test, "/") {
+			return nil, false
+		}
+	}
+}
+
 // stackEnv is a variable that dev sets, of the stack that the test uses: its own, or the one that all share.
 func stackEnv(t testing.TB, name string) string {
-	for test, more := t.Name(), true; more; {
-		if s, own := stacks.Load(test); own {
-			return space(s.(*ownStack).env, name)
-		}
-		var end int
-		if end = strings.LastIndexByte(test, '/'); end < 0 {
-			more = false
-		} else {
-			test = test[:end]
-		}
+	if own, _ := stackOf(t); own != nil {
+		return space(own.env, name)
 	}
 	return os.Getenv(name)
 }

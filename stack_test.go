@@ -308,6 +308,9 @@ func mustAgree(t testing.TB, l *loader, url string) {
 // control asks the embedded stack to take a part away or to give it back.
 func control(t testing.TB, action string) {
 	t.Helper()
+	if _, is := stackOf(t); !is {
+		t.Fatal("others use this stack, too: call alone first")
+	}
 	resp, err := http.Post(stackEnv(t, "DEV_CONTROL")+action, "", nil)
 	if err != nil {
 		t.Fatal(err)

@@ -69,7 +69,7 @@ func (a *acknowledged) send(ctx context.Context, p *program) {
 
 // TestCompleteThroughIsHonest: rows that are rejected and stored later, an instance that is killed, ClickHouse away.
 func TestCompleteThroughIsHonest(t *testing.T) {
-	t.Parallel()
+	alone(t)
 	env := newSpace(t, "SERVER_PORT="+freePort(t), "MAX_RETRY_ATTEMPTS=20")
 	p := startProgram(t, env)
 	db := space(env, "CLICKHOUSE_DATABASE")

@@ -68,7 +68,7 @@ func TestDocumentRoutes(t *testing.T) {
 
 // TestDocumentStatuses produces every status that the document has, and no other.
 func TestDocumentStatuses(t *testing.T) {
-	t.Parallel()
+	alone(t)
 	doc, _ := readDocument(t)
 	want := map[string]bool{}
 	for path, methods := range doc.Paths {
