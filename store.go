@@ -152,9 +152,9 @@ var schemaStatements, definitions = cutSchema(schemaSQL)
 
 func cutSchema(text string) (statements, definitions []string) {
 	for stmt := range strings.SplitSeq(text, ";\n") {
-		if _, definition, ok := strings.Cut(stmt, "\nDEFINE "); ok {
+		if _, definition, ok := strings.Cut("\n"+stmt, "\nDEFINE "); ok {
 			name, text, _ := strings.Cut(definition, " AS")
-			definitions = append(definitions, name, strings.TrimSpace(text))
+			definitions = append(definitions, name, strings.NewReplacer(definitions...).Replace(strings.TrimSpace(text)))
 		} else if strings.TrimSpace(stmt) != "" {
 			statements = append(statements, stmt)
 		}
