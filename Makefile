@@ -11,7 +11,7 @@ APP      := bin/event-ingestion
 # make up SCALE=1: three instances of the program behind a load balancer.
 COMPOSE := docker compose -f docker-compose.yml $(if $(SCALE),-f deploy/compose.scale.yml)
 
-.PHONY: help run stop build up down logs test test-cluster test-clock torture fuzz bench bench-peers profile lint clean test-api test-clients
+.PHONY: help run stop build up down logs test test-cluster test-clock torture fuzz bench bench-peers profile lint clean test-api test-clients test-page
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,7 +30,7 @@ stop: $(DEV) ## end what `make run` started, cleanly
 build: $(APP) ## the one static binary, bin/event-ingestion
 
 $(APP): $(GO_FILES)
-	CGO_ENABLED=0 go build -trimpath -o $@ .
+	CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o $@ .
 
 $(DEV): $(wildcard dev/*.go) dev/clickhouse.xml dev/go.mod dev/go.sum
 	cd dev && CGO_ENABLED=0 go build -trimpath -o ../$@ .
@@ -58,6 +58,9 @@ test-api: $(APP) $(DEV) ## the OpenAPI document validated, and the running progr
 
 test-clients: $(DEV) ## the real clients of Segment's protocol for Python, Node, Go and browsers, through faults; needs npm, python3 and Linux
 	$(DEV) -ephemeral -- scripts/test_clients.sh
+
+test-page: $(DEV) ## the dashboard page in headless Chromium, and nothing else of test-clients
+	TESTS='TestPage$$' $(DEV) -ephemeral -- scripts/test_clients.sh
 
 # Midnight passes within the second and the fourth run, a month ends within the fourth.
 SHIFTS ?= 12:00 23:56 00:01 month-end month-start 12-31T12:00

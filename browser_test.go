@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -131,5 +132,51 @@ func TestPagesOfOthers(t *testing.T) {
 	}
 	if n := clickhouseQuery(t, "SELECT count() FROM "+space(p.env, "CLICKHOUSE_DATABASE")+".events"); n != "117" {
 		t.Errorf("%s events are stored, want 117", n)
+	}
+}
+
+// TestPage looks at the dashboard page in headless Chromium while ClickHouse goes and comes back. What it looks at stands in
+// scripts/clients/page.mjs; `make test-page` installs what it needs.
+func TestPage(t *testing.T) {
+	dir := os.Getenv("CLIENTS")
+	if dir == "" {
+		t.Skip("needs a browser to be driven: make test-page")
+	}
+	alone(t)
+	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey))
+	page := exec.Command("node", "scripts/clients/page.mjs", p.url, firstKey)
+	log := new(logBuffer)
+	page.Stderr = log
+	steps, err := page.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	next, err := page.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := page.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { page.Process.Kill() })
+	for lines := bufio.NewScanner(steps); lines.Scan(); fmt.Fprintln(next) {
+		switch lines.Text() {
+		case "empty state seen":
+			var body []byte
+			for i := range 1000 {
+				body = fmt.Appendf(body, `{"event_name":%q,"user_id":"u%d","channel":"web","campaign_id":"c%d","timestamp":%d,"metadata":{"price":5091.8}}`+"\n",
+					[]string{"view", "purchase"}[i%2], i%70, i%5, time.Now().Unix()-int64(i))
+			}
+			if status, _, answer := p.ask("POST", bulkPath, body, "Content-Type: "+ndjson, "X-API-Key: "+firstKey); status != http.StatusAccepted {
+				t.Fatal(status, answer)
+			}
+		case "filtered":
+			control(t, "/clickhouse/stop")
+		case "stale":
+			control(t, "/clickhouse/start")
+		}
+	}
+	if err := page.Wait(); err != nil {
+		t.Errorf("the page: %v\n%s", err, log)
 	}
 }

@@ -110,6 +110,7 @@ type system struct {
 	watermark *watermark
 	metrics   *metricsAPI
 	ready     *readiness
+	pipeline  *pipeline
 	access    *access
 	api       *http.Server
 	admin     *http.Server
@@ -143,6 +144,8 @@ func newSystem(cfg *settings) (*system, error) {
 	quick := newStore(cfg) // hangs no longer than its question may
 	quick.options.HandshakeTimeout, quick.options.ReadTimeout = readyTimeout, readyTimeout
 	s.ready = &readiness{kafka: s.producer, store: quick, broken: &s.store.broken, watermark: s.watermark, troubles: s.stats.troubles, consumes: cfg.role != "api"}
+	host, _ := os.Hostname()
+	s.pipeline = newPipeline(cfg, net.JoinHostPort(host, fmt.Sprint(cfg.serverPort)), s.stats, s.watermark, s.ready)
 	in := newIngester(s.producer, cfg, &s.stats.ingest)
 	in.stored = &s.watermark.stored
 	s.api = newServer(addr, s.routes(in), cfg, s.access, s.stats)
@@ -165,6 +168,7 @@ func (s *system) routes(in *ingester) []route {
 			route{http.MethodPost, "/api/v1/events/bulk", "bulk", in.serveBulk},
 			route{http.MethodGet, "/api/v1/metrics", "metrics", s.metrics.serve},
 			route{http.MethodGet, "/api/v1/overview", "overview", s.metrics.serveOverview},
+			route{http.MethodGet, "/api/v1/pipeline", "pipeline", s.pipeline.serve},
 		)
 		routes = append(routes, (&segment{in, s.access}).routes()...)
 		routes = append(routes, pages()...)
@@ -200,6 +204,7 @@ func (s *system) run(ctx context.Context) error {
 		defer close(consumed)
 		s.consume(consuming)
 	}()
+	go s.pipeline.run(consuming) // ends with stopConsuming
 	var err error
 	for running := true; running; {
 		select {

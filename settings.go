@@ -41,6 +41,8 @@ type settings struct {
 	logLevel             slog.Level
 	logFormat            string
 	accessLog            float64
+	grafanaURL           string
+	kafkaUIURL           string
 
 	kafkaBrokers     []string
 	kafkaTopic       string
@@ -107,6 +109,8 @@ func (c *settings) settingsTable() []setting {
 		{"LOG_LEVEL", "info", "debug, info, warn or error", func(s string) error { return c.logLevel.UnmarshalText([]byte(s)) }},
 		{"LOG_FORMAT", "text", "text or json", oneOf(&c.logFormat, "text", "json")},
 		{"ACCESS_LOG", "0", "share of requests that are logged, 0 to 1; those that fail with 5xx are logged anyway, at most 10 a second", share(&c.accessLog)},
+		{"GRAFANA_URL", "", "where the dashboard page links to for Grafana; empty leaves the link out", link(&c.grafanaURL)},
+		{"KAFKA_UI_URL", "", "the same for Kafka UI", link(&c.kafkaUIURL)},
 
 		{"KAFKA_BROKERS", "localhost:29092,localhost:29093", "comma-separated host:port of the first brokers to ask", addresses(&c.kafkaBrokers)},
 		{"KAFKA_TOPIC", "events", "main topic; retries go to TOPIC.retry, dead letters to TOPIC.dlq", text(&c.kafkaTopic, false)},
@@ -242,6 +246,16 @@ func origins(dst *[]string) func(string) error {
 			}
 			*dst = append(*dst, o)
 		}
+		return nil
+	}
+}
+
+func link(dst *string) func(string) error {
+	return func(s string) error {
+		if u, err := url.Parse(s); s != "" && (err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https") {
+			return errors.New("has to be an address such as http://localhost:3000")
+		}
+		*dst = s
 		return nil
 	}
 }

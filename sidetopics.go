@@ -255,7 +255,7 @@ func (s *sideProducer) count(recs []*kgo.Record) {
 		case s.topic + ".retry":
 			s.stats.retried.Inc()
 		case s.topic + ".dlq":
-			s.stats.dead(header(rec, "error_type"))
+			s.stats.dead(header(rec, "error_type")).Inc()
 			if dead++; first == nil {
 				first = rec
 			}

@@ -34,9 +34,17 @@ type sideStats struct {
 	troubles *troubles
 }
 
-// dead counts a dead letter by its error_type.
-func (s *sideStats) dead(why string) {
-	s.set.GetOrCreateCounter(`event_ingestion_dead_letters_total{type="` + why + `"}`).Inc()
+// dead counts the dead letters of an error_type.
+func (s *sideStats) dead(why string) *metrics.Counter {
+	return s.set.GetOrCreateCounter(`event_ingestion_dead_letters_total{type="` + why + `"}`)
+}
+
+// deadLetters is how many there were of all types.
+func (s *sideStats) deadLetters() (n uint64) {
+	for _, why := range []string{errorInsertFailed, errorUnmarshal, errorExhausted} {
+		n += s.dead(why).Get()
+	}
+	return n
 }
 
 type storeStats struct {
@@ -125,9 +133,7 @@ func newStats() *stats {
 	for _, code := range []string{codeRequired, codeMaxLength, codeInvalidFormat, codeFuture, codeExpired} {
 		s.ingest.refusedItems(code)
 	}
-	for _, why := range []string{errorInsertFailed, errorUnmarshal, errorExhausted} { // there from the start, so that an alert sees the first one
-		set.NewCounter(`event_ingestion_dead_letters_total{type="` + why + `"}`)
-	}
+	s.side.deadLetters() // makes the counters: an alert sees the first dead letter only when there was a 0 before
 	return s
 }
 

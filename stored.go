@@ -32,6 +32,16 @@ func (s *storedSignal) advance(through time.Time) {
 	s.wake()
 }
 
+// age is how old the moment is up to which everything is stored; 0 while unknown.
+func (s *storedSignal) age() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.through.IsZero() {
+		return 0
+	}
+	return time.Since(s.through)
+}
+
 // end lets nobody wait any more: a stop does not take longer for them.
 func (s *storedSignal) end() {
 	s.mu.Lock()

@@ -60,10 +60,12 @@ type watermark struct {
 	progress     atomic.Pointer[progress]
 }
 
-// progress is what a look found: the lag of each partition, and since when it has had one without getting anywhere.
+// progress is what a look found: the lag of each partition, since when it has had one without getting anywhere, and how
+// many records wait on events.retry.
 type progress struct {
-	lags  []int64
-	since []time.Time
+	lags    []int64
+	since   []time.Time
+	retries int64
 }
 
 // sample is where the partitions ended at a moment.
@@ -155,7 +157,11 @@ func (w *watermark) look(ctx context.Context) error {
 	for p := range ends {
 		lags[p] = max(0, ends[p]-stored[p])
 	}
-	w.progress.Store(&progress{lags, slices.Clone(w.moved)})
+	waiting := int64(0)
+	for p := range retryEnds {
+		waiting += max(0, retryEnds[p]-retried[p])
+	}
+	w.progress.Store(&progress{lags, slices.Clone(w.moved), waiting})
 	w.advance(now, stored, ends, slices.Equal(w.retried, retryEnds))
 	w.retried = retried
 	return nil

@@ -11,15 +11,17 @@ import (
 	"embed"
 	"encoding/hex"
 	"fmt"
+	"io"
 	"io/fs"
 	"mime"
 	"net/http"
 	"path"
 	"strconv"
-	"strings"
 	"time"
 
-	swagger "github.com/swaggo/files/v2"
+	"github.com/klauspost/compress/gzhttp"
+	"github.com/klauspost/compress/gzip"
+	swagger "github.com/swaggest/swgui/v5/static"
 )
 
 //go:embed web
@@ -39,11 +41,12 @@ const (
 )
 
 func pages() []route {
+	page, swagger := gzhttp.GzipHandler(http.HandlerFunc(servePage)), gzhttp.GzipHandler(http.HandlerFunc(serveSwagger))
 	return []route{
-		{http.MethodGet, "/{$}", "pages", servePage},
-		{http.MethodGet, "/web/{file}", "pages", servePage},
+		{http.MethodGet, "/{$}", "pages", page},
+		{http.MethodGet, "/web/{file}", "pages", page},
 		{http.MethodGet, "/swagger", "pages", toSwagger},
-		{http.MethodGet, "/swagger/{file...}", "pages", serveSwagger},
+		{http.MethodGet, "/swagger/{file...}", "pages", swagger},
 	}
 }
 
@@ -78,9 +81,9 @@ func serveSwagger(w http.ResponseWriter, r *http.Request) {
 	case "swagger-initializer.js", "openapi.json":
 		body, err = webFiles.ReadFile("web/" + name)
 	default:
-		body, err = fs.ReadFile(swagger.FS, name)
+		body, err = swaggerFile(name)
 	}
-	if err != nil || strings.HasSuffix(name, ".map") {
+	if err != nil {
 		writeError(w, http.StatusNotFound, "not found", "nothing is at "+r.URL.Path)
 		return
 	}
@@ -90,6 +93,20 @@ func serveSwagger(w http.ResponseWriter, r *http.Request) {
 		body = bytes.ReplaceAll(body, []byte(exampleYesterday), strconv.AppendInt(nil, now-daySeconds, 10))
 	}
 	writeFile(w, r, name, swaggerPolicy, body)
+}
+
+// swaggerFile is a file of Swagger UI, which the package has compressed.
+func swaggerFile(name string) ([]byte, error) {
+	f, err := swagger.FS.Open(name + ".gz")
+	if err != nil {
+		return fs.ReadFile(swagger.FS, name)
+	}
+	defer f.Close()
+	unzipped, err := gzip.NewReader(f)
+	if err != nil {
+		return nil, err
+	}
+	return io.ReadAll(unzipped)
 }
 
 // writeFile answers with a file of the binary, or 304 when the browser has it.

@@ -3,7 +3,7 @@
 # CLIENT=go make test-clients for one of them. They go into the user's cache, pinned; the Go one is a module of its own, so
 # that the program's go.mod does not have it.
 set -eu
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/event-ingestion/clients-python2.4.0-node3.1.0-browser1.84.3
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/event-ingestion/clients-python2.4.0-node3.1.0-browser1.84.3-axe4.14.1
 for tool in python3 npm node go; do
 	command -v $tool >/dev/null || { echo "missing: $tool"; exit 1; }
 done
@@ -13,7 +13,7 @@ if [ ! -x "$cache/venv/bin/python" ]; then
 fi
 if [ ! -d "$cache/node_modules/@segment/analytics-node" ]; then
 	npm install --silent --no-fund --no-audit --prefix "$cache" @segment/analytics-node@3.1.0 \
-		@segment/analytics-next@1.84.3 puppeteer-core@24.43.1 @sparticuz/chromium@147.0.0
+		@segment/analytics-next@1.84.3 puppeteer-core@24.43.1 @sparticuz/chromium@147.0.0 axe-core@4.14.1
 fi
 (cd scripts/clients && CGO_ENABLED=0 go build -o "$cache/go-client" .)
-CLIENTS=$cache go test -race -count=1 -v -timeout 20m -run "TestClients/${CLIENT:-}" .
+CLIENTS=$cache go test -race -count=1 -v -timeout 20m -run "${TESTS:-TestPage$|TestClients/${CLIENT:-}}" .

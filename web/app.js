@@ -1,143 +1,178 @@
-// The dashboard: asks /api/v1/overview and draws what it says. Nothing is computed here that the API does not say.
-'use strict'
+// The dashboard: asks /api/v1/overview and /api/v1/pipeline, says how old the numbers are, and sends test events.
+import { Chart, element, list, money, number, pipeline, totals } from './draw.js'
 
+const pollEvery = 5000, pollAtMost = 60_000, beforeEvery = 60_000 // ms
 const $ = id => document.getElementById(id)
-const number = new Intl.NumberFormat('en')
-const money = new Intl.NumberFormat('en', { style: 'currency', currency: 'TRY', currencyDisplay: 'code', maximumFractionDigits: 0 })
-const short = new Intl.NumberFormat('en', { notation: 'compact', maximumFractionDigits: 1 })
+const controls = $('controls').elements
+const charts = [new Chart('Events', g => g.total_count, number), new Chart('Unique users', g => g.unique_users, number), new Chart('Revenue in TRY', g => g.revenue, money)]
+$('charts').append(...charts.map(c => c.node))
+
 let key = sessionStorage.getItem('key') || ''
 let timer, asked = 0
+let shown = null // the last overview that was drawn, and when the API sent it
+let before = null // of the period before: what was asked, when, and the answer
+let ahead = 0 // ms that the API's clock is ahead of this one
 
-function element(name, attributes, ...children) {
-  const e = ['svg', 'path', 'rect', 'title'].includes(name) ? document.createElementNS('http://www.w3.org/2000/svg', name) : document.createElement(name)
-  for (const [k, v] of Object.entries(attributes || {})) e.setAttribute(k, v)
-  e.append(...children)
-  return e
+class Refused extends Error {
+  constructor(status, text) {
+    super(text)
+    this.status = status
+  }
 }
 
 async function call(path, options = {}) {
-  const headers = { ...options.headers }
-  if (key) headers['X-API-Key'] = key
-  const answer = await fetch(path, { ...options, headers })
+  const answer = await fetch(path, { ...options, headers: { ...options.headers, ...(key && { 'X-API-Key': key }) } })
   const body = await answer.json().catch(() => ({}))
-  if (answer.status === 401) {
-    key = ''
-    sessionStorage.removeItem('key')
-    $('login').hidden = false
-    $('key').focus()
-  }
-  if (!answer.ok) throw new Error(`${answer.status}: ${body.errors ? body.errors.map(e => e.message || e.error).join(', ') : body.detail || body.error || answer.statusText}`)
+  const date = Date.parse(answer.headers.get('Date'))
+  if (Math.abs(date - Date.now() - ahead) > 2000) ahead = date - Date.now()
+  if (!answer.ok) throw new Refused(answer.status, body.errors ? body.errors.map(e => e.message || e.error).join(', ') : body.detail || body.error || answer.statusText)
   return body
+}
+
+const now = () => Math.floor((Date.now() + ahead) / 1000)
+const filters = () => new URLSearchParams({ ...(controls.channel.value && { channel: controls.channel.value }), ...(controls.event_name.value && { event_name: controls.event_name.value }) })
+const overview = (from, to) => call(`/api/v1/overview?from=${from}&to=${to}&${filters()}`)
+
+// periodBefore asks for the period before once a minute: it changes little.
+async function periodBefore(from, range) {
+  const question = `${range} ${filters()}`
+  if (before?.question !== question || Date.now() - before.when > beforeEvery) before = { question, when: Date.now(), answer: await overview(from - range, from - 1).catch(() => null) }
+  return before.answer
 }
 
 async function refresh() {
   clearTimeout(timer)
-  const mine = ++asked
-  const started = Date.now()
-  const range = +document.querySelector('input[name=range]:checked').value
-  const to = Math.floor(Date.now() / 1000)
+  const mine = ++asked, started = Date.now()
+  // Whole buckets up to the open one: the chart begins with a whole one, and ClickHouse reads no raw events of a cut hour.
+  const range = +controls.range.value, to = now(), step = range <= 3600 ? 60 : range <= 86400 ? 3600 : 86400
+  const from = Math.floor(to / step) * step - range + step
+  const [pipelineAnswer, answer, earlier] = await Promise.allSettled([call('/api/v1/pipeline'), overview(from, to), periodBefore(from, range)])
+  if (mine !== asked) return // a later question is on its way
+  let pause = pollEvery
+  if (answer.status === 'fulfilled') {
+    shown = { ...answer.value, at: now() }
+    draw(shown, earlier.value)
+    pause = Math.min(Math.max(pollEvery, 10 * (Date.now() - started)), pollAtMost) // a tenth of ClickHouse's time at most
+  }
+  const p = pipelineAnswer.value
+  if (p) {
+    $('pipeline').replaceChildren(...pipeline(p))
+    links(p.links)
+  }
+  tell(answer.reason, p?.consumers)
+  if (controls.auto.checked && answer.reason?.status !== 401) timer = setTimeout(refresh, pause)
+}
+
+// tell says what is wrong, once: a screen reader hears the banner when it changes.
+function tell(error, consumers) {
+  const locked = error?.status === 401
+  if (locked && $('login').hidden) {
+    key = ''
+    sessionStorage.removeItem('key')
+    $('login').hidden = false
+    $('key').focus()
+  } else if (!locked && !error) $('login').hidden = true
+  let text = ''
+  if (error && !locked) {
+    text = error instanceof Refused ? `${error.message} (${error.status}).` : 'The API does not answer.'
+    if (shown) text += ` These numbers are from ${clock(shown.at)}.`
+    if (error.status === 503) text += ' Events are still accepted; they are counted when it is over.'
+  } else if (consumers && consumers !== 'ok') text = `Storing stands still: ${consumers.replace(/^stalled \d+ s:? ?/, '')}. Events are accepted and wait on Kafka.`
+  const steady = text.replace(/[\d,]+ waiting/, 'records waiting') // a count that moves is no news
+  if ($('banner').dataset.said !== steady) {
+    $('banner').dataset.said = steady
+    $('banner').textContent = text
+  }
+  $('main').classList.toggle('stale', !!error && !!shown)
+  age()
+}
+
+const clock = second => new Date(second * 1000).toLocaleTimeString('en-GB')
+
+// age counts every second, whatever the API does.
+function age() {
+  if (!shown) return
+  const through = shown.complete_through
+  const seconds = through && Math.max(0, now() - through)
+  $('age').textContent = !through ? 'catching up with a backlog' : `complete to ${seconds < 120 ? `${seconds} s` : seconds < 7200 ? `${Math.floor(seconds / 60)} min` : `${Math.floor(seconds / 3600)} h`} ago`
+  $('age').classList.toggle('bad', !through || seconds > 30)
+}
+
+function draw(o, earlier) {
+  const filtered = filters().size > 0
+  $('empty').hidden = o.total_count > 0 || filtered
+  $('curl').textContent = `curl -X POST ${location.origin}/api/v1/events -H 'Content-Type: application/json'${key && " -H 'X-API-Key: …'"} \\\n  -d '{"event_name":"product_view","user_id":"user_123","channel":"web","timestamp":'$(date +%s)'}'`
+  $('totals').replaceChildren(...totals(o, earlier))
+  for (const c of charts) c.show(o, earlier)
+  charts[1].node.hidden = o.bucket === 'minute' // too dear to count by the minute
+  if (!controls.event_name.value) options(o.event_names.map(g => g.key))
+  $('lists').replaceChildren(list('Channels', o.channels), list('Events', o.event_names, name => choose(name)), list('Campaigns', o.campaigns))
+}
+
+// options offers the largest event names. It leaves the list alone while that is the same: it may be open.
+function options(names) {
+  const select = controls.event_name
+  if (names.join('\n') === [...select.options].slice(1).map(o => o.value).join('\n')) return
+  select.replaceChildren(element('option', { value: '' }, 'all'), ...names.map(name => element('option', { value: name }, name)))
+}
+
+function choose(name) {
+  controls.event_name.value = name
+  remember()
+  refresh()
+}
+
+function links(all) {
+  const nav = $('links')
+  if (nav.children.length === 1) nav.append(...all.map(l => element('a', { href: l.url }, l.name)))
+}
+
+// The choice stands in the address, so that it survives a reload and can be sent to somebody.
+function remember() {
+  history.replaceState(null, '', `#${new URLSearchParams({ range: controls.range.value, channel: controls.channel.value, event_name: controls.event_name.value })}`)
+}
+
+function recall() {
+  for (const [name, value] of new URLSearchParams(location.hash.slice(1))) {
+    if (name === 'event_name' && value) options([value])
+    if (['range', 'channel', 'event_name'].includes(name)) controls[name].value = value
+  }
+  if (!controls.range.value) controls.range.value = 86400
+}
+
+async function send(event) {
+  $('sent').textContent = 'sending …'
+  $('sent').classList.remove('bad')
   try {
-    const health = fetch('/ready').then(answer => answer.json()).catch(() => ({})) // says why events wait, whatever its status
-    const o = await call(`/api/v1/overview?from=${to - range}&to=${to}&channel=${$('channel').value}`)
-    const consumers = (await health).consumers || 'ok'
-    if (mine !== asked) return // a later question is on its way
-    $('login').hidden = true
-    draw(o)
-    const behind = o.complete_through ? Math.max(0, Math.round(Date.now() / 1000 - o.complete_through)) : null
-    const fresh = behind === null ? 'catching up with a backlog' : `complete to ${behind} s ago`
-    say(consumers === 'ok' ? fresh : `${fresh}; ${consumers}`, consumers !== 'ok')
+    const answer = await call('/api/v1/events?wait=stored', { method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify({ ...event, timestamp: now() }) })
+    $('sent').textContent = `${answer.status}: ${answer.event_id.slice(0, 12)}…`
+    refresh()
   } catch (e) {
-    if (mine === asked) say(e instanceof TypeError ? 'the API does not answer' : e.message, true)
+    $('sent').textContent = e.message
+    $('sent').classList.add('bad')
   }
-  $('main').setAttribute('aria-busy', 'false')
-  if ($('auto').checked) timer = setTimeout(refresh, Math.max(5000, 10 * (Date.now() - started))) // a tenth of its time at most
 }
 
-function say(text, bad) {
-  $('state').textContent = text
-  $('state').classList.toggle('bad', !!bad)
-}
-
-function draw(o) {
-  $('totals').replaceChildren(...[
-    ['Events', number.format(o.total_count)], ['Unique users', number.format(o.unique_users)], ['Purchases', number.format(o.purchases)],
-    ['Revenue', money.format(o.revenue)], ['Active campaigns', number.format(o.active_campaigns)],
-  ].map(([name, value]) => element('div', { class: 'card' }, element('span', {}, name), element('b', {}, value))))
-  $('charts').replaceChildren(
-    chart('Events', o, g => g.total_count, number), chart('Unique users', o, g => g.unique_users, number), chart('Revenue', o, g => g.revenue, money))
-  $('lists').replaceChildren(list('Channels', o.channels), list('Events', o.event_names), list('Campaigns', o.campaigns))
-}
-
-// buckets fills the hours or days of which nothing came with zeros.
-function buckets(o, value) {
-  const step = o.bucket === 'day' ? 86400 : 3600
-  const known = new Map(o.series.map(g => [Date.parse(g.key) / 1000, value(g)]))
-  const all = []
-  for (let at = Math.floor(o.from / step) * step; at <= o.to; at += step) all.push([at, known.get(at) || 0])
-  return all
-}
-
-function chart(title, o, value, format) {
-  const points = buckets(o, value)
-  const card = element('div', { class: 'card' }, element('h2', {}, title, ' by ', o.bucket))
-  const most = Math.max(...points.map(p => p[1]))
-  if (!most) {
-    card.append(element('p', { class: 'empty' }, 'nothing in this range'))
-    return card
-  }
-  const width = 300, height = 100, step = width / Math.max(points.length - 1, 1)
-  const xy = points.map((p, i) => `${points.length === 1 ? width / 2 : i * step},${height - p[1] / most * (height - 4)}`)
-  const line = points.length === 1 ? `M0,${xy[0].split(',')[1]}H${width}` : 'M' + xy.join('L')
-  const when = at => new Date(at * 1000).toLocaleString([], o.bucket === 'day' ? { month: 'short', day: 'numeric', timeZone: 'UTC' } : { weekday: 'short', hour: '2-digit', minute: '2-digit' })
-  const svg = element('svg', { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: 'none', role: 'img', 'aria-label': `${title}, at most ${format.format(most)}` },
-    element('path', { class: 'area', d: `${line}V${height}H0Z` }), element('path', { class: 'line', d: line }),
-    ...points.map((p, i) => element('rect', { x: Math.max(0, (i - .5) * step), y: 0, width: step, height }, element('title', {}, `${when(p[0])}: ${format.format(p[1])}`))))
-  card.append(svg, element('div', { class: 'axis' }, element('span', {}, when(points[0][0])), element('span', {}, `at most ${short.format(most)}`), element('span', {}, when(points.at(-1)[0]))))
-  return card
-}
-
-function bar(share) {
-  return element('svg', { class: 'bar', viewBox: '0 0 100 1', preserveAspectRatio: 'none', 'aria-hidden': 'true' }, element('rect', { width: 100 * share, height: 1 }))
-}
-
-function list(title, groups) {
-  const card = element('div', { class: 'card' }, element('h2', {}, title))
-  if (!groups.length) {
-    card.append(element('p', { class: 'empty' }, 'none'))
-    return card
-  }
-  const most = Math.max(...groups.map(g => g.total_count), 1)
-  card.append(element('table', {}, element('tbody', {}, ...groups.map(g => element('tr', {},
-    element('th', { scope: 'row', title: g.key }, g.key || 'none', bar(g.total_count / most)),
-    element('td', {}, number.format(g.total_count)))))))
-  return card
-}
-
-$('controls').addEventListener('change', refresh)
+$('controls').addEventListener('change', () => { remember(); refresh() })
 $('controls').addEventListener('submit', e => e.preventDefault())
 $('login').addEventListener('submit', e => {
   e.preventDefault()
   key = $('key').value
   sessionStorage.setItem('key', key)
   $('key').value = ''
+  $('login').hidden = true
   refresh()
 })
-$('send').addEventListener('submit', async e => {
+$('send').addEventListener('submit', e => {
   e.preventDefault()
-  const form = Object.fromEntries(new FormData(e.target))
-  const event = { event_name: form.event_name, user_id: form.user_id, channel: form.channel, campaign_id: form.campaign_id, timestamp: Math.floor(Date.now() / 1000) }
-  if (form.price) event.metadata = { price: +form.price, currency: 'TRY' }
-  const out = $('sent')
-  try {
-    const answer = await call('/api/v1/events', { method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(event) })
-    out.textContent = `${answer.status}: ${answer.event_id.slice(0, 12)}…`
-    out.classList.remove('bad')
-    setTimeout(refresh, 500)
-  } catch (err) {
-    out.textContent = err.message
-    out.classList.add('bad')
-  }
+  const { price, campaign_id, ...event } = Object.fromEntries(new FormData(e.target))
+  send({ ...event, ...(campaign_id && { campaign_id }), ...(price && { metadata: { price: +price, currency: 'TRY' } }) })
 })
-for (const a of document.querySelectorAll('a[data-port]')) a.href = `${location.protocol}//${location.hostname}:${a.dataset.port}/`
+$('first').addEventListener('click', () => send({ event_name: 'product_view', user_id: 'user_123', channel: 'web' }))
+$('copy').addEventListener('click', async () => {
+  await navigator.clipboard.writeText($('curl').textContent).then(() => { $('copy').textContent = 'Copied' }, () => getSelection().selectAllChildren($('curl')))
+})
 document.addEventListener('visibilitychange', () => document.hidden ? clearTimeout(timer) : refresh())
+setInterval(age, 1000)
+recall()
 refresh()

@@ -1,0 +1,100 @@
+// Looks at the dashboard page in headless Chromium, as a person would. Usage: page.mjs URL KEY. It says each step on stdout
+// and waits for a line on stdin where the test has to do something; what is wrong goes to stderr, and it ends with 1.
+import { readFile } from 'node:fs/promises'
+import { createRequire } from 'node:module'
+import { join } from 'node:path'
+import { createInterface } from 'node:readline'
+
+const modules = join(process.env.CLIENTS, 'node_modules')
+const require = createRequire(modules + '/')
+const { default: chromium } = await import(join(modules, '@sparticuz/chromium/build/esm/index.js'))
+const { default: puppeteer } = await import(require.resolve('puppeteer-core'))
+const [url, key] = process.argv.slice(2)
+const lines = createInterface({ input: process.stdin })[Symbol.asyncIterator]()
+const ask = async step => { console.log(step); await lines.next() }
+
+const browser = await puppeteer.launch({ args: chromium.args, executablePath: await chromium.executablePath(), headless: 'shell' })
+const tab = await browser.newPage()
+let refusals = false // while the test has taken something away, the browser says so on its console
+const wrong = []
+tab.on('console', m => { if (m.type() === 'error' && !refusals) wrong.push('console: ' + m.text()) })
+tab.on('pageerror', e => wrong.push('script: ' + e.message))
+tab.on('request', r => { if (!r.url().startsWith(url) && !r.url().startsWith('data:')) wrong.push('a request to ' + r.url()) })
+
+const text = selector => tab.$eval(selector, e => e.textContent)
+const until = (what, condition, ...args) => tab.waitForFunction(condition, { timeout: 30_000 }, ...args).catch(() => { throw new Error('never ' + what) })
+const hidden = id => tab.$eval('#' + id, e => e.hidden)
+const check = (what, ok) => { if (!ok) wrong.push(what) }
+
+async function look(width, scheme) {
+  await tab.emulateMediaFeatures([{ name: 'prefers-color-scheme', value: scheme }])
+  await tab.setViewport({ width, height: 900 })
+  await new Promise(resolve => setTimeout(resolve, 200)) // the charts are drawn anew
+  check(`${width} px: the page is wider than its window`, await tab.evaluate(() => document.documentElement.scrollWidth <= innerWidth))
+  check(`${width} px: a number does not fit its card`, await tab.evaluate(() => [...document.querySelectorAll('#totals b')].every(b => b.scrollWidth <= b.clientWidth)))
+  const found = await tab.evaluate(() => window.axe.run())
+  for (const v of found.violations) wrong.push(`${width} px, ${scheme}: ${v.id}: ${v.nodes.map(n => n.target).join(' ')}: ${v.help}`)
+}
+
+try {
+  // Without a key the page asks for one, and leaves the reader's focus alone.
+  refusals = true
+  await tab.goto(url)
+  await until('asked for a key', () => !document.getElementById('login').hidden)
+  check('the key field has no focus', await tab.evaluate(() => document.activeElement.id === 'key'))
+  await tab.type('#key', key)
+  await tab.keyboard.press('Enter')
+  await until('let in', () => document.getElementById('login').hidden && document.querySelector('#totals b'))
+  refusals = false
+
+  check('the empty state is not shown', !await hidden('empty') && (await text('#curl')).includes(url + '/api/v1/events'))
+  await tab.evaluate(await readFile(join(modules, 'axe-core/axe.min.js'), 'utf8'))
+  await look(1280, 'light')
+  await tab.click('#first')
+  await until('counted the test event', () => document.querySelector('#totals b').textContent === '1')
+  check('the empty state stays', await hidden('empty'))
+
+  await ask('empty state seen')
+  await until('showed what was sent', () => document.querySelector('#totals b').textContent === '1,001')
+  const shown = await tab.$$eval('#totals b', all => all.map(b => b.textContent))
+  const answer = await tab.evaluate(key => fetch('/api/v1/overview', { headers: { 'X-API-Key': key } }).then(r => r.json()), key)
+  const number = new Intl.NumberFormat('en'), want = [answer.total_count, answer.unique_users, answer.purchases, Math.round(answer.revenue), answer.active_campaigns].map(n => number.format(n))
+  check(`cards ${shown}, the API says ${want}`, shown.every((s, i) => s.replace(/^TRY\s/, '') === want[i]))
+  check('a table behind the chart differs', (await tab.$$eval('#charts figure:first-child td', all => all.reduce((n, td) => n + +td.textContent.replaceAll(',', ''), 0))) >= 1000)
+  for (const [width, scheme] of [[360, 'dark'], [1280, 'dark'], [2560, 'light'], [360, 'light']]) await look(width, scheme)
+  check('the last five minutes are not drawn', await tab.$('#pipeline .spark path'))
+
+  // The cursor moves by keys and by pointer, and outlives a refresh.
+  await tab.focus('#charts .plot')
+  const open = await text('#charts .readout')
+  check(`the open bucket is not marked: ${open}`, open.includes('so far'))
+  await tab.keyboard.press('ArrowLeft')
+  await tab.keyboard.press('ArrowLeft')
+  const before = await text('#charts .readout')
+  check('keys do not move the cursor', before !== open)
+  const old = await tab.$('#charts .plot svg')
+  await tab.waitForFunction(svg => !svg.isConnected, { timeout: 30_000 }, old)
+  check('a refresh moves the cursor', await text('#charts .readout') === before && await tab.evaluate(() => document.activeElement.className === 'plot'))
+  const box = await (await tab.$('#charts .plot')).boundingBox()
+  await tab.mouse.move(box.x + box.width / 2, box.y + 50)
+  check('the pointer does not move the cursor', await text('#charts .readout') !== before)
+
+  // A filter by a click on an event's name, kept in the address.
+  await tab.$$eval('#lists button', all => all.find(b => b.textContent === 'purchase').click())
+  await until('filtered', () => document.querySelectorAll('#lists .card:nth-child(2) tr').length === 1)
+  check('the choice is not in the address', tab.url().includes('event_name=purchase'))
+
+  // ClickHouse away: the numbers stay, dimmed, and the banner says from when they are.
+  refusals = true
+  await ask('filtered')
+  await until('said what is wrong', () => document.getElementById('main').classList.contains('stale') && /These numbers are from .* Events are still accepted/.test(document.getElementById('banner').textContent))
+  const age = await text('#age')
+  await until('counted the age', was => document.getElementById('age').textContent !== was, age)
+  await ask('stale')
+  await until('recovered', () => !document.getElementById('main').classList.contains('stale') && document.getElementById('banner').textContent === '')
+} catch (e) {
+  wrong.push(e.message)
+}
+await browser.close()
+for (const w of wrong) console.error(w)
+process.exit(wrong.length ? 1 : 0)
