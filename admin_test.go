@@ -90,8 +90,8 @@ func TestMetricsPage(t *testing.T) {
 			t.Errorf("%s is missing", name)
 		}
 	}
-	sent := float64(l.ok.Load())
-	distinct := float64(l.src.expected()[0].count)
+	sent := float64(l.OK.Load())
+	distinct := float64(l.Distinct())
 	for name, want := range map[string]float64{
 		"event_ingestion_events_accepted_total": sent, "event_ingestion_rows_stored_total": distinct,
 		"event_ingestion_records_consumed_total": sent, "event_ingestion_duplicates_total": sent - distinct,

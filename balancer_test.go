@@ -63,28 +63,26 @@ func TestBalancer(t *testing.T) {
 	// A roll-out: each instance is stopped and comes back; the client, which tries everything once, sees no failure.
 	l, done := loadInto(t, b.url, 2000, time.Hour, "-retries", "0")
 	for i, p := range instances {
-		target := l.ok.Load() + 2000
-		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
+		target := l.OK.Load() + 2000
+		p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 		p.terminate()
 		instances[i] = startProgram(t, p.env)
 	}
-	l.mu.Lock()
-	if n := l.unknown.Load(); n > 0 || len(l.refused) > 0 {
-		t.Errorf("a roll-out was noticed: %d without an answer, refused %v", n, l.refused)
-	}
-	l.mu.Unlock()
-	l.stop()
+	l.Stop()
 	done()
+	if n := l.Unknown.Load(); n > 0 || len(l.Refused) > 0 {
+		t.Errorf("a roll-out was noticed: %d without an answer, refused %v", n, l.Refused)
+	}
 	mustHold(b, l)
 
 	// An instance dies: the balancer sends most of what that had in hand to another, the client the rest once more.
 	l, done = loadInto(t, b.url, 2000, time.Hour)
-	target := l.ok.Load() + 2000
-	b.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
+	target := l.OK.Load() + 2000
+	b.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 	instances[0] = instances[0].killAndRestart()
-	target = l.ok.Load() + 2000
-	b.await("under load again", 20*time.Second, func() bool { return l.ok.Load() > target })
-	l.stop()
+	target = l.OK.Load() + 2000
+	b.await("under load again", 20*time.Second, func() bool { return l.OK.Load() > target })
+	l.Stop()
 	done()
 	mustHold(b, l)
 
@@ -96,8 +94,8 @@ func TestBalancer(t *testing.T) {
 	done()
 	control(t, "/clickhouse/start")
 	mustAgree(t, away, b.url)
-	if away.ok.Load() < 4000 {
-		t.Errorf("%d events accepted while ClickHouse was away", away.ok.Load())
+	if away.OK.Load() < 4000 {
+		t.Errorf("%d events accepted while ClickHouse was away", away.OK.Load())
 	}
 }
 

@@ -23,6 +23,8 @@ import (
 
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/valyala/fastjson"
+
+	"github.com/event-ingestion/event-ingestion/load"
 )
 
 func BenchmarkParse(b *testing.B) {
@@ -159,11 +161,11 @@ func BenchmarkWholePath(b *testing.B) {
 	for b.Loop() {
 		l, done := loadInto(b, p.url, 0, time.Hour, "-bulk", "1000", "-connections", "8", "-users", "10000")
 		started := time.Now()
-		p.await("sent", time.Minute, func() bool { return l.ok.Load() >= wholePathEvents })
-		l.stop()
+		p.await("sent", time.Minute, func() bool { return l.OK.Load() >= wholePathEvents })
+		l.Stop()
 		done()
 		mustAgree(b, l, p.url)
-		ours = append(ours, float64(l.ok.Load())/time.Since(started).Seconds())
+		ours = append(ours, float64(l.OK.Load())/time.Since(started).Seconds())
 
 		b.StopTimer()
 		theirs = append(theirs, insertOverHTTP(b, other.clickhouseDatabase, 1000))
@@ -178,14 +180,14 @@ func BenchmarkWholePath(b *testing.B) {
 
 // insertOverHTTP inserts over 8 connections and returns rows a second.
 func insertOverHTTP(b testing.TB, database string, rowsPerInsert int) float64 {
-	cfg, _ := parseLoadFlags([]string{"-users", "10000"}, io.Discard)
-	cfg.event = fmt.Sprint("http_", time.Now().UnixNano())
-	gen := newGenerator(cfg)
+	cfg, _ := load.Parse([]string{"-users", "10000"}, io.Discard)
+	cfg.Event = fmt.Sprint("http_", time.Now().UnixNano())
+	gen := load.NewGenerator(cfg)
 	bodies := jsonRows(gen, wholePathEvents, rowsPerInsert)
 	started := time.Now()
 	postRows(b, database, "async_insert=0&insert_deduplicate=0&optimize_on_insert=0", 8, bodies)
 	took := time.Since(started)
-	if got := clickhouseQuery(b, fmt.Sprintf("SELECT count() FROM %s.events WHERE event_name = '%s'", database, cfg.event)); got != fmt.Sprint(wholePathEvents) {
+	if got := clickhouseQuery(b, fmt.Sprintf("SELECT count() FROM %s.events WHERE event_name = '%s'", database, cfg.Event)); got != fmt.Sprint(wholePathEvents) {
 		b.Fatalf("%s rows", got)
 	}
 	return wholePathEvents / took.Seconds()
@@ -308,10 +310,10 @@ func BenchmarkSinglePost(b *testing.B) {
 	measure := func(url string) float64 {
 		l, done := loadInto(b, url, 0, time.Second, "-bulk", "1", "-connections", "128", "-users", "10000", "-retries", "0")
 		done()
-		if l.unknown.Load() > 0 || len(l.refused) > 0 {
-			b.Fatal(l.refused, l.unknown.Load())
+		if l.Unknown.Load() > 0 || len(l.Refused) > 0 {
+			b.Fatal(l.Refused, l.Unknown.Load())
 		}
-		return float64(l.ok.Load()) / l.took.Seconds()
+		return float64(l.OK.Load()) / l.Took.Seconds()
 	}
 	var ours, theirs []float64
 	for b.Loop() {

@@ -169,9 +169,9 @@ func TestBrokenUnderLoad(t *testing.T) {
 			first.await("mended", time.Minute, func() bool {
 				return strings.Contains(first.log.String()+second.log.String(), "is put aside")
 			})
-			target := l.ok.Load() + 3000
-			first.await("under load again", 20*time.Second, func() bool { return l.ok.Load() > target })
-			l.stop()
+			target := l.OK.Load() + 3000
+			first.await("under load again", 20*time.Second, func() bool { return l.OK.Load() > target })
+			l.Stop()
 			done()
 			mustHold(first, l)
 			if !strings.Contains(first.log.String()+second.log.String(), name) {

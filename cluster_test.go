@@ -14,6 +14,8 @@ import (
 
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/event-ingestion/event-ingestion/load"
 )
 
 const (
@@ -76,9 +78,9 @@ func (c *kafkaCluster) brokers() int {
 }
 
 // stored counts the loader's rows.
-func stored(t *testing.T, env []string, l *loader) int64 {
+func stored(t *testing.T, env []string, l *load.Loader) int64 {
 	t.Helper()
-	n, err := strconv.ParseInt(clickhouseQuery(t, fmt.Sprintf("SELECT count() FROM %s.events WHERE event_name = '%s'", space(env, "CLICKHOUSE_DATABASE"), l.cfg.event)), 10, 64)
+	n, err := strconv.ParseInt(clickhouseQuery(t, fmt.Sprintf("SELECT count() FROM %s.events WHERE event_name = '%s'", space(env, "CLICKHOUSE_DATABASE"), l.Config.Event)), 10, 64)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -105,12 +107,12 @@ func TestBrokerKilledGoesOn(t *testing.T) {
 		p.await("every partition on both brokers", electionTimeout, func() bool {
 			return c.inSync(space(env, "KAFKA_TOPIC"), 2) == 20 && c.inSync(offsetsTopic, 2) > 0 && c.inSync(offsetsTopic, 1) == 0
 		})
-		target := l.ok.Load() + 2000
-		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
+		target := l.OK.Load() + 2000
+		p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 		c.kill(node)
 		killed := time.Now()
-		target = l.ok.Load() + 10_000 // more than was in flight
-		p.await("accepting with "+node+" dead", electionTimeout, func() bool { return l.ok.Load() > target })
+		target = l.OK.Load() + 10_000 // more than was in flight
+		p.await("accepting with "+node+" dead", electionTimeout, func() bool { return l.OK.Load() > target })
 		accepted := time.Since(killed).Round(time.Second / 10)
 		p.await("storing with "+node+" dead", electionTimeout, func() bool { return stored(t, env, l) > target })
 		if n := c.brokers(); n != 1 {
@@ -119,9 +121,9 @@ func TestBrokerKilledGoesOn(t *testing.T) {
 		t.Logf("%s: 10000 events accepted %s after kill -9, stored after %s", node, accepted, time.Since(killed).Round(time.Second/10))
 		control(t, "/kafka/start")
 	}
-	l.stop()
+	l.Stop()
 	done()
-	l.refused, l.examples = map[string]int{}, nil // 503 during an election is an honest answer
+	l.Forgive() // 503 during an election is an honest answer
 	mustHold(p, l)
 }
 
@@ -134,8 +136,8 @@ func TestBrokerKilledRefuses(t *testing.T) {
 	l, done := loadInto(t, p.url, 2000, time.Hour)
 	for _, node := range c.nodes {
 		p.await("every partition on both brokers", electionTimeout, func() bool { return c.inSync(space(env, "KAFKA_TOPIC"), 2) == 20 })
-		target := l.ok.Load() + 2000
-		p.await("under load", 40*time.Second, func() bool { return l.ok.Load() > target })
+		target := l.OK.Load() + 2000
+		p.await("under load", 40*time.Second, func() bool { return l.OK.Load() > target })
 		c.kill(node)
 		refused := func() bool {
 			event := fmt.Appendf(nil, `{"event_name":"k","user_id":"u%d","timestamp":%d}`, time.Now().UnixNano(), time.Now().Unix())
@@ -143,7 +145,7 @@ func TestBrokerKilledRefuses(t *testing.T) {
 			return status == http.StatusServiceUnavailable && header.Get("Retry-After") != ""
 		}
 		p.await("refusing", 10*time.Second, refused)
-		before := l.ok.Load()
+		before := l.OK.Load()
 		p.await("with one broker only", electionTimeout, func() bool {
 			return c.brokers() == 1 && c.inSync(space(env, "KAFKA_TOPIC"), 1) == 20
 		})
@@ -152,7 +154,7 @@ func TestBrokerKilledRefuses(t *testing.T) {
 				t.Errorf("accepted with %s dead", node)
 			}
 		}
-		if n := l.ok.Load() - before; n > 0 {
+		if n := l.OK.Load() - before; n > 0 {
 			t.Errorf("%d events accepted with %s dead", n, node)
 		}
 		if status := p.status("/health"); status != http.StatusOK {
@@ -160,10 +162,10 @@ func TestBrokerKilledRefuses(t *testing.T) {
 		}
 		control(t, "/kafka/start")
 	}
-	target := l.ok.Load() + 2000
-	p.await("accepting again", electionTimeout, func() bool { return l.ok.Load() > target })
-	l.stop()
+	target := l.OK.Load() + 2000
+	p.await("accepting again", electionTimeout, func() bool { return l.OK.Load() > target })
+	l.Stop()
 	done()
-	l.refused, l.examples = map[string]int{}, nil
+	l.Forgive()
 	mustHold(p, l)
 }

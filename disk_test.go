@@ -79,21 +79,21 @@ func TestDiskFullKafka(t *testing.T) {
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 3000, time.Hour)
 	for range tortureFactor() {
-		target := l.ok.Load() + 3000
-		p.await("under load", time.Minute, func() bool { return l.ok.Load() > target })
-		before := l.retried.Load()
-		for n := 0; l.retried.Load() == before; n++ {
+		target := l.OK.Load() + 3000
+		p.await("under load", time.Minute, func() bool { return l.OK.Load() > target })
+		before := l.Retried.Load()
+		for n := 0; l.Retried.Load() == before; n++ {
 			if n == 20 {
 				t.Fatal("nothing was refused")
 			}
 			fill(t, disk, 3*time.Second)
 		}
 	}
-	target := l.ok.Load() + 3000
-	p.await("under load again", time.Minute, func() bool { return l.ok.Load() > target })
-	l.stop()
+	target := l.OK.Load() + 3000
+	p.await("under load again", time.Minute, func() bool { return l.OK.Load() > target })
+	l.Stop()
 	done()
-	l.refused, l.examples = map[string]int{}, nil // 503 to the end is an honest answer
+	l.Forgive() // 503 to the end is an honest answer
 	p.cmd.Process.Kill()
 	p.cmd.Wait()
 	s.killAndRestart()
@@ -116,8 +116,8 @@ func TestDiskFullClickHouse(t *testing.T) {
 		fills = 5 * tortureFactor()
 	}
 	for range fills {
-		target := l.ok.Load() + 2000
-		p.await("under load", time.Minute, func() bool { return l.ok.Load() > target })
+		target := l.OK.Load() + 2000
+		p.await("under load", time.Minute, func() bool { return l.OK.Load() > target })
 		fill(t, disk, time.Duration(500+rand.IntN(2500))*time.Millisecond)
 		if list := emptyParts(t, db); len(list) > 0 || strings.Count(p.log.String(), "has a broken part") > noticed {
 			noticed = strings.Count(p.log.String(), "has a broken part")
@@ -130,7 +130,7 @@ func TestDiskFullClickHouse(t *testing.T) {
 		}
 		drained(p)
 	}
-	l.stop()
+	l.Stop()
 	done()
 	t.Logf("%d MB kept free: %d of %d fills left parts with empty files", keepFree, broken, fills)
 	if broken > 0 && keepFree > 0 {
@@ -166,15 +166,15 @@ func TestRefusedForSeconds(t *testing.T) {
 			p := startProgram(t, env)
 			l, done := loadInto(t, p.url, 3000, time.Hour)
 			for range tortureFactor() {
-				target := l.ok.Load() + 2000
-				p.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
+				target := l.OK.Load() + 2000
+				p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 				clickhouseQuery(t, fmt.Sprintf(fault.begin, space(env, "CLICKHOUSE_DATABASE")))
 				p.await("refused", 10*time.Second, func() bool { return strings.Contains(p.log.String(), code) })
 				time.Sleep(2 * time.Second) // the fault itself
 				clickhouseQuery(t, fmt.Sprintf(fault.end, space(env, "CLICKHOUSE_DATABASE")))
 				drained(p)
 			}
-			l.stop()
+			l.Stop()
 			done()
 			mustHold(p, l)
 		})

@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/event-ingestion/event-ingestion/load"
 )
 
 func TestStopUnderLoad(t *testing.T) {
@@ -26,15 +28,14 @@ func TestStopUnderLoad(t *testing.T) {
 	for round := range 3 {
 		p := startProgram(t, env)
 		l, done := loadInto(t, p.url, 3000, 1500*time.Millisecond, "-retries", "0")
-		p.await("under load", 10*time.Second, func() bool { return l.ok.Load() > 500 })
+		p.await("under load", 10*time.Second, func() bool { return l.OK.Load() > 500 })
 		p.terminate()
 		done()
 		next := startProgram(t, env)
-		l.refused, l.examples = map[string]int{}, nil // what the stopped program could not take is not its loss
-		l.unknown.Store(0)
+		l.Forgive() // what the stopped program could not take is not its loss
 		mustHold(next, l)
 		next.terminate()
-		t.Logf("round %d: %d accepted", round, l.ok.Load())
+		t.Logf("round %d: %d accepted", round, l.OK.Load())
 	}
 }
 
@@ -44,9 +45,9 @@ func TestClickHouseAwayUnderLoad(t *testing.T) {
 	p := startProgram(t, env)
 	away := 10 * time.Second
 	l, done := loadInto(t, p.url, 3000, away+3*time.Second)
-	p.await("under load", 10*time.Second, func() bool { return l.ok.Load() > 1000 })
+	p.await("under load", 10*time.Second, func() bool { return l.OK.Load() > 1000 })
 	control(t, "/clickhouse/stop")
-	before := l.ok.Load()
+	before := l.OK.Load()
 	if status := p.status(metricsPath + "event_name=e&from=1&to=2"); status != http.StatusServiceUnavailable {
 		t.Errorf("metrics without ClickHouse: status %d", status)
 	}
@@ -56,7 +57,7 @@ func TestClickHouseAwayUnderLoad(t *testing.T) {
 	}
 	time.Sleep(away) // the fault itself, not a wait for something
 	control(t, "/clickhouse/start")
-	if accepted := l.ok.Load() - before; accepted < 3000 {
+	if accepted := l.OK.Load() - before; accepted < 3000 {
 		t.Errorf("only %d accepted while ClickHouse was away", accepted)
 	}
 	done()
@@ -70,11 +71,11 @@ func TestClickHouseKilledUnderLoad(t *testing.T) {
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 5000, time.Hour)
 	for range 4 {
-		target := l.ok.Load() + 3000
-		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
+		target := l.OK.Load() + 3000
+		p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 		control(t, "/clickhouse/kill")
 	}
-	l.stop()
+	l.Stop()
 	done()
 	control(t, "/clickhouse/start")
 	mustHold(p, l)
@@ -129,13 +130,13 @@ func killUnderLoad(t *testing.T, times int, also func()) {
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 4000, time.Hour)
 	for range times {
-		target := l.ok.Load() + 1 + rand.Int64N(1500)
-		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() >= target })
+		target := l.OK.Load() + 1 + rand.Int64N(1500)
+		p.await("under load", 20*time.Second, func() bool { return l.OK.Load() >= target })
 		time.Sleep(rand.N(60 * time.Millisecond)) // any moment of a round
 		also()
 		p = p.killAndRestart()
 	}
-	l.stop()
+	l.Stop()
 	done()
 	mustHold(p, l)
 }
@@ -156,17 +157,16 @@ func TestResent(t *testing.T) {
 	if err := os.WriteFile(path, lines, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	send := func() *loader {
-		cfg, err := parseLoadFlags([]string{"-url", p.url, "-file", path, "-rate", "0", "-bulk", "500", "-connections", "4"}, io.Discard)
+	send := func() *load.Loader {
+		cfg, err := load.Parse([]string{"-url", p.url, "-file", path, "-rate", "0", "-bulk", "500", "-connections", "4"}, io.Discard)
 		if err != nil {
 			t.Fatal(err)
 		}
-		src, err := openReplay(path)
+		l, err := load.New(cfg)
 		if err != nil {
 			t.Fatal(err)
 		}
-		l := newLoader(cfg, src)
-		l.send(context.Background(), io.Discard)
+		l.Send(context.Background(), io.Discard)
 		return l
 	}
 	var clients sync.WaitGroup
@@ -177,8 +177,8 @@ func TestResent(t *testing.T) {
 	p.terminate()
 	p = startProgram(t, env)
 	l := send()
-	if l.ok.Load() != events {
-		t.Fatalf("%d accepted", l.ok.Load())
+	if l.OK.Load() != events {
+		t.Fatalf("%d accepted", l.OK.Load())
 	}
 	drained(p)
 	mustAgree(t, l, p.url)
@@ -196,11 +196,11 @@ func TestInstancesComeAndGo(t *testing.T) {
 	l, done := loadInto(t, first.url, 5000, time.Hour)
 	for range 2 {
 		second := startProgram(t, env)
-		target := l.ok.Load() + 4000
-		second.await("shared", 20*time.Second, func() bool { return l.ok.Load() > target })
+		target := l.OK.Load() + 4000
+		second.await("shared", 20*time.Second, func() bool { return l.OK.Load() > target })
 		second.terminate()
 	}
-	l.stop()
+	l.Stop()
 	done()
 	mustHold(first, l)
 }
@@ -214,9 +214,9 @@ func TestTornBesideOthers(t *testing.T) {
 	l, done := loadInto(t, first.url, 2000, time.Hour)
 	hourly := space(env, "CLICKHOUSE_DATABASE") + ".events_hourly"
 	for range 2 {
-		target := l.ok.Load() + 3000
-		first.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
-		clickhouseQuery(t, "INSERT INTO "+hourly+" SELECT * FROM "+hourly+" WHERE event_name = '"+l.cfg.event+"' ORDER BY hour DESC LIMIT 3")
+		target := l.OK.Load() + 3000
+		first.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
+		clickhouseQuery(t, "INSERT INTO "+hourly+" SELECT * FROM "+hourly+" WHERE event_name = '"+l.Config.Event+"' ORDER BY hour DESC LIMIT 3")
 		mended := func() int {
 			return strings.Count(first.log.String(), "mending") + strings.Count(second.log.String(), "mending")
 		}
@@ -227,7 +227,7 @@ func TestTornBesideOthers(t *testing.T) {
 		second = startProgram(t, env)
 		first.await("mended", 40*time.Second, func() bool { return mended() > before })
 	}
-	l.stop()
+	l.Stop()
 	done()
 	mustHold(first, l)
 }
@@ -297,14 +297,14 @@ func TestPausedInstance(t *testing.T) {
 	second := startProgram(t, env)
 	l, done := loadInto(t, first.url, 5000, time.Hour)
 	for range 5 * tortureFactor() {
-		target := l.ok.Load() + 2000
-		first.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
+		target := l.OK.Load() + 2000
+		first.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 		second.cmd.Process.Signal(syscall.SIGSTOP)
 		time.Sleep(2500 * time.Millisecond) // beyond KAFKA_SESSION_TIMEOUT: the fault itself
 		second.cmd.Process.Signal(syscall.SIGCONT)
 		second.await("back", 20*time.Second, func() bool { return second.status("/ready") == http.StatusOK })
 	}
-	l.stop()
+	l.Stop()
 	done()
 	mustHold(first, l)
 }
@@ -316,17 +316,17 @@ func TestKafkaAwayUnderLoad(t *testing.T) {
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 3000, time.Hour)
 	for range 3 {
-		target := l.ok.Load() + 2000
-		p.await("under load", 40*time.Second, func() bool { return l.ok.Load() > target })
+		target := l.OK.Load() + 2000
+		p.await("under load", 40*time.Second, func() bool { return l.OK.Load() > target })
 		control(t, "/kafka/stop")
 		time.Sleep(1500 * time.Millisecond) // beyond ACK_TIMEOUT: the fault itself
 		control(t, "/kafka/start")
 	}
-	target := l.ok.Load() + 2000
-	p.await("under load again", 40*time.Second, func() bool { return l.ok.Load() > target })
-	l.stop()
+	target := l.OK.Load() + 2000
+	p.await("under load again", 40*time.Second, func() bool { return l.OK.Load() > target })
+	l.Stop()
 	done()
-	l.refused, l.examples = map[string]int{}, nil // 503 to the end is an honest answer
+	l.Forgive() // 503 to the end is an honest answer
 	mustHold(p, l)
 }
 
@@ -338,11 +338,11 @@ func TestAnswersCut(t *testing.T) {
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 4000, time.Hour)
 	for range 30 * tortureFactor() {
-		target := l.ok.Load() + 300
-		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
+		target := l.OK.Load() + 300
+		p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 		cut.cutAnswers()
 	}
-	l.stop()
+	l.Stop()
 	done()
 	mustHold(p, l)
 }
@@ -358,11 +358,11 @@ func TestKafkaAnswersCut(t *testing.T) {
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 4000, time.Hour)
 	for range 30 * tortureFactor() {
-		target := l.ok.Load() + 300
-		p.await("under load", 20*time.Second, func() bool { return l.ok.Load() > target })
+		target := l.OK.Load() + 300
+		p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 		control(t, "/kafka/cut")
 	}
-	l.stop()
+	l.Stop()
 	done()
 	mustHold(p, l)
 }

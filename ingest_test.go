@@ -242,7 +242,7 @@ func TestMetrics(t *testing.T) {
 		"":         func(sent) string { return "" },
 		"channel":  func(e sent) string { return e.channel },
 		"campaign": func(e sent) string { return e.campaign },
-		"hour":     func(e sent) string { return hourKey(e.at) },
+		"hour":     func(e sent) string { return time.Unix(e.at, 0).UTC().Format("2006-01-02T15:00:00Z") },
 		"day":      func(e sent) string { return time.Unix(e.at, 0).UTC().Format("2006-01-02T00:00:00Z") },
 	}
 	for _, r := range [][2]int64{
@@ -470,4 +470,14 @@ func TestClockSkew(t *testing.T) {
 	if status, _, answer := p.do("POST", bulkPath, ndjson, "", slices.Concat(body(time.Now().Unix()+50), []byte("\n"), body(time.Now().Unix()+150))); status != 207 || !strings.Contains(answer, codeFuture) {
 		t.Errorf("bulk: %d %s", status, answer)
 	}
+}
+
+// metricsAnswer is the metrics endpoint's answer as a client sees it.
+type metricsAnswer struct {
+	Total  int64 `json:"total_count"`
+	Users  int64 `json:"unique_users"`
+	Groups []struct {
+		Key   string `json:"key"`
+		Total int64  `json:"total_count"`
+	} `json:"grouped_data"`
 }

@@ -22,6 +22,8 @@ import (
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/event-ingestion/event-ingestion/load"
 )
 
 const usage = `event-ingestion takes events over HTTP and answers metrics about them.
@@ -48,7 +50,7 @@ func main() {
 	case "", "serve":
 		os.Exit(serve())
 	case "load":
-		os.Exit(runLoad(os.Args[2:], os.Stdout, os.Stderr))
+		os.Exit(load.Run(os.Args[2:], os.Stdout, os.Stderr))
 	case "audit", "reconcile", "rewind", "dlq":
 		os.Exit(runTool(command, os.Args[2:], os.Stdout, os.Stderr))
 	case "healthcheck":

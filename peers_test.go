@@ -24,6 +24,8 @@ import (
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/event-ingestion/event-ingestion/load"
 )
 
 // way is a way of storing events. store sends or moves n of them into a database that has the tables, and returns when
@@ -136,10 +138,10 @@ func sendBulks(flags ...string) func(*run) int {
 		p := startProgram(r.b, r.env)
 		pid := r.begin(p.cmd.Process.Pid)
 		l, done := loadInto(r.b, p.url, 0, time.Hour, append([]string{"-users", "10000000"}, flags...)...)
-		p.await("sent", 5*time.Minute, func() bool { return l.ok.Load() >= int64(r.n) })
-		l.stop()
+		p.await("sent", 5*time.Minute, func() bool { return l.OK.Load() >= int64(r.n) })
+		l.Stop()
 		done()
-		r.n = int(l.ok.Load())
+		r.n = int(l.OK.Load())
 		return pid
 	}
 }
@@ -147,23 +149,22 @@ func sendBulks(flags ...string) func(*run) int {
 // sendToClickHouse is what a client gets without this system: the same events over ClickHouse's own HTTP interface, which
 // collects the inserts of 16 connections by itself and answers when they are stored.
 func sendToClickHouse(r *run) int {
-	cfg, _ := parseLoadFlags([]string{"-users", "10000000"}, io.Discard)
-	bodies := jsonRows(newGenerator(cfg), r.n, 1000)
+	cfg, _ := load.Parse([]string{"-users", "10000000"}, io.Discard)
+	bodies := jsonRows(load.NewGenerator(cfg), r.n, 1000)
 	r.begin(0)
 	postRows(r.b, r.db, "async_insert=1&wait_for_async_insert=1", 16, bodies)
 	return 0
 }
 
 // jsonRows is so many events as bodies for postRows, each of rowsPerInsert.
-func jsonRows(gen *generator, events, rowsPerInsert int) (bodies [][]byte) {
-	for range events / rowsPerInsert {
+func jsonRows(gen *load.Generator, events, rowsPerInsert int) (bodies [][]byte) {
+	for first := 0; first < events; first += rowsPerInsert {
 		var body []byte
-		for range rowsPerInsert {
-			n := gen.next
-			gen.next++
+		for i := range rowsPerInsert {
+			n := int64(first + i)
 			body = fmt.Appendf(body, `{"event_id":"%032d",`, n)
 			start := len(body)
-			body = append(gen.appendEvent(body, n), '\n')
+			body = append(gen.Event(body, n), '\n')
 			body = append(body[:start], body[start+1:]...) // one brace is enough
 		}
 		bodies = append(bodies, body)
@@ -207,11 +208,11 @@ func (r *run) fillTopic() {
 	if _, err := ensureTopics(r.b.Context(), kafka, cfg); err != nil {
 		r.b.Fatal(err)
 	}
-	load, _ := parseLoadFlags([]string{"-users", "10000000"}, io.Discard)
-	gen, parser := newGenerator(load), new(eventParser)
+	flags, _ := load.Parse([]string{"-users", "10000000"}, io.Discard)
+	gen, parser := load.NewGenerator(flags), new(eventParser)
 	var failed error
 	for n := range int64(r.n) {
-		ev, _, err := parser.parse(gen.appendEvent(nil, n))
+		ev, _, err := parser.parse(gen.Event(nil, n))
 		if err != nil {
 			r.b.Fatal(err)
 		}

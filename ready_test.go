@@ -254,7 +254,7 @@ func TestStopWhateverHangs(t *testing.T) {
 			}
 			defer kafka.Close()
 			l, _ := loadInto(t, p.url, 2000, time.Hour, "-retries", "0")
-			p.await("under load", 20*time.Second, func() bool { return l.ok.Load() > 500 })
+			p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > 500 })
 			var junk []*kgo.Record
 			for range 2000 { // one dead letter after the other
 				junk = append(junk, &kgo.Record{Topic: space(env, "KAFKA_TOPIC"), Value: []byte("junk")})

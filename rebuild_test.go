@@ -147,7 +147,7 @@ func TestRebuild(t *testing.T) {
 	}
 	close(asked)
 	asking.Wait()
-	l.stop()
+	l.Stop()
 	done()
 	drained(p)
 	mustAgree(t, l, p.url)

@@ -25,6 +25,8 @@ import (
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/event-ingestion/event-ingestion/load"
 )
 
 // asProgram makes the test binary behave as the program: fault tests start and kill real processes of it.
@@ -228,7 +230,7 @@ const (
 var loads atomic.Int32
 
 // loadInto sends made-up events to url and returns the loader for its counts. It runs in the background until done.
-func loadInto(tb testing.TB, url string, rate float64, d time.Duration, more ...string) (l *loader, done func()) {
+func loadInto(tb testing.TB, url string, rate float64, d time.Duration, more ...string) (l *load.Loader, done func()) {
 	tb.Helper()
 	args := []string{"-url", url, "-rate", fmt.Sprint(rate), "-duration", d.String(), "-bulk", "50", "-connections", "16", "-users", "500", "-retries", "100"}
 	t, isTest := tb.(*testing.T)
@@ -236,28 +238,30 @@ func loadInto(tb testing.TB, url string, rate float64, d time.Duration, more ...
 		args = append(args, "-dup", "0.1", fmt.Sprintf("-insert-ids=%t", loads.Add(1)%2 == 0))
 	}
 	args = append(args, more...)
-	cfg, err := parseLoadFlags(args, io.Discard)
+	cfg, err := load.Parse(args, io.Discard)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	cfg.event = fmt.Sprintf("%s_%d", cfg.event, time.Now().UnixNano())
-	l = newLoader(cfg, newGenerator(cfg))
+	cfg.Event = fmt.Sprintf("%s_%d", cfg.Event, time.Now().UnixNano())
+	if l, err = load.New(cfg); err != nil {
+		tb.Fatal(err)
+	}
 	finished := make(chan struct{})
-	go func() { // ends after d, or l.stop
+	go func() { // ends after d, or l.Stop
 		defer close(finished)
-		l.send(context.Background(), io.Discard)
+		l.Send(context.Background(), io.Discard)
 	}()
 	if isTest {
 		var watching sync.WaitGroup
 		watching.Go(func() { mustBeHonest(t, l, url, finished) }) // ends with the load
 		t.Cleanup(watching.Wait)
 	}
-	tb.Cleanup(l.stop)
+	tb.Cleanup(l.Stop)
 	return l, func() { <-finished }
 }
 
 // mustBeHonest fails the test when complete_through says that something is counted which is not, at any time until done.
-func mustBeHonest(t *testing.T, l *loader, url string, done <-chan struct{}) {
+func mustBeHonest(t *testing.T, l *load.Loader, url string, done <-chan struct{}) {
 	type note struct{ second, acknowledged int64 }
 	var notes []note
 	var a struct {
@@ -272,11 +276,9 @@ func mustBeHonest(t *testing.T, l *loader, url string, done <-chan struct{}) {
 			return
 		case <-tick.C:
 		}
-		l.srcMu.Lock()
-		acknowledged := l.src.expected()[0].count
-		l.srcMu.Unlock()
+		acknowledged := l.Distinct()
 		notes = append(notes, note{time.Now().Unix(), acknowledged})
-		resp, err := http.Get(fmt.Sprintf("%s%sevent_name=%s&from=1&to=%d", url, metricsPath, l.cfg.event, time.Now().Unix()+100))
+		resp, err := http.Get(fmt.Sprintf("%s%sevent_name=%s&from=1&to=%d", url, metricsPath, l.Config.Event, time.Now().Unix()+100))
 		if err != nil {
 			continue // the fault
 		}
@@ -293,14 +295,14 @@ func mustBeHonest(t *testing.T, l *loader, url string, done <-chan struct{}) {
 }
 
 // mustAgree fails the test unless the metrics endpoint counts exactly what the loader had accepted.
-func mustAgree(t testing.TB, l *loader, url string) {
+func mustAgree(t testing.TB, l *load.Loader, url string) {
 	t.Helper()
-	l.cfg.url = url
+	l.Config.URL = url
 	var out bytes.Buffer
-	if code := l.report(&out, l.verify(&out)); code != 0 {
+	if code := l.Report(&out, l.Verify(&out)); code != 0 {
 		t.Fatalf("counts differ:\n%s", &out)
 	}
-	if l.ok.Load() == 0 {
+	if l.OK.Load() == 0 {
 		t.Fatal("nothing was accepted")
 	}
 }
@@ -341,11 +343,11 @@ func space(env []string, name string) string {
 // mustHold fails the test unless every event that the loader had accepted is counted once: by the endpoint, in the raw
 // table, where merges are stopped, in the aggregate, and by the ledger. What complete_through says is believed: nothing is
 // waited for once it has passed.
-func mustHold(p *program, l *loader) {
+func mustHold(p *program, l *load.Loader) {
 	t := p.t
 	t.Helper()
 	drained(p)
-	mustCount(t, p.env, l.cfg.event, l.src.expected()[0].count)
+	mustCount(t, p.env, l.Config.Event, l.Distinct())
 	mustAgree(t, l, p.url)
 	ledger, err := readLedger(t.Context(), settingsFrom(t, p.env), timeRange{0, maxUnixSeconds})
 	if err != nil {

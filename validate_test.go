@@ -301,19 +301,3 @@ func TestSettings(t *testing.T) {
 		}
 	}
 }
-
-func TestHistogram(t *testing.T) {
-	h := newHistogram()
-	for i := 1; i <= 10000; i++ {
-		h.add(time.Duration(i) * time.Millisecond)
-	}
-	for _, q := range []float64{0.5, 0.9, 0.99} {
-		want := time.Duration(q*10000) * time.Millisecond
-		if got := h.quantile(q); got < want || got > want+want/50 {
-			t.Errorf("quantile %g is %s, want %s", q, got, want)
-		}
-	}
-	if h.quantile(1) != 10*time.Second || newHistogram().quantile(0.5) != 0 {
-		t.Error("the ends are wrong")
-	}
-}

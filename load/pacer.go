@@ -4,7 +4,7 @@
 // but never moves when they were due, so latency counted from there has the stall in it. It owns the requests under
 // way, too, and hands their answers on to load.go.
 
-package main
+package load
 
 import (
 	"bytes"
@@ -80,7 +80,7 @@ func sleepUntil(ctx context.Context, t time.Time) bool {
 
 // sender is one connection's request; its buffers are used again for the next one.
 type sender struct {
-	l       *loader
+	l       *Loader
 	body    []byte
 	ends    []int // where each event ends in body; ends[0] is where the first begins
 	tickets []int64
@@ -116,7 +116,7 @@ func (s *sender) run(sending, interrupted context.Context) {
 // fill makes the body of one request; false when the source has no more. A file's long lines make a request of fewer
 // events than -bulk, because a body over the server's limit would refuse all of them.
 func (s *sender) fill() (more bool) {
-	cfg := s.l.cfg
+	cfg := s.l.Config
 	s.l.srcMu.Lock()
 	defer s.l.srcMu.Unlock()
 	s.body, s.tickets, s.ends, more = s.body[:0], s.tickets[:0], s.ends[:0], true
@@ -125,7 +125,7 @@ func (s *sender) fill() (more bool) {
 		s.body, separator = append(s.body, bulkOpen...), ','
 	}
 	s.ends = append(s.ends, len(s.body))
-	for more && len(s.tickets) < cfg.bulk && len(s.body) < maxBulkBody-2*maxSingleBody {
+	for more && len(s.tickets) < cfg.bulk && len(s.body) < maxBulkBytes-2*maxEventBytes {
 		before := len(s.tickets)
 		s.body, s.tickets, more = s.l.src.append(s.body, s.tickets, separator)
 		if len(s.tickets) > before {
@@ -174,13 +174,13 @@ func (s *sender) keep(indices []int) {
 func (s *sender) post(interrupted context.Context) bool {
 	l := s.l
 	path, media := "/api/v1/events/bulk", typeJSON
-	if l.cfg.file != "" {
+	if l.Config.file != "" {
 		media = typeNDJSON
-	} else if l.cfg.bulk == 1 {
+	} else if l.Config.bulk == 1 {
 		path = "/api/v1/events"
 	}
 	for try := 0; ; try++ {
-		last := try >= l.cfg.retries || interrupted.Err() != nil
+		last := try >= l.Config.retries || interrupted.Err() != nil
 		status, answer, wait, err := l.exchange(path, media, s.encoded())
 		if err == nil {
 			again := l.settle(status, answer, s.tickets, last)
@@ -189,13 +189,13 @@ func (s *sender) post(interrupted context.Context) bool {
 			}
 			s.keep(again)
 		} else if last {
-			l.unknown.Add(int64(len(s.tickets)))
+			l.Unknown.Add(int64(len(s.tickets)))
 			l.mu.Lock()
 			l.noAnswer[reason(err)] += len(s.tickets)
 			l.mu.Unlock()
 			return false
 		}
-		l.retried.Add(1)
+		l.Retried.Add(1)
 		sleepUntil(interrupted, time.Now().Add(wait))
 	}
 }
@@ -216,7 +216,7 @@ func reason(err error) string {
 
 // encoded returns the body as it goes over the wire, valid until the next call.
 func (s *sender) encoded() []byte {
-	if !s.l.cfg.gzip {
+	if !s.l.Config.gzip {
 		return s.body
 	}
 	if s.zip == nil { // a writer is 800 KB: one a sender, not one a request

@@ -1,9 +1,9 @@
 // Does load say what happened? Its schedule, its events, its booking of answers, against a peer that can misbehave.
 //
 // The peer is not a mock of this system: it is a program that answers as contract.md says, with a map for a store, so
-// that a fault can be put exactly where a test wants it. The system itself is tested in ingest_test.go.
+// that a fault can be put exactly where a test wants it. The system itself is tested in the package above.
 
-package main
+package load
 
 import (
 	"bytes"
@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -65,11 +66,11 @@ func TestGeneratorDistinct(t *testing.T) {
 		{"-users 10 -rate 2000 -duration 30s -insert-ids", 50_000, func(n int64) bool { return n == 50_000 }},
 		{"-users 100 -dup 0.3 -rate 2000", 50_000, func(n int64) bool { return n > 34_000 && n < 36_000 }},
 	} {
-		cfg, err := parseLoadFlags(strings.Fields(c.args), io.Discard)
+		cfg, err := Parse(strings.Fields(c.args), io.Discard)
 		if err != nil {
 			t.Fatal(err)
 		}
-		g := newGenerator(cfg)
+		g := NewGenerator(cfg)
 		ids, users, hours := map[string]bool{}, map[string]bool{}, map[string]int64{}
 		now := time.Now().Unix()
 		for range c.n {
@@ -89,17 +90,17 @@ func TestGeneratorDistinct(t *testing.T) {
 		}
 		want := g.expected()[0]
 		if !c.distinct(int64(len(ids))) || want.count != int64(len(ids)) || want.users != int64(len(users)) || fmt.Sprint(want.hours) != fmt.Sprint(hours) {
-			t.Errorf("%s: %d ids, %d users; the generator says %d, %d", c.args, len(ids), len(users), want.count, want.users)
+			t.Errorf("%s: %d ids, %d users; the Generator says %d, %d", c.args, len(ids), len(users), want.count, want.users)
 		}
 	}
-	if _, err := parseLoadFlags(strings.Fields("-users 1 -rate 20000 -duration 1h"), io.Discard); err == nil {
+	if _, err := Parse(strings.Fields("-users 1 -rate 20000 -duration 1h"), io.Discard); err == nil {
 		t.Error("events that the API must refuse as too old were accepted as a plan")
 	}
 }
 
 func TestGeneratorAllocations(t *testing.T) {
-	cfg, _ := parseLoadFlags(nil, io.Discard)
-	g := newGenerator(cfg)
+	cfg, _ := Parse(nil, io.Discard)
+	g := NewGenerator(cfg)
 	g.accepted(1 << 16) // the growth of its bits is not a cost per event
 	body, tickets := make([]byte, 0, 1<<10), make([]int64, 0, 1)
 	n := testing.AllocsPerRun(1000, func() {
@@ -240,19 +241,19 @@ func (p *peer) metrics(w http.ResponseWriter, r *http.Request) {
 	json.NewEncoder(w).Encode(map[string]any{"total_count": total, "unique_users": len(users), "grouped_data": groups})
 }
 
-// loadReport is what tools read from -json.
-type loadReport struct {
+// report is what tools read from -json.
+type report struct {
 	Sent, Accepted, Unknown, Retries, Unsent, Duplicates int64
 	Refused                                              map[string]int64
 	Latency                                              map[string]float64 `json:"latency_ms"`
 	Freshness                                            map[string]float64 `json:"freshness_ms"`
-	Checks                                               []loadCheck
+	Checks                                               []Check
 }
 
-func runLoadAgainst(t *testing.T, p *peer, args string) (code int, r loadReport, stderr string) {
+func runLoadAgainst(t *testing.T, p *peer, args string) (code int, r report, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
-	code = runLoad(append(strings.Fields(args), "-json", "-url", newPeer(t, p)), &out, &errs)
+	code = Run(append(strings.Fields(args), "-json", "-url", newPeer(t, p)), &out, &errs)
 	if err := json.Unmarshal(out.Bytes(), &r); err != nil {
 		t.Fatalf("report: %v\n%s%s", err, &out, &errs)
 	}
@@ -374,16 +375,19 @@ func TestLoadInterrupted(t *testing.T) {
 		w.WriteHeader(http.StatusServiceUnavailable)
 		return true
 	}}
-	cfg, err := parseLoadFlags([]string{"-url", newPeer(t, p), "-rate", "1000", "-bulk", "10", "-duration", "1h"}, io.Discard)
+	cfg, err := Parse([]string{"-url", newPeer(t, p), "-rate", "1000", "-bulk", "10", "-duration", "1h"}, io.Discard)
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := newLoader(cfg, newGenerator(cfg))
+	l, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
-	l.send(ctx, io.Discard)
-	if l.took > 5*time.Second || l.sent.Load() == 0 || int64(l.refused["HTTP 503"]) != l.sent.Load() {
-		t.Errorf("after %s: sent %d, refused %v", l.took, l.sent.Load(), l.refused)
+	l.Send(ctx, io.Discard)
+	if l.Took > 5*time.Second || l.sent.Load() == 0 || int64(l.Refused["HTTP 503"]) != l.sent.Load() {
+		t.Errorf("after %s: sent %d, refused %v", l.Took, l.sent.Load(), l.Refused)
 	}
 }
 
@@ -412,7 +416,7 @@ func TestLoadFile(t *testing.T) {
 		t.Errorf("code %d, %+v, requests %v %s", code, r, p.sizes, stderr)
 	}
 	var out bytes.Buffer
-	runLoad([]string{"-file", path, "-rate", "0", "-url", newPeer(t, &peer{refuse: p.refuse})}, &out, io.Discard)
+	Run([]string{"-file", path, "-rate", "0", "-url", newPeer(t, &peer{refuse: p.refuse})}, &out, io.Discard)
 	for _, want := range []string{"line 42: ", "line 2501: "} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the report has no %q:\n%s", want, &out)
@@ -425,27 +429,49 @@ func TestLoadShort(t *testing.T) {
 	secured := httptest.NewTLSServer(http.NotFoundHandler())
 	defer secured.Close()
 	secured.Config.ErrorLog = log.New(io.Discard, "", 0)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	nobody := l.Addr().String()
+	l.Close()
 	slow := &peer{before: func(int, http.ResponseWriter) bool { time.Sleep(300 * time.Millisecond); return false }}
 	short := " -rate 100 -bulk 10 -duration 200ms -retries 0"
 	for name, c := range map[string]struct {
 		args, want string
 		code       int
 	}{
-		"dead":        {"-url http://127.0.0.1:" + freePort(t) + short, "20 without an answer: connect: connection refused\n", 1},
+		"dead":        {"-url http://" + nobody + short, "20 without an answer: connect: connection refused\n", 1},
 		"certificate": {"-url " + secured.URL + short, "20 without an answer: tls: failed to verify certificate: x509: certificate signed by unknown authority\n", 1},
 		"well":        {"-max-p99 1m -url " + newPeer(t, &peer{}) + short, "accepted   20 ", 0},
 		"too slow":    {"-max-p99 1ns -url " + newPeer(t, &peer{}) + short, "is beyond -max-p99 1ns\n", 1},
 		"unsent":      {"-rate 100 -bulk 1 -duration 1s -connections 1 -url " + newPeer(t, slow), "events could not be sent in time\n", 1},
 	} {
 		var out bytes.Buffer
-		if code := runLoad(strings.Fields(c.args), &out, &out); code != c.code || !strings.Contains(out.String(), c.want) {
+		if code := Run(strings.Fields(c.args), &out, &out); code != c.code || !strings.Contains(out.String(), c.want) {
 			t.Errorf("%s: code %d, want %d and %q:\n%s", name, code, c.code, c.want, &out)
 		}
 		if c.code == 1 && strings.Contains(c.want, "without") && !strings.Contains(out.String(), "p50 0.0 ms") {
 			t.Errorf("%s: latency of no answer:\n%s", name, &out)
 		}
 	}
-	if why := newLoader(&loadConfig{}, nil).shortOf(true); len(why) != 1 || why[0] != "interrupted" {
+	if why := (&Loader{Config: &Config{}, latency: newHistogram()}).shortOf(true); len(why) != 1 || why[0] != "interrupted" {
 		t.Error(why)
+	}
+}
+
+func TestHistogram(t *testing.T) {
+	h := newHistogram()
+	for i := 1; i <= 10000; i++ {
+		h.add(time.Duration(i) * time.Millisecond)
+	}
+	for _, q := range []float64{0.5, 0.9, 0.99} {
+		want := time.Duration(q*10000) * time.Millisecond
+		if got := h.quantile(q); got < want || got > want+want/50 {
+			t.Errorf("quantile %g is %s, want %s", q, got, want)
+		}
+	}
+	if h.quantile(1) != 10*time.Second || newHistogram().quantile(0.5) != 0 {
+		t.Error("the ends are wrong")
 	}
 }

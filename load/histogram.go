@@ -1,6 +1,6 @@
 // The latency histogram of load.
 
-package main
+package load
 
 import (
 	"math"

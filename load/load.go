@@ -1,10 +1,12 @@
-// The load subcommand: events at a fixed rate against a running system, and what came of them.
+// Package load sends events to a running system at a fixed rate and says what came of them: `event-ingestion load`.
+//
+// It is a client: it knows of the system what the API says, and nothing of its code.
 //
 // load.go owns the flags, the senders and the booking of answers: every event sent ends as accepted, refused or unknown,
-// once. pacer.go says when a request is due; loadgen.go makes the events and knows what a right answer of the metrics
+// once. pacer.go says when a request is due, events.go makes the events, verify.go knows what a right answer of the metrics
 // endpoint would be.
 
-package main
+package load
 
 import (
 	"bytes"
@@ -26,15 +28,30 @@ import (
 	"time"
 )
 
-type loadConfig struct {
-	url         string
+// Limits of the API.
+const (
+	maxBulkEvents = 1000
+	maxEventBytes = 64 << 10
+	maxBulkBytes  = 8 << 20
+)
+
+const (
+	typeJSON   = "application/json"
+	typeNDJSON = "application/x-ndjson"
+	// codeUnavailable is the API's for a good event that Kafka did not acknowledge: it is sent again.
+	codeUnavailable = "unavailable"
+)
+
+// Config is what the flags say.
+type Config struct {
+	URL         string
 	rate        float64 // events a second, 0 = as fast as the connections go
 	duration    time.Duration
 	bulk        int
 	connections int
 	dup         float64
 	users       int
-	event       string
+	Event       string // event_name of what is sent
 	seed        uint64
 	insertIDs   bool
 	gzip        bool
@@ -47,18 +64,19 @@ type loadConfig struct {
 	json        bool
 }
 
-func parseLoadFlags(args []string, stderr io.Writer) (*loadConfig, error) {
-	c := new(loadConfig)
+// Parse reads the flags of the subcommand.
+func Parse(args []string, stderr io.Writer) (*Config, error) {
+	c := new(Config)
 	fs := flag.NewFlagSet("load", flag.ContinueOnError)
 	fs.SetOutput(stderr)
-	fs.StringVar(&c.url, "url", "http://127.0.0.1:8080", "base address of the API")
+	fs.StringVar(&c.URL, "url", "http://127.0.0.1:8080", "base address of the API")
 	fs.Float64Var(&c.rate, "rate", 2000, "events a second, open loop; 0 sends as fast as the connections allow")
 	fs.DurationVar(&c.duration, "duration", 30*time.Second, "how long to send")
 	fs.IntVar(&c.bulk, "bulk", 100, "events a request, 1 to 1000; 1 uses the single endpoint; 1000 with -file")
 	fs.IntVar(&c.connections, "connections", 64, "most requests in flight")
 	fs.Float64Var(&c.dup, "dup", 0, "share of events that repeat an earlier one, 0 to 1")
 	fs.IntVar(&c.users, "users", 10000, "distinct users")
-	fs.StringVar(&c.event, "event", "", "event_name; default is one of this run's own, so that -verify sees nothing else")
+	fs.StringVar(&c.Event, "event", "", "event_name; default is one of this run's own, so that -verify sees nothing else")
 	fs.Uint64Var(&c.seed, "seed", 1, "which events -dup repeats: the same seed, the same events")
 	fs.BoolVar(&c.insertIDs, "insert-ids", false, "give each event an insert_id; groups of ten then differ in nothing else")
 	fs.BoolVar(&c.gzip, "gzip", false, "compress request bodies")
@@ -88,10 +106,10 @@ func parseLoadFlags(args []string, stderr io.Writer) (*loadConfig, error) {
 	if days := c.spreadDays(); c.file == "" && days > maxSpreadDays {
 		return nil, fmt.Errorf("-users %d: distinct events at this rate would reach %.0f days into the past, and 30 is the most the API takes; use more users", c.users, days)
 	}
-	if c.event == "" {
-		c.event = "load_" + strconv.FormatInt(time.Now().UnixMilli(), 36)
+	if c.Event == "" {
+		c.Event = "load_" + strconv.FormatInt(time.Now().UnixMilli(), 36)
 	}
-	c.url = strings.TrimSuffix(c.url, "/")
+	c.URL = strings.TrimSuffix(c.URL, "/")
 	return c, nil
 }
 
@@ -103,9 +121,9 @@ func isSet(fs *flag.FlagSet, name string) (set bool) {
 // maxSpreadDays leaves a day of the API's 30 for the run itself and its retries.
 const maxSpreadDays = 29
 
-// spreadDays is how far back the generator's timestamps reach: a user has one event a channel and second, or ten with
+// spreadDays is how far back the Generator's timestamps reach: a user has one event a channel and second, or ten with
 // -insert-ids.
-func (c *loadConfig) spreadDays() float64 {
+func (c *Config) spreadDays() float64 {
 	rate := c.rate
 	if rate == 0 {
 		rate = flatOutRate
@@ -113,19 +131,19 @@ func (c *loadConfig) spreadDays() float64 {
 	return rate * c.duration.Seconds() / float64(c.perSecond()) / (24 * 60 * 60)
 }
 
-// perSecond is how many events of the generator have the same timestamp.
-func (c *loadConfig) perSecond() int {
-	n := c.users * len(loadChannels)
+// perSecond is how many events of the Generator have the same timestamp.
+func (c *Config) perSecond() int {
+	n := c.users * len(channels)
 	if c.insertIDs {
 		n *= sameButInsertID
 	}
 	return n
 }
 
-// runLoad is the subcommand; it returns the exit code: 0 when all is well, 1 when something was refused, lost or
+// Run is the subcommand. It returns the exit code: 0 when all is well, 1 when something was refused, lost or
 // counted wrongly, or the run is short of what it was to do, 2 for bad flags.
-func runLoad(args []string, stdout, stderr io.Writer) int {
-	cfg, err := parseLoadFlags(args, stderr)
+func Run(args []string, stdout, stderr io.Writer) int {
+	cfg, err := Parse(args, stderr)
 	if errors.Is(err, flag.ErrHelp) {
 		return 0
 	}
@@ -133,22 +151,19 @@ func runLoad(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stderr, "load:", err)
 		return 2
 	}
-	var src eventSource = newGenerator(cfg)
-	if cfg.file != "" {
-		if src, err = openReplay(cfg.file); err != nil {
-			fmt.Fprintln(stderr, "load:", err)
-			return 2
-		}
+	l, err := New(cfg)
+	if err != nil {
+		fmt.Fprintln(stderr, "load:", err)
+		return 2
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	l := newLoader(cfg, src)
-	l.send(ctx, stderr)
-	var checks []loadCheck
+	l.Send(ctx, stderr)
+	var checks []Check
 	if cfg.verify {
-		checks = l.verify(stderr)
+		checks = l.Verify(stderr)
 	}
-	code := l.report(stdout, checks)
+	code := l.Report(stdout, checks)
 	for _, why := range l.shortOf(ctx.Err() != nil) {
 		fmt.Fprintln(stderr, "load:", why)
 		code = 1
@@ -157,21 +172,21 @@ func runLoad(args []string, stdout, stderr io.Writer) int {
 }
 
 // shortOf is what the run did not reach, whatever was counted: a script must not take it for a measurement.
-func (l *loader) shortOf(interrupted bool) (why []string) {
+func (l *Loader) shortOf(interrupted bool) (why []string) {
 	if interrupted {
 		why = append(why, "interrupted")
 	}
 	if due := l.sent.Load() + l.unsent; l.unsent*100 > due {
 		why = append(why, fmt.Sprintf("%d of %d events could not be sent in time", l.unsent, due))
 	}
-	if p99 := l.latency.quantile(0.99); l.cfg.maxP99 > 0 && p99 > l.cfg.maxP99 {
-		why = append(why, fmt.Sprintf("the latency's p99, %s, is beyond -max-p99 %s", p99.Round(time.Millisecond), l.cfg.maxP99))
+	if p99 := l.latency.quantile(0.99); l.Config.maxP99 > 0 && p99 > l.Config.maxP99 {
+		why = append(why, fmt.Sprintf("the latency's p99, %s, is beyond -max-p99 %s", p99.Round(time.Millisecond), l.Config.maxP99))
 	}
 	return why
 }
 
-// eventSource hands out events and remembers which were accepted. A batch is a run of tickets from append.
-type eventSource interface {
+// source hands out events and remembers which were accepted. A batch is a run of tickets from append.
+type source interface {
 	// append adds the next event to body and its ticket to tickets; false at the end.
 	append(body []byte, tickets []int64, separator byte) ([]byte, []int64, bool)
 	accepted(ticket int64)
@@ -180,78 +195,105 @@ type eventSource interface {
 	where(ticket int64) string
 }
 
-// loader sends and counts.
-type loader struct {
-	cfg    *loadConfig
-	src    eventSource
+// Loader sends and counts.
+type Loader struct {
+	Config *Config
+	Stop   context.CancelFunc // ends Send early
+	Took   time.Duration      // set by Send
+
+	src    source
 	client *http.Client
-	stop   context.CancelFunc // ends send early; set by newLoader
 	ended  context.Context
 	start  time.Time
-	took   time.Duration
 	unsent int64 // events that were due when all connections were busy; set at the end of send
 
 	pace    *pacer       // set by send
 	sent    atomic.Int64 // events, a repeat by -dup included, a retry not
-	ok      atomic.Int64 // events
-	retried atomic.Int64 // requests
-	unknown atomic.Int64 // events
+	OK      atomic.Int64 // events that were accepted
+	Retried atomic.Int64 // requests
+	Unknown atomic.Int64 // events without an answer
 
 	srcMu     sync.Mutex // guards src while senders run
 	mu        sync.Mutex // guards what follows
 	latency   *histogram
 	freshness *histogram
-	refused   map[string]int
+	Refused   map[string]int // events, by code; to be read when Send has returned
 	examples  []string
 	noAnswer  map[string]int // events, by why
 }
 
-func newLoader(cfg *loadConfig, src eventSource) *loader {
-	ended, stop := context.WithCancel(context.Background())
-	return &loader{
-		stop: stop, ended: ended,
-		cfg: cfg, src: src, latency: newHistogram(), freshness: newHistogram(), refused: map[string]int{}, noAnswer: map[string]int{},
-		client: &http.Client{Timeout: time.Minute, Transport: &http.Transport{MaxIdleConnsPerHost: cfg.connections + 8, DisableCompression: true}},
+// New returns a loader of made-up events, or of the file that the flags name.
+func New(cfg *Config) (*Loader, error) {
+	var src source = NewGenerator(cfg)
+	if cfg.file != "" {
+		var err error
+		if src, err = openReplay(cfg.file); err != nil {
+			return nil, err
+		}
 	}
+	ended, stop := context.WithCancel(context.Background())
+	return &Loader{
+		Stop: stop, ended: ended,
+		Config: cfg, src: src, latency: newHistogram(), freshness: newHistogram(), Refused: map[string]int{}, noAnswer: map[string]int{},
+		client: &http.Client{Timeout: time.Minute, Transport: &http.Transport{MaxIdleConnsPerHost: cfg.connections + 8, DisableCompression: true}},
+	}, nil
 }
 
-// send runs the senders until the schedule or the source ends, or ctx is done: an interrupted run still reports.
-func (l *loader) send(ctx context.Context, stderr io.Writer) {
+// Distinct is how many different events were accepted so far.
+func (l *Loader) Distinct() (n int64) {
+	l.srcMu.Lock()
+	defer l.srcMu.Unlock()
+	for _, e := range l.src.expected() {
+		n += e.count
+	}
+	return n
+}
+
+// Forgive forgets what was refused or had no answer: a fault was meant to do that.
+func (l *Loader) Forgive() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.Refused, l.examples, l.noAnswer = map[string]int{}, nil, map[string]int{}
+	l.Unknown.Store(0)
+}
+
+// Send runs the senders until the schedule or the source ends, or ctx is done: an interrupted run still reports.
+func (l *Loader) Send(ctx context.Context, stderr io.Writer) {
 	l.start = time.Now()
-	end := l.cfg.duration
-	if l.cfg.file != "" {
+	end := l.Config.duration
+	if l.Config.file != "" {
 		end = 0
 	}
-	l.pace = newPacer(l.start, l.cfg.rate, l.cfg.bulk, end)
+	l.pace = newPacer(l.start, l.Config.rate, l.Config.bulk, end)
 	sending, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(l.ended, cancel)()
 	var senders, others sync.WaitGroup
-	for range l.cfg.connections {
+	for range l.Config.connections {
 		senders.Go(func() { (&sender{l: l}).run(sending, ctx) }) // ends with sending, the schedule or the source
 	}
 	watching, done := context.WithCancel(ctx)
 	others.Go(func() { l.progress(watching, stderr) }) // ends with the senders
-	if l.cfg.verify && l.cfg.file == "" {
+	if l.Config.verify && l.Config.file == "" {
 		others.Go(func() { l.probe(watching) }) // ends with the senders
 	}
 	senders.Wait()
-	l.took = time.Since(l.start)
+	l.Took = time.Since(l.start)
 	done()
 	others.Wait()
-	if interrupted := ctx.Err() != nil || l.ended.Err() != nil; l.cfg.file == "" && !interrupted {
-		l.unsent = l.pace.unclaimed(l.start.Add(l.took)) * int64(l.cfg.bulk)
+	if interrupted := ctx.Err() != nil || l.ended.Err() != nil; l.Config.file == "" && !interrupted {
+		l.unsent = l.pace.unclaimed(l.start.Add(l.Took)) * int64(l.Config.bulk)
 	}
 	if l.unsent > 0 {
-		fmt.Fprintf(stderr, "load: %d events were due and not sent: all %d connections were busy. Latency does not count them.\n", l.unsent, l.cfg.connections)
+		fmt.Fprintf(stderr, "load: %d events were due and not sent: all %d connections were busy. Latency does not count them.\n", l.unsent, l.Config.connections)
 	}
 }
 
 // exchange is one try. wait is what Retry-After asks for. A compressed body is known by gzip's magic number, which no
 // JSON text begins with; the probe's bodies never are.
-func (l *loader) exchange(path, media string, body []byte) (status int, answer []byte, wait time.Duration, err error) {
+func (l *Loader) exchange(path, media string, body []byte) (status int, answer []byte, wait time.Duration, err error) {
 	wait = 200 * time.Millisecond
-	req, err := http.NewRequest(http.MethodPost, l.cfg.url+path, bytes.NewReader(body))
+	req, err := http.NewRequest(http.MethodPost, l.Config.URL+path, bytes.NewReader(body))
 	if err != nil {
 		return 0, nil, wait, err
 	}
@@ -272,9 +314,9 @@ func (l *loader) exchange(path, media string, body []byte) (status int, answer [
 	return resp.StatusCode, answer, wait, err
 }
 
-func (l *loader) authorize(req *http.Request) {
-	if l.cfg.apiKey != "" {
-		req.Header.Set("X-API-Key", l.cfg.apiKey)
+func (l *Loader) authorize(req *http.Request) {
+	if l.Config.apiKey != "" {
+		req.Header.Set("X-API-Key", l.Config.apiKey)
 	}
 }
 
@@ -287,13 +329,13 @@ type eventError struct {
 }
 
 // settle books what the answer decides and returns the indices of the events to send again, none when last.
-func (l *loader) settle(status int, answer []byte, tickets []int64, last bool) (again []int) {
+func (l *Loader) settle(status int, answer []byte, tickets []int64, last bool) (again []int) {
 	var a struct {
 		Success int `json:"success_count"`
 		Error   string
 		Errors  []eventError
 	}
-	single := l.cfg.bulk == 1 && l.cfg.file == ""
+	single := l.Config.bulk == 1 && l.Config.file == ""
 	if !single || status != http.StatusAccepted {
 		json.Unmarshal(answer, &a) // no JSON: no errors by index and no successes, which is dealt with below
 	}
@@ -307,7 +349,7 @@ func (l *loader) settle(status int, answer []byte, tickets []int64, last bool) (
 	success := status == http.StatusAccepted || status == http.StatusMultiStatus
 	if success && !single && a.Success != len(tickets)-len(failed) {
 		// Accepted or not? The answer does not add up, and a guess would make -verify blame the wrong side.
-		l.unknown.Add(int64(len(tickets)))
+		l.Unknown.Add(int64(len(tickets)))
 		return nil
 	}
 	l.mu.Lock()
@@ -329,7 +371,7 @@ func (l *loader) settle(status int, answer []byte, tickets []int64, last bool) (
 	l.srcMu.Lock()
 	for i, t := range tickets {
 		if _, is := failed[i]; !is {
-			l.ok.Add(1)
+			l.OK.Add(1)
 			l.src.accepted(t)
 		}
 	}
@@ -338,16 +380,16 @@ func (l *loader) settle(status int, answer []byte, tickets []int64, last bool) (
 }
 
 // refuse counts a refused event and keeps the first few as examples; under mu.
-func (l *loader) refuse(code string, ticket int64, message string) {
+func (l *Loader) refuse(code string, ticket int64, message string) {
 	const most = 10
-	l.refused[code]++
+	l.Refused[code]++
 	if len(l.examples) < most {
 		l.examples = append(l.examples, fmt.Sprintf("%s: %s", l.src.where(ticket), message))
 	}
 }
 
 // progress prints a line a second until ctx is done: over itself on a terminal, every 5 s elsewhere to keep logs short.
-func (l *loader) progress(ctx context.Context, stderr io.Writer) {
+func (l *Loader) progress(ctx context.Context, stderr io.Writer) {
 	period, begin, end := 5*time.Second, "", "\n"
 	if f, ok := stderr.(*os.File); ok {
 		if info, err := f.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
@@ -363,10 +405,10 @@ func (l *loader) progress(ctx context.Context, stderr io.Writer) {
 			return
 		case <-tick.C:
 		}
-		ok := l.ok.Load()
+		ok := l.OK.Load()
 		l.mu.Lock()
 		p99, refused := l.latency.quantile(0.99), 0
-		for _, n := range l.refused {
+		for _, n := range l.Refused {
 			refused += n
 		}
 		l.mu.Unlock()

@@ -1,0 +1,219 @@
+// What load sends.
+//
+// events.go owns the made-up events and the replay of a file. Both count what was accepted by rules of their own.
+
+package load
+
+import (
+	"bufio"
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
+	"math"
+	"math/bits"
+	"math/rand/v2"
+	"os"
+	"sort"
+	"strconv"
+	"time"
+)
+
+// expectation is one question to the metrics endpoint and its right answer.
+type expectation struct {
+	event    string
+	from, to int64
+	count    int64
+	users    int64
+	hours    map[string]int64
+	channels map[string]int64 // nil = not asked
+}
+
+// Generator makes events that are distinct by construction: event n has user n mod users, channel and second from
+// what is left of n, and with -insert-ids n itself. The seconds end at the start of the run, so none is in the future.
+type Generator struct {
+	cfg  *Config
+	base int64 // second of event 0
+	next int64
+	dups int64      // events handed out a second time or more
+	seen []uint64   // a bit for each accepted event
+	rng  *rand.Rand // which events are repeated
+}
+
+var channels = [...]string{"web", "mobile_app", "api"}
+
+// sameButInsertID is how many events differ in nothing but their insert_id, with -insert-ids.
+const sameButInsertID = 10
+
+// flatOutRate is what base allows for when no rate is given, events a second.
+const flatOutRate = 500_000
+
+// NewGenerator returns a generator of what the flags say.
+func NewGenerator(cfg *Config) *Generator {
+	rate := cfg.rate
+	if rate == 0 {
+		rate = flatOutRate
+	}
+	return &Generator{cfg: cfg, rng: rand.New(rand.NewPCG(cfg.seed, 0)), base: time.Now().Unix() - int64(rate*cfg.duration.Seconds()/float64(cfg.perSecond())) - 2}
+}
+
+func (g *Generator) append(body []byte, tickets []int64, separator byte) ([]byte, []int64, bool) {
+	n := g.next
+	if g.cfg.dup > 0 && n > 0 && g.rng.Float64() < g.cfg.dup {
+		n = g.rng.Int64N(n)
+		g.dups++
+	} else {
+		g.next++
+	}
+	if len(tickets) > 0 {
+		body = append(body, separator)
+	}
+	return g.Event(body, n), append(tickets, n), true
+}
+
+func (g *Generator) second(n int64) int64 { return g.base + n/int64(g.cfg.perSecond()) }
+
+func (g *Generator) channel(n int64) string {
+	return channels[n/int64(g.cfg.users)%int64(len(channels))]
+}
+
+// Event appends the n-th event.
+func (g *Generator) Event(b []byte, n int64) []byte {
+	users := int64(g.cfg.users)
+	b = append(b, `{"event_name":"`...)
+	b = append(b, g.cfg.Event...)
+	b = append(b, `","channel":"`...)
+	b = append(b, g.channel(n)...)
+	b = append(b, `","campaign_id":"cmp_`...)
+	b = strconv.AppendInt(b, n%50, 10)
+	b = append(b, `","user_id":"user_`...)
+	b = strconv.AppendInt(b, n%users, 10)
+	b = append(b, `","timestamp":`...)
+	b = strconv.AppendInt(b, g.second(n), 10)
+	if g.cfg.insertIDs {
+		b = append(b, `,"insert_id":"`...)
+		b = strconv.AppendInt(b, n, 10)
+		b = append(b, '"')
+	}
+	b = append(b, `,"tags":["electronics","homepage"],"metadata":{"product_id":"prod-`...)
+	b = strconv.AppendInt(b, n%1000, 10)
+	b = append(b, `","price":`...)
+	b = strconv.AppendInt(b, 10+n%490, 10)
+	return append(b, `.99,"currency":"TRY","referrer":"google"}}`...)
+}
+
+func (g *Generator) accepted(n int64) {
+	for int64(len(g.seen)) <= n/64 {
+		g.seen = append(g.seen, make([]uint64, 1024)...)
+	}
+	g.seen[n/64] |= 1 << (n % 64)
+}
+
+func (g *Generator) where(n int64) string { return fmt.Sprintf("event %d", n) }
+
+func (g *Generator) expected() []expectation {
+	e := expectation{event: g.cfg.Event, from: g.base - 1, to: time.Now().Unix() + 1, hours: map[string]int64{}, channels: map[string]int64{}}
+	users := make([]bool, g.cfg.users)
+	for w, word := range g.seen {
+		for ; word != 0; word &= word - 1 {
+			n := int64(w*64 + bits.TrailingZeros64(word))
+			e.count++
+			users[n%int64(g.cfg.users)] = true
+			e.hours[hourKey(g.second(n))]++
+			e.channels[g.channel(n)]++
+		}
+	}
+	for _, u := range users {
+		if u {
+			e.users++
+		}
+	}
+	return []expectation{e}
+}
+
+func hourKey(second int64) string {
+	return time.Unix(second, 0).UTC().Truncate(time.Hour).Format(time.RFC3339)
+}
+
+// replay sends the lines of a file and counts, per event_name, what the accepted ones add up to.
+type replay struct {
+	lines  *bufio.Scanner
+	file   *os.File
+	line   int64
+	flight map[int64][]byte // lines without an outcome
+	names  map[string]*replayed
+}
+
+type replayed struct {
+	ids      map[[sha256.Size]byte]struct{}
+	users    map[string]struct{}
+	hours    map[string]int64
+	from, to int64
+}
+
+func openReplay(path string) (*replay, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	r := &replay{lines: bufio.NewScanner(f), file: f, flight: map[int64][]byte{}, names: map[string]*replayed{}}
+	r.lines.Buffer(nil, maxEventBytes+1)
+	return r, nil
+}
+
+func (r *replay) append(body []byte, tickets []int64, separator byte) ([]byte, []int64, bool) {
+	for r.lines.Scan() {
+		r.line++
+		line := r.lines.Bytes()
+		if len(line) == 0 {
+			continue
+		}
+		if len(tickets) > 0 {
+			body = append(body, separator)
+		}
+		r.flight[r.line] = append([]byte(nil), line...)
+		return append(body, line...), append(tickets, r.line), true
+	}
+	if err := r.lines.Err(); err != nil {
+		fmt.Fprintf(os.Stderr, "load: line %d: %v\n", r.line+1, err)
+	}
+	r.file.Close()
+	return body, tickets, false
+}
+
+func (r *replay) where(line int64) string { return fmt.Sprintf("line %d", line) }
+
+// accepted reads the line with encoding/json: an independent count does not share the parser that it checks.
+func (r *replay) accepted(line int64) {
+	var e struct {
+		EventName string `json:"event_name"`
+		UserID    string `json:"user_id"`
+		Channel   string `json:"channel"`
+		Timestamp int64  `json:"timestamp"`
+		InsertID  string `json:"insert_id"`
+	}
+	if json.Unmarshal(r.flight[line], &e) != nil {
+		return
+	}
+	delete(r.flight, line)
+	s := r.names[e.EventName]
+	if s == nil {
+		s = &replayed{ids: map[[sha256.Size]byte]struct{}{}, users: map[string]struct{}{}, hours: map[string]int64{}, from: math.MaxInt64}
+		r.names[e.EventName] = s
+	}
+	id := sha256.Sum256(fmt.Appendf(nil, "%q %q %d %q %q", e.EventName, e.UserID, e.Timestamp, e.Channel, e.InsertID))
+	if _, dup := s.ids[id]; dup {
+		return
+	}
+	s.ids[id] = struct{}{}
+	s.users[e.UserID] = struct{}{}
+	s.hours[hourKey(e.Timestamp)]++
+	s.from, s.to = min(s.from, e.Timestamp), max(s.to, e.Timestamp)
+}
+
+func (r *replay) expected() (list []expectation) {
+	for name, s := range r.names {
+		list = append(list, expectation{event: name, from: s.from, to: s.to + 1, count: int64(len(s.ids)), users: int64(len(s.users)), hours: s.hours})
+	}
+	sort.Slice(list, func(i, j int) bool { return list[i].event < list[j].event })
+	return list
+}
