@@ -54,19 +54,19 @@ test-cluster: $(DEV) ## the program's tests on a real Kafka cluster, set up as d
 	$(DEV) -ephemeral -kafka cluster -- go test -race -count=1 -timeout 40m $(TESTFLAGS) ./...
 
 test-api: $(APP) $(DEV) ## the OpenAPI document validated, and the running program fuzzed by it
-	$(DEV) -ephemeral -- scripts/test_api.sh $(APP)
+	$(DEV) -ephemeral -- dev/scripts/test_api.sh $(APP)
 
 test-clients: $(DEV) ## the real clients of Segment's protocol for Python, Node, Go and browsers, through faults; needs npm, python3 and Linux
-	$(DEV) -ephemeral -- scripts/test_clients.sh
+	$(DEV) -ephemeral -- dev/scripts/test_clients.sh
 
 test-page: $(DEV) ## the dashboard page in headless Chromium, and nothing else of test-clients
-	TESTS='TestPage$$' $(DEV) -ephemeral -- scripts/test_clients.sh
+	TESTS='TestPage$$' $(DEV) -ephemeral -- dev/scripts/test_clients.sh
 
 # Midnight passes within the second and the fourth run, a month ends within the fourth.
 SHIFTS ?= 12:00 23:56 00:01 month-end month-start 12-31T12:00
 
 test-clock: $(DEV) ## the program's tests at other hours, half an hour; SHIFTS="12:00 23:56" chooses, TESTFLAGS='-run X' narrows
-	scripts/test_clock.py $(SHIFTS) -- $(TESTFLAGS)
+	dev/scripts/test_clock.py $(SHIFTS) -- $(TESTFLAGS)
 
 torture: $(DEV) ## the tests that kill things, with five times as many kills; TORTURE=n for more
 	TORTURE=$${TORTURE:-5} $(DEV) -ephemeral -- go test -race -count=1 -timeout 80m -v -run 'Kill|Power|Paused|Away|Answers|Instances|Torn|Stop|Model|Disk|Refused|Broken|Cost' .
@@ -86,7 +86,7 @@ profile: $(DEV) ## CPU and memory profile of the whole path: cpu.pprof, mem.ppro
 
 lint: ## gofmt, vet, staticcheck, govulncheck
 	@test -z "$$(gofmt -l .)" || { gofmt -l . ; echo "run gofmt -w ."; exit 1; }
-	go vet ./... && (cd dev && go vet ./...) && cd scripts/clients && go vet ./...
+	go vet ./... && (cd dev && go vet ./...) && cd dev/scripts/clients && go vet ./...
 	go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...
 	cd dev && go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...
 	@out=$$(go run golang.org/x/vuln/cmd/govulncheck@v1.9.0 ./... 2>&1) || case "$$out" in \

@@ -136,7 +136,7 @@ func TestPagesOfOthers(t *testing.T) {
 }
 
 // TestPage looks at the dashboard page in headless Chromium while ClickHouse goes and comes back. What it looks at stands in
-// scripts/clients/page.mjs; `make test-page` installs what it needs.
+// dev/scripts/clients/page.mjs; `make test-page` installs what it needs.
 func TestPage(t *testing.T) {
 	dir := os.Getenv("CLIENTS")
 	if dir == "" {
@@ -144,7 +144,7 @@ func TestPage(t *testing.T) {
 	}
 	alone(t)
 	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey))
-	page := exec.Command("node", "scripts/clients/page.mjs", p.url, firstKey)
+	page := exec.Command("node", "dev/scripts/clients/page.mjs", p.url, firstKey)
 	log := new(logBuffer)
 	page.Stderr = log
 	steps, err := page.StdoutPipe()

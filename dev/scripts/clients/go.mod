@@ -1,4 +1,4 @@
-module github.com/event-ingestion/event-ingestion/scripts/clients
+module github.com/event-ingestion/event-ingestion/dev/scripts/clients
 
 go 1.26.0
 

@@ -15,5 +15,5 @@ if [ ! -d "$cache/node_modules/@segment/analytics-node" ]; then
 	npm install --silent --no-fund --no-audit --prefix "$cache" @segment/analytics-node@3.1.0 \
 		@segment/analytics-next@1.84.3 puppeteer-core@24.43.1 @sparticuz/chromium@147.0.0 axe-core@4.14.1
 fi
-(cd scripts/clients && CGO_ENABLED=0 go build -o "$cache/go-client" .)
+(cd dev/scripts/clients && CGO_ENABLED=0 go build -o "$cache/go-client" .)
 CLIENTS=$cache go test -race -count=1 -v -timeout 20m -run "${TESTS:-TestPage$|TestClients/${CLIENT:-}}" .

@@ -24,5 +24,5 @@ until "$app" healthcheck 2>/dev/null; do
 done
 # One worker: two of them make Python 3.11 report a recursion that there is none of. positive_data_acceptance is left out: three rules are beyond a schema (an age by the clock, `to` after `from`, a body that
 # is compressed as its Content-Encoding says).
-SCHEMATHESIS_HOOKS=scripts/api_hooks.py "$venv/bin/st" run "http://127.0.0.1:$SERVER_PORT/swagger/openapi.json" \
+SCHEMATHESIS_HOOKS=dev/scripts/api_hooks.py "$venv/bin/st" run "http://127.0.0.1:$SERVER_PORT/swagger/openapi.json" \
 	--seed "${SEED:-1}" --checks all --exclude-checks positive_data_acceptance --max-examples 60 -w 1 --suppress-health-check all

@@ -1,7 +1,7 @@
 """How cost grows with the rate: CPU, freshness, inserts, parts and memory, as a table and a plot.
 
     make build bin/dev
-    bin/dev -ephemeral -- python3 scripts/cost_growth.py bin/event-ingestion [-seconds 30] [-rates 1000,2000,…] [-plot cost.svg]
+    bin/dev -ephemeral -- python3 dev/scripts/cost_growth.py bin/event-ingestion [-seconds 30] [-rates 1000,2000,…] [-plot cost.svg]
 
 Each rate runs open loop, in bulks of a twentieth of a second, against a program of its own on tables of its own. CPU is
 what the program and ClickHouse used for an event, in µs; freshness is from the 202 to the answer that counts the event.
