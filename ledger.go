@@ -23,8 +23,10 @@ func auditTool(fs *flag.FlagSet) toolRun {
 	var r timeRange
 	r.flags(fs)
 	asJSON := fs.Bool("json", false, "the figures as a JSON object")
+	erased := map[string]bool{}
+	fs.Func("erased", "user_id that was erased from the tables: its events are left out; may be given several times", func(s string) error { erased[s] = true; return nil })
 	return func(ctx context.Context, cfg *settings, _ []string, w io.Writer) error {
-		l, err := readLedger(ctx, cfg, r)
+		l, err := readLedger(ctx, cfg, r, erased)
 		if err != nil {
 			return err
 		}
@@ -59,7 +61,8 @@ const (
 	inTable
 )
 
-func readLedger(ctx context.Context, cfg *settings, r timeRange) (*ledger, error) {
+// readLedger reads topics and tables. The events of erased users are left out.
+func readLedger(ctx context.Context, cfg *settings, r timeRange, erased map[string]bool) (*ledger, error) {
 	l := &ledger{ids: map[eventID]place{}}
 	var p eventParser
 	note := func(where place) func(*kgo.Record) {
@@ -71,7 +74,7 @@ func readLedger(ctx context.Context, cfg *settings, r timeRange) (*ledger, error
 				}
 				return
 			}
-			if ev.timestamp < r.from || ev.timestamp >= r.to {
+			if ev.timestamp < r.from || ev.timestamp >= r.to || erased[string(ev.userID)] {
 				return
 			}
 			id, _ := ev.id(nil)

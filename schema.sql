@@ -84,9 +84,10 @@ ALTER TABLE {database}.events{on cluster} MODIFY COLUMN event_id CODEC(NONE);
 
 -- Statistics of every part, which the server makes by default, are for joins: 0.4 µs an event for nothing. Blocks that were
 -- inserted are not remembered: the program knows what is stored, and what was lost may have to be inserted once more.
--- {fsync} is the setting CLICKHOUSE_FSYNC; merged parts need none, what they are made of is kept for 8 minutes.
+-- {fsync} is the setting CLICKHOUSE_FSYNC; merged parts need none, what they are made of is kept for 8 minutes. With
+-- RETENTION_DAYS the program gives both tables a TTL: a part goes when all of it is too old, no part is written anew for it.
 ALTER TABLE {database}.events{on cluster} MODIFY SETTING auto_statistics_types = '', non_replicated_deduplication_window = 0,
-    fsync_after_insert = {fsync}, fsync_part_directory = {fsync};
+    fsync_after_insert = {fsync}, fsync_part_directory = {fsync}, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
 
 -- One row an event_name, channel and hour: what the metrics endpoint and the dashboards read.
 CREATE TABLE IF NOT EXISTS {database}.events_hourly{on cluster}
@@ -113,7 +114,7 @@ SETTINGS
 ALTER TABLE {database}.events_hourly{on cluster} ADD COLUMN IF NOT EXISTS last_at SimpleAggregateFunction(max, DateTime('UTC')) DEFAULT hour + 3599 COMMENT 'timestamp of the newest event';
 
 ALTER TABLE {database}.events_hourly{on cluster} MODIFY SETTING auto_statistics_types = '', non_replicated_deduplication_window = 0, deduplicate_merge_projection_mode = 'rebuild',
-    fsync_after_insert = {fsync}, fsync_part_directory = {fsync};
+    fsync_after_insert = {fsync}, fsync_part_directory = {fsync}, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
 
 -- The same by the day, in every part and so never out of step with it: a month is 30 states to merge, not 720.
 ALTER TABLE {database}.events_hourly{on cluster} ADD PROJECTION IF NOT EXISTS daily

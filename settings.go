@@ -68,6 +68,7 @@ type settings struct {
 	clickhouseCA       *x509.CertPool // nil means the system's
 	clickhouseCluster  string
 	clickhouseFsync    bool
+	retentionDays      int
 
 	workerCount        int
 	workerBatchSize    int
@@ -136,6 +137,7 @@ func (c *settings) settingsTable() []setting {
 		{"CLICKHOUSE_TLS_CA_FILE", "", "certificates in PEM that sign that of ClickHouse; empty means the system's", certificates(&c.clickhouseCA)},
 		{"CLICKHOUSE_CLUSTER", "", "name of a cluster of replicas: tables are made ON CLUSTER with Replicated engines, inserts wait for a quorum", clusterName(&c.clickhouseCluster)},
 		{"CLICKHOUSE_FSYNC", "false", "true has each insert wait for ClickHouse's disk, so that a power cut loses nothing of it; about an eighth of the highest rate", boolean(&c.clickhouseFsync)},
+		{"RETENTION_DAYS", "0", "ClickHouse drops events, and what was counted of them, after so many days, a month at a time; at least 31, 0 keeps all", retention(&c.retentionDays)},
 
 		{"WORKER_COUNT", "20", "workers; partition p belongs to worker p mod WORKER_COUNT", integer(&c.workerCount, 1, 1000)},
 		{"WORKER_BATCH_SIZE", "2000", "rows of a worker's block; a full block starts an insert", integer(&c.workerBatchSize, 1, 100000)},
@@ -314,6 +316,17 @@ func integer[T int | int64](dst *T, least, most T) func(string) error {
 		}
 		*dst = T(n)
 		return nil
+	}
+}
+
+// retention takes 0, or more days than an event may be old when it is accepted.
+func retention(dst *int) func(string) error {
+	return func(s string) error {
+		if s == "0" {
+			*dst = 0
+			return nil
+		}
+		return integer(dst, maxAgeSeconds/daySeconds+1, 100*365)(s)
 	}
 }
 

@@ -349,7 +349,7 @@ func mustHold(p *program, l *load.Loader) {
 	drained(p)
 	mustCount(t, p.env, l.Config.Event, l.Distinct())
 	mustAgree(t, l, p.url)
-	ledger, err := readLedger(t.Context(), settingsFrom(t, p.env), timeRange{0, maxUnixSeconds})
+	ledger, err := readLedger(t.Context(), settingsFrom(t, p.env), timeRange{0, maxUnixSeconds}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -28,6 +29,7 @@ type store struct {
 	database string
 	cluster  string       // of replicas, or empty
 	fsync    string       // 1 when an insert waits for the disk, else 0
+	keepDays int          // RETENTION_DAYS
 	userBits atomic.Int32 // precision of the user states that events_hourly has: queries have to say the same
 	broken   brokenParts
 }
@@ -40,6 +42,7 @@ func newStore(cfg *settings) *store {
 		database: cfg.clickhouseDatabase,
 		cluster:  cfg.clickhouseCluster,
 		fsync:    "0",
+		keepDays: cfg.retentionDays,
 		options: ch.Options{
 			Address:          net.JoinHostPort(cfg.clickhouseHost, strconv.Itoa(cfg.clickhousePort)),
 			User:             cfg.clickhouseUsername,
@@ -106,7 +109,43 @@ func (s *store) applyAll(ctx context.Context, c asker) error {
 			return fmt.Errorf("apply schema.sql: %w", err)
 		}
 	}
+	for table, column := range map[string]string{"events": "timestamp", "events_hourly": "hour"} {
+		if err := s.applyRetention(ctx, c, table, column); err != nil {
+			return fmt.Errorf("apply RETENTION_DAYS to %s: %w", table, err)
+		}
+	}
 	return nil
+}
+
+// ttlOf finds the TTL in a statement that makes a table.
+var ttlOf = regexp.MustCompile(` TTL (.*?) SETTINGS `)
+
+// applyRetention gives a table the TTL that RETENTION_DAYS asks for, or takes it away. A change has ClickHouse look at every
+// part once, without writing its rows again (materialize_ttl_recalculate_only); without a change nothing happens.
+func (s *store) applyRetention(ctx context.Context, c asker, table, column string) error {
+	var made proto.ColStr
+	err := c.Do(ctx, ch.Query{
+		Body:   fmt.Sprintf("SELECT create_table_query AS made FROM system.tables WHERE database = '%s' AND name = '%s'", s.database, table),
+		Result: proto.Results{{Name: "made", Data: &made}},
+	})
+	if err != nil || made.Rows() == 0 {
+		return err
+	}
+	has, wanted := "", ""
+	if m := ttlOf.FindStringSubmatch(made.First()); m != nil {
+		has = m[1]
+	}
+	if s.keepDays > 0 {
+		wanted = fmt.Sprintf("%s + toIntervalDay(%d)", column, s.keepDays)
+	}
+	switch {
+	case has == wanted:
+		return nil
+	case wanted == "":
+		return s.change(ctx, c, "ALTER TABLE {database}."+table+"{on cluster} REMOVE TTL")
+	}
+	slog.Info("a table's retention changes", "table", table, "ttl", wanted)
+	return s.change(ctx, c, "ALTER TABLE {database}."+table+"{on cluster} MODIFY TTL "+wanted)
 }
 
 // change runs a statement that answers nothing: on a cluster, when every replica has done it.
