@@ -11,7 +11,7 @@ APP      := bin/event-ingestion
 # make up SCALE=1: three instances of the program behind a load balancer.
 COMPOSE := docker compose -f docker-compose.yml $(if $(SCALE),-f deploy/compose.scale.yml)
 
-.PHONY: help run stop build up down logs test test-cluster test-clock torture fuzz bench bench-peers profile lint clean test-api test-clients test-page
+.PHONY: help run stop demo build up down logs test test-cluster test-clock torture fuzz bench bench-peers profile lint clean test-api test-clients test-page
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ run: $(APP) $(DEV) ## the whole system on the embedded stack; Ctrl-C or `make st
 
 stop: $(DEV) ## end what `make run` started, cleanly
 	@$(DEV) stop
+
+demo: $(APP) ## thirty days of a believable shop into what `make run` started
+	$(APP) load -demo -url http://localhost:$${SERVER_PORT:-8080}
 
 build: $(APP) ## the one static binary, bin/event-ingestion
 

@@ -143,8 +143,10 @@ type replay struct {
 	names  map[string]*replayed
 }
 
+// replayed is what was accepted of an event_name.
 type replayed struct {
 	ids      map[[sha256.Size]byte]struct{}
+	count    int64
 	users    map[string]struct{}
 	hours    map[string]int64
 	from, to int64
@@ -195,24 +197,36 @@ func (r *replay) accepted(line int64) {
 		return
 	}
 	delete(r.flight, line)
-	s := r.names[e.EventName]
-	if s == nil {
-		s = &replayed{ids: map[[sha256.Size]byte]struct{}{}, users: map[string]struct{}{}, hours: map[string]int64{}, from: math.MaxInt64}
-		r.names[e.EventName] = s
-	}
+	s := replayedOf(r.names, e.EventName)
 	id := sha256.Sum256(fmt.Appendf(nil, "%q %q %d %q %q", e.EventName, e.UserID, e.Timestamp, e.Channel, e.InsertID))
 	if _, dup := s.ids[id]; dup {
 		return
 	}
 	s.ids[id] = struct{}{}
-	s.users[e.UserID] = struct{}{}
-	s.hours[hourKey(e.Timestamp)]++
-	s.from, s.to = min(s.from, e.Timestamp), max(s.to, e.Timestamp)
+	s.count++
+	s.add(e.UserID, e.Timestamp)
 }
 
-func (r *replay) expected() (list []expectation) {
-	for name, s := range r.names {
-		list = append(list, expectation{event: name, from: s.from, to: s.to + 1, count: int64(len(s.ids)), users: int64(len(s.users)), hours: s.hours})
+func replayedOf(names map[string]*replayed, name string) *replayed {
+	s := names[name]
+	if s == nil {
+		s = &replayed{ids: map[[sha256.Size]byte]struct{}{}, users: map[string]struct{}{}, hours: map[string]int64{}, from: math.MaxInt64}
+		names[name] = s
+	}
+	return s
+}
+
+func (s *replayed) add(user string, at int64) {
+	s.users[user] = struct{}{}
+	s.hours[hourKey(at)]++
+	s.from, s.to = min(s.from, at), max(s.to, at)
+}
+
+func (r *replay) expected() []expectation { return expectationsOf(r.names) }
+
+func expectationsOf(names map[string]*replayed) (list []expectation) {
+	for name, s := range names {
+		list = append(list, expectation{event: name, from: s.from, to: s.to + 1, count: s.count, users: int64(len(s.users)), hours: s.hours})
 	}
 	sort.Slice(list, func(i, j int) bool { return list[i].event < list[j].event })
 	return list

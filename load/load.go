@@ -61,6 +61,8 @@ type Config struct {
 	verify      bool
 	verifyWait  time.Duration
 	file        string
+	demo        bool
+	reportFile  string
 	json        bool
 }
 
@@ -86,6 +88,8 @@ func Parse(args []string, stderr io.Writer) (*Config, error) {
 	fs.BoolVar(&c.verify, "verify", false, "measure freshness and compare the metrics endpoint with what was accepted")
 	fs.DurationVar(&c.verifyWait, "verify-timeout", time.Minute, "how long the counts may take to agree")
 	fs.StringVar(&c.file, "file", "", "send this file of NDJSON instead of made-up events, once, at -rate")
+	fs.BoolVar(&c.demo, "demo", false, "send thirty days of a believable shop instead, about 150,000 events, once, as fast as it goes")
+	fs.StringVar(&c.reportFile, "report", "", "write a page with rate and latency over time to this file")
 	fs.BoolVar(&c.json, "json", false, "report as JSON")
 	if err := fs.Parse(args); err != nil {
 		return nil, err
@@ -100,10 +104,19 @@ func Parse(args []string, stderr io.Writer) (*Config, error) {
 	case c.dup < 0 || c.dup >= 1:
 		return nil, fmt.Errorf("-dup %g: has to be from 0 to below 1", c.dup)
 	}
-	if c.file != "" && !isSet(fs, "bulk") {
+	if c.file != "" && c.demo {
+		return nil, errors.New("-file and -demo: only one of them can be sent")
+	}
+	if c.ends() && !isSet(fs, "bulk") {
 		c.bulk = maxBulkEvents
 	}
-	if days := c.spreadDays(); c.file == "" && days > maxSpreadDays {
+	if c.demo && !isSet(fs, "rate") {
+		c.rate = 0
+	}
+	if c.demo && !isSet(fs, "connections") {
+		c.connections = 8
+	}
+	if days := c.spreadDays(); !c.ends() && days > maxSpreadDays {
 		return nil, fmt.Errorf("-users %d: distinct events at this rate would reach %.0f days into the past, and 30 is the most the API takes; use more users", c.users, days)
 	}
 	if c.Event == "" {
@@ -112,6 +125,9 @@ func Parse(args []string, stderr io.Writer) (*Config, error) {
 	c.URL = strings.TrimSuffix(c.URL, "/")
 	return c, nil
 }
+
+// ends is whether what is sent comes to an end by itself.
+func (c *Config) ends() bool { return c.file != "" || c.demo }
 
 func isSet(fs *flag.FlagSet, name string) (set bool) {
 	fs.Visit(func(f *flag.Flag) { set = set || f.Name == name })
@@ -164,6 +180,12 @@ func Run(args []string, stdout, stderr io.Writer) int {
 		checks = l.Verify(stderr)
 	}
 	code := l.Report(stdout, checks)
+	if cfg.reportFile != "" {
+		if err := l.writePage(cfg.reportFile, checks); err != nil {
+			fmt.Fprintln(stderr, "load:", err)
+			code = 1
+		}
+	}
 	for _, why := range l.shortOf(ctx.Err() != nil) {
 		fmt.Fprintln(stderr, "load:", why)
 		code = 1
@@ -217,6 +239,7 @@ type Loader struct {
 	mu        sync.Mutex // guards what follows
 	latency   *histogram
 	freshness *histogram
+	timeline  timeline
 	Refused   map[string]int // events, by code; to be read when Send has returned
 	examples  []string
 	noAnswer  map[string]int // events, by why
@@ -225,7 +248,9 @@ type Loader struct {
 // New returns a loader of made-up events, or of the file that the flags name.
 func New(cfg *Config) (*Loader, error) {
 	var src source = NewGenerator(cfg)
-	if cfg.file != "" {
+	if cfg.demo {
+		src = newDemo(cfg)
+	} else if cfg.file != "" {
 		var err error
 		if src, err = openReplay(cfg.file); err != nil {
 			return nil, err
@@ -234,7 +259,7 @@ func New(cfg *Config) (*Loader, error) {
 	ended, stop := context.WithCancel(context.Background())
 	return &Loader{
 		Stop: stop, ended: ended,
-		Config: cfg, src: src, latency: newHistogram(), freshness: newHistogram(), Refused: map[string]int{}, noAnswer: map[string]int{},
+		Config: cfg, src: src, latency: newHistogram(), freshness: newHistogram(), timeline: timeline{latency: newHistogram()}, Refused: map[string]int{}, noAnswer: map[string]int{},
 		client: &http.Client{Timeout: time.Minute, Transport: &http.Transport{MaxIdleConnsPerHost: cfg.connections + 8, DisableCompression: true}},
 	}, nil
 }
@@ -261,7 +286,7 @@ func (l *Loader) Forgive() {
 func (l *Loader) Send(ctx context.Context, stderr io.Writer) {
 	l.start = time.Now()
 	end := l.Config.duration
-	if l.Config.file != "" {
+	if l.Config.ends() {
 		end = 0
 	}
 	l.pace = newPacer(l.start, l.Config.rate, l.Config.bulk, end)
@@ -274,14 +299,15 @@ func (l *Loader) Send(ctx context.Context, stderr io.Writer) {
 	}
 	watching, done := context.WithCancel(ctx)
 	others.Go(func() { l.progress(watching, stderr) }) // ends with the senders
-	if l.Config.verify && l.Config.file == "" {
+	others.Go(func() { l.timeline.run(watching, l) })  // ends with the senders
+	if l.Config.verify && !l.Config.ends() {
 		others.Go(func() { l.probe(watching) }) // ends with the senders
 	}
 	senders.Wait()
 	l.Took = time.Since(l.start)
 	done()
 	others.Wait()
-	if interrupted := ctx.Err() != nil || l.ended.Err() != nil; l.Config.file == "" && !interrupted {
+	if interrupted := ctx.Err() != nil || l.ended.Err() != nil; !l.Config.ends() && !interrupted {
 		l.unsent = l.pace.unclaimed(l.start.Add(l.Took)) * int64(l.Config.bulk)
 	}
 	if l.unsent > 0 {

@@ -475,3 +475,28 @@ func TestHistogram(t *testing.T) {
 		t.Error("the ends are wrong")
 	}
 }
+
+// TestLoadDemo: the shop's events are valid and all different, and what is counted of them is what was sent.
+func TestLoadDemo(t *testing.T) {
+	page := filepath.Join(t.TempDir(), "report.html")
+	p := &peer{before: func(int, http.ResponseWriter) bool { time.Sleep(40 * time.Millisecond); return false }} // or there is no second to draw
+	code, r, stderr := runLoadAgainst(t, p, "-demo -connections 4 -verify -verify-timeout 20s -report "+page)
+	if code != 0 || r.Accepted < 100_000 || r.Accepted != r.Sent || int64(len(p.stored)) != r.Sent || len(p.broken) > 0 {
+		t.Fatalf("code %d, %+v, %d stored, broken %v\n%s", code, r, len(p.stored), p.broken, stderr)
+	}
+	days, names := map[int64]bool{}, map[string]int{}
+	for _, e := range p.stored {
+		if age := time.Now().Unix() - e.Timestamp; age < 0 || age >= 30*86400 {
+			t.Fatalf("%+v is %d s old", e, age)
+		}
+		days[e.Timestamp/86400] = true
+		names[e.Name]++
+	}
+	if len(days) < 30 || !(names["product_view"] > names["add_to_cart"] && names["add_to_cart"] > names["purchase"] && names["purchase"] > 1000) {
+		t.Errorf("%d days, %v", len(days), names)
+	}
+	html, err := os.ReadFile(page)
+	if err != nil || !bytes.Contains(html, []byte(`<path class="c1" d="M0.0,`)) || !bytes.Contains(html, []byte("accepted   ")) {
+		t.Errorf("the page: %v %.2000s", err, html)
+	}
+}

@@ -105,6 +105,7 @@ func (s *sender) run(sending, interrupted context.Context) {
 		if s.post(interrupted) {
 			l.mu.Lock()
 			l.latency.add(time.Since(due))
+			l.timeline.latency.add(time.Since(due))
 			l.mu.Unlock()
 		}
 		if !more {
