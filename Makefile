@@ -11,7 +11,7 @@ APP      := bin/event-ingestion
 # make up SCALE=1: three instances of the program behind a load balancer.
 COMPOSE := docker compose -f docker-compose.yml $(if $(SCALE),-f deploy/compose.scale.yml)
 
-.PHONY: help run stop demo build up down logs test test-cluster test-clock torture fuzz bench bench-peers profile lint clean test-api test-clients test-page
+.PHONY: help run stop demo build up down logs test test-cluster test-clock torture fuzz bench bench-peers profile lint clean test-api test-clients test-page screenshot
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ test-clients: $(DEV) ## the real clients of Segment's protocol for Python, Node,
 test-page: $(DEV) ## the dashboard page in headless Chromium, and nothing else of test-clients
 	TESTS='TestPage$$' $(DEV) -ephemeral -- dev/scripts/test_clients.sh
 
+screenshot: ## README's picture of the dashboard, of what `make run` and `make demo` show
+	dev/scripts/test_clients.sh screenshot
+
 # Midnight passes within the second and the fourth run, a month ends within the fourth.
 SHIFTS ?= 12:00 23:56 00:01 month-end month-start 12-31T12:00
 
@@ -87,11 +90,12 @@ profile: $(DEV) ## CPU and memory profile of the whole path: cpu.pprof, mem.ppro
 	$(DEV) -ephemeral -- go test -run '^$$' -bench '$(or $(BENCH),WholePath)' -cpuprofile cpu.pprof -memprofile mem.pprof .
 	@echo "look at them with: go tool pprof -http=: cpu.pprof"
 
-lint: ## gofmt, vet, staticcheck, govulncheck
+lint: ## gofmt, vet, staticcheck, govulncheck, the Kubernetes manifest
 	@test -z "$$(gofmt -l .)" || { gofmt -l . ; echo "run gofmt -w ."; exit 1; }
 	go vet ./... && (cd dev && go vet ./...) && cd dev/scripts/clients && go vet ./...
 	go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...
 	cd dev && go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...
+	dev/scripts/check_kubernetes.sh
 	@out=$$(go run golang.org/x/vuln/cmd/govulncheck@v1.9.0 ./... 2>&1) || case "$$out" in \
 		*"fetching vulnerabilities"*) echo "govulncheck left out: its database cannot be reached" ;; \
 		*) echo "$$out"; exit 1 ;; esac
