@@ -58,6 +58,8 @@ type run struct {
 func BenchmarkPeers(b *testing.B) {
 	ways := []way{
 		{"bulk 1000", sentEvents, sendBulks("-bulk", "1000")},
+		{"bulk 1000, insert_id", sentEvents, sendBulks("-bulk", "1000", "-insert-ids")},
+		{"/v1/batch 1000", sentEvents, sendSegmentBatches},
 		{"bulk 100", sentEvents, sendBulks("-bulk", "100")},
 		{"bulk 1000, gzip", sentEvents, sendBulks("-bulk", "1000", "-gzip")},
 		{"single, 128 connections", singleEvents, sendBulks("-bulk", "1", "-connections", "128")},
@@ -144,6 +146,42 @@ func sendBulks(flags ...string) func(*run) int {
 		r.n = int(l.OK.Load())
 		return pid
 	}
+}
+
+// sendSegmentBatches sends what Segment's clients would, in batches of 1000 over 16 connections.
+func sendSegmentBatches(r *run) int {
+	p := startProgram(r.b, r.env)
+	bodies := make(chan []byte, r.n/1000)
+	for first := 0; first < r.n; first += 1000 {
+		at := time.Now().UTC().Format("2006-01-02T15:04:05.000Z")
+		body := []byte(`{"batch":[`)
+		for i := first; i < first+1000; i++ {
+			body = fmt.Appendf(body, `{"type":"track","event":"batch","userId":"user_%d","messageId":"node-next-1795441976-%d","timestamp":"%s","properties":{"product_id":"prod-%d","price":%d.99,"currency":"TRY","referrer":"google"},"context":{"campaign":{"name":"cmp_%d"},"library":{"name":"@segment/analytics-node","version":"3.1.0"}}},`,
+				i, i, at, i%1000, 10+i%490, i%50)
+		}
+		bodies <- append(body[:len(body)-1], `],"writeKey":"k"}`...)
+	}
+	close(bodies)
+	pid := r.begin(p.cmd.Process.Pid)
+	var clients sync.WaitGroup
+	for range 16 {
+		clients.Go(func() { // ends with the bodies
+			for body := range bodies {
+				for sent := false; !sent; {
+					resp, err := http.Post(p.url+"/v1/batch", jsonCT, bytes.NewReader(body))
+					if err != nil {
+						r.b.Error(err)
+						return
+					}
+					io.Copy(io.Discard, resp.Body)
+					resp.Body.Close()
+					sent = resp.StatusCode == http.StatusOK
+				}
+			}
+		})
+	}
+	clients.Wait()
+	return pid
 }
 
 // sendToClickHouse is what a client gets without this system: the same events over ClickHouse's own HTTP interface, which
