@@ -311,7 +311,7 @@ func (l *Loader) Send(ctx context.Context, stderr io.Writer) {
 		l.unsent = l.pace.unclaimed(l.start.Add(l.Took)) * int64(l.Config.bulk)
 	}
 	if l.unsent > 0 {
-		fmt.Fprintf(stderr, "load: %d events were due and not sent: all %d connections were busy. Latency does not count them.\n", l.unsent, l.Config.connections)
+		fmt.Fprintf(stderr, "load: %d events were due and not sent:\n      all %d connections were busy;\n      latency does not count them\n", l.unsent, l.Config.connections)
 	}
 }
 
@@ -438,8 +438,8 @@ func (l *Loader) progress(ctx context.Context, stderr io.Writer) {
 			refused += n
 		}
 		l.mu.Unlock()
-		fmt.Fprintf(stderr, "%sload: %3.0f s  sent %d  accepted %d  refused %d  %.0f/s  p99 %s%s",
-			begin, time.Since(l.start).Seconds(), l.sent.Load(), ok, refused, float64(ok-last)/period.Seconds(), p99.Round(100*time.Microsecond), end)
+		fmt.Fprintf(stderr, "%s%3.0f s  %d accepted  %.0f/s  %d refused  p99 %s%s",
+			begin, time.Since(l.start).Seconds(), ok, float64(ok-last)/period.Seconds(), refused, p99.Round(time.Millisecond), end)
 		last = ok
 	}
 }
