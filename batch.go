@@ -31,7 +31,7 @@ type block struct {
 	records []*kgo.Record // of the rows, for the case that ClickHouse rejects some
 	bytes   int           // of keys and values of the records
 	reread  bool          // some of the rows may have been stored by an owner that died over it
-	reached []position
+	offsets []position
 }
 
 // column is what ch-go sends, and how rows are taken out of it.
@@ -119,15 +119,15 @@ func (b *block) keep(rows []int) {
 	b.records = kept
 }
 
-// reach notes that the block takes in the partition up to, not including, next.
-func (b *block) reach(partition, epoch int32, next int64) {
-	for i := range b.reached {
-		if b.reached[i].partition == partition {
-			b.reached[i].epoch, b.reached[i].next = epoch, next
+// advance notes that the block takes in the partition up to, not including, next.
+func (b *block) advance(partition, epoch int32, next int64) {
+	for i := range b.offsets {
+		if b.offsets[i].partition == partition {
+			b.offsets[i].epoch, b.offsets[i].next = epoch, next
 			return
 		}
 	}
-	b.reached = append(b.reached, position{partition: partition, epoch: epoch, next: next})
+	b.offsets = append(b.offsets, position{partition: partition, epoch: epoch, next: next})
 }
 
 // input points columns, of insertColumns, at the block's, for the next Data packet.
@@ -367,5 +367,5 @@ func (b *block) reset() {
 		c.reset()
 	}
 	clear(b.records)
-	b.records, b.reached, b.bytes, b.reread = b.records[:0], b.reached[:0], 0, false
+	b.records, b.offsets, b.bytes, b.reread = b.records[:0], b.offsets[:0], 0, false
 }

@@ -277,7 +277,7 @@ func BenchmarkKnown(b *testing.B) {
 	for range rows {
 		blk.append(&id, ev, &kgo.Record{})
 	}
-	known := newPast(nil, "", 1<<28)
+	known := newDedupe(nil, "", 1<<28)
 	serial, n := uint64(0), 0
 	for b.Loop() {
 		if n%1_000_000 == 0 {

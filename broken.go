@@ -128,83 +128,83 @@ type repair struct {
 }
 
 // repair is called between two attempts, with what the last one failed with, and between two rounds, with nil.
-func (in *inserter) repair(ctx context.Context, failure error) {
-	in.store.broken.note(failure)
+func (ins *inserter) repair(ctx context.Context, failure error) {
+	ins.store.broken.note(failure)
 	if ch.IsErr(failure, proto.ErrNotEnoughSpace) {
-		if in.repairs.full.IsZero() {
-			in.repairs.full = time.Now()
+		if ins.repairs.full.IsZero() {
+			ins.repairs.full = time.Now()
 		}
-		in.repairs.checks, in.repairs.nextCheck = 2, time.Now()
+		ins.repairs.checks, ins.repairs.nextCheck = 2, time.Now()
 	}
-	if failure == nil && in.repairs.checks > 0 && !time.Now().Before(in.repairs.nextCheck) {
-		in.repairs.checks, in.repairs.nextCheck = in.repairs.checks-1, time.Now().Add(checkAgain)
-		go in.store.checkParts(ctx, time.Since(in.repairs.full)) // ends with the parts, or with ctx
-		if in.repairs.checks == 0 {
-			in.repairs.full = time.Time{}
+	if failure == nil && ins.repairs.checks > 0 && !time.Now().Before(ins.repairs.nextCheck) {
+		ins.repairs.checks, ins.repairs.nextCheck = ins.repairs.checks-1, time.Now().Add(checkAgain)
+		go ins.store.checkParts(ctx, time.Since(ins.repairs.full)) // ends with the parts, or with ctx
+		if ins.repairs.checks == 0 {
+			ins.repairs.full = time.Time{}
 		}
 	}
-	if time.Now().Before(in.repairs.notBefore) {
+	if time.Now().Before(ins.repairs.notBefore) {
 		return
 	}
-	if err := in.repairParts(ctx); err != nil {
-		in.stats.troubles.note("mend broken parts", err)
-		in.repairs.notBefore = time.Now().Add(repairPause)
+	if err := ins.repairParts(ctx); err != nil {
+		ins.stats.troubles.note("mend broken parts", err)
+		ins.repairs.notBefore = time.Now().Add(repairPause)
 	}
 }
 
-func (in *inserter) repairParts(ctx context.Context) error {
-	if in.repairs.detached != "" {
-		if err := in.attach(ctx); err != nil {
+func (ins *inserter) repairParts(ctx context.Context) error {
+	if ins.repairs.detached != "" {
+		if err := ins.attach(ctx); err != nil {
 			return err
 		}
 	}
-	if parts := in.store.broken.waiting(); len(parts) > 0 && time.Since(in.repairs.reattached) >= reattachInterval {
-		if err := in.reattach(ctx, parts); err != nil {
+	if parts := ins.store.broken.waiting(); len(parts) > 0 && time.Since(ins.repairs.reattached) >= reattachInterval {
+		if err := ins.reattach(ctx, parts); err != nil {
 			return err
 		}
 	}
-	if !in.repairs.dialed {
+	if !ins.repairs.dialed {
 		return nil
 	}
-	return in.lookAside(ctx)
+	return ins.lookAside(ctx)
 }
 
 // reattach detaches the tables of the parts and attaches them. Meanwhile inserts and queries, of other instances too, are
 // answered UNKNOWN_TABLE and tried again; an insert into events stores nothing while the view has no target.
-func (in *inserter) reattach(ctx context.Context, parts []partName) error {
-	tables, err := in.tablesOf(ctx, parts)
+func (ins *inserter) reattach(ctx context.Context, parts []partName) error {
+	tables, err := ins.tablesOf(ctx, parts)
 	if err != nil {
 		return err
 	}
 	for _, table := range tables {
 		slog.Warn("a table with a broken part is detached and attached", "table", table)
-		in.repairs.reattached, in.repairs.detached = time.Now(), table
+		ins.repairs.reattached, ins.repairs.detached = time.Now(), table
 		// SYNC waits for the inserts and queries that still use the table.
-		err := in.query(ctx, ch.Query{Body: "DETACH TABLE IF EXISTS " + in.store.database + "." + table + " SYNC"})
-		if err := in.attach(ctx); err != nil {
+		err := ins.query(ctx, ch.Query{Body: "DETACH TABLE IF EXISTS " + ins.store.database + "." + table + " SYNC"})
+		if err := ins.attach(ctx); err != nil {
 			return err
 		}
 		if err != nil {
 			return fmt.Errorf("detach %s: %w", table, err)
 		}
 	}
-	in.store.broken.mended(len(parts))
-	in.repairs.dialed = true
+	ins.store.broken.mended(len(parts))
+	ins.repairs.dialed = true
 	return nil
 }
 
 // tablesOf returns the tables in which one of the parts is live, but for replicated ones, and notes what is in the parts.
-func (in *inserter) tablesOf(ctx context.Context, parts []partName) (tables []string, err error) {
+func (ins *inserter) tablesOf(ctx context.Context, parts []partName) (tables []string, err error) {
 	var list []string
 	for _, p := range parts {
 		list = append(list, fmt.Sprintf("('%s','%s')", p.table, p.name))
 	}
 	var table, name, engine proto.ColStr
 	var from, to proto.ColUInt32
-	err = in.query(ctx, ch.Query{
+	err = ins.query(ctx, ch.Query{
 		Body: "SELECT table, name, engine, toUnixTimestamp(min_time) AS from, toUnixTimestamp(max_time) AS to FROM system.parts" +
 			" WHERE active AND database = {database:String} AND (table, name) IN (" + strings.Join(list, ",") + ")",
-		Parameters: []proto.Parameter{parameter("database", in.store.database)},
+		Parameters: []proto.Parameter{parameter("database", ins.store.database)},
 		Result:     proto.Results{{Name: "table", Data: &table}, {Name: "name", Data: &name}, {Name: "engine", Data: &engine}, {Name: "from", Data: &from}, {Name: "to", Data: &to}},
 		OnResult: func(context.Context, proto.Block) error {
 			for i := range from {
@@ -212,7 +212,7 @@ func (in *inserter) tablesOf(ctx context.Context, parts []partName) (tables []st
 					slog.Warn("a broken part of a replicated table is left to ClickHouse", "table", table.Row(i), "part", name.Row(i))
 					continue
 				}
-				in.repairs.ranges[partName{table.Row(i), name.Row(i)}] = timeRange{int64(from[i]), int64(to[i])}
+				ins.repairs.ranges[partName{table.Row(i), name.Row(i)}] = timeRange{int64(from[i]), int64(to[i])}
 				if !slices.Contains(tables, table.Row(i)) {
 					tables = append(tables, table.Row(i))
 				}
@@ -225,17 +225,17 @@ func (in *inserter) tablesOf(ctx context.Context, parts []partName) (tables []st
 
 // attach attaches the table that is detached. A stop of the program does not keep it from that: nobody else would do it
 // before the next start (attachAll).
-func (in *inserter) attach(ctx context.Context) error {
+func (ins *inserter) attach(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), attachTimeout)
 	defer cancel()
 	for {
-		err := in.query(ctx, ch.Query{Body: "ATTACH TABLE IF NOT EXISTS " + in.store.database + "." + in.repairs.detached})
+		err := ins.query(ctx, ch.Query{Body: "ATTACH TABLE IF NOT EXISTS " + ins.store.database + "." + ins.repairs.detached})
 		if err == nil {
-			in.repairs.detached = ""
+			ins.repairs.detached = ""
 			return nil
 		}
 		if ctx.Err() != nil {
-			return fmt.Errorf("attach %s: %w", in.repairs.detached, err)
+			return fmt.Errorf("attach %s: %w", ins.repairs.detached, err)
 		}
 		select {
 		case <-time.After(minBackoff):
@@ -267,10 +267,10 @@ func (s *store) attachAll(ctx context.Context, c asker) {
 
 // lookAside looks at the parts that ClickHouse has put aside as broken, when it started or a table was attached. Their
 // rows may be gone: nothing is known of the past, and their hours are compared and mended.
-func (in *inserter) lookAside(ctx context.Context) error {
+func (ins *inserter) lookAside(ctx context.Context) error {
 	var table, name, reason, partition proto.ColStr
 	var back proto.ColUInt8
-	err := in.query(ctx, ch.Query{
+	err := ins.query(ctx, ch.Query{
 		// The parts that were merged into one begin and end with its blocks. They may have been merged into others already,
 		// and are there for some minutes more.
 		Body: "SELECT d.table AS table, d.name AS name, any(d.reason) AS reason, any(d.partition_id) AS partition," +
@@ -279,37 +279,37 @@ func (in *inserter) lookAside(ctx context.Context) error {
 			" FROM system.detached_parts WHERE database = {database:String} AND table IN ('events', 'events_hourly') AND startsWith(reason, 'broken')) AS d LEFT JOIN (" +
 			"SELECT table, partition_id, rows, min_block_number AS first, max_block_number AS last FROM system.parts WHERE database = {database:String}" +
 			") AS p ON p.table = d.table AND p.partition_id = d.partition_id GROUP BY table, name ORDER BY table, name",
-		Parameters: []proto.Parameter{parameter("database", in.store.database)},
+		Parameters: []proto.Parameter{parameter("database", ins.store.database)},
 		Result:     proto.Results{{Name: "table", Data: &table}, {Name: "name", Data: &name}, {Name: "reason", Data: &reason}, {Name: "partition", Data: &partition}, {Name: "back", Data: &back}},
 		OnResult: func(context.Context, proto.Block) error {
 			for i := range back {
-				in.noteAside(table.Row(i), name.Row(i), reason.Row(i), partition.Row(i), back[i] == 1)
+				ins.noteAside(table.Row(i), name.Row(i), reason.Row(i), partition.Row(i), back[i] == 1)
 			}
 			return nil
 		},
 	})
-	in.repairs.dialed = in.repairs.dialed && err != nil
+	ins.repairs.dialed = ins.repairs.dialed && err != nil
 	return err
 }
 
 // noteAside is called for a part in a directory of its table's detached ones. back says that the parts that were merged
 // into it are there again; minutes after a mending that cannot be seen any more.
-func (in *inserter) noteAside(table, dir, reason, partition string, back bool) {
+func (ins *inserter) noteAside(table, dir, reason, partition string, back bool) {
 	p := partName{table, strings.TrimPrefix(dir, reason+"_")}
-	if _, seen := in.repairs.aside[p]; seen {
+	if _, seen := ins.repairs.aside[p]; seen {
 		return
 	}
-	in.repairs.aside[p] = struct{}{}
-	in.store.broken.tell(p, reason)
-	in.past.forgetAll()
-	within, known := in.repairs.ranges[p]
+	ins.repairs.aside[p] = struct{}{}
+	ins.store.broken.tell(p, reason)
+	ins.dedupe.forgetAll()
+	within, known := ins.repairs.ranges[p]
 	if month, err := time.Parse("200601", partition); !known && err == nil {
 		within = timeRange{month.Unix(), month.AddDate(0, 1, 0).Unix() - 1}
 	}
 	for hour := within.from / hourSeconds; hour <= within.to/hourSeconds; hour++ {
-		in.noteHour(hour)
+		ins.noteHour(hour)
 	}
-	log := slog.With("table", table, "part", p.name, "remove it with", fmt.Sprintf("ALTER TABLE %s.%s DROP DETACHED PART '%s' SETTINGS allow_drop_detached = 1", in.store.database, table, dir))
+	log := slog.With("table", table, "part", p.name, "remove it with", fmt.Sprintf("ALTER TABLE %s.%s DROP DETACHED PART '%s' SETTINGS allow_drop_detached = 1", ins.store.database, table, dir))
 	switch {
 	case back:
 		log.Warn("a broken part is put aside, the parts that were merged into it are back")

@@ -42,26 +42,26 @@ const (
 
 // consumer reads the main topic in the group, spread over the workers.
 type consumer struct {
-	kafka    *kgo.Client
-	topic    string
-	group    string
-	parts    int        // partitions of the topic
-	seen     func() int // partitions that it was seen to have last
-	workers  []*worker
-	inserter *inserter
-	backlog  *backlog
-	stats    *storeStats
-	failed   func(error)            // told what a poll says, each time
-	assigned atomic.Int32           // partitions
-	member   atomic.Pointer[string] // the group's name for this instance since the first assignment
-	holding  context.Context
-	letGo    context.CancelCauseFunc // ends holding: nothing that was taken in may be stored any more
+	kafka         *kgo.Client
+	topic         string
+	group         string
+	parts         int        // partitions of the topic
+	partitionsNow func() int // partitions that it was seen to have last
+	workers       []*worker
+	inserter      *inserter
+	backlog       *backlog
+	stats         *storeStats
+	failed        func(error)            // told what a poll says, each time
+	assigned      atomic.Int32           // partitions
+	member        atomic.Pointer[string] // the group's name for this instance since the first assignment
+	owned         context.Context
+	abandon       context.CancelCauseFunc // ends owned: nothing that was taken in may be stored any more
 }
 
 // newConsumer returns a consumer of the topic, which has so many partitions; it starts over when another number was seen.
-func newConsumer(cfg *settings, st *store, partitions int, seen func() int, side *sideProducer, stats *storeStats, failed func(error)) (*consumer, error) {
+func newConsumer(cfg *settings, st *store, partitions int, partitionsNow func() int, side *sideProducer, stats *storeStats, failed func(error)) (*consumer, error) {
 	c := &consumer{
-		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, seen: seen, stats: stats, failed: failed,
+		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, partitionsNow: partitionsNow, stats: stats, failed: failed,
 		backlog: newBacklog(cfg.consumeMemory / queueShare),
 	}
 	limits := blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / roundShare / int64(cfg.workerCount))}
@@ -75,7 +75,7 @@ func newConsumer(cfg *settings, st *store, partitions int, seen func() int, side
 		stored:   c.mark,
 		rejected: side.retry,
 	})
-	c.holding, c.letGo = context.WithCancelCause(context.Background())
+	c.owned, c.abandon = context.WithCancelCause(context.Background())
 	var err error
 	c.kafka, err = newKafka(cfg, "event-ingestion-consumer",
 		kgo.ConsumerGroup(cfg.kafkaGroup),
@@ -99,16 +99,16 @@ func newConsumer(cfg *settings, st *store, partitions int, seen func() int, side
 }
 
 // run consumes until ctx is done, then stores and commits what the blocks hold, bounded by the context that
-// finish returns, and leaves the group. After letGo it returns without storing anything.
+// finish returns, and leaves the group. After abandon it returns without storing anything.
 func (c *consumer) run(ctx context.Context, finish func() (context.Context, context.CancelFunc)) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	context.AfterFunc(c.holding, cancel)
+	context.AfterFunc(c.owned, cancel)
 	var workers sync.WaitGroup
 	for _, w := range c.workers {
 		workers.Go(w.run) // ends with w.close
 	}
-	insertCtx, cancelInserts := context.WithCancel(c.holding)
+	insertCtx, cancelInserts := context.WithCancel(c.owned)
 	stopInserter, inserterDone := make(chan struct{}), make(chan struct{})
 	go func() { // ends with stopInserter, or insertCtx
 		defer close(inserterDone)
@@ -116,8 +116,8 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 	}()
 	c.poll(ctx)
 
-	if c.holding.Err() != nil {
-		slog.Warn("starting over, as after a crash: what was not stored is read from Kafka again", "why", context.Cause(c.holding))
+	if c.owned.Err() != nil {
+		slog.Warn("starting over, as after a crash: what was not stored is read from Kafka again", "why", context.Cause(c.owned))
 	}
 	end, cancelEnd := finish()
 	defer cancelEnd()
@@ -145,11 +145,11 @@ func (c *consumer) poll(ctx context.Context) {
 				c.failed(err)
 			}
 		})
-		if n := c.seen(); n > 0 && n != c.parts {
-			c.letGo(errGrown)
+		if n := c.partitionsNow(); n > 0 && n != c.parts {
+			c.abandon(errGrown)
 		}
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
-			if len(p.Records) > 0 && c.holding.Err() == nil {
+			if len(p.Records) > 0 && c.owned.Err() == nil {
 				c.stats.consumed.Add(len(p.Records))
 				c.workers[int(p.Partition)%len(c.workers)].enqueue(p.Partition, p.Records)
 			}
@@ -185,7 +185,7 @@ func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[s
 	c.inserter.cameAt.Store(&came)
 	for _, p := range topics[c.topic] {
 		if int(p) >= c.parts {
-			c.letGo(errGrown)
+			c.abandon(errGrown)
 			return
 		}
 		c.workers[int(p)%len(c.workers)].assign(p, came)
@@ -207,7 +207,7 @@ func (c *consumer) onRevoked(ctx context.Context, kafka *kgo.Client, topics map[
 	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
 	defer cancel()
 	if err := c.inserter.flush(ctx, leaving); err != nil {
-		c.letGo(fmt.Errorf("partitions had to go before their rows were stored: %w", err))
+		c.abandon(fmt.Errorf("partitions had to go before their rows were stored: %w", err))
 		return
 	}
 	if err := kafka.CommitMarkedOffsets(ctx); err != nil {
@@ -219,7 +219,7 @@ func (c *consumer) onRevoked(ctx context.Context, kafka *kgo.Client, topics map[
 // others. Nothing can be committed, and nothing of them may be stored any more.
 func (c *consumer) onLost(_ context.Context, _ *kgo.Client, topics map[string][]int32) {
 	if c.forget(topics) > 0 {
-		c.letGo(errGivenUp)
+		c.abandon(errGivenUp)
 	}
 }
 
@@ -235,10 +235,10 @@ func (c *consumer) isMember(ctx context.Context) error {
 	req.Group = c.group
 	req.MemberID, req.Generation = c.kafka.GroupMetadata()
 	if name := c.member.Load(); name == nil || *name != req.MemberID {
-		c.letGo(errGivenUp)
+		c.abandon(errGivenUp)
 	}
-	if c.holding.Err() != nil {
-		return context.Cause(c.holding)
+	if c.owned.Err() != nil {
+		return context.Cause(c.owned)
 	}
 	resp, err := req.RequestWith(ctx, c.kafka)
 	if err == nil {
@@ -248,7 +248,7 @@ func (c *consumer) isMember(ctx context.Context) error {
 	case err == nil, errors.Is(err, kerr.RebalanceInProgress), errors.Is(err, kerr.IllegalGeneration): // a member all the same
 		return nil
 	case errors.Is(err, kerr.UnknownMemberID):
-		c.letGo(errGivenUp)
+		c.abandon(errGivenUp)
 		return errGivenUp
 	default:
 		return fmt.Errorf("ask Kafka whether this instance is still in the consumer group: %w", err)

@@ -38,8 +38,8 @@ const (
 	setOverhead = 128
 )
 
-// past knows which events are stored. Only the inserter's goroutine uses it, except for bytes and sets.
-type past struct {
+// dedupe knows which events are stored. Only the inserter's goroutine uses it, except for bytes and sets.
+type dedupe struct {
 	query    func(context.Context, ch.Query) error
 	database string
 	budget   int64        // DEDUPE_MEMORY, bytes of all sets
@@ -62,85 +62,85 @@ type rowOf struct {
 	row int
 }
 
-func newPast(query func(context.Context, ch.Query) error, database string, budget int64) *past {
-	p := &past{query: query, database: database, budget: budget, tally: map[int64]int{}, found: map[eventID]struct{}{}}
-	p.forgetAll()
-	return p
+func newDedupe(query func(context.Context, ch.Query) error, database string, budget int64) *dedupe {
+	d := &dedupe{query: query, database: database, budget: budget, tally: map[int64]int{}, found: map[eventID]struct{}{}}
+	d.forgetAll()
+	return d
 }
 
 // forgetAll starts over: others have stored events that the sets do not know.
-func (p *past) forgetAll() {
-	p.minutes, p.wanted = map[int64]*idSet{}, map[int64]int{}
-	p.bytes.Store(0)
-	p.sets.Store(0)
+func (d *dedupe) forgetAll() {
+	d.minutes, d.wanted = map[int64]*idSet{}, map[int64]int{}
+	d.bytes.Store(0)
+	d.sets.Store(0)
 }
 
 // prepare does what needs ClickHouse before the round can be checked: it loads minutes that are worth it, and looks up
 // the rows of minutes that are not known. It changes nothing in the round, so it can be repeated when it fails.
-func (p *past) prepare(ctx context.Context, round []*block) error {
-	p.round++
-	clear(p.tally)
+func (d *dedupe) prepare(ctx context.Context, round []*block) error {
+	d.round++
+	clear(d.tally)
 	for _, b := range round {
 		for _, at := range b.timestamp.Data {
-			p.tally[int64(at)/minuteSeconds]++
+			d.tally[int64(at)/minuteSeconds]++
 		}
 	}
-	if err := p.load(ctx); err != nil {
+	if err := d.load(ctx); err != nil {
 		return err
 	}
-	for minute, n := range p.tally {
-		if set := p.minutes[minute]; set != nil && !p.makeRoom(set, n) {
-			p.drop(minute)
+	for minute, n := range d.tally {
+		if set := d.minutes[minute]; set != nil && !d.makeRoom(set, n) {
+			d.drop(minute)
 		}
 	}
-	p.doubtful = p.doubtful[:0]
+	d.doubtful = d.doubtful[:0]
 	for _, b := range round {
 		for row := range b.rows() {
-			if p.minutes[b.at(row)/minuteSeconds] == nil {
-				p.doubtful = append(p.doubtful, rowOf{b, row})
+			if d.minutes[b.at(row)/minuteSeconds] == nil {
+				d.doubtful = append(d.doubtful, rowOf{b, row})
 			}
 		}
 	}
-	return p.lookUp(ctx, p.doubtful)
+	return d.lookUp(ctx, d.doubtful)
 }
 
 // cut takes the duplicates out of a prepared round, remembers what stays, and returns how many there were.
-func (p *past) cut(round []*block) (duplicates int) {
+func (d *dedupe) cut(round []*block) (duplicates int) {
 	for _, b := range round {
-		p.kept = p.kept[:0]
+		d.kept = d.kept[:0]
 		for row := range b.rows() {
-			if p.add(b.id(row), b.at(row)) {
-				p.kept = append(p.kept, row)
+			if d.add(b.id(row), b.at(row)) {
+				d.kept = append(d.kept, row)
 			}
 		}
-		duplicates += b.rows() - len(p.kept)
-		b.keep(p.kept)
+		duplicates += b.rows() - len(d.kept)
+		b.keep(d.kept)
 	}
 	return duplicates
 }
 
 // add says whether the event is new, and remembers it.
-func (p *past) add(id *eventID, at int64) bool {
-	if set := p.minutes[at/minuteSeconds]; set != nil { // Fast path
+func (d *dedupe) add(id *eventID, at int64) bool {
+	if set := d.minutes[at/minuteSeconds]; set != nil { // Fast path
 		return set.add(idKeyOf(id))
 	}
-	if _, there := p.found[*id]; there {
+	if _, there := d.found[*id]; there {
 		return false
 	}
-	p.found[*id] = struct{}{} // for its duplicates in this round
+	d.found[*id] = struct{}{} // for its duplicates in this round
 	return true
 }
 
 // forget is for an event that will not be stored now after all.
-func (p *past) forget(id *eventID, at int64) {
-	if set := p.minutes[at/minuteSeconds]; set != nil {
+func (d *dedupe) forget(id *eventID, at int64) {
+	if set := d.minutes[at/minuteSeconds]; set != nil {
 		set.remove(idKeyOf(id))
 	}
 }
 
 // lookUp fills found with the rows that ClickHouse has, by primary key.
-func (p *past) lookUp(ctx context.Context, rows []rowOf) error {
-	clear(p.found)
+func (d *dedupe) lookUp(ctx context.Context, rows []rowOf) error {
+	clear(d.found)
 	if len(rows) == 0 {
 		return nil
 	}
@@ -155,14 +155,14 @@ func (p *past) lookUp(ctx context.Context, rows []rowOf) error {
 		at.Data = append(at.Data, r.timestamp.Data[r.row])
 		id.Buf = append(id.Buf, r.id(r.row)[:]...)
 	}
-	return p.query(ctx, ch.Query{
-		Body:          "SELECT event_id FROM " + p.database + ".events WHERE (event_name, timestamp, event_id) IN (SELECT name, at, id FROM doubtful)",
+	return d.query(ctx, ch.Query{
+		Body:          "SELECT event_id FROM " + d.database + ".events WHERE (event_name, timestamp, event_id) IN (SELECT name, at, id FROM doubtful)",
 		ExternalTable: "doubtful",
 		ExternalData:  []proto.InputColumn{{Name: "name", Data: &name}, {Name: "at", Data: &at}, {Name: "id", Data: &id}},
 		Result:        proto.Results{{Name: "event_id", Data: &got}},
 		OnResult: func(context.Context, proto.Block) error {
 			for i := range got.Rows() {
-				p.found[eventID(got.Row(i))] = struct{}{}
+				d.found[eventID(got.Row(i))] = struct{}{}
 			}
 			return nil
 		},
@@ -174,23 +174,23 @@ type minuteSpan struct{ from, end int64 }
 
 // load makes known what the round and those before it asked for in vain, newest first: whole hours, so that the minutes
 // to come are known, too, or single minutes of an hour that is too large for that.
-func (p *past) load(ctx context.Context) error {
-	if len(p.wanted) > maxWanted {
-		clear(p.wanted)
+func (d *dedupe) load(ctx context.Context) error {
+	if len(d.wanted) > maxWanted {
+		clear(d.wanted)
 	}
 	hours := map[int64]int{}
-	for minute, n := range p.tally {
-		if set := p.minutes[minute]; set != nil {
-			set.lastUsed = p.round
-		} else if p.budget > 0 {
-			p.wanted[minute] += n
+	for minute, n := range d.tally {
+		if set := d.minutes[minute]; set != nil {
+			set.lastUsed = d.round
+		} else if d.budget > 0 {
+			d.wanted[minute] += n
 			hours[minute/hourMinutes] = 0
 		}
 	}
 	if len(hours) == 0 {
 		return nil
 	}
-	for minute, n := range p.wanted {
+	for minute, n := range d.wanted {
 		if _, asked := hours[minute/hourMinutes]; asked {
 			hours[minute/hourMinutes] += max(n, 0)
 		}
@@ -199,12 +199,12 @@ func (p *past) load(ctx context.Context) error {
 	if len(hours) == 0 {
 		return nil
 	}
-	counts, err := p.countHours(ctx, hours)
+	counts, err := d.countHours(ctx, hours)
 	if err != nil {
 		return err
 	}
 	var spans []minuteSpan
-	room := min(loadIDs, p.budget/4/slotBytes)
+	room := min(loadIDs, d.budget/4/slotBytes)
 	for _, hour := range slices.Backward(slices.Sorted(maps.Keys(hours))) {
 		first := hour * hourMinutes
 		if n := counts[hour]; n <= room {
@@ -213,7 +213,7 @@ func (p *past) load(ctx context.Context) error {
 			continue
 		}
 		for minute := first; minute < first+hourMinutes && room > 0; minute++ {
-			if p.wanted[minute] >= loadRows && p.minutes[minute] == nil {
+			if d.wanted[minute] >= loadRows && d.minutes[minute] == nil {
 				room -= counts[hour] / hourMinutes
 				spans = append(spans, minuteSpan{minute, minute + 1})
 			}
@@ -222,11 +222,11 @@ func (p *past) load(ctx context.Context) error {
 			break
 		}
 	}
-	return p.read(ctx, spans)
+	return d.read(ctx, spans)
 }
 
 // countHours returns about how many events each hour has. events_hourly answers at once.
-func (p *past) countHours(ctx context.Context, hours map[int64]int) (map[int64]int64, error) {
+func (d *dedupe) countHours(ctx context.Context, hours map[int64]int) (map[int64]int64, error) {
 	list := []byte("0")
 	for hour := range hours {
 		list = fmt.Appendf(list, ",%d", hour*hourSeconds)
@@ -234,8 +234,8 @@ func (p *past) countHours(ctx context.Context, hours map[int64]int) (map[int64]i
 	counts := map[int64]int64{}
 	var hour proto.ColUInt32
 	var n proto.ColInt64
-	err := p.query(ctx, ch.Query{
-		Body:   fmt.Sprintf("SELECT toUnixTimestamp(hour) AS h, sum(event_count) AS n FROM %s.events_hourly WHERE h IN (%s) GROUP BY h", p.database, list),
+	err := d.query(ctx, ch.Query{
+		Body:   fmt.Sprintf("SELECT toUnixTimestamp(hour) AS h, sum(event_count) AS n FROM %s.events_hourly WHERE h IN (%s) GROUP BY h", d.database, list),
 		Result: proto.Results{{Name: "h", Data: &hour}, {Name: "n", Data: &n}},
 		OnResult: func(context.Context, proto.Block) error {
 			for i := range hour {
@@ -248,7 +248,7 @@ func (p *past) countHours(ctx context.Context, hours map[int64]int) (map[int64]i
 }
 
 // read makes sets of all ids in the spans that have none.
-func (p *past) read(ctx context.Context, spans []minuteSpan) error {
+func (d *dedupe) read(ctx context.Context, spans []minuteSpan) error {
 	if len(spans) == 0 {
 		return nil
 	}
@@ -257,16 +257,16 @@ func (p *past) read(ctx context.Context, spans []minuteSpan) error {
 	for _, s := range spans {
 		where = append(where, fmt.Sprintf("timestamp >= %d AND timestamp < %d", s.from*minuteSeconds, s.end*minuteSeconds))
 		for minute := s.from; minute < s.end; minute++ {
-			if p.minutes[minute] == nil {
-				loading[minute] = &idSet{lastUsed: p.round}
+			if d.minutes[minute] == nil {
+				loading[minute] = &idSet{lastUsed: d.round}
 			}
 		}
 	}
 	var minute proto.ColUInt32
 	var key proto.ColUInt64
-	err := p.query(ctx, ch.Query{
+	err := d.query(ctx, ch.Query{
 		Body: fmt.Sprintf("SELECT toUInt32(intDiv(toUnixTimestamp(timestamp), %d)) AS minute, reinterpretAsUInt64(event_id) AS key FROM %s.events WHERE %s",
-			minuteSeconds, p.database, strings.Join(where, " OR ")),
+			minuteSeconds, d.database, strings.Join(where, " OR ")),
 		Result: proto.Results{{Name: "minute", Data: &minute}, {Name: "key", Data: &key}},
 		OnResult: func(context.Context, proto.Block) error {
 			for i, k := range key {
@@ -275,9 +275,9 @@ func (p *past) read(ctx context.Context, spans []minuteSpan) error {
 				if set == nil {
 					continue
 				}
-				if !p.makeRoom(set, 1) {
-					p.bytes.Add(-set.bytes())
-					p.wanted[m] = -loadAgain
+				if !d.makeRoom(set, 1) {
+					d.bytes.Add(-set.bytes())
+					d.wanted[m] = -loadAgain
 					delete(loading, m)
 					continue
 				}
@@ -288,69 +288,69 @@ func (p *past) read(ctx context.Context, spans []minuteSpan) error {
 	})
 	if err != nil {
 		for _, set := range loading {
-			p.bytes.Add(-set.bytes())
+			d.bytes.Add(-set.bytes())
 		}
 		return err
 	}
 	for m, set := range loading {
-		if p.bytes.Load()+setOverhead > p.budget {
-			p.bytes.Add(-set.bytes())
+		if d.bytes.Load()+setOverhead > d.budget {
+			d.bytes.Add(-set.bytes())
 			continue
 		}
-		p.bytes.Add(setOverhead)
-		p.minutes[m] = set
-		delete(p.wanted, m)
+		d.bytes.Add(setOverhead)
+		d.minutes[m] = set
+		delete(d.wanted, m)
 	}
-	p.sets.Store(int64(len(p.minutes)))
-	slog.Debug("loaded into the dedupe's memory", "minutes", len(loading), "bytes", p.bytes.Load())
+	d.sets.Store(int64(len(d.minutes)))
+	slog.Debug("loaded into the dedupe's memory", "minutes", len(loading), "bytes", d.bytes.Load())
 	return nil
 }
 
 // makeRoom lets n more ids fit into the set, for which others may have to go. False when they cannot.
-func (p *past) makeRoom(set *idSet, n int) bool {
+func (d *dedupe) makeRoom(set *idSet, n int) bool {
 	slots := set.slotsFor(n)
 	if slots == len(set.slots) { // Fast path
 		return true
 	}
 	need := int64(slots) * slotBytes // the present table stays until the ids have moved
-	if p.bytes.Load()+need > p.budget && !p.evict(need) {
+	if d.bytes.Load()+need > d.budget && !d.evict(need) {
 		return false
 	}
 	before := set.bytes()
 	set.resize(slots)
-	p.bytes.Add(set.bytes() - before)
+	d.bytes.Add(set.bytes() - before)
 	return true
 }
 
 // evict drops the minutes that were used longest ago, never one of this round, until need bytes are free and some more.
-func (p *past) evict(need int64) bool {
-	if p.stuck == p.round {
+func (d *dedupe) evict(need int64) bool {
+	if d.stuck == d.round {
 		return false
 	}
 	var old []int64
-	for minute, set := range p.minutes {
-		if set.lastUsed < p.round {
+	for minute, set := range d.minutes {
+		if set.lastUsed < d.round {
 			old = append(old, minute)
 		}
 	}
 	slices.SortFunc(old, func(a, b int64) int {
-		return cmp.Or(cmp.Compare(p.minutes[a].lastUsed, p.minutes[b].lastUsed), cmp.Compare(a, b))
+		return cmp.Or(cmp.Compare(d.minutes[a].lastUsed, d.minutes[b].lastUsed), cmp.Compare(a, b))
 	})
 	for _, minute := range old {
-		if p.bytes.Load()+need <= p.budget*15/16 { // or each set that grows would sort again
+		if d.bytes.Load()+need <= d.budget*15/16 { // or each set that grows would sort again
 			break
 		}
-		p.drop(minute)
+		d.drop(minute)
 	}
-	if p.bytes.Load()+need > p.budget {
-		p.stuck = p.round
+	if d.bytes.Load()+need > d.budget {
+		d.stuck = d.round
 		return false
 	}
 	return true
 }
 
-func (p *past) drop(minute int64) {
-	p.bytes.Add(-p.minutes[minute].bytes() - setOverhead)
-	delete(p.minutes, minute)
-	p.sets.Store(int64(len(p.minutes)))
+func (d *dedupe) drop(minute int64) {
+	d.bytes.Add(-d.minutes[minute].bytes() - setOverhead)
+	delete(d.minutes, minute)
+	d.sets.Store(int64(len(d.minutes)))
 }

@@ -58,7 +58,7 @@ func TestIDSet(t *testing.T) {
 func TestDedupeMemory(t *testing.T) {
 	t.Parallel()
 	const budget = 40_000
-	known := newPast(nil, "", budget)
+	known := newDedupe(nil, "", budget)
 	ev := mustParse(t, new(eventParser), sampleEvent)
 	rnd := rand.New(rand.NewPCG(3, 4))
 	seen := map[eventID]bool{}
@@ -190,7 +190,7 @@ func TestAbandonedRound(t *testing.T) {
 		stored:   func(reached []position) { t.Errorf("%v may be committed", reached) },
 	})
 	ev := mustParse(t, new(eventParser), sampleEvent)
-	in.past.minutes[ev.timestamp/minuteSeconds] = new(idSet)
+	in.dedupe.minutes[ev.timestamp/minuteSeconds] = new(idSet)
 	id, _ := ev.id(nil)
 	record := &kgo.Record{Key: fmt.Appendf(nil, "%x", id), Value: []byte(sampleEvent)}
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)

@@ -52,7 +52,7 @@ type inserter struct {
 	instance string        // random: makes query ids this process's own
 	group    string
 	stats    *storeStats
-	past     *past
+	dedupe   *dedupe
 	cameAt   atomic.Pointer[time.Time] // of partitions whose former owner's last insert was not waited out yet
 	flushes  chan flushRequest
 	ended    chan struct{} // closed when run returns
@@ -76,7 +76,7 @@ type flushRequest struct {
 }
 
 func newInserter(st *store, cfg *settings, stats *storeStats, workers []*worker, call *roundCall, m membership) *inserter {
-	in := &inserter{
+	ins := &inserter{
 		membership: m, store: st, workers: workers, call: call, wait: cfg.workerBatchTimeout, group: cfg.kafkaGroup, stats: stats,
 		instance: strconv.FormatUint(rand.Uint64(), 36),
 		flushes:  make(chan flushRequest),
@@ -86,17 +86,17 @@ func newInserter(st *store, cfg *settings, stats *storeStats, workers []*worker,
 		torn:     torn{hours: map[int64]struct{}{}, held: map[int32]position{}},
 		repairs:  repair{ranges: map[partName]timeRange{}, aside: map[partName]struct{}{}},
 	}
-	in.past = newPast(in.query, st.database, cfg.dedupeMemory)
-	return in
+	ins.dedupe = newDedupe(ins.query, st.database, cfg.dedupeMemory)
+	return ins
 }
 
 // run inserts until stop is closed, then once more what is left, bounded by ctx; ctx also ends a round that cannot
 // succeed. What was not inserted was not marked and is read from Kafka again.
-func (in *inserter) run(ctx context.Context, stop <-chan struct{}) {
-	defer close(in.ended)
+func (ins *inserter) run(ctx context.Context, stop <-chan struct{}) {
+	defer close(ins.ended)
 	defer func() {
-		if in.conn != nil {
-			in.conn.Close()
+		if ins.conn != nil {
+			ins.conn.Close()
 		}
 	}()
 	mending := time.NewTicker(mendTick)
@@ -104,29 +104,29 @@ func (in *inserter) run(ctx context.Context, stop <-chan struct{}) {
 	for {
 		select {
 		case <-mending.C:
-			in.mend(ctx)
+			ins.mend(ctx)
 			continue
 		case <-stop:
-			in.insertRound(ctx)
-			in.mend(ctx)
+			ins.insertRound(ctx)
+			ins.mend(ctx)
 			return
 		case <-ctx.Done():
 			return
-		case f := <-in.flushes:
-			in.flushFor(ctx, f)
+		case f := <-ins.flushes:
+			ins.flushFor(ctx, f)
 			continue
-		case <-in.call.arrived:
+		case <-ins.call.arrived:
 		}
-		timer := time.NewTimer(time.Until(time.Unix(0, in.call.oldest.Load()).Add(in.wait)))
+		timer := time.NewTimer(time.Until(time.Unix(0, ins.call.oldest.Load()).Add(ins.wait)))
 		select {
 		case <-stop:
 			continue
-		case f := <-in.flushes:
-			in.flushFor(ctx, f)
-		case <-in.call.full:
-			in.insertRound(ctx)
+		case f := <-ins.flushes:
+			ins.flushFor(ctx, f)
+		case <-ins.call.full:
+			ins.insertRound(ctx)
 		case <-timer.C:
-			in.insertRound(ctx)
+			ins.insertRound(ctx)
 		}
 		timer.Stop()
 	}
@@ -134,11 +134,11 @@ func (in *inserter) run(ctx context.Context, stop <-chan struct{}) {
 
 // flush returns when every row that was in a block before the call is stored, or ctx is done. Nothing of the leaving
 // partitions is committed by this instance after the commit that follows.
-func (in *inserter) flush(ctx context.Context, leaving map[int32]struct{}) error {
+func (ins *inserter) flush(ctx context.Context, leaving map[int32]struct{}) error {
 	f := flushRequest{leaving, make(chan struct{})}
 	select {
-	case in.flushes <- f:
-	case <-in.ended:
+	case ins.flushes <- f:
+	case <-ins.ended:
 		return nil // run has stored what there was, or said that it could not
 	case <-ctx.Done():
 		return ctx.Err()
@@ -151,56 +151,56 @@ func (in *inserter) flush(ctx context.Context, leaving map[int32]struct{}) error
 	}
 }
 
-func (in *inserter) flushFor(ctx context.Context, f flushRequest) {
-	in.insertRound(ctx)
-	in.mend(ctx)
+func (ins *inserter) flushFor(ctx context.Context, f flushRequest) {
+	ins.insertRound(ctx)
+	ins.mend(ctx)
 	for p := range f.leaving { // what waits for a mending is read again by the next owner, who mends it
-		delete(in.held, p)
+		delete(ins.held, p)
 	}
 	close(f.done)
 }
 
 // insertRound takes the blocks of all workers and stores what is new in them as one insert. It returns when that is
 // done, or when ctx is: then the blocks' offsets stay unmarked.
-func (in *inserter) insertRound(ctx context.Context) {
-	if in.catchUp(ctx); ctx.Err() != nil { // the ids of a round that was abandoned are known, and its rows are not stored
+func (ins *inserter) insertRound(ctx context.Context) {
+	if ins.catchUp(ctx); ctx.Err() != nil { // the ids of a round that was abandoned are known, and its rows are not stored
 		return
 	}
-	in.call.answered()
-	in.taken = in.taken[:0]
-	for _, w := range in.workers {
+	ins.call.answered()
+	ins.taken = ins.taken[:0]
+	for _, w := range ins.workers {
 		if b := w.takeBlock(); b != nil {
-			in.taken = append(in.taken, b)
+			ins.taken = append(ins.taken, b)
 		}
 	}
-	if len(in.taken) == 0 {
+	if len(ins.taken) == 0 {
 		return
 	}
-	in.seq++
-	in.round = append(in.round[:0], in.taken...)
-	oldest := in.oldestRecord()
-	if in.persist(ctx, "look for duplicates", func() error { return in.prepare(ctx) }) != nil {
+	ins.seq++
+	ins.round = append(ins.round[:0], ins.taken...)
+	oldest := ins.oldestRecord()
+	if ins.persist(ctx, "look for duplicates", func() error { return ins.prepare(ctx) }) != nil {
 		return
 	}
-	in.noteReread()
-	in.stats.duplicates.Add(in.past.cut(in.round))
-	if in.insertRows(ctx) != nil {
+	ins.noteReread()
+	ins.stats.duplicates.Add(ins.dedupe.cut(ins.round))
+	if ins.insertRows(ctx) != nil {
 		return
 	}
-	for i, b := range in.taken {
-		in.hold(b.reached)
+	for i, b := range ins.taken {
+		ins.hold(b.offsets)
 		b.reset()
-		in.taken[i] = nil
+		ins.taken[i] = nil
 	}
-	in.stats.freshness.Update(time.Since(oldest).Seconds())
-	in.rounds++
-	in.mend(ctx)
+	ins.stats.freshness.Update(time.Since(oldest).Seconds())
+	ins.rounds++
+	ins.mend(ctx)
 }
 
 // oldestRecord is when the first record of the round was produced.
-func (in *inserter) oldestRecord() time.Time {
+func (ins *inserter) oldestRecord() time.Time {
 	oldest := time.Now()
-	for _, b := range in.taken {
+	for _, b := range ins.taken {
 		if len(b.records) > 0 && b.records[0].Timestamp.Before(oldest) {
 			oldest = b.records[0].Timestamp
 		}
@@ -210,66 +210,66 @@ func (in *inserter) oldestRecord() time.Time {
 
 // prepare makes the round ready to be checked. After partitions came nothing is known, and nothing is looked up until
 // the last insert of their former owner has ended.
-func (in *inserter) prepare(ctx context.Context) error {
-	if came := in.cameAt.Load(); came != nil {
-		in.past.forgetAll()
-		if err := in.awaitInserts(ctx, *came); err != nil {
+func (ins *inserter) prepare(ctx context.Context) error {
+	if came := ins.cameAt.Load(); came != nil {
+		ins.dedupe.forgetAll()
+		if err := ins.awaitInserts(ctx, *came); err != nil {
 			return err
 		}
-		in.cameAt.CompareAndSwap(came, nil)
+		ins.cameAt.CompareAndSwap(came, nil)
 	}
 	started := time.Now()
-	err := in.past.prepare(ctx, in.round)
-	if n := len(in.past.doubtful); n > 0 && err == nil {
-		in.stats.lookedUp(n, time.Since(started))
+	err := ins.dedupe.prepare(ctx, ins.round)
+	if n := len(ins.dedupe.doubtful); n > 0 && err == nil {
+		ins.stats.lookedUp(n, time.Since(started))
 	}
 	return err
 }
 
 // insertRows stores the round, or all of it that ClickHouse takes. The error is ctx's.
-func (in *inserter) insertRows(ctx context.Context) error {
-	rows, started := in.rows(), time.Now()
-	err := in.storeRound(ctx)
+func (ins *inserter) insertRows(ctx context.Context) error {
+	rows, started := ins.rows(), time.Now()
+	err := ins.storeRound(ctx)
 	if err == nil && rows > 0 {
-		in.stats.inserted(rows, time.Since(started))
+		ins.stats.inserted(rows, time.Since(started))
 	}
 	return err
 }
 
 // storeRound is insertRows without counting.
-func (in *inserter) storeRound(ctx context.Context) error {
-	for in.rows() > 0 {
-		rejection, err := in.insertUntilAnswered(ctx)
+func (ins *inserter) storeRound(ctx context.Context) error {
+	for ins.rows() > 0 {
+		rejection, err := ins.insertUntilAnswered(ctx)
 		if err != nil || rejection == nil {
 			return err
 		}
-		slog.Warn("ClickHouse rejects rows, looking for them", "rows", in.rows(), "error", rejection)
-		if err := in.setAside(ctx, rejection); err != nil {
+		slog.Warn("ClickHouse rejects rows, looking for them", "rows", ins.rows(), "error", rejection)
+		if err := ins.dropRejected(ctx, rejection); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (in *inserter) rows() (n int) {
-	for _, b := range in.round {
+func (ins *inserter) rows() (n int) {
+	for _, b := range ins.round {
 		n += b.rows()
 	}
 	return n
 }
 
 // insertUntilAnswered repeats the round's insert until ClickHouse has taken or rejected it. The error is ctx's.
-func (in *inserter) insertUntilAnswered(ctx context.Context) (rejection, err error) {
-	err = in.persist(ctx, "insert", func() error {
-		if in.unknown {
-			in.noteRound() // the aggregate may have got something else than the table
-			if err := in.settle(ctx); err != nil || in.rows() == 0 {
+func (ins *inserter) insertUntilAnswered(ctx context.Context) (rejection, err error) {
+	err = ins.persist(ctx, "insert", func() error {
+		if ins.unknown {
+			ins.noteRound() // the aggregate may have got something else than the table
+			if err := ins.settle(ctx); err != nil || ins.rows() == 0 {
 				return err
 			}
 		}
-		err := in.insertOnce(ctx)
+		err := ins.insertOnce(ctx)
 		if isRejection(err) { // and has stored nothing
-			rejection, err, in.unknown = err, nil, false
+			rejection, err, ins.unknown = err, nil, false
 		}
 		return err
 	})
@@ -278,45 +278,45 @@ func (in *inserter) insertUntilAnswered(ctx context.Context) (rejection, err err
 
 // settle finds out what became of an insert whose outcome is unknown: it waits until none of our inserts runs any more
 // and takes the rows out of the round that are there.
-func (in *inserter) settle(ctx context.Context) error {
-	if err := in.awaitInserts(ctx, time.Time{}); err != nil {
+func (ins *inserter) settle(ctx context.Context) error {
+	if err := ins.awaitInserts(ctx, time.Time{}); err != nil {
 		return err
 	}
 	var all []rowOf
-	for _, b := range in.round {
+	for _, b := range ins.round {
 		for row := range b.rows() {
 			all = append(all, rowOf{b, row})
 		}
 	}
-	if err := in.past.lookUp(ctx, all); err != nil {
+	if err := ins.dedupe.lookUp(ctx, all); err != nil {
 		return err
 	}
-	for _, b := range in.round {
+	for _, b := range ins.round {
 		var missing []int
 		for row := range b.rows() {
-			if _, there := in.past.found[*b.id(row)]; !there {
+			if _, there := ins.dedupe.found[*b.id(row)]; !there {
 				missing = append(missing, row)
 			} else {
-				in.noteHour(b.at(row) / hourSeconds)
+				ins.noteHour(b.at(row) / hourSeconds)
 			}
 		}
 		b.keep(missing)
 	}
-	in.unknown = false
+	ins.unknown = false
 	return nil
 }
 
 // awaitInserts waits until an insert that may still add rows has ended: with a zero time each of this instance, else each
 // of another one that was running at that time. The last one of an instance that was killed may still be at work.
-func (in *inserter) awaitInserts(ctx context.Context, since time.Time) error {
-	mine := in.group + "-" + in.instance + "-"
+func (ins *inserter) awaitInserts(ctx context.Context, since time.Time) error {
+	mine := ins.group + "-" + ins.instance + "-"
 	for first := true; ; first = false {
 		where, params := "startsWith(query_id, {mine:String})", []proto.Parameter{parameter("mine", mine)}
 		if !since.IsZero() {
 			where = "startsWith(query_id, {group:String}) AND NOT startsWith(query_id, {mine:String}) AND elapsed > {since:Float64}"
-			params = append(params, parameter("group", in.group+"-"), parameter("since", fmt.Sprint(time.Since(since).Seconds())))
+			params = append(params, parameter("group", ins.group+"-"), parameter("since", fmt.Sprint(time.Since(since).Seconds())))
 		}
-		n, err := in.running(ctx, where, params)
+		n, err := ins.running(ctx, where, params)
 		if err != nil || n == 0 {
 			return err
 		}
@@ -332,15 +332,15 @@ func (in *inserter) awaitInserts(ctx context.Context, since time.Time) error {
 }
 
 // running counts queries on the server.
-func (in *inserter) running(ctx context.Context, where string, params []proto.Parameter) (uint64, error) {
+func (ins *inserter) running(ctx context.Context, where string, params []proto.Parameter) (uint64, error) {
 	var n proto.ColUInt64
-	err := in.query(ctx, ch.Query{
-		Body:       "SELECT count() AS n FROM " + in.store.processes() + " WHERE " + where,
+	err := ins.query(ctx, ch.Query{
+		Body:       "SELECT count() AS n FROM " + ins.store.processes() + " WHERE " + where,
 		Parameters: params,
 		Result:     proto.Results{{Name: "n", Data: &n}},
 	})
 	if err == nil && len(n) != 1 {
-		err = fmt.Errorf("%s answered %d rows to a count", in.store.processes(), len(n))
+		err = fmt.Errorf("%s answered %d rows to a count", ins.store.processes(), len(n))
 	}
 	if err != nil {
 		return 0, err
@@ -349,23 +349,23 @@ func (in *inserter) running(ctx context.Context, where string, params []proto.Pa
 }
 
 // persist repeats try with backoff until it succeeds. The error is ctx's.
-func (in *inserter) persist(ctx context.Context, what string, try func() error) error {
+func (ins *inserter) persist(ctx context.Context, what string, try func() error) error {
 	for attempt := 1; ; attempt++ {
 		err := try()
 		if err == nil {
-			in.stats.troubles.clear(what)
+			ins.stats.troubles.clear(what)
 			return nil
 		}
-		in.stats.failures.Inc()
+		ins.stats.failures.Inc()
 		if ctx.Err() != nil {
 			slog.Warn("round abandoned, its records will be read from Kafka again", "what", what, "error", err)
 			return ctx.Err()
 		}
-		in.repair(ctx, err)
+		ins.repair(ctx, err)
 		pause := min(minBackoff<<min(attempt-1, 10), maxBackoff)
-		in.stats.troubles.note(what, err)
+		ins.stats.troubles.note(what, err)
 		if e, ok := ch.AsException(err); ok && e.Code == proto.ErrUnknownTable {
-			in.store.attachLeft(ctx)
+			ins.store.attachLeft(ctx)
 		}
 		select {
 		case <-time.After(pause/2 + rand.N(pause/2)):
@@ -381,31 +381,31 @@ func (in *inserter) persist(ctx context.Context, what string, try func() error) 
 //
 // ClickHouse's own deduplication of inserts is off: it remembers a block before the part is in place, so that an insert
 // may be answered "known" and not be there, and what was lost with a broken part could never be stored again.
-func (in *inserter) insertOnce(ctx context.Context) error {
-	in.queries++
+func (ins *inserter) insertOnce(ctx context.Context) error {
+	ins.queries++
 	next := 0
-	in.empty.input(in.columns)
-	err := in.query(ctx, ch.Query{
-		Body:    "INSERT INTO " + in.store.database + ".events " + in.columns.Columns() + " VALUES",
-		QueryID: fmt.Sprintf("%s-%s-%d", in.group, in.instance, in.queries),
-		Input:   in.columns,
+	ins.empty.input(ins.columns)
+	err := ins.query(ctx, ch.Query{
+		Body:    "INSERT INTO " + ins.store.database + ".events " + ins.columns.Columns() + " VALUES",
+		QueryID: fmt.Sprintf("%s-%s-%d", ins.group, ins.instance, ins.queries),
+		Input:   ins.columns,
 		OnInput: func(ctx context.Context) error {
 			if next == 0 {
-				if err := in.isMember(ctx); err != nil {
-					in.conn.Close() // or ch-go would wait for an answer to what it did not send
+				if err := ins.isMember(ctx); err != nil {
+					ins.conn.Close() // or ch-go would wait for an answer to what it did not send
 					return err
 				}
-				in.unknown = true
+				ins.unknown = true
 			}
-			for next < len(in.round) {
-				b := in.round[next]
+			for next < len(ins.round) {
+				b := ins.round[next]
 				next++
 				if b.rows() > 0 {
-					b.input(in.columns)
+					b.input(ins.columns)
 					return nil
 				}
 			}
-			in.empty.input(in.columns) // rows that still stand here would be sent once more with the EOF
+			ins.empty.input(ins.columns) // rows that still stand here would be sent once more with the EOF
 			return io.EOF
 		},
 		Settings: []ch.Setting{
@@ -419,31 +419,31 @@ func (in *inserter) insertOnce(ctx context.Context) error {
 		},
 	})
 	if err == nil {
-		in.unknown = false
+		ins.unknown = false
 	}
 	if e, ok := ch.AsException(err); ok {
-		return fmt.Errorf("insert into %s.events: %w", in.store.database, &ch.Exception{Code: e.Code, Name: e.Name, Message: firstLine(e.Message)})
+		return fmt.Errorf("insert into %s.events: %w", ins.store.database, &ch.Exception{Code: e.Code, Name: e.Name, Message: firstLine(e.Message)})
 	}
 	return err
 }
 
 // query runs one of the inserter's queries on its connection, and drops the connection when that fails: whatever state
 // it is in, the next attempt starts clean.
-func (in *inserter) query(ctx context.Context, q ch.Query) (err error) {
+func (ins *inserter) query(ctx context.Context, q ch.Query) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, insertTimeout)
 	defer cancel()
-	q.Settings = append(q.Settings, in.store.exactly()...)
-	if in.conn == nil || in.conn.IsClosed() {
-		if in.conn, err = in.store.dial(ctx); err != nil {
+	q.Settings = append(q.Settings, ins.store.exactly()...)
+	if ins.conn == nil || ins.conn.IsClosed() {
+		if ins.conn, err = ins.store.dial(ctx); err != nil {
 			return err
 		}
-		in.repairs.dialed = true
+		ins.repairs.dialed = true
 	}
-	conn := in.conn
+	conn := ins.conn
 	stop := context.AfterFunc(ctx, func() { conn.Close() }) // ch-go looks at ctx between two packets only
 	if err = conn.Do(ctx, q); !stop() || err != nil {
 		conn.Close()
-		in.conn = nil
+		ins.conn = nil
 	}
 	return err
 }

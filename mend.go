@@ -56,17 +56,17 @@ type difference struct {
 }
 
 // noteRound is called for a round whose insert has no answer.
-func (in *inserter) noteRound() {
-	for _, b := range in.round {
-		in.noteHours(b)
+func (ins *inserter) noteRound() {
+	for _, b := range ins.round {
+		ins.noteHours(b)
 	}
 }
 
 // noteReread is called for each round, before its duplicates are cut out.
-func (in *inserter) noteReread() {
-	for _, b := range in.round {
+func (ins *inserter) noteReread() {
+	for _, b := range ins.round {
 		if b.reread {
-			in.noteHours(b)
+			ins.noteHours(b)
 		}
 	}
 }
@@ -98,34 +98,34 @@ func (t *torn) hold(reached []position) {
 // mend lets what is held be committed, when every noted hour agrees. It takes its turn between rounds, so that no insert
 // of this instance runs. Where other instances insert, a difference is believed that two looks in a row have found, each in a
 // moment in which nobody inserted, and agreement that two looks in a row have found.
-func (in *inserter) mend(ctx context.Context) {
-	in.repair(ctx, nil)
-	if len(in.hours) > 0 && !time.Now().Before(in.next) {
+func (ins *inserter) mend(ctx context.Context) {
+	ins.repair(ctx, nil)
+	if len(ins.hours) > 0 && !time.Now().Before(ins.next) {
 		started := time.Now()
-		hours := in.someHours()
-		agree, err := in.lookAndMend(ctx, hours)
+		hours := ins.someHours()
+		agree, err := ins.lookAndMend(ctx, hours)
 		took := time.Since(started)
-		in.next = time.Now().Add(max(mendTick, took))
+		ins.next = time.Now().Add(max(mendTick, took))
 		if agree {
 			for _, hour := range hours {
-				delete(in.hours, hour)
+				delete(ins.hours, hour)
 			}
-			if in.next = time.Now().Add(lookShare * took); len(in.hours) == 0 {
-				in.next = time.Now().Add(max(mendInterval, lookShare*took))
+			if ins.next = time.Now().Add(lookShare * took); len(ins.hours) == 0 {
+				ins.next = time.Now().Add(max(mendInterval, lookShare*took))
 			}
 		}
 		if err != nil {
-			in.store.broken.note(err)
-			in.stats.troubles.note(lookAtHours, err)
-			in.next = time.Now().Add(max(mendInterval, lookShare*took))
+			ins.store.broken.note(err)
+			ins.stats.troubles.note(lookAtHours, err)
+			ins.next = time.Now().Add(max(mendInterval, lookShare*took))
 		} else {
-			in.stats.troubles.clear(lookAtHours)
+			ins.stats.troubles.clear(lookAtHours)
 		}
 	}
-	if len(in.hours) == 0 && len(in.held) > 0 {
-		in.stored(slices.Collect(maps.Values(in.held)))
-		clear(in.held)
-		in.rounds = 0
+	if len(ins.hours) == 0 && len(ins.held) > 0 {
+		ins.stored(slices.Collect(maps.Values(ins.held)))
+		clear(ins.held)
+		ins.rounds = 0
 	}
 }
 
@@ -133,10 +133,10 @@ func (in *inserter) mend(ctx context.Context) {
 const lookAtHours = "compare hours of events_hourly with events; offsets wait"
 
 // catchUp mends until so few rounds are held that a next owner would read all of them as possibly torn.
-func (in *inserter) catchUp(ctx context.Context) {
-	for in.rounds >= heldRounds && ctx.Err() == nil {
-		in.next = time.Time{}
-		if in.mend(ctx); in.rounds < heldRounds {
+func (ins *inserter) catchUp(ctx context.Context) {
+	for ins.rounds >= heldRounds && ctx.Err() == nil {
+		ins.next = time.Time{}
+		if ins.mend(ctx); ins.rounds < heldRounds {
 			return
 		}
 		select {
@@ -153,72 +153,72 @@ func (t *torn) someHours() []int64 {
 }
 
 // lookAndMend says whether the hours agree. A mending is believed when the next look finds nothing.
-func (in *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool, err error) {
-	if came := in.cameAt.Load(); came != nil { // the last insert of a former owner may still be at work
-		if err := in.awaitInserts(ctx, *came); err != nil {
+func (ins *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool, err error) {
+	if came := ins.cameAt.Load(); came != nil { // the last insert of a former owner may still be at work
+		if err := ins.awaitInserts(ctx, *came); err != nil {
 			return false, err
 		}
 	}
-	if in.unheard { // and so may our own last mending
-		if err := in.awaitInserts(ctx, time.Time{}); err != nil {
+	if ins.unheard { // and so may our own last mending
+		if err := ins.awaitInserts(ctx, time.Time{}); err != nil {
 			return false, err
 		}
-		in.unheard = false
+		ins.unheard = false
 	}
-	alone := in.alone()
-	busy, err := in.othersInsert(ctx, alone)
+	alone := ins.alone()
+	busy, err := ins.othersInsert(ctx, alone)
 	if err != nil {
 		return false, err
 	}
-	seen, err := in.look(ctx, hours)
+	seen, err := ins.look(ctx, hours)
 	if err != nil {
 		return false, err
 	}
 	if len(seen) == 0 {
-		agree = alone || !busy || in.trusted
-		in.seen, in.trusted = nil, !agree
+		agree = alone || !busy || ins.trusted
+		ins.seen, ins.trusted = nil, !agree
 		return agree, nil
 	}
-	in.trusted = false
-	if after, err := in.othersInsert(ctx, alone); busy || after || err != nil {
+	ins.trusted = false
+	if after, err := ins.othersInsert(ctx, alone); busy || after || err != nil {
 		return false, err
 	}
-	certain := alone || slices.Equal(seen, in.seen)
-	if in.seen = seen; !certain {
+	certain := alone || slices.Equal(seen, ins.seen)
+	if ins.seen = seen; !certain {
 		return false, nil
 	}
 	slog.Warn("events_hourly does not agree with events after a fault, mending", "rows", len(seen), "first", fmt.Sprintf("%+v", seen[0]))
-	in.stats.mended.Add(len(seen))
-	in.unheard = true
-	if err := in.insertDifferences(ctx, seen); err != nil {
+	ins.stats.mended.Add(len(seen))
+	ins.unheard = true
+	if err := ins.insertDifferences(ctx, seen); err != nil {
 		return false, err
 	}
-	in.unheard = false
+	ins.unheard = false
 	return false, nil
 }
 
 // othersInsert says whether an insert of another instance runs.
-func (in *inserter) othersInsert(ctx context.Context, alone bool) (bool, error) {
+func (ins *inserter) othersInsert(ctx context.Context, alone bool) (bool, error) {
 	if alone {
 		return false, nil
 	}
-	n, err := in.running(ctx, "startsWith(query_id, {group:String}) AND NOT startsWith(query_id, {mine:String})",
-		[]proto.Parameter{parameter("group", in.group+"-"), parameter("mine", in.group+"-"+in.instance+"-")})
+	n, err := ins.running(ctx, "startsWith(query_id, {group:String}) AND NOT startsWith(query_id, {mine:String})",
+		[]proto.Parameter{parameter("group", ins.group+"-"), parameter("mine", ins.group+"-"+ins.instance+"-")})
 	return n > 0, err
 }
 
 // look counts the hours in both tables and returns where they differ.
-func (in *inserter) look(ctx context.Context, hours []int64) (seen []difference, err error) {
+func (ins *inserter) look(ctx context.Context, hours []int64) (seen []difference, err error) {
 	var (
 		name, channel proto.ColStr
 		hour          proto.ColUInt32
 		missing       proto.ColInt64
 	)
-	err = in.query(ctx, ch.Query{
+	err = ins.query(ctx, ch.Query{
 		Body: fmt.Sprintf("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, toUnixTimestamp(hour) AS h, sum(n) AS missing FROM ("+
 			"SELECT event_name, channel, toStartOfHour(timestamp) AS hour, toInt64(count()) AS n FROM %[1]s.events WHERE %[2]s GROUP BY event_name, channel, hour"+
 			" UNION ALL SELECT event_name, channel, hour, -event_count FROM %[1]s.events_hourly WHERE %[3]s"+
-			") GROUP BY event_name, channel, hour HAVING missing != 0 ORDER BY h, name, ch", in.store.database, within("timestamp", hours), within("hour", hours)),
+			") GROUP BY event_name, channel, hour HAVING missing != 0 ORDER BY h, name, ch", ins.store.database, within("timestamp", hours), within("hour", hours)),
 		Result: proto.Results{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "h", Data: &hour}, {Name: "missing", Data: &missing}},
 		OnResult: func(context.Context, proto.Block) error {
 			for i := range missing {
@@ -249,7 +249,7 @@ func within(column string, hours []int64) string {
 
 // insertDifferences gives events_hourly what it lacks, and takes back what it has too much of: just what was seen, if that
 // is what it still finds.
-func (in *inserter) insertDifferences(ctx context.Context, seen []difference) error {
+func (ins *inserter) insertDifferences(ctx context.Context, seen []difference) error {
 	var (
 		name, channel proto.ColStr
 		hour          proto.ColUInt32
@@ -262,11 +262,11 @@ func (in *inserter) insertDifferences(ctx context.Context, seen []difference) er
 		missing = append(missing, d.missing)
 	}
 	from, to := int64(seen[0].hour), int64(seen[len(seen)-1].hour)+hourSeconds
-	return in.query(ctx, ch.Query{
-		Body: in.store.sql("INSERT INTO {database}.events_hourly (event_name, channel, hour, {counts}) SELECT event_name, channel, hour, {counts} FROM (" +
+	return ins.query(ctx, ch.Query{
+		Body: ins.store.sql("INSERT INTO {database}.events_hourly (event_name, channel, hour, {counts}) SELECT event_name, channel, hour, {counts} FROM (" +
 			fmt.Sprintf(strings.Replace(differences, " FINAL", "", 1), from, min(to, maxUnixSeconds), 0) +
 			") WHERE (CAST(event_name, 'String'), CAST(channel, 'String'), toUnixTimestamp(hour), event_count) IN (SELECT name, ch, h, n FROM seen)"),
-		QueryID:       fmt.Sprintf("%s-%s-mend-%d", in.group, in.instance, in.seq),
+		QueryID:       fmt.Sprintf("%s-%s-mend-%d", ins.group, ins.instance, ins.seq),
 		ExternalTable: "seen",
 		ExternalData:  []proto.InputColumn{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "h", Data: &hour}, {Name: "n", Data: &missing}},
 		Settings:      []ch.Setting{{Key: "async_insert", Value: "0"}, {Key: "insert_deduplicate", Value: "0"}},

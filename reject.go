@@ -15,35 +15,35 @@ import (
 	"github.com/ClickHouse/ch-go/proto"
 )
 
-// setAside makes a rejected round smaller by what is bad in it. The error is ctx's.
-func (in *inserter) setAside(ctx context.Context, rejection error) error {
-	if err := in.persist(ctx, "look up a rejected round", func() error { return in.settle(ctx) }); err != nil {
+// dropRejected makes a rejected round smaller by what is bad in it. The error is ctx's.
+func (ins *inserter) dropRejected(ctx context.Context, rejection error) error {
+	if err := ins.persist(ctx, "look up a rejected round", func() error { return ins.settle(ctx) }); err != nil {
 		return err
 	}
-	all := in.merge()
+	all := ins.merge()
 	var bad []int
 	if m := violated.FindStringSubmatch(rejection.Error()); m != nil {
-		bad, _ = in.violators(ctx, all, m[1]) // a failure costs the halving
+		bad, _ = ins.violators(ctx, all, m[1]) // a failure costs the halving
 	}
 	switch {
 	case len(bad) > 0:
 	case all.rows() == 1:
 		bad = []int{0}
 	default:
-		return in.halve(ctx, all)
+		return ins.halve(ctx, all)
 	}
-	if err := in.reject(ctx, all, bad, rejection); err != nil {
+	if err := ins.reject(ctx, all, bad, rejection); err != nil {
 		return err
 	}
 	all.keep(others(bad, all.rows()))
-	in.round = append(in.round[:0], all)
+	ins.round = append(ins.round[:0], all)
 	return nil
 }
 
 // merge is the round as one block.
-func (in *inserter) merge() *block {
-	all := newBlock(in.rows())
-	for _, b := range in.round {
+func (ins *inserter) merge() *block {
+	all := newBlock(ins.rows())
+	for _, b := range ins.round {
 		all.copyRows(b, 0, b.rows())
 	}
 	return all
@@ -54,7 +54,7 @@ func (in *inserter) merge() *block {
 var violated = regexp.MustCompile(`(?s)is violated at row \d+\. Expression: \((.*)\)\. Column values: `)
 
 // violators returns the rows that break a constraint, by asking ClickHouse for its expression over the block.
-func (in *inserter) violators(ctx context.Context, b *block, expression string) (bad []int, err error) {
+func (ins *inserter) violators(ctx context.Context, b *block, expression string) (bad []int, err error) {
 	data := proto.Input{}
 	for _, c := range b.columns {
 		data = append(data, proto.InputColumn{Name: c.name, Data: c.column})
@@ -63,7 +63,7 @@ func (in *inserter) violators(ctx context.Context, b *block, expression string) 
 	for i := range number {
 		number[i] = uint32(i)
 	}
-	err = in.query(ctx, ch.Query{
+	err = ins.query(ctx, ch.Query{
 		Body:          fmt.Sprintf("SELECT row_number FROM rejected WHERE NOT (%s) ORDER BY row_number", expression),
 		ExternalTable: "rejected",
 		ExternalData:  append(data, proto.InputColumn{Name: "row_number", Data: &number}),
@@ -79,27 +79,27 @@ func (in *inserter) violators(ctx context.Context, b *block, expression string) 
 }
 
 // reject puts rows of the block off. They are not known any more: they come back.
-func (in *inserter) reject(ctx context.Context, b *block, bad []int, why error) error {
+func (ins *inserter) reject(ctx context.Context, b *block, bad []int, why error) error {
 	records := keepRows(append(b.records[:0:0], b.records...), bad)
-	if err := in.rejected(ctx, records, firstLine(why.Error())); err != nil {
+	if err := ins.rejected(ctx, records, firstLine(why.Error())); err != nil {
 		return err
 	}
 	for _, row := range bad {
-		in.past.forget(b.id(row), b.at(row))
+		ins.dedupe.forget(b.id(row), b.at(row))
 	}
 	return nil
 }
 
 // halve stores the halves of a block each alone, and leaves an empty round. A bad row costs two inserts a halving.
-func (in *inserter) halve(ctx context.Context, all *block) error {
+func (ins *inserter) halve(ctx context.Context, all *block) error {
 	middle := all.rows() / 2
 	for _, half := range []*block{part(all, 0, middle), part(all, middle, all.rows())} {
-		in.round = append(in.round[:0], half)
-		if err := in.storeRound(ctx); err != nil {
+		ins.round = append(ins.round[:0], half)
+		if err := ins.storeRound(ctx); err != nil {
 			return err
 		}
 	}
-	in.round = in.round[:0]
+	ins.round = ins.round[:0]
 	return nil
 }
 

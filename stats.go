@@ -157,8 +157,8 @@ func (s *stats) watch(current *atomic.Pointer[consumer], wm *watermark, bodies *
 		})
 	}
 	gauge("event_ingestion_partitions_assigned", func(c *consumer) float64 { return float64(c.assigned.Load()) })
-	gauge("event_ingestion_dedupe_bytes", func(c *consumer) float64 { return float64(c.inserter.past.bytes.Load()) })
-	gauge("event_ingestion_dedupe_minutes", func(c *consumer) float64 { return float64(c.inserter.past.sets.Load()) })
+	gauge("event_ingestion_dedupe_bytes", func(c *consumer) float64 { return float64(c.inserter.dedupe.bytes.Load()) })
+	gauge("event_ingestion_dedupe_minutes", func(c *consumer) float64 { return float64(c.inserter.dedupe.sets.Load()) })
 }
 
 // help says what each metric is; the words before the colon are the type.

@@ -184,7 +184,7 @@ func (w *watermark) advance(now time.Time, stored, ends []int64, quiet bool) {
 		w.samples = append(w.samples, sample{now, slices.Clone(ends)})
 	}
 	reached := 0
-	for quiet && reached < len(w.samples) && covers(stored, w.samples[reached].ends) {
+	for quiet && reached < len(w.samples) && atLeast(stored, w.samples[reached].ends) {
 		w.through.Store(w.samples[reached].at.Unix() - 1) // the second of the sample itself is not over
 		reached++
 	}
@@ -242,7 +242,7 @@ func (w *watermark) settle(ctx context.Context, topic string, committed, ends []
 			delete(w.gone[topic], int32(p))
 		}
 	}
-	if covers(settled, ends) {
+	if atLeast(settled, ends) {
 		return settled, nil
 	}
 	starts, err := offsetsOf(w.admin.ListStartOffsets(ctx, topic))
@@ -276,7 +276,7 @@ func offsetsOf(listed kadm.ListedOffsets, err error) ([]int64, error) {
 	return offsets, nil
 }
 
-func covers(stored, ends []int64) bool {
+func atLeast(stored, ends []int64) bool {
 	for p := range min(len(stored), len(ends)) {
 		if stored[p] < ends[p] {
 			return false

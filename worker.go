@@ -62,8 +62,8 @@ func newRoundCall() *roundCall {
 	return &roundCall{arrived: make(chan struct{}, 1), full: make(chan struct{}, 1)}
 }
 
-// noteRow is called by a worker, under its lock, when its block gets its first row.
-func (c *roundCall) noteRow() {
+// firstRow is called by a worker, under its lock, when its block gets its first row.
+func (c *roundCall) firstRow() {
 	c.oldest.CompareAndSwap(0, time.Now().UnixNano())
 	notify(c.arrived)
 }
@@ -196,7 +196,7 @@ func (w *worker) close() {
 func (w *worker) takeBlock() *block {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(w.cur.reached) == 0 {
+	if len(w.cur.offsets) == 0 {
 		return nil
 	}
 	w.cur, w.spare = w.spare, w.cur
@@ -219,7 +219,7 @@ func (w *worker) run() {
 		bad, why := w.takeIn(lockRecords)
 		w.mu.Unlock()
 		if bad != nil {
-			w.setAside(bad, why)
+			w.redirect(bad, why)
 		}
 	}
 }
@@ -245,8 +245,8 @@ func (w *worker) takeIn(n int) (bad *kgo.Record, why error) {
 		if !id.isKey(rec.Key) || w.home(rec.Key) != rec.Partition {
 			return rec, errMisplaced
 		}
-		if len(w.cur.reached) == 0 {
-			w.call.noteRow()
+		if len(w.cur.offsets) == 0 {
+			w.call.firstRow()
 		}
 		w.cur.append(&id, ev, rec)
 		w.pop(rec)
@@ -265,7 +265,7 @@ func (w *worker) home(key []byte) int32 {
 
 // pop moves past the record at the queue's head, under the lock.
 func (w *worker) pop(rec *kgo.Record) {
-	w.cur.reach(rec.Partition, rec.LeaderEpoch, rec.Offset+1)
+	w.cur.advance(rec.Partition, rec.LeaderEpoch, rec.Offset+1)
 	if a := w.came[rec.Partition]; a != nil {
 		if a.left--; a.left > 0 && rec.Timestamp.Before(a.at) {
 			w.cur.reread = true
@@ -297,10 +297,10 @@ func (p *eventParser) decode(value []byte) (*event, error) {
 	return ev, nil
 }
 
-// setAside deals with a record that cannot become a row here: what is no event goes to the dead letters, an event under
+// redirect deals with a record that cannot become a row here: what is no event goes to the dead letters, an event under
 // another key or on another partition goes back to the topic under its own. It moves past the record
 // once that is acknowledged, unless the partition was lost meanwhile: then the next owner does it again.
-func (w *worker) setAside(rec *kgo.Record, why error) {
+func (w *worker) redirect(rec *kgo.Record, why error) {
 	var err error
 	if errors.Is(why, errMisplaced) {
 		err = w.side.rekey(w.open, rec, w.ownKey(rec))
@@ -313,8 +313,8 @@ func (w *worker) setAside(rec *kgo.Record, why error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if len(w.queue) > 0 && len(w.queue[0].records) > 0 && w.queue[0].records[0] == rec {
-		if len(w.cur.reached) == 0 {
-			w.call.noteRow()
+		if len(w.cur.offsets) == 0 {
+			w.call.firstRow()
 		}
 		w.pop(rec)
 	}
