@@ -1,0 +1,253 @@
+// One request on its way: the events of a body, their records, and what became of them.
+//
+// request.go owns the memory of a request, which its records point into. It is pooled, and goes back only when both the
+// handler and Kafka's last acknowledgement are done with it.
+
+package main
+
+import (
+	"encoding/hex"
+	"fmt"
+	"net/http"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"unsafe"
+
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// The states of a record on its way to Kafka.
+const (
+	statePending int32 = iota
+	stateAcked
+	stateFailed
+)
+
+// outgoing is one record and what became of it.
+type outgoing struct {
+	kgo.Record
+	index   int // of the event in the request
+	end     int // of the record's bytes in the arena
+	state   atomic.Int32
+	promise func(*kgo.Record, error) // made once for the life of the slot: a closure per record would be garbage
+}
+
+// ingestRequest is everything that one HTTP request needs on its way from the end of its body, reused by the next. Its
+// buffers and its slab of records are charged to the ingester's budget.
+type ingestRequest struct {
+	in      *ingester
+	pool    *sync.Pool // that it goes back to
+	account *account   // of the client that sent it, nil in the pool
+	parser  eventParser
+	body    *buffer
+	index   int        // of the event at hand
+	entry   entryForm  // of the answer's errors
+	records []outgoing // a slab
+	arena   *buffer    // keys and values of the records, back to back
+	idInput []byte
+	errors  *buffer // entries of the bulk answer's errors, JSON; nil while there are none
+	failed  int     // events among them
+	stored  bool    // all that are accepted can be queried
+	answer  []byte  // what stands before them
+
+	holders  atomic.Int32 // the handler, and Kafka while records are in flight
+	pending  atomic.Int32 // records without an outcome
+	acked    chan struct{}
+	firstErr atomic.Pointer[error]
+}
+
+// outgoingBytes is what a record of the slab takes.
+const outgoingBytes = int(unsafe.Sizeof(outgoing{}))
+
+var errEventTooLarge = fmt.Errorf("the event is larger than %d KiB", maxEventBytes>>10)
+
+// add encodes one event: its key and its value go into the arena, a slot of records remembers where.
+func (q *ingestRequest) add(index int, ev *event) error {
+	if q.arena == nil {
+		arena, err := q.account.get(len(q.body.b) + len(q.body.b)/4) // with room for the keys, most of the time
+		if err != nil {
+			return err
+		}
+		q.arena = arena
+	}
+	if err := q.account.grow(&q.arena, 2*len(eventID{})+ev.maxEncoded(), false); err != nil {
+		return err
+	}
+	var id eventID
+	id, q.idInput = ev.id(q.idInput)
+	q.arena.b = hex.AppendEncode(q.arena.b, id[:])
+	q.arena.b = appendEvent(q.arena.b, ev)
+	n := len(q.records)
+	if n == cap(q.records) { // Slow path: the slab grows, at most once a size for the life of the request.
+		if err := q.growSlab(); err != nil {
+			return err
+		}
+	}
+	q.records = q.records[:n+1]
+	rec := &q.records[n]
+	rec.index, rec.end = index, len(q.arena.b)
+	rec.state.Store(statePending)
+	return nil
+}
+
+// growSlab moves to a bigger slab. Records are not in flight yet, so nothing points to the old one.
+func (q *ingestRequest) growSlab() error {
+	size := min(max(16, 2*cap(q.records)), maxBulkEvents)
+	if err := q.account.take((size - cap(q.records)) * outgoingBytes); err != nil {
+		return err
+	}
+	slab := make([]outgoing, size)
+	for i := range slab {
+		rec := &slab[i]
+		rec.promise = func(_ *kgo.Record, err error) { q.onAck(rec, err) }
+		if i < len(q.records) {
+			rec.index, rec.end = q.records[i].index, q.records[i].end
+		}
+	}
+	q.records = slab[:len(q.records)]
+	return nil
+}
+
+// sealRecords points the records into the arena, which no longer moves.
+func (q *ingestRequest) sealRecords(topic string) {
+	const keyLen = 2 * len(eventID{})
+	start := 0
+	for i := range q.records {
+		rec := &q.records[i]
+		rec.Record = kgo.Record{
+			Topic: topic,
+			Key:   q.arena.b[start : start+keyLen : start+keyLen],
+			Value: q.arena.b[start+keyLen : rec.end : rec.end],
+		}
+		start = rec.end
+	}
+}
+
+// onAck runs on franz-go's goroutine for each record, in the order of production.
+func (q *ingestRequest) onAck(rec *outgoing, err error) {
+	if err == nil {
+		rec.state.Store(stateAcked)
+	} else {
+		why := err // only this one goes to the heap: err itself would, for each record
+		q.firstErr.CompareAndSwap(nil, &why)
+		rec.state.Store(stateFailed)
+	}
+	if q.pending.Add(-1) == 0 {
+		q.acked <- struct{}{} // has room: one a request
+		q.in.release(q)
+	}
+}
+
+// isAcked says whether Kafka has all records, of which there are some. It is done with their bytes then.
+func (q *ingestRequest) isAcked() bool {
+	for i := range q.records {
+		if q.records[i].state.Load() != stateAcked {
+			return false
+		}
+	}
+	return len(q.records) > 0
+}
+
+// failure says why the request's records are not acknowledged.
+func (q *ingestRequest) failure() string {
+	if err := q.firstErr.Load(); err != nil {
+		return (*err).Error()
+	}
+	return "no acknowledgement in time"
+}
+
+// Limits of the errors in an answer. An entry with all its problems, names clipped, stays below maxEntry; behind maxDetail
+// bytes an entry has its first problem only.
+const (
+	maxEntry  = 16 << 10
+	maxDetail = 256 << 10
+)
+
+// entryForm appends what an answer says about the event of that index.
+type entryForm func(dst []byte, index int, problems []problem) []byte
+
+// addError notes the problems of an event in the answer. owed says that there has to be an answer, whatever the budget says.
+func (q *ingestRequest) addError(index int, problems []problem, owed bool) error {
+	if q.errors == nil {
+		q.errors = new(buffer)
+	}
+	if len(q.errors.b) > maxDetail {
+		problems = problems[:1]
+	}
+	if err := q.account.grow(&q.errors, maxEntry, owed); err != nil {
+		return err
+	}
+	if q.failed > 0 {
+		q.errors.b = append(q.errors.b, ',')
+	}
+	q.failed++
+	q.errors.b = q.entry(q.errors.b, index, problems)
+	return nil
+}
+
+// appendBulkEntry is the entry of a bulk's answer: the first problem in the original's form, all of them in a list.
+func appendBulkEntry(dst []byte, index int, problems []problem) []byte {
+	dst = append(dst, `{"index":`...)
+	dst = strconv.AppendInt(dst, int64(index), 10)
+	dst = append(dst, `,"error":`...)
+	text := problems[0].message
+	for _, p := range problems[1:] {
+		text += "; " + p.message
+	}
+	dst = appendString(dst, text)
+	dst = append(dst, `,"code":"`...)
+	dst = append(dst, problems[0].code...)
+	dst = append(dst, `","field":`...)
+	dst = appendString(dst, problems[0].field)
+	if len(problems) > 1 {
+		dst = append(dst, `,"errors":`...)
+		dst = appendProblems(dst, problems)
+	}
+	return append(dst, '}')
+}
+
+// receive reads r's body and returns a request that has it, to be released. Nothing but the body's buffer is held while the
+// client takes its time. The errors are readBody's.
+func (in *ingester) receive(w http.ResponseWriter, r *http.Request, pool *sync.Pool, limit int) (*ingestRequest, error) {
+	acc := in.bodies.open(clientOf(w, r))
+	body, err := in.readBody(acc, r, limit)
+	if err != nil {
+		acc.close()
+		return nil, err
+	}
+	q := pool.Get().(*ingestRequest)
+	if err := acc.take(cap(q.records) * outgoingBytes); err != nil {
+		acc.put(body)
+		acc.close()
+		pool.Put(q)
+		return nil, err
+	}
+	q.account, q.body = acc, body
+	q.holders.Store(1)
+	return q, nil
+}
+
+// release is called by each holder once; the last one resets the request and puts it back.
+func (in *ingester) release(q *ingestRequest) {
+	if q.holders.Add(-1) != 0 {
+		return
+	}
+	q.account.give(cap(q.records) * outgoingBytes)
+	q.reset()
+	q.account.close()
+	q.account = nil
+	q.pool.Put(q)
+}
+
+func (q *ingestRequest) reset() {
+	drain(q.acked) // the handler had given up before the last acknowledgement
+	for _, buf := range []**buffer{&q.body, &q.arena, &q.errors} {
+		q.account.put(*buf)
+		*buf = nil
+	}
+	q.firstErr.Store(nil)
+	q.failed, q.index, q.entry = 0, -1, appendBulkEntry
+	q.stored = false
+	q.records, q.answer = q.records[:0], q.answer[:0]
+}
