@@ -8,6 +8,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"strings"
@@ -152,6 +153,12 @@ func (m *metricsAPI) overview(ctx context.Context, q *overviewQuery) (*overview,
 		users, campaigns proto.ColUInt64
 	)
 	parameters := append(rangeParameters(q.from, q.to), parameter("channel", q.channel), parameter("event_name", q.eventName))
+	var (
+		top     []overviewGroup
+		topErr  error
+		waiting sync.WaitGroup
+	)
+	waiting.Go(func() { top, topErr = m.topCampaigns(ctx, q, parameters) }) // ends with ctx
 	err := m.do(ctx, func() { *o = overview{total: overviewGroup{revenue: "0"}} }, ch.Query{
 		Body:       q.sql(),
 		Parameters: parameters,
@@ -178,28 +185,28 @@ func (m *metricsAPI) overview(ctx context.Context, q *overviewQuery) (*overview,
 			return nil
 		},
 	})
-	if err != nil {
-		return nil, err
-	}
-	return o, m.topCampaigns(ctx, q, parameters, o)
+	waiting.Wait()
+	o.campaigns = top
+	return o, errors.Join(err, topErr)
 }
 
-// topCampaigns adds the largest campaigns, which only the raw table knows.
-func (m *metricsAPI) topCampaigns(ctx context.Context, q *overviewQuery, parameters []proto.Parameter, o *overview) error {
+// topCampaigns returns the largest campaigns, which only the raw table knows.
+func (m *metricsAPI) topCampaigns(ctx context.Context, q *overviewQuery, parameters []proto.Parameter) (top []overviewGroup, err error) {
 	var key proto.ColStr
 	var total proto.ColInt64
-	return m.do(ctx, func() { o.campaigns = o.campaigns[:0] }, ch.Query{
+	err = m.do(ctx, func() { top = nil }, ch.Query{
 		Body: fmt.Sprintf("SELECT CAST(campaign_id, 'String') AS key, toInt64(count()) AS total FROM {database}.events "+
 			"WHERE %s AND campaign_id != '' AND timestamp >= {from:UInt32} AND timestamp <= {to:UInt32} GROUP BY campaign_id ORDER BY total DESC, key LIMIT %d", q.where(), overviewTop),
 		Parameters: parameters,
 		Result:     proto.Results{{Name: "key", Data: &key}, {Name: "total", Data: &total}},
 		OnResult: func(context.Context, proto.Block) error {
 			for i := range total {
-				o.campaigns = append(o.campaigns, overviewGroup{key: key.Row(i), count: total[i]})
+				top = append(top, overviewGroup{key: key.Row(i), count: total[i]})
 			}
 			return nil
 		},
 	})
+	return top, err
 }
 
 func appendOverview(b []byte, q *overviewQuery, o *overview, through int64) []byte {
