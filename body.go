@@ -19,7 +19,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// Limits of a body, from contract.md, in bytes after decompression.
+// Limits of a body, in bytes after decompression.
 const (
 	maxSingleBody = 64 << 10
 	maxBulkBody   = 8 << 20

@@ -11,7 +11,7 @@ import (
 	"fmt"
 )
 
-// Limits of a bulk request, from contract.md.
+// Limits of a bulk request, as the OpenAPI document has them.
 const (
 	maxBulkEvents = 1000
 	maxEventBytes = maxSingleBody // of one event in it, as sent

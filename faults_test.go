@@ -64,7 +64,7 @@ func TestClickHouseAwayUnderLoad(t *testing.T) {
 	mustHold(p, l)
 }
 
-// TestClickHouseKilledUnderLoad: an insert whose answer is lost is repeated under its token, and counted once.
+// TestClickHouseKilledUnderLoad: an insert whose answer is lost is looked up, completed, and counted once.
 func TestClickHouseKilledUnderLoad(t *testing.T) {
 	alone(t)
 	env := faultSpace(t)

@@ -186,7 +186,7 @@ func (q *ingestRequest) addError(index int, problems []problem, owed bool) error
 	return nil
 }
 
-// appendBulkEntry is the entry of a bulk's answer: the first problem in the original's form, all of them in a list.
+// appendBulkEntry is the entry of a bulk's answer: the first problem in full, all of them in a list.
 func appendBulkEntry(dst []byte, index int, problems []problem) []byte {
 	dst = append(dst, `{"index":`...)
 	dst = strconv.AppendInt(dst, int64(index), 10)

@@ -1,6 +1,6 @@
 // Segment's protocol, so that an app can send with a client that exists: its queue, batches, retries and flush at the end.
 //
-// segment.go maps a message of that protocol onto an event, field by field as the table in contract.md says; rules, limits,
+// segment.go maps a message of that protocol onto an event, field by field as the OpenAPI document says; rules, limits,
 // keys, Kafka and what is held meanwhile are those of a bulk. What it owns is the mapping and the answer: these clients throw
 // away what gets a 4xx, so that an item that is invalid is named in a 200.
 

@@ -345,7 +345,7 @@ func duration(dst *time.Duration, least, most time.Duration) func(string) error 
 	return func(s string) error {
 		d, err := time.ParseDuration(s)
 		if n, nerr := strconv.Atoi(s); err != nil && nerr == nil {
-			d, err = time.Duration(n)*time.Second, nil // the original took bare seconds
+			d, err = time.Duration(n)*time.Second, nil // a bare number is seconds
 		}
 		if err != nil || d < least || d > most {
 			return fmt.Errorf("has to be a duration such as 50ms or 10s, from %s to %s", least, most)

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// storedTimeout is how long an answer waits for ?wait=stored, from contract.md.
+// storedTimeout is how long an answer waits for ?wait=stored.
 const storedTimeout = 5 * time.Second
 
 // storedSignal is how far everything is stored, to the nanosecond where complete_through has seconds. The zero one says

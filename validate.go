@@ -14,7 +14,7 @@ import (
 	"unicode/utf8"
 )
 
-// Limits of one event, from contract.md. Lengths are in Unicode code points, metadata in bytes as sent.
+// Limits of one event, as the OpenAPI document has them. Lengths are in Unicode code points, metadata in bytes as sent.
 const (
 	maxTextChars     = 100
 	maxTags          = 20
@@ -37,7 +37,7 @@ const (
 	codeTagTooLong     = "validation.tag-too-long.error"
 )
 
-// problem is one broken rule. field is a name of the table in contract.md, or whatever the client called it.
+// problem is one broken rule. field is one of fieldNames, or whatever the client called it.
 type problem struct {
 	field, code, message string
 }
@@ -74,7 +74,7 @@ const (
 	fieldInsertID
 )
 
-// fieldNames are the fields of contract.md by bit.
+// fieldNames are the fields of an event by bit.
 var fieldNames = map[fieldSet]string{
 	fieldName: "event_name", fieldUserID: "user_id", fieldTimestamp: "timestamp", fieldChannel: "channel",
 	fieldCampaignID: "campaign_id", fieldTags: "tags", fieldMetadata: "metadata", fieldInsertID: "insert_id",

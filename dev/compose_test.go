@@ -33,9 +33,9 @@ func stack(t *testing.T, env []string, files ...string) *types.Project {
 	return p
 }
 
-// eachStack runs a check on the stack of one copy and on that of three.
+// eachStack runs a check on the stack of one instance and on that of three.
 func eachStack(t *testing.T, check func(t *testing.T, p *types.Project)) {
-	t.Run("one copy", func(t *testing.T) { check(t, stack(t, nil, composeFile)) })
+	t.Run("one instance", func(t *testing.T) { check(t, stack(t, nil, composeFile)) })
 	t.Run("three instances", func(t *testing.T) { check(t, stack(t, nil, composeFile, scaleFile)) })
 }
 

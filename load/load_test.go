@@ -1,6 +1,6 @@
 // Does load say what happened? Its schedule, its events, its booking of answers, against a peer that can misbehave.
 //
-// The peer is not a mock of this system: it is a program that answers as contract.md says, with a map for a store, so
+// The peer is not a mock of this system: it is a program that answers as the API does, with a map for a store, so
 // that a fault can be put exactly where a test wants it. The system itself is tested in the package above.
 
 package load
