@@ -51,10 +51,10 @@ function buckets(o, value) {
   return all
 }
 
-// ticks are about four round numbers from 0 to most or a little beyond.
+// ticks are at most five whole, round numbers from 0 to most or a little beyond.
 function ticks(most) {
   const raw = most / 4, size = 10 ** Math.floor(Math.log10(raw))
-  const step = Math.max([1, 2, 2.5, 5, 10].find(m => m * size >= raw) * size, most > 4 ? 1 : 0)
+  const step = Math.max([1, 2, 2.5, 5, 10].find(m => m * size >= raw) * size, 1)
   return Array.from({ length: Math.ceil(most / step - 1e-9) + 1 }, (_, i) => i * step)
 }
 
