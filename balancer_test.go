@@ -46,7 +46,7 @@ func startBalancer(t *testing.T, haproxy string, instances []*program, replaced 
 			t.Logf("haproxy:\n%.4000s", b.log)
 		}
 	})
-	b.await("balancing", 20*time.Second, func() bool { return b.status("/ready") == http.StatusOK })
+	b.await("balancing", time.Minute, func() bool { return b.status("/ready") == http.StatusOK })
 	return b
 }
 

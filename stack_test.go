@@ -120,7 +120,7 @@ func startBinary(t testing.TB, binary string, env []string) *program {
 	}
 	p := &program{t: t, binary: binary, env: env, url: "http://127.0.0.1:" + port}
 	p.start()
-	p.await("ready", 30*time.Second, func() bool { return p.status("/ready") == http.StatusOK })
+	p.await("ready", time.Minute, func() bool { return p.status("/ready") == http.StatusOK })
 	return p
 }
 
@@ -374,7 +374,7 @@ func mustCount(t testing.TB, env []string, name string, want int64) {
 func drained(p *program) {
 	p.t.Helper()
 	second := time.Now().Unix()
-	p.await("drained", time.Minute, func() bool { return completeThrough(p) >= second })
+	p.await("drained", 2*time.Minute, func() bool { return completeThrough(p) >= second })
 }
 
 // completeThrough is what the metrics endpoint says, 0 for null.
