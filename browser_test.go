@@ -143,8 +143,8 @@ func TestPage(t *testing.T) {
 		t.Skip("needs a browser to be driven: make test-page")
 	}
 	alone(t)
-	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey))
-	page := exec.Command("node", "dev/scripts/clients/page.mjs", p.url, firstKey)
+	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey, "WRITE_KEYS="+secondKey))
+	page := exec.Command("node", "dev/scripts/clients/page.mjs", p.url, firstKey, secondKey)
 	log := new(logBuffer)
 	page.Stderr = log
 	steps, err := page.StdoutPipe()
