@@ -50,7 +50,7 @@ logs: ## follow what the production stack says
 
 test: $(DEV) ## all tests, with the race detector, on an embedded stack of their own
 	cd dev && go test -race ./...
-	$(DEV) -ephemeral -- go test -race -count=1 -parallel 6 -timeout 20m $(TESTFLAGS) ./...
+	PAGE_MODULES=$$(dev/scripts/test_clients.sh browser) $(DEV) -ephemeral -- go test -race -count=1 -parallel 6 -timeout 20m $(TESTFLAGS) ./...
 
 test-cluster: $(DEV) ## the program's tests on a real Kafka cluster, set up as docker-compose.yml says; needs Java 17 and Maven
 	cd dev && DEV_TEST_CLUSTER=1 go test -race -count=1 -v -run 'TestCluster' .
@@ -62,7 +62,7 @@ test-api: $(APP) $(DEV) ## the OpenAPI document validated, and the running progr
 test-clients: $(DEV) ## the real clients of Segment's protocol for Python, Node, Go and browsers, through faults; needs npm, python3 and Linux
 	$(DEV) -ephemeral -- dev/scripts/test_clients.sh
 
-test-page: $(DEV) ## the dashboard page in headless Chromium, and nothing else of test-clients
+test-page: $(DEV) ## the dashboard page in headless Chromium, as in make test once this has installed it
 	TESTS='TestPage$$' $(DEV) -ephemeral -- dev/scripts/test_clients.sh
 
 screenshot: ## README's picture of the dashboard, of what `make run` and `make demo` show

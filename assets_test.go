@@ -64,6 +64,7 @@ func refusing(t *testing.T, address string) *httptest.Server {
 }
 
 func TestSenders(t *testing.T) {
+	oneClock(t)
 	t.Parallel()
 	p := startProgram(t, newSpace(t, "API_KEYS="+secondKey, "WRITE_KEYS="+firstKey))
 	var lines bytes.Buffer
@@ -119,6 +120,7 @@ func TestSenders(t *testing.T) {
 
 // TestPageSender: the page's sender in a browser, with what it still has when the page goes away.
 func TestPageSender(t *testing.T) {
+	oneClock(t)
 	t.Parallel()
 	chromium, err := exec.LookPath("chromium")
 	if err != nil {

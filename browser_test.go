@@ -72,6 +72,7 @@ go().catch((e) => report('failed: ' + e))
 }
 
 func TestPagesOfOthers(t *testing.T) {
+	oneClock(t)
 	t.Parallel()
 	chromium, err := exec.LookPath("chromium")
 	if err != nil {
@@ -136,15 +137,17 @@ func TestPagesOfOthers(t *testing.T) {
 }
 
 // TestPage looks at the dashboard page in headless Chromium while ClickHouse goes and comes back. What it looks at stands in
-// dev/scripts/clients/page.mjs; `make test-page` installs what it needs.
+// dev/scripts/clients/page.mjs. `make test-page` installs what it needs; from then on it is part of `make test`.
 func TestPage(t *testing.T) {
-	dir := os.Getenv("CLIENTS")
+	dir := os.Getenv("PAGE_MODULES")
 	if dir == "" {
-		t.Skip("needs a browser to be driven: make test-page")
+		t.Skip("needs Chromium, puppeteer and axe-core: make test-page installs them")
 	}
+	oneClock(t)
 	alone(t)
-	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey))
-	page := exec.Command("node", "dev/scripts/clients/page.mjs", p.url, firstKey)
+	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey, "WRITE_KEYS="+secondKey))
+	page := exec.Command("node", "dev/scripts/clients/page.mjs", p.url, firstKey, secondKey)
+	page.Env = append(os.Environ(), "CLIENTS="+dir)
 	log := new(logBuffer)
 	page.Stderr = log
 	steps, err := page.StdoutPipe()

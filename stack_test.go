@@ -329,6 +329,14 @@ func tortureFactor() int {
 	return max(n, 1)
 }
 
+// oneClock skips a test of programs whose clock `make test-clock` cannot shift along with the others.
+func oneClock(t *testing.T) {
+	t.Helper()
+	if os.Getenv("CLOCK_SHIFT") != "" {
+		t.Skip("a browser and a Python have the machine's clock")
+	}
+}
+
 // space returns the value of a variable in a space's environment.
 func space(env []string, name string) string {
 	value := ""

@@ -1,11 +1,13 @@
 // The dashboard: asks /api/v1/overview and /api/v1/pipeline, says how old the numbers are, and sends test events.
-import { Chart, element, list, money, number, pipeline, totals } from './draw.js'
+import { Chart, element, List, money, number, pipeline, totals } from './draw.js'
 
-const pollEvery = 5000, pollAtMost = 60_000, beforeEvery = 60_000 // ms
+const pollEvery = 5000, pollAtMost = 60_000, beforeEvery = 60_000, patience = 15_000 // ms; the API gives up on ClickHouse after 10 s
 const $ = id => document.getElementById(id)
 const controls = $('controls').elements
 const charts = [new Chart('Events', g => g.total_count, number), new Chart('Unique users', g => g.unique_users, number), new Chart('Revenue in TRY', g => g.revenue, money)]
+const lists = [new List('Channels'), new List('Events', choose), new List('Campaigns')]
 $('charts').append(...charts.map(c => c.node))
+$('lists').append(...lists.map(l => l.node))
 
 let key = sessionStorage.getItem('key') || ''
 let timer, asked = 0
@@ -21,7 +23,7 @@ class Refused extends Error {
 }
 
 async function call(path, options = {}) {
-  const answer = await fetch(path, { ...options, headers: { ...options.headers, ...(key && { 'X-API-Key': key }) } })
+  const answer = await fetch(path, { signal: AbortSignal.timeout(patience), ...options, headers: { ...options.headers, ...(key && { 'X-API-Key': key }) } })
   const body = await answer.json().catch(() => ({}))
   const date = Date.parse(answer.headers.get('Date'))
   if (Math.abs(date - Date.now() - ahead) > 2000) ahead = date - Date.now()
@@ -33,26 +35,32 @@ const now = () => Math.floor((Date.now() + ahead) / 1000)
 const filters = () => new URLSearchParams({ ...(controls.channel.value && { channel: controls.channel.value }), ...(controls.event_name.value && { event_name: controls.event_name.value }) })
 const overview = (from, to) => call(`/api/v1/overview?from=${from}&to=${to}&${filters()}`)
 
-// periodBefore asks for the period before once a minute: it changes little.
-async function periodBefore(from, range) {
-  const question = `${range} ${filters()}`
-  if (before?.question !== question || Date.now() - before.when > beforeEvery) before = { question, when: Date.now(), answer: await overview(from - range, from - 1).catch(() => null) }
+// periodBefore asks for the period before, as far as the open one has come: a whole one would always be ahead. It changes
+// little, so an answer is good for a while.
+async function periodBefore(from, to, range) {
+  const question = `${from} ${range} ${filters()}`
+  if (before?.question !== question || Date.now() - before.when > Math.min(beforeEvery, 4 * range)) {
+    const answer = await overview(from - range, to - range).catch(() => null)
+    before = answer && { question, when: Date.now(), answer }
+    return answer
+  }
   return before.answer
 }
 
 async function refresh() {
   clearTimeout(timer)
   const mine = ++asked, started = Date.now()
+  let took = 0
   // Whole buckets up to the open one: the chart begins with a whole one, and ClickHouse reads no raw events of a cut hour.
   const range = +controls.range.value, to = now(), step = range <= 3600 ? 60 : range <= 86400 ? 3600 : 86400
   const from = Math.floor(to / step) * step - range + step
-  const [pipelineAnswer, answer, earlier] = await Promise.allSettled([call('/api/v1/pipeline'), overview(from, to), periodBefore(from, range)])
+  const [pipelineAnswer, answer, earlier] = await Promise.allSettled([call('/api/v1/pipeline'), overview(from, to).finally(() => { took = Date.now() - started }), periodBefore(from, to, range)])
   if (mine !== asked) return // a later question is on its way
   let pause = pollEvery
   if (answer.status === 'fulfilled') {
     shown = { ...answer.value, at: now() }
     draw(shown, earlier.value)
-    pause = Math.min(Math.max(pollEvery, 10 * (Date.now() - started)), pollAtMost) // a tenth of ClickHouse's time at most
+    pause = Math.min(Math.max(pollEvery, 10 * took), pollAtMost) // a tenth of ClickHouse's time at most
   }
   const p = pipelineAnswer.value
   if (p) {
@@ -60,24 +68,31 @@ async function refresh() {
     links(p.links)
   }
   tell(answer.reason, p?.consumers)
-  if (controls.auto.checked && answer.reason?.status !== 401) timer = setTimeout(refresh, pause)
+  if (controls.auto.checked && !isLocked(answer.reason)) timer = setTimeout(refresh, pause)
 }
+
+// isLocked says whether another key would help: there is none, it is not valid, or it may only send.
+const isLocked = error => error?.status === 401 || error?.status === 403
 
 // tell says what is wrong, once: a screen reader hears the banner when it changes.
 function tell(error, consumers) {
-  const locked = error?.status === 401
-  if (locked && $('login').hidden) {
-    key = ''
-    sessionStorage.removeItem('key')
-    $('login').hidden = false
-    $('key').focus()
-  } else if (!locked && !error) $('login').hidden = true
   let text = ''
-  if (error && !locked) {
+  if (isLocked(error)) {
+    if (key) text = `${error.message} (${error.status}).` // without one the form says enough
+    if ($('login').hidden) {
+      key = ''
+      sessionStorage.removeItem('key')
+      $('login').hidden = false
+      $('key').focus()
+    }
+  } else if (error) {
     text = error instanceof Refused ? `${error.message} (${error.status}).` : 'The API does not answer.'
     if (shown) text += ` These numbers are from ${clock(shown.at)}.`
     if (error.status === 503) text += ' Events are still accepted; they are counted when it is over.'
-  } else if (consumers && consumers !== 'ok') text = `Storing stands still: ${consumers.replace(/^stalled \d+ s:? ?/, '')}. Events are accepted and wait on Kafka.`
+  } else {
+    $('login').hidden = true
+    if (consumers && consumers !== 'ok') text = `Storing stands still: ${consumers.replace(/^stalled \d+ s:? ?/, '')}. Events are accepted and wait on Kafka.`
+  }
   const steady = text.replace(/[\d,]+ waiting/, 'records waiting') // a count that moves is no news
   if ($('banner').dataset.said !== steady) {
     $('banner').dataset.said = steady
@@ -103,10 +118,11 @@ function draw(o, earlier) {
   $('empty').hidden = o.total_count > 0 || filtered
   $('curl').textContent = `curl -X POST ${location.origin}/api/v1/events -H 'Content-Type: application/json'${key && " -H 'X-API-Key: …'"} \\\n  -d '{"event_name":"product_view","user_id":"user_123","channel":"web","timestamp":'$(date +%s)'}'`
   $('totals').replaceChildren(...totals(o, earlier))
+  $('charts').hidden = $('lists').hidden = false
   for (const c of charts) c.show(o, earlier)
   charts[1].node.hidden = o.bucket === 'minute' // too dear to count by the minute
   if (!controls.event_name.value) options(o.event_names.map(g => g.key))
-  $('lists').replaceChildren(list('Channels', o.channels), list('Events', o.event_names, name => choose(name)), list('Campaigns', o.campaigns))
+  for (const [i, groups] of [o.channels, o.event_names, o.campaigns].entries()) lists[i].show(groups)
 }
 
 // options offers the largest event names. It leaves the list alone while that is the same: it may be open.

@@ -153,15 +153,38 @@ export class Chart {
   }
 }
 
-// list draws the largest groups; choose, when given, is what a click on one does.
-export function list(title, groups, choose) {
-  const most = Math.max(...groups.map(g => g.total_count), 1)
-  const rows = groups.map(g => {
-    const name = g.key || 'none'
-    const label = choose && g.key ? element('button', { type: 'button', title: `Only ${name}` }, name) : element('span', { title: name }, name)
-    label.addEventListener('click', () => choose?.(g.key))
-    return element('tr', {}, element('th', { scope: 'row' }, label, element('svg', { class: 'bar', viewBox: '0 0 100 1', preserveAspectRatio: 'none', 'aria-hidden': 'true' }, element('rect', { width: 100 * g.total_count / most, height: 1 }))),
-      element('td', {}, number.format(g.total_count)))
-  })
-  return element('div', { class: 'card' }, element('h2', {}, title), rows.length ? element('table', {}, element('tbody', {}, ...rows)) : element('p', { class: 'soft' }, 'none in this range'))
+// List is the largest groups of one kind; choose, when given, is what a click on one does. A row stays while its numbers
+// change, and so does the focus on it.
+export class List {
+  constructor(title, choose) {
+    Object.assign(this, { choose, rows: new Map() })
+    this.body = element('tbody')
+    this.none = element('p', { class: 'soft' }, 'none in this range')
+    this.node = element('div', { class: 'card' }, element('h2', {}, title), element('table', {}, this.body), this.none)
+  }
+
+  show(groups) {
+    const most = Math.max(...groups.map(g => g.total_count), 1)
+    this.rows = new Map(groups.map(g => [g.key, this.rows.get(g.key) || this.row(g.key)]))
+    for (const g of groups) {
+      const { bar, count } = this.rows.get(g.key)
+      bar.setAttribute('width', 100 * g.total_count / most)
+      count.textContent = number.format(g.total_count)
+    }
+    const nodes = [...this.rows.values()].map(r => r.node)
+    this.none.hidden = nodes.length > 0
+    if (nodes.length === this.body.children.length && nodes.every((n, i) => n === this.body.children[i])) return
+    const focused = document.activeElement
+    this.body.replaceChildren(...nodes)
+    if (this.body.contains(focused)) focused.focus()
+  }
+
+  row(key) {
+    const name = key || 'none'
+    const label = this.choose && key ? element('button', { type: 'button', title: `Only ${name}` }, name) : element('span', { title: name }, name)
+    if (this.choose && key) label.addEventListener('click', () => this.choose(key))
+    const bar = element('rect', { height: 1 }), count = element('td')
+    const node = element('tr', {}, element('th', { scope: 'row' }, label, element('svg', { class: 'bar', viewBox: '0 0 100 1', preserveAspectRatio: 'none', 'aria-hidden': 'true' }, bar)), count)
+    return { node, bar, count }
+  }
 }

@@ -1,4 +1,4 @@
-// Looks at the dashboard page in headless Chromium, as a person would. Usage: page.mjs URL KEY. It says each step on stdout
+// Looks at the dashboard page in headless Chromium, as a person would. Usage: page.mjs URL KEY WRITE-KEY. It says each step on stdout
 // and waits for a line on stdin where the test has to do something; what is wrong goes to stderr, and it ends with 1.
 import { readFile } from 'node:fs/promises'
 import { createRequire } from 'node:module'
@@ -9,16 +9,22 @@ const modules = join(process.env.CLIENTS, 'node_modules')
 const require = createRequire(modules + '/')
 const { default: chromium } = await import(join(modules, '@sparticuz/chromium/build/esm/index.js'))
 const { default: puppeteer } = await import(require.resolve('puppeteer-core'))
-const [url, key] = process.argv.slice(2)
+const [url, key, writeKey] = process.argv.slice(2)
 const lines = createInterface({ input: process.stdin })[Symbol.asyncIterator]()
 const ask = async step => { console.log(step); await lines.next() }
 
+const axe = await readFile(join(modules, 'axe-core/axe.min.js'), 'utf8')
 const browser = await puppeteer.launch({ args: chromium.args, executablePath: await chromium.executablePath(), headless: 'shell' })
 const tab = await browser.newPage()
 let refusals = false // while the test has taken something away, the browser says so on its console
 const wrong = []
 tab.on('console', m => { if (m.type() === 'error' && !refusals) wrong.push('console: ' + m.text()) })
 tab.on('pageerror', e => wrong.push('script: ' + e.message))
+const spans = [] // seconds that each question was about: what is shown, the period before, what is shown …
+tab.on('request', r => {
+  const u = new URL(r.url())
+  if (u.pathname.endsWith('/overview') && u.search) spans.push(u.searchParams.get('to') - u.searchParams.get('from'))
+})
 tab.on('request', r => { if (!r.url().startsWith(url) && !r.url().startsWith('data:')) wrong.push('a request to ' + r.url()) })
 
 const text = selector => tab.$eval(selector, e => e.textContent)
@@ -42,13 +48,20 @@ try {
   await tab.goto(url)
   await until('asked for a key', () => !document.getElementById('login').hidden)
   check('the key field has no focus', await tab.evaluate(() => document.activeElement.id === 'key'))
+  check(`the period before has ${spans[1]} s, the one that is shown ${spans[0]} s`, spans[1] === spans[0])
+  await tab.evaluate(axe)
+  await look(360, 'dark')
+  for (const [bad, said] of [['nonsense', /key/], [writeKey, /may only send/]]) {
+    await tab.type('#key', bad)
+    await tab.keyboard.press('Enter')
+    await until(`said what is wrong with the key, like ${said}`, said => new RegExp(said).test(document.getElementById('banner').textContent) && !document.getElementById('login').hidden, said.source)
+  }
   await tab.type('#key', key)
   await tab.keyboard.press('Enter')
   await until('let in', () => document.getElementById('login').hidden && document.querySelector('#totals b'))
   refusals = false
 
   check('the empty state is not shown', !await hidden('empty') && (await text('#curl')).includes(url + '/api/v1/events'))
-  await tab.evaluate(await readFile(join(modules, 'axe-core/axe.min.js'), 'utf8'))
   await look(1280, 'light')
   await tab.click('#first')
   await until('counted the test event', () => document.querySelector('#totals b').textContent === '1')
@@ -79,6 +92,12 @@ try {
   await tab.mouse.move(box.x + box.width / 2, box.y + 50)
   check('the pointer does not move the cursor', await text('#charts .readout') !== before)
 
+  // So does the focus on an event's name.
+  await tab.focus('#lists button')
+  const card = await tab.$('#totals .card')
+  await tab.waitForFunction(card => !card.isConnected, { timeout: 30_000 }, card)
+  check('a refresh takes the focus from a list', await tab.evaluate(() => document.activeElement.matches('#lists button')))
+
   // A filter by a click on an event's name, kept in the address.
   await tab.$$eval('#lists button', all => all.find(b => b.textContent === 'purchase').click())
   await until('filtered', () => document.querySelectorAll('#lists .card:nth-child(2) tr').length === 1)
@@ -89,6 +108,8 @@ try {
   await ask('filtered')
   await until('said what is wrong', () => document.getElementById('main').classList.contains('stale') && /These numbers are from .* Events are still accepted/.test(document.getElementById('banner').textContent))
   const age = await text('#age')
+  await look(1280, 'dark')
+  await look(360, 'light')
   await until('counted the age', was => document.getElementById('age').textContent !== was, age)
   await ask('stale')
   await until('recovered', () => !document.getElementById('main').classList.contains('stale') && document.getElementById('banner').textContent === '')
