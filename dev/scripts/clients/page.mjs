@@ -28,7 +28,8 @@ tab.on('request', r => {
 tab.on('request', r => { if (!r.url().startsWith(url) && !r.url().startsWith('data:')) wrong.push('a request to ' + r.url()) })
 
 const text = selector => tab.$eval(selector, e => e.textContent)
-const until = (what, condition, ...args) => tab.waitForFunction(condition, { timeout: 30_000 }, ...args).catch(() => { throw new Error('never ' + what) })
+const patience = 90_000 // ms: after a slow answer the page pauses for up to 60 s
+const until = (what, condition, ...args) => tab.waitForFunction(condition, { timeout: patience }, ...args).catch(() => { throw new Error('never ' + what) })
 const hidden = id => tab.$eval('#' + id, e => e.hidden)
 const check = (what, ok) => { if (!ok) wrong.push(what) }
 
@@ -86,7 +87,7 @@ try {
   const before = await text('#charts .readout')
   check('keys do not move the cursor', before !== open)
   const old = await tab.$('#charts .plot svg')
-  await tab.waitForFunction(svg => !svg.isConnected, { timeout: 30_000 }, old)
+  await until('drew a chart anew', svg => !svg.isConnected, old)
   check('a refresh moves the cursor', await text('#charts .readout') === before && await tab.evaluate(() => document.activeElement.className === 'plot'))
   const box = await (await tab.$('#charts .plot')).boundingBox()
   await tab.mouse.move(box.x + box.width / 2, box.y + 50)
@@ -95,7 +96,7 @@ try {
   // So does the focus on an event's name.
   await tab.focus('#lists button')
   const card = await tab.$('#totals .card')
-  await tab.waitForFunction(card => !card.isConnected, { timeout: 30_000 }, card)
+  await until('drew the cards anew', card => !card.isConnected, card)
   check('a refresh takes the focus from a list', await tab.evaluate(() => document.activeElement.matches('#lists button')))
 
   // A filter by a click on an event's name, kept in the address.
