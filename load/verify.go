@@ -193,7 +193,7 @@ func (l *Loader) Report(w io.Writer, checks []Check) int {
 		}
 		fmt.Fprintf(w, "%-9s  %s: %d\n", verdict, c.What, c.Got)
 		if c.Got != c.Want {
-			fmt.Fprintf(w, "           metrics say so; accepted were %d\n", c.Want)
+			fmt.Fprintf(w, "           accepted were %d\n", c.Want)
 		}
 	}
 	return code
