@@ -40,7 +40,7 @@ const (
 type readiness struct {
 	kafka     *kgo.Client
 	store     *store
-	broken    *brokenParts
+	broken    func() string // in words, empty when no part is
 	watermark *watermark
 	troubles  *troubles
 	consumer  atomic.Pointer[consumer] // nil until it runs
@@ -57,7 +57,7 @@ type readiness struct {
 func (rd *readiness) serve(w http.ResponseWriter, _ *http.Request) {
 	kafkaErr, tablesErr := rd.dependencies()
 	type check struct{ name, text string }
-	checks := []check{{"kafka", "ok"}, {"clickhouse", cmp.Or(rd.broken.words(), "ok")}}
+	checks := []check{{"kafka", "ok"}, {"clickhouse", cmp.Or(rd.broken(), "ok")}}
 	status, word := http.StatusOK, "ready"
 	if rd.stopping.Load() {
 		status, word = http.StatusServiceUnavailable, "stopping"

@@ -115,7 +115,7 @@ func BenchmarkInsert(b *testing.B) {
 			env := newSpace(b)
 			cfg := settingsFrom(b, env)
 			st := newStore(cfg)
-			if err := st.applySchema(b.Context()); err != nil {
+			if _, err := st.prepare(b.Context(), 0); err != nil {
 				b.Fatal(err)
 			}
 			in := newInserter(st, cfg, &newStats().store, nil, newRoundCall(), membership{isMember: func(context.Context) error { return nil }})
@@ -154,7 +154,7 @@ func BenchmarkWholePath(b *testing.B) {
 	env := newSpace(b, oneClient)
 	p := startProgram(b, env)
 	other := settingsFrom(b, newSpace(b))
-	if err := newStore(other).applySchema(b.Context()); err != nil {
+	if _, err := newStore(other).prepare(b.Context(), 0); err != nil {
 		b.Fatal(err)
 	}
 	var ours, theirs, best []float64

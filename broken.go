@@ -147,7 +147,7 @@ func (ins *inserter) repair(ctx context.Context, failure error) {
 		return
 	}
 	if err := ins.repairParts(ctx); err != nil {
-		ins.stats.troubles.note("mend broken parts", err)
+		ins.stats.troubles.note(ins.store.name("mend broken parts"), err)
 		ins.repairs.notBefore = time.Now().Add(repairPause)
 	}
 }
@@ -255,7 +255,7 @@ func (s *store) attachLeft(ctx context.Context) {
 // attachAll attaches what a mending that was cut off has left detached. It fails where there are no tables yet; what is
 // really wrong is told by what comes next.
 func (s *store) attachAll(ctx context.Context, c asker) {
-	if s.cluster != "" {
+	if s.replicated {
 		return
 	}
 	for _, table := range []string{"events", "events_hourly"} {

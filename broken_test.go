@@ -24,7 +24,7 @@ func brokenSpace(t *testing.T, merged bool) (p *program, sent func(n int) int64)
 	t.Helper()
 	env := newSpace(t)
 	db := space(env, "CLICKHOUSE_DATABASE")
-	if err := newStore(settingsFrom(t, env)).applySchema(t.Context()); err != nil {
+	if _, err := newStore(settingsFrom(t, env)).prepare(t.Context(), 0); err != nil {
 		t.Fatal(err)
 	}
 	for _, table := range []string{"events", "events_hourly"} {
@@ -230,7 +230,7 @@ func TestBrokenUnread(t *testing.T) {
 	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
 	st := newStore(cfg)
-	if err := st.applySchema(t.Context()); err != nil {
+	if _, err := st.prepare(t.Context(), 0); err != nil {
 		t.Fatal(err)
 	}
 	for range 3 {
@@ -264,7 +264,7 @@ func TestBrokenUnread(t *testing.T) {
 
 	// A mending that was cut off between the two statements is brought to its end by the next start.
 	clickhouseQuery(t, "DETACH TABLE "+st.database+".events_hourly SYNC")
-	if err := st.applySchema(t.Context()); err != nil {
+	if _, err := st.prepare(t.Context(), 0); err != nil {
 		t.Fatal(err)
 	}
 	mustCount(t, []string{"CLICKHOUSE_DATABASE=" + st.database}, "unread", 300)

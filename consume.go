@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -32,8 +33,10 @@ const (
 	fetchBytes = 1 << 20
 	// pollRecords bounds one poll, and with it the time that a rebalance waits.
 	pollRecords = 10000
-	// pollWait bounds a poll in which nothing comes, so that a grown topic is noticed.
+	// pollWait bounds a poll in which nothing comes.
 	pollWait = time.Second
+	// fullPatience is how long all lanes wait for one whose queues are full: it may catch up in a moment.
+	fullPatience = 100 * time.Millisecond
 	// CONSUME_MEMORY is for what waits in the queues (one part), the records of two rounds, the one that is sent and the
 	// one that fills (two parts), the same as columns (two parts), and what the client fetches ahead.
 	queueShare = 8
@@ -47,9 +50,7 @@ type consumer struct {
 	group         string
 	parts         int        // partitions of the topic
 	partitionsNow func() int // partitions that it was seen to have last
-	workers       []*worker
-	inserter      *inserter
-	backlog       *backlog
+	lanes         []*lane    // one a shard
 	stats         *storeStats
 	failed        func(error)            // told what a poll says, each time
 	assigned      atomic.Int32           // partitions
@@ -58,23 +59,34 @@ type consumer struct {
 	abandon       context.CancelCauseFunc // ends owned: nothing that was taken in may be stored any more
 }
 
+// lane is the way to one shard: partition p is stored by shard p mod shards, see shards.go.
+type lane struct {
+	workers  []*worker
+	inserter *inserter
+	backlog  *backlog
+	paused   bool // nothing is fetched for it; only the poll loop knows
+}
+
 // newConsumer returns a consumer of the topic, which has so many partitions; it starts over when another number was seen.
-func newConsumer(cfg *settings, st *store, partitions int, partitionsNow func() int, side *sideProducer, stats *storeStats, failed func(error)) (*consumer, error) {
+func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow func() int, side *sideProducer, stats *storeStats, failed func(error)) (*consumer, error) {
 	c := &consumer{
 		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, partitionsNow: partitionsNow, stats: stats, failed: failed,
-		backlog: newBacklog(cfg.consumeMemory / queueShare),
 	}
-	limits := blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / roundShare / int64(cfg.workerCount))}
-	call := newRoundCall()
-	for range cfg.workerCount {
-		c.workers = append(c.workers, newWorker(limits, partitions, c.backlog, call, side))
+	limits := blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / roundShare / int64(max(cfg.workerCount, len(shards))))}
+	for i, st := range shards {
+		l := &lane{backlog: newBacklog(cfg.consumeMemory / queueShare / int64(len(shards)))}
+		call := newRoundCall()
+		for range max(1, (cfg.workerCount+len(shards)-1-i)/len(shards)) {
+			l.workers = append(l.workers, newWorker(limits, partitions, l.backlog, call, side))
+		}
+		l.inserter = newInserter(st, cfg, stats, l.workers, call, membership{
+			isMember: c.isMember,
+			alone:    func() bool { return int(c.assigned.Load()) == partitions },
+			stored:   c.mark,
+			rejected: side.retry,
+		})
+		c.lanes = append(c.lanes, l)
 	}
-	c.inserter = newInserter(st, cfg, stats, c.workers, call, membership{
-		isMember: c.isMember,
-		alone:    func() bool { return int(c.assigned.Load()) == partitions },
-		stored:   c.mark,
-		rejected: side.retry,
-	})
 	c.owned, c.abandon = context.WithCancelCause(context.Background())
 	var err error
 	c.kafka, err = newKafka(cfg, "event-ingestion-consumer",
@@ -104,16 +116,15 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	context.AfterFunc(c.owned, cancel)
-	var workers sync.WaitGroup
-	for _, w := range c.workers {
-		workers.Go(w.run) // ends with w.close
-	}
+	var workers, inserters sync.WaitGroup
 	insertCtx, cancelInserts := context.WithCancel(c.owned)
-	stopInserter, inserterDone := make(chan struct{}), make(chan struct{})
-	go func() { // ends with stopInserter, or insertCtx
-		defer close(inserterDone)
-		c.inserter.run(insertCtx, stopInserter)
-	}()
+	stopInserters := make(chan struct{})
+	for _, l := range c.lanes {
+		for _, w := range l.workers {
+			workers.Go(w.run) // ends with w.close
+		}
+		inserters.Go(func() { l.inserter.run(insertCtx, stopInserters) }) // ends with stopInserters, or insertCtx
+	}
 	c.poll(ctx)
 
 	if c.owned.Err() != nil {
@@ -122,12 +133,14 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 	end, cancelEnd := finish()
 	defer cancelEnd()
 	context.AfterFunc(end, cancelInserts)
-	for _, w := range c.workers {
-		w.close()
+	for _, l := range c.lanes {
+		for _, w := range l.workers {
+			w.close()
+		}
 	}
 	workers.Wait()
-	close(stopInserter)
-	<-inserterDone
+	close(stopInserters)
+	inserters.Wait()
 	if err := c.kafka.CommitMarkedOffsets(end); err != nil {
 		slog.Warn("offsets not committed at the end, their records will be read again", "error", err)
 	}
@@ -137,7 +150,7 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 
 func (c *consumer) poll(ctx context.Context) {
 	for ctx.Err() == nil {
-		waiting, cancel := context.WithTimeout(ctx, pollWait)
+		waiting, cancel := context.WithTimeout(ctx, c.pollWait())
 		fetches := c.kafka.PollRecords(waiting, pollRecords)
 		cancel()
 		fetches.EachError(func(_ string, _ int32, err error) {
@@ -151,12 +164,59 @@ func (c *consumer) poll(ctx context.Context) {
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 && c.owned.Err() == nil {
 				c.stats.consumed.Add(len(p.Records))
-				c.workers[int(p.Partition)%len(c.workers)].enqueue(p.Partition, p.Records)
+				c.worker(p.Partition).enqueue(p.Partition, p.Records)
 			}
 		})
 		c.kafka.AllowRebalance()
-		c.backlog.wait(ctx)
+		c.makeRoom(ctx)
 	}
+}
+
+// lane is the one of a partition, and worker the partition's worker in it.
+func (c *consumer) lane(partition int32) *lane { return c.lanes[int(partition)%len(c.lanes)] }
+
+func (c *consumer) worker(partition int32) *worker {
+	workers := c.lane(partition).workers
+	return workers[int(partition)/len(c.lanes)%len(workers)]
+}
+
+// pollWait bounds a poll in which nothing comes, so that a grown topic, or room in a paused lane, is noticed.
+func (c *consumer) pollWait() time.Duration {
+	for _, l := range c.lanes {
+		if l.paused {
+			return fullPatience
+		}
+	}
+	return pollWait
+}
+
+// makeRoom waits until the queues of every lane are below their limit. A shard that stands still must not hold the others up:
+// after fullPatience its partitions are no longer fetched, until half of what waits has gone.
+func (c *consumer) makeRoom(ctx context.Context) {
+	for i, l := range c.lanes {
+		waiting, cancel := ctx, context.CancelFunc(func() {})
+		if len(c.lanes) > 1 {
+			waiting, cancel = context.WithTimeout(ctx, fullPatience)
+		}
+		switch {
+		case !l.paused && !l.backlog.wait(waiting) && ctx.Err() == nil:
+			l.paused = true
+			c.kafka.PauseFetchPartitions(c.partitionsOf(i))
+		case l.paused && l.backlog.bytes.Load() <= l.backlog.limit/2:
+			l.paused = false
+			c.kafka.ResumeFetchPartitions(c.partitionsOf(i))
+		}
+		cancel()
+	}
+}
+
+// partitionsOf are all that a shard, counted from 0, stores.
+func (c *consumer) partitionsOf(shard int) map[string][]int32 {
+	var list []int32
+	for p := shard; p < c.parts; p += len(c.lanes) {
+		list = append(list, int32(p))
+	}
+	return map[string][]int32{c.topic: list}
 }
 
 // mark tells the client what may be committed.
@@ -182,13 +242,13 @@ func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[s
 		return
 	}
 	came := time.Now()
-	c.inserter.cameAt.Store(&came)
 	for _, p := range topics[c.topic] {
 		if int(p) >= c.parts {
 			c.abandon(errGrown)
 			return
 		}
-		c.workers[int(p)%len(c.workers)].assign(p, came)
+		c.lane(p).inserter.cameAt.Store(&came)
+		c.worker(p).assign(p, came)
 	}
 	n := len(topics[c.topic])
 	slog.Info("partitions assigned", "count", n, "all", c.assigned.Add(int32(n)))
@@ -206,8 +266,18 @@ func (c *consumer) onRevoked(ctx context.Context, kafka *kgo.Client, topics map[
 	}
 	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
 	defer cancel()
-	if err := c.inserter.flush(ctx, leaving); err != nil {
-		c.abandon(fmt.Errorf("partitions had to go before their rows were stored: %w", err))
+	var flushing sync.WaitGroup
+	for i, l := range c.lanes {
+		if !slices.ContainsFunc(topics[c.topic], func(p int32) bool { return int(p)%len(c.lanes) == i }) {
+			continue
+		}
+		flushing.Go(func() { // ends with ctx
+			if err := l.inserter.flush(ctx, leaving); err != nil {
+				c.abandon(fmt.Errorf("partitions had to go before their rows were stored: %w", err))
+			}
+		})
+	}
+	if flushing.Wait(); c.owned.Err() != nil {
 		return
 	}
 	if err := kafka.CommitMarkedOffsets(ctx); err != nil {
@@ -258,7 +328,7 @@ func (c *consumer) isMember(ctx context.Context) error {
 func (c *consumer) forget(topics map[string][]int32) int {
 	lost := topics[c.topic]
 	for _, p := range lost {
-		c.workers[int(p)%len(c.workers)].drop(p)
+		c.worker(p).drop(p)
 	}
 	if len(lost) > 0 {
 		slog.Info("partitions revoked", "count", len(lost), "all", c.assigned.Add(int32(-len(lost))))

@@ -237,7 +237,7 @@ func TestFence(t *testing.T) {
 	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
 	st := newStore(cfg)
-	if err := st.applySchema(t.Context()); err != nil {
+	if _, err := st.prepare(t.Context(), 0); err != nil {
 		t.Fatal(err)
 	}
 	stored := func() string { return clickhouseQuery(t, "SELECT count() FROM "+st.database+".events") }
@@ -267,7 +267,7 @@ func TestSameBlockAgain(t *testing.T) {
 	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
 	st := newStore(cfg)
-	if err := st.applySchema(t.Context()); err != nil {
+	if _, err := st.prepare(t.Context(), 0); err != nil {
 		t.Fatal(err)
 	}
 	in := newInserter(st, cfg, &newStats().store, nil, newRoundCall(), membership{isMember: func(context.Context) error { return nil }})

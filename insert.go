@@ -1,7 +1,7 @@
-// The one inserter.
+// The inserter: one a shard of ClickHouse.
 //
 // An insert costs ClickHouse about 26 ms of CPU whether it holds 100 or 2,000 rows, so one inserter serves all
-// workers: when a block is full, or a row has waited long enough, it takes what every worker has, cuts the duplicates out
+// workers of a shard: when a block is full, or a row has waited long enough, it takes what every worker has, cuts the duplicates out
 // and sends the rest as ONE insert of several blocks, which becomes one part. While that runs the next blocks fill, so the
 // round grows with the load by itself. Rounds are strictly one after another. A round is repeated until ClickHouse has
 // it; only then may its offsets be committed. insert.go owns the rounds; worker.go owns the blocks between them,
@@ -86,7 +86,7 @@ func newInserter(st *store, cfg *settings, stats *storeStats, workers []*worker,
 		torn:     torn{hours: map[int64]struct{}{}, held: map[int32]position{}},
 		repairs:  repair{ranges: map[partName]timeRange{}, aside: map[partName]struct{}{}},
 	}
-	ins.dedupe = newDedupe(ins.query, st.database, cfg.dedupeMemory)
+	ins.dedupe = newDedupe(ins.query, st.database, cfg.dedupeMemory/int64(st.of))
 	return ins
 }
 
@@ -214,6 +214,9 @@ func (ins *inserter) prepare(ctx context.Context) error {
 	if came := ins.cameAt.Load(); came != nil {
 		ins.dedupe.forgetAll()
 		if err := ins.awaitInserts(ctx, *came); err != nil {
+			return err
+		}
+		if err := ins.store.syncReplica(ctx, ins.query); err != nil {
 			return err
 		}
 		ins.cameAt.CompareAndSwap(came, nil)
@@ -353,7 +356,7 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 	for attempt := 1; ; attempt++ {
 		err := try()
 		if err == nil {
-			ins.stats.troubles.clear(what)
+			ins.stats.troubles.clear(ins.store.name(what))
 			return nil
 		}
 		ins.stats.failures.Inc()
@@ -363,7 +366,7 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 		}
 		ins.repair(ctx, err)
 		pause := min(minBackoff<<min(attempt-1, 10), maxBackoff)
-		ins.stats.troubles.note(what, err)
+		ins.stats.troubles.note(ins.store.name(what), err)
 		if e, ok := ch.AsException(err); ok && e.Code == proto.ErrUnknownTable {
 			ins.store.attachLeft(ctx)
 		}
@@ -432,12 +435,16 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 func (ins *inserter) query(ctx context.Context, q ch.Query) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, insertTimeout)
 	defer cancel()
-	q.Settings = append(q.Settings, ins.store.exactly()...)
+	q.Settings = append(q.Settings, ins.store.byMajority()...)
 	if ins.conn == nil || ins.conn.IsClosed() {
 		if ins.conn, err = ins.store.dial(ctx); err != nil {
 			return err
 		}
 		ins.repairs.dialed = true
+		if err = ins.store.syncReplica(ctx, ins.conn.Do); err != nil {
+			ins.conn.Close()
+			return err
+		}
 	}
 	conn := ins.conn
 	stop := context.AfterFunc(ctx, func() { conn.Close() }) // ch-go looks at ctx between two packets only

@@ -100,7 +100,7 @@ var hopeless = []error{
 }
 
 func isHopeless(err error) bool {
-	return slices.ContainsFunc(hopeless, func(h error) bool { return errors.Is(err, h) })
+	return errors.Is(err, errPlacement) || errors.Is(err, errNoCluster) || slices.ContainsFunc(hopeless, func(h error) bool { return errors.Is(err, h) })
 }
 
 // ensureTopics creates the topics that are missing and reports one whose partitions differ from the settings. It

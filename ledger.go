@@ -121,9 +121,8 @@ func (l *ledger) readTables(ctx context.Context, cfg *settings, r timeRange) err
 	defer c.Close()
 	got := proto.ColFixedStr{Size: len(eventID{})}
 	err = c.Do(ctx, ch.Query{
-		Body:     fmt.Sprintf("SELECT DISTINCT event_id FROM %s.events WHERE timestamp >= %d AND timestamp < %d", st.database, r.from, r.to),
-		Settings: st.exactly(),
-		Result:   proto.Results{{Name: "event_id", Data: &got}},
+		Body:   st.sql(fmt.Sprintf("SELECT DISTINCT event_id FROM {events} WHERE timestamp >= %d AND timestamp < %d", r.from, r.to)),
+		Result: proto.Results{{Name: "event_id", Data: &got}},
 		OnResult: func(context.Context, proto.Block) error {
 			for i := range got.Rows() {
 				id := eventID(got.Row(i))
@@ -141,10 +140,9 @@ func (l *ledger) readTables(ctx context.Context, cfg *settings, r timeRange) err
 	from, to := (r.from+hourSeconds-1)/hourSeconds*hourSeconds, r.to/hourSeconds*hourSeconds
 	var rows, aggregated proto.ColInt64
 	err = c.Do(ctx, ch.Query{
-		Body: fmt.Sprintf("SELECT toInt64(ifNull((SELECT uniqExact(event_id) FROM %[1]s.events WHERE timestamp >= %[2]d AND timestamp < %[3]d), 0)) AS raw, "+
-			"toInt64(ifNull((SELECT sum(event_count) FROM %[1]s.events_hourly WHERE hour >= %[2]d AND hour < %[3]d), 0)) AS aggregated", st.database, from, to),
-		Settings: st.exactly(),
-		Result:   proto.Results{{Name: "raw", Data: &rows}, {Name: "aggregated", Data: &aggregated}},
+		Body: st.sql(fmt.Sprintf("SELECT toInt64(ifNull((SELECT uniqExact(event_id) FROM {events} WHERE timestamp >= %[1]d AND timestamp < %[2]d), 0)) AS raw, "+
+			"toInt64(ifNull((SELECT sum(event_count) FROM {events_hourly} WHERE hour >= %[1]d AND hour < %[2]d), 0)) AS aggregated", from, to)),
+		Result: proto.Results{{Name: "raw", Data: &rows}, {Name: "aggregated", Data: &aggregated}},
 	})
 	if err == nil && len(rows) > 0 {
 		l.rows, l.aggregated = rows[0], aggregated[0]

@@ -107,7 +107,8 @@ func serve() int {
 type system struct {
 	cfg       *settings
 	stats     *stats
-	store     *store
+	store     *store                   // for questions to all shards
+	shards    atomic.Pointer[[]*store] // nil until they are known
 	producer  *kgo.Client
 	watermark *watermark
 	metrics   *metricsAPI
@@ -142,10 +143,10 @@ func newSystem(cfg *settings) (*system, error) {
 		return nil, fmt.Errorf("set up the Kafka producer: %w", err)
 	}
 	s.watermark = newWatermark(s.producer, cfg)
-	s.metrics = newMetricsAPI(s.store, s.watermark)
+	s.metrics = newMetricsAPI(s.store, s.watermark, func(err error) { shardOf(s.knownShards(), err).broken.note(err) })
 	quick := newStore(cfg) // hangs no longer than its question may
 	quick.options.HandshakeTimeout, quick.options.ReadTimeout = readyTimeout, readyTimeout
-	s.ready = &readiness{kafka: s.producer, store: quick, broken: &s.store.broken, watermark: s.watermark, troubles: s.stats.troubles, consumes: cfg.role != "api"}
+	s.ready = &readiness{kafka: s.producer, store: quick, broken: s.brokenParts, watermark: s.watermark, troubles: s.stats.troubles, consumes: cfg.role != "api"}
 	host, _ := os.Hostname()
 	s.pipeline = newPipeline(cfg, net.JoinHostPort(host, fmt.Sprint(cfg.serverPort)), s.stats, s.watermark, s.ready)
 	in := newIngester(s.producer, cfg, &s.stats.ingest)
@@ -153,9 +154,32 @@ func newSystem(cfg *settings) (*system, error) {
 	s.api = newServer(addr, s.routes(in), cfg, s.access, s.stats)
 	s.api.RegisterOnShutdown(in.stored.end)
 	s.admin = newAdminServer(cfg.adminAddr, s.stats)
-	s.stats.set.NewGauge("event_ingestion_broken_parts_total", func() float64 { return float64(s.store.broken.total.Load()) })
+	s.stats.set.NewGauge("event_ingestion_broken_parts_total", func() (n float64) {
+		for _, st := range s.knownShards() {
+			n += float64(st.broken.total.Load())
+		}
+		return n
+	})
 	s.stats.watch(&s.ready.consumer, s.watermark, &in.bodies)
 	return s, nil
+}
+
+// knownShards are the stores of all shards, or the one that leads to them.
+func (s *system) knownShards() []*store {
+	if known := s.shards.Load(); known != nil {
+		return *known
+	}
+	return []*store{s.store}
+}
+
+// brokenParts are those of all shards in words, empty when there are none.
+func (s *system) brokenParts() string {
+	for _, st := range s.knownShards() {
+		if words := st.broken.words(); words != "" {
+			return st.name(words)
+		}
+	}
+	return ""
 }
 
 // routes is everything that the API's listener answers, by ROLE.
@@ -302,7 +326,14 @@ func (s *system) consume(ctx context.Context) {
 	var sampling sync.WaitGroup
 	sampling.Go(func() { s.watermark.run(ctx, s.stats.troubles) }) // ends with ctx
 	defer sampling.Wait()
-	if !s.untilDone(ctx, "prepare the tables", s.store.applySchema) {
+	prepareTables := func(ctx context.Context) error {
+		shards, err := s.store.prepare(ctx, partitions)
+		if err == nil && s.shards.Load() == nil { // else their stores are in use
+			s.shards.Store(&shards)
+		}
+		return err
+	}
+	if !s.untilDone(ctx, "prepare the tables", prepareTables) {
 		return
 	}
 	if s.cfg.role == "api" {
@@ -326,14 +357,18 @@ func (s *system) consume(ctx context.Context) {
 		retrying.Go(func() { w.run(ctx, s.finish) }) // ends with ctx
 	}
 	for {
-		c, err := newConsumer(s.cfg, s.store, partitions, func() int { return len(s.watermark.partitionLags()) }, side, &s.stats.store, func(err error) { s.trouble(readEvents, err) })
+		c, err := newConsumer(s.cfg, s.knownShards(), partitions, func() int { return len(s.watermark.partitionLags()) }, side, &s.stats.store, func(err error) { s.trouble(readEvents, err) })
 		if err != nil {
 			s.fail(fmt.Errorf("set up the consumer: %w", err))
 			return
 		}
 		s.ready.consumer.Store(c)
 		c.run(ctx, s.finish)
-		if ctx.Err() != nil || !s.untilDone(ctx, "prepare the topics", prepareTopics) { // there may be more partitions now
+		before := partitions
+		if ctx.Err() != nil || !s.untilDone(ctx, "prepare the topics", prepareTopics) {
+			return
+		}
+		if partitions != before && !s.untilDone(ctx, "prepare the tables", prepareTables) { // which may not fit any more
 			return
 		}
 		side.refresh()

@@ -116,10 +116,10 @@ func (ins *inserter) mend(ctx context.Context) {
 		}
 		if err != nil {
 			ins.store.broken.note(err)
-			ins.stats.troubles.note(lookAtHours, err)
+			ins.stats.troubles.note(ins.store.name(lookAtHours), err)
 			ins.next = time.Now().Add(max(mendInterval, lookShare*took))
 		} else {
-			ins.stats.troubles.clear(lookAtHours)
+			ins.stats.troubles.clear(ins.store.name(lookAtHours))
 		}
 	}
 	if len(ins.hours) == 0 && len(ins.held) > 0 {

@@ -138,9 +138,9 @@ func (q *overviewQuery) sql() string {
 	case "minute": // without users: to count those of an hour of raw events takes five times as long
 		series = "SELECT toUInt8(0) AS kind, '' AS key, " + figures + " FROM " + byDay("''", where) +
 			" UNION ALL SELECT toUInt8(1) AS kind, formatDateTime(toStartOfMinute(timestamp), '%Y-%m-%dT%H:%i:00Z', 'UTC') AS key," +
-			" toInt64(count()) AS total, toString({revenue of events}) AS money, " + noUsers + " FROM {database}.events WHERE timestamp >= {from:UInt32} AND timestamp <= {to:UInt32} AND " + where + " GROUP BY key"
+			" toInt64(count()) AS total, toString({revenue of events}) AS money, " + noUsers + " FROM {events} WHERE timestamp >= {from:UInt32} AND timestamp <= {to:UInt32} AND " + where + " GROUP BY key"
 	}
-	return wholeDays + "SELECT * FROM (" + series + " UNION ALL SELECT toUInt8(if(grouping(name) = 0, 3, 2)) AS kind, if(kind = 3, name, channel) AS key, sum(event_count) AS total, toString(sum(revenue)) AS money, " + noUsers +
+	return "SELECT * FROM (" + series + " UNION ALL SELECT toUInt8(if(grouping(name) = 0, 3, 2)) AS kind, if(kind = 3, name, channel) AS key, sum(event_count) AS total, toString(sum(revenue)) AS money, " + noUsers +
 		" FROM (SELECT key.1 AS name, key.2 AS channel, event_count, revenue FROM " + groups + ") GROUP BY GROUPING SETS ((name), (channel))) ORDER BY kind, if(kind = 1, 0, -total), key"
 }
 
@@ -195,7 +195,7 @@ func (m *metricsAPI) topCampaigns(ctx context.Context, q *overviewQuery, paramet
 	var key proto.ColStr
 	var total proto.ColInt64
 	err = m.do(ctx, func() { top = nil }, ch.Query{
-		Body: fmt.Sprintf("SELECT CAST(campaign_id, 'String') AS key, toInt64(count()) AS total FROM {database}.events "+
+		Body: fmt.Sprintf("SELECT CAST(campaign_id, 'String') AS key, toInt64(count()) AS total FROM {events} "+
 			"WHERE %s AND campaign_id != '' AND timestamp >= {from:UInt32} AND timestamp <= {to:UInt32} GROUP BY campaign_id ORDER BY total DESC, key LIMIT %d", q.where(), overviewTop),
 		Parameters: parameters,
 		Result:     proto.Results{{Name: "key", Data: &key}, {Name: "total", Data: &total}},

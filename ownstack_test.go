@@ -29,15 +29,15 @@ type ownStack struct {
 }
 
 // alone lets the test run beside others with a stack of its own. On a real cluster, of which there is only one, the test
-// has to itself what all share: it is not parallel there.
-func alone(t *testing.T) {
+// has to itself what all share: it is not parallel there. more are flags of dev.
+func alone(t *testing.T, more ...string) {
 	t.Helper()
 	if os.Getenv("DEV_COMMAND") == "" || isCluster() {
 		stacks.Store(t.Name(), (*ownStack)(nil))
 		return
 	}
 	t.Parallel()
-	startOwnStack(t, "-data", t.TempDir())
+	startOwnStack(t, append([]string{"-data", t.TempDir()}, more...)...)
 }
 
 // startOwnStack starts a stack, which ends with the test or with this process. Everything that the test asks of the stack
@@ -120,15 +120,20 @@ func kafkaBrokers(t testing.TB) []string { return strings.Split(stackEnv(t, "KAF
 // clickhouseAddress is where the test's ClickHouse speaks its native protocol.
 func clickhouseAddress(t testing.TB) string { return "127.0.0.1:" + stackEnv(t, "CLICKHOUSE_PORT") }
 
-// stackPort is a free port from below the kernels' own ranges: an outgoing connection must not take it while a part of the
-// stack is down.
+// stackPort is a free port, and so are the two behind it, which a stack of three shards takes. They are from below the kernels'
+// own ranges: an outgoing connection must not take one while a part of the stack is down.
 func stackPort(t testing.TB) string {
 	t.Helper()
 	for range 100 {
-		port := fmt.Sprint(20000 + rand.IntN(12000))
-		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
-			l.Close()
-			return port
+		port, free := 20000+rand.IntN(12000), 0
+		for i := range 3 {
+			if l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", port+i)); err == nil {
+				l.Close()
+				free++
+			}
+		}
+		if free == 3 {
+			return fmt.Sprint(port)
 		}
 	}
 	t.Fatal("no free port")

@@ -97,7 +97,7 @@ func BenchmarkPeers(b *testing.B) {
 func (p way) measure(b *testing.B) (rate float64, cpu [4]float64) {
 	env := newSpace(b, oneClient)
 	cfg := settingsFrom(b, env)
-	if err := newStore(cfg).applySchema(b.Context()); err != nil {
+	if _, err := newStore(cfg).prepare(b.Context(), 0); err != nil {
 		b.Fatal(err)
 	}
 	for clickhouseQuery(b, "SELECT count() FROM system.merges") != "0" {

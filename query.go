@@ -47,6 +47,7 @@ const (
 type metricsAPI struct {
 	store     *store
 	watermark *watermark
+	failed    func(error)       // told what a query says
 	conns     chan *chpool.Pool // holds the one pool; empty while somebody opens it
 	shared    sharedAnswers     // of the overview
 }
@@ -62,8 +63,8 @@ type metricsGroup struct {
 	total, users uint64
 }
 
-func newMetricsAPI(st *store, wm *watermark) *metricsAPI {
-	m := &metricsAPI{store: st, watermark: wm, conns: make(chan *chpool.Pool, 1)}
+func newMetricsAPI(st *store, wm *watermark, failed func(error)) *metricsAPI {
+	m := &metricsAPI{store: st, watermark: wm, failed: failed, conns: make(chan *chpool.Pool, 1)}
 	m.conns <- nil
 	return m
 }
@@ -87,7 +88,7 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 	through := m.watermark.through.Load() // before the query, which then sees at least that much
 	body, err := ask(ctx, through)
 	if err != nil {
-		m.store.broken.note(err)
+		m.failed(err)
 		writeUnavailable(w, "ClickHouse does not answer the query: "+firstLine(err.Error()))
 		return
 	}
@@ -210,17 +211,14 @@ func (c *queryCheck) rangeAndChannel(from, to int64, channel string) {
 	}
 }
 
-// wholeDays begins a query that reads from byDay.
-const wholeDays = "WITH {whole days} "
-
 // byDay is a subquery: what happened in the range {from} to {to}, by a key over event_name, channel and the day of hour. It
 // is for questions that the view events_between_by_day answers too, and takes a fifth of the CPU over a month: merging user
 // states is what takes the time, and here each is merged once.
 func byDay(key, where string) string {
 	return strings.NewReplacer("{key}", key, "{where}", where).Replace(
-		"(SELECT {key} AS key, {added up} FROM {database}.events_hourly WHERE {in whole days} AND {where} GROUP BY key" +
+		"{each shard}(WITH {whole days} SELECT {key} AS key, {added up} FROM {database}.events_hourly WHERE {in whole days} AND {where} GROUP BY key" +
 			" UNION ALL SELECT {key} AS key, {added up} FROM {database}.events_hourly WHERE {in whole hours} AND {where} GROUP BY key" +
-			" UNION ALL SELECT {key} AS key, {counts of events} FROM (SELECT *, toStartOfHour(timestamp) AS hour FROM {database}.events) WHERE {in seconds} AND {where} GROUP BY key)")
+			" UNION ALL SELECT {key} AS key, {counts of events} FROM (SELECT *, toStartOfHour(timestamp) AS hour FROM {database}.events) WHERE {in seconds} AND {where} GROUP BY key){/each shard}")
 }
 
 // byHour is byDay for a key that needs the hour.
@@ -243,10 +241,10 @@ func (q *metricsQuery) sql() string {
 		where += " AND channel = {channel:String}"
 	}
 	withTotal := func(key, order string) string {
-		return wholeDays + "SELECT key" + figures + "toUInt8(grouping(key) = 1) AS is_total FROM " + byDay(key, where) + " GROUP BY GROUPING SETS ((key), ()) ORDER BY " + order
+		return "SELECT key" + figures + "toUInt8(grouping(key) = 1) AS is_total FROM " + byDay(key, where) + " GROUP BY GROUPING SETS ((key), ()) ORDER BY " + order
 	}
 	besideTotal := func(groups, order string) string {
-		return wholeDays + "SELECT * FROM (SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + byDay("''", where) + " UNION ALL " + groups + ") ORDER BY " + order
+		return "SELECT * FROM (SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + byDay("''", where) + " UNION ALL " + groups + ") ORDER BY " + order
 	}
 	switch q.groupBy {
 	case "channel":
@@ -256,10 +254,10 @@ func (q *metricsQuery) sql() string {
 	case "hour":
 		return besideTotal("SELECT key"+figures+"toUInt8(0) AS is_total FROM "+byHour(isoHour("hour"), where)+" GROUP BY key", "key")
 	case "campaign": // only the raw table knows campaigns
-		return besideTotal(fmt.Sprintf("SELECT * FROM (SELECT CAST(campaign_id, 'String') AS key, count() AS total, uniqCombined64({user bits})(user_id) AS users, toUInt8(0) AS is_total FROM {database}.events "+
+		return besideTotal(fmt.Sprintf("SELECT * FROM (SELECT CAST(campaign_id, 'String') AS key, count() AS total, uniqCombined64({user bits})(user_id) AS users, toUInt8(0) AS is_total FROM {events} "+
 			"WHERE %s AND timestamp >= {from:UInt32} AND timestamp <= {to:UInt32} GROUP BY campaign_id ORDER BY total DESC, key LIMIT %d)", where, maxCampaigns+1), "total DESC, key") // one more shows that there are more
 	}
-	return wholeDays + "SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + byDay("''", where)
+	return "SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + byDay("''", where)
 }
 
 func isoHour(expr string) string { return "formatDateTime(" + expr + ", '%Y-%m-%dT%H:00:00Z', 'UTC')" }
@@ -297,8 +295,7 @@ func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error
 		return err
 	}
 	body := query.Body
-	query.Settings = append(m.store.exactly(), // an answer says that it is complete through a second: a replica has to have that much
-		ch.Setting{Key: "max_execution_time", Value: "10"}, ch.Setting{Key: "enable_positional_arguments", Value: "0"})
+	query.Settings = []ch.Setting{{Key: "max_execution_time", Value: "10"}, {Key: "enable_positional_arguments", Value: "0"}}
 	for attempt := 0; ; attempt++ {
 		reset()
 		query.Body = m.store.sql(body)

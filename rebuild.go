@@ -45,15 +45,31 @@ type rebuild struct {
 
 // rebuildHourly makes events_hourly as schema.sql says it now. It takes as long as ClickHouse needs to read events once.
 func rebuildHourly(ctx context.Context, cfg *settings, out io.Writer) error {
-	if err := newStore(cfg).applySchema(ctx); err != nil { // in the precision that the tables have
+	shards, err := newStore(cfg).prepare(ctx, 0) // in the precision that the tables have
+	if err != nil {
 		return err
 	}
-	r := &rebuild{store: newStore(cfg), out: out}
-	var err error
-	if r.conn, err = r.store.dial(ctx); err != nil {
+	if len(shards) > 1 && shards[0].replicated {
+		return errors.New("several shards of replicas cannot be made anew by this command")
+	}
+	for _, st := range shards {
+		st.userBits.Store(wantedUserBits)
+		if err := rebuildShard(ctx, st, out); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func rebuildShard(ctx context.Context, st *store, out io.Writer) (err error) {
+	r := &rebuild{store: st, out: out}
+	if r.conn, err = st.dial(ctx); err != nil {
 		return err
 	}
 	defer r.conn.Close()
+	if st.of > 1 {
+		fmt.Fprintf(out, "shard %d of %d\n", st.number, st.of)
+	}
 	if n, err := r.number(ctx, "SELECT count() FROM system.tables WHERE database = '{database}' AND name = '"+tableRebuilt+"'"); err != nil {
 		return err
 	} else if n > 0 {
@@ -116,7 +132,7 @@ func (r *rebuild) begin(ctx context.Context) (since int64, err error) {
 // awaitInserts returns when it is later than begun and no insert is running that began before it, or at the latest at
 // until; both are in the server's Unix milliseconds, as what it returns: the time by then.
 func (r *rebuild) awaitInserts(ctx context.Context, begun, until int64) (now int64, err error) {
-	if r.store.cluster != "" {
+	if r.store.replicated {
 		begun += replicaSkew.Milliseconds()
 	}
 	for {
@@ -144,7 +160,6 @@ func (r *rebuild) fill(ctx context.Context, since int64) error {
 	var all []uint32
 	err := r.conn.Do(ctx, ch.Query{
 		Body:     r.store.sql(fmt.Sprintf("SELECT DISTINCT toUnixTimestamp(toStartOfDay(timestamp)) AS day FROM {database}.events WHERE created_at < fromUnixTimestamp64Milli(%d) ORDER BY day", since)),
-		Settings: r.store.exactly(),
 		Result:   proto.Results{{Name: "day", Data: &days}},
 		OnResult: func(context.Context, proto.Block) error { all = append(all, days...); return nil },
 	})
@@ -158,7 +173,7 @@ func (r *rebuild) fill(ctx context.Context, since int64) error {
 		err := r.conn.Do(ctx, ch.Query{
 			Body: r.store.sql(fmt.Sprintf("INSERT INTO {database}.%s (event_name, channel, hour, {counts}) SELECT {counted} FROM {database}.events FINAL "+
 				"WHERE timestamp >= %d AND timestamp < %d AND created_at < fromUnixTimestamp64Milli(%d) GROUP BY event_name, channel, hour", tableNext, day, int64(day)+daySeconds, since)),
-			Settings: append(r.store.exactly(), ch.Setting{Key: "async_insert", Value: "0"}, ch.Setting{Key: "insert_deduplicate", Value: "0"},
+			Settings: append(r.store.byMajority(), ch.Setting{Key: "async_insert", Value: "0"}, ch.Setting{Key: "insert_deduplicate", Value: "0"},
 				ch.Setting{Key: "max_bytes_before_external_group_by", Value: "1000000000"}),
 		})
 		if err != nil {
@@ -199,7 +214,7 @@ func (r *rebuild) exchange(ctx context.Context) error {
 	if err := r.change(ctx, "DROP VIEW IF EXISTS {database}.events_hourly_mv{on cluster} SYNC"); err != nil {
 		return err
 	}
-	if err := r.store.applyAll(ctx, r.conn); err != nil {
+	if err := errors.Join(r.store.apply(ctx, r.conn, isNoView), r.store.apply(ctx, r.conn, isView)); err != nil {
 		return err
 	}
 	if err := r.change(ctx, "DROP VIEW IF EXISTS {database}."+viewNext+"{on cluster} SYNC"); err != nil {
@@ -232,7 +247,7 @@ func (r *rebuild) mend(ctx context.Context, since int64) error {
 
 // syncReplicas waits until every replica has the table's parts.
 func (r *rebuild) syncReplicas(ctx context.Context, table string) error {
-	if r.store.cluster == "" {
+	if !r.store.replicated {
 		return nil
 	}
 	return r.change(ctx, "SYSTEM SYNC REPLICA{on cluster} {database}."+table)
@@ -264,9 +279,8 @@ func (r *rebuild) number(ctx context.Context, sql string) (uint64, error) {
 	var n proto.ColUInt64
 	var last uint64
 	err := r.conn.Do(ctx, ch.Query{
-		Body:     r.store.sql(sql),
-		Settings: r.store.exactly(),
-		Result:   proto.Results{{Data: &n}},
+		Body:   r.store.sql(sql),
+		Result: proto.Results{{Data: &n}},
 		OnResult: func(context.Context, proto.Block) error {
 			if len(n) > 0 {
 				last = n[0]

@@ -89,9 +89,19 @@ func reconcile(ctx context.Context, st *store, r timeRange, quiet int, dryRun bo
 	})
 }
 
-// reconcileEach hands the rows that differ to each and, unless dryRun, mends them. It returns how many there were. The range
-// is widened to whole hours; what was written within the last quiet seconds is left out.
+// reconcileEach hands the rows that differ, shard by shard, to each and, unless dryRun, mends them. It returns how many there
+// were. The range is widened to whole hours; what was written within the last quiet seconds is left out.
 func reconcileEach(ctx context.Context, st *store, r timeRange, quiet int, dryRun bool, each func(unequal)) (rows int, err error) {
+	shards, err := st.shards(ctx)
+	for i := 0; err == nil && i < len(shards); i++ {
+		var n int
+		n, err = reconcileShard(ctx, shards[i], r, quiet, dryRun, each)
+		rows += n
+	}
+	return rows, err
+}
+
+func reconcileShard(ctx context.Context, st *store, r timeRange, quiet int, dryRun bool, each func(unequal)) (rows int, err error) {
 	from, to := r.from/hourSeconds*hourSeconds, (r.to+hourSeconds-1)/hourSeconds*hourSeconds
 	c, err := st.dial(ctx)
 	if err != nil {
@@ -107,9 +117,8 @@ func reconcileEach(ctx context.Context, st *store, r timeRange, quiet int, dryRu
 		missing, has        proto.ColInt64
 	)
 	err = c.Do(ctx, ch.Query{
-		Body:     st.sql("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") + " AS at, event_count AS missing, aggregated FROM (" + query + ") ORDER BY hour, name, ch"),
-		Settings: st.exactly(),
-		Result:   proto.Results{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "at", Data: &hour}, {Name: "missing", Data: &missing}, {Name: "aggregated", Data: &has}},
+		Body:   st.sql("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") + " AS at, event_count AS missing, aggregated FROM (" + query + ") ORDER BY hour, name, ch"),
+		Result: proto.Results{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "at", Data: &hour}, {Name: "missing", Data: &missing}, {Name: "aggregated", Data: &has}},
 		OnResult: func(context.Context, proto.Block) error {
 			for i := range missing {
 				rows++
@@ -123,6 +132,6 @@ func reconcileEach(ctx context.Context, st *store, r timeRange, quiet int, dryRu
 	}
 	return rows, c.Do(ctx, ch.Query{
 		Body:     st.sql("INSERT INTO {database}.events_hourly (event_name, channel, hour, {counts}) SELECT event_name, channel, hour, {counts} FROM (" + query + ")"),
-		Settings: append(st.exactly(), ch.Setting{Key: "async_insert", Value: "0"}, ch.Setting{Key: "insert_deduplicate", Value: "0"}),
+		Settings: append(st.byMajority(), ch.Setting{Key: "async_insert", Value: "0"}, ch.Setting{Key: "insert_deduplicate", Value: "0"}),
 	})
 }

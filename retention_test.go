@@ -18,7 +18,7 @@ func TestRetention(t *testing.T) {
 	db := space(env, "CLICKHOUSE_DATABASE")
 	start := func(days string) {
 		t.Helper()
-		if err := newStore(settingsFrom(t, append(env, "RETENTION_DAYS="+days))).applySchema(t.Context()); err != nil {
+		if _, err := newStore(settingsFrom(t, append(env, "RETENTION_DAYS="+days))).prepare(t.Context(), 0); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -1,8 +1,9 @@
 -- The tables, in the order in which an event meets them. Applied at every start: each statement is idempotent, and changes
 -- of a table stand behind the statement that makes it, so that a new table and one from years ago come out the same. None
 -- rewrites a part: a start is as fast with a billion rows.
--- {database} is replaced by the setting CLICKHOUSE_DATABASE; with CLICKHOUSE_CLUSTER the other braces say ON CLUSTER and
--- Replicated, else nothing. DEFINE is ours: what is said once and used in several places, by later definitions and by the
+-- {database} is replaced by the setting CLICKHOUSE_DATABASE; with replicas {on cluster} and {replicated} say ON CLUSTER and
+-- Replicated, else nothing. What stands between {each shard} and {/each shard} is answered by every shard of CLICKHOUSE_CLUSTER
+-- for itself, in one look at its tables. DEFINE is ours: what is said once and used in several places, by later definitions and by the
 -- program too. A statement ends with a semicolon at the end of a line.
 
 DEFINE {revenue of events} AS sumIf(toDecimal128(price, 4), event_name = 'purchase' AND currency IN ('TRY', ''));
@@ -137,35 +138,43 @@ GROUP BY event_name, channel, hour;
 -- cut hours at both ends from events. Use:
 -- SELECT sum(event_count) FROM events_between(from = 1767139200, to = 1767225600) WHERE channel = 'web'
 CREATE OR REPLACE VIEW {database}.events_between{on cluster} AS
-WITH
-    {whole hours}
 SELECT event_name, channel, hour, {counts}
-FROM {database}.events_hourly
-WHERE hour >= first_hour AND hour < end_hour
-UNION ALL
-SELECT {counted}
-FROM {database}.events
-WHERE {in seconds}
-GROUP BY event_name, channel, hour;
+FROM {each shard}
+(
+    WITH
+        {whole hours}
+    SELECT event_name, channel, hour, {counts}
+    FROM {database}.events_hourly
+    WHERE hour >= first_hour AND hour < end_hour
+    UNION ALL
+    SELECT {counted}
+    FROM {database}.events
+    WHERE {in seconds}
+    GROUP BY event_name, channel, hour
+){/each shard};
 
 -- The same for questions that no hour matters to, ten times as fast over a month: the hour of a whole day is its first.
 CREATE OR REPLACE VIEW {database}.events_between_by_day{on cluster} AS
-WITH
-    {whole days}
-SELECT event_name, channel, day AS hour, {counts}
-FROM
-(
-    SELECT event_name, channel, toStartOfDay(hour) AS day, {added up}
-    FROM {database}.events_hourly
-    WHERE {in whole days}
-    GROUP BY event_name, channel, toStartOfDay(hour)
-)
-UNION ALL
 SELECT event_name, channel, hour, {counts}
-FROM {database}.events_hourly
-WHERE {in whole hours}
-UNION ALL
-SELECT {counted}
-FROM {database}.events
-WHERE {in seconds}
-GROUP BY event_name, channel, hour;
+FROM {each shard}
+(
+    WITH
+        {whole days}
+    SELECT event_name, channel, day AS hour, {counts}
+    FROM
+    (
+        SELECT event_name, channel, toStartOfDay(hour) AS day, {added up}
+        FROM {database}.events_hourly
+        WHERE {in whole days}
+        GROUP BY event_name, channel, toStartOfDay(hour)
+    )
+    UNION ALL
+    SELECT event_name, channel, hour, {counts}
+    FROM {database}.events_hourly
+    WHERE {in whole hours}
+    UNION ALL
+    SELECT {counted}
+    FROM {database}.events
+    WHERE {in seconds}
+    GROUP BY event_name, channel, hour
+){/each shard};

@@ -82,9 +82,9 @@ func newSpace(t testing.TB, more ...string) []string {
 		t.Fatal("needs the embedded stack: run `make test`, or give -short to leave these tests out")
 	}
 	name := fmt.Sprintf("t%d_%d", os.Getpid(), time.Now().UnixNano())
-	t.Cleanup(func() { clickhouseQuery(t, "DROP DATABASE IF EXISTS "+name) })
+	t.Cleanup(func() { everyShard(t, "DROP DATABASE IF EXISTS "+name) })
 	return append([]string{
-		"KAFKA_BROKERS=" + stackEnv(t, "KAFKA_BROKERS"), "CLICKHOUSE_PORT=" + stackEnv(t, "CLICKHOUSE_PORT"),
+		"KAFKA_BROKERS=" + stackEnv(t, "KAFKA_BROKERS"), "CLICKHOUSE_PORT=" + stackEnv(t, "CLICKHOUSE_PORT"), "CLICKHOUSE_CLUSTER=" + stackEnv(t, "CLICKHOUSE_CLUSTER"),
 		"CLICKHOUSE_DATABASE=" + name, "KAFKA_TOPIC=" + name, "KAFKA_CONSUMER_GROUP=" + name,
 		"SERVER_HOST=127.0.0.1", "ADMIN_ADDR=off", "KAFKA_SESSION_TIMEOUT=1s",
 	}, more...)
@@ -95,11 +95,11 @@ func newSpace(t testing.TB, more ...string) []string {
 func faultSpace(t testing.TB, more ...string) []string {
 	t.Helper()
 	env := newSpace(t, more...)
-	if err := newStore(settingsFrom(t, env)).applySchema(t.Context()); err != nil {
+	if _, err := newStore(settingsFrom(t, env)).prepare(t.Context(), 0); err != nil {
 		t.Fatal(err)
 	}
 	for _, table := range []string{"events", "events_hourly"} {
-		clickhouseQuery(t, "ALTER TABLE "+space(env, "CLICKHOUSE_DATABASE")+"."+table+" MODIFY SETTING max_bytes_to_merge_at_max_space_in_pool = 1, max_bytes_to_merge_at_min_space_in_pool = 1, parts_to_throw_insert = 100000, parts_to_delay_insert = 100000")
+		everyShard(t, "ALTER TABLE "+space(env, "CLICKHOUSE_DATABASE")+"."+table+" MODIFY SETTING max_bytes_to_merge_at_max_space_in_pool = 1, max_bytes_to_merge_at_min_space_in_pool = 1, parts_to_throw_insert = 100000, parts_to_delay_insert = 100000")
 	}
 	return env
 }
@@ -205,7 +205,22 @@ func (p *program) do(method, path, contentType, encoding string, body []byte) (i
 
 func clickhouseQuery(t testing.TB, sql string) string {
 	t.Helper()
-	resp, err := http.Post("http://127.0.0.1:"+stackEnv(t, "CLICKHOUSE_HTTP_PORT"), "text/plain", strings.NewReader(sql))
+	first, _, _ := strings.Cut(stackEnv(t, "CLICKHOUSE_HTTP_PORT"), ",")
+	return queryAt(t, first, sql)
+}
+
+// everyShard is clickhouseQuery at each ClickHouse of the test's stack.
+func everyShard(t testing.TB, sql string) (answers []string) {
+	t.Helper()
+	for port := range strings.SplitSeq(stackEnv(t, "CLICKHOUSE_HTTP_PORT"), ",") {
+		answers = append(answers, queryAt(t, port, sql))
+	}
+	return answers
+}
+
+func queryAt(t testing.TB, port, sql string) string {
+	t.Helper()
+	resp, err := http.Post("http://127.0.0.1:"+port, "text/plain", strings.NewReader(sql))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -368,13 +383,22 @@ func mustHold(p *program, l *load.Loader) {
 	}
 }
 
-// mustCount fails the test unless both tables have so many events of the name, each once.
+// mustCount fails the test unless both tables have so many events of the name, each once: on each shard, and in all.
 func mustCount(t testing.TB, env []string, name string, want int64) {
 	t.Helper()
-	got := clickhouseQuery(t, fmt.Sprintf("SELECT count(), uniqExact(event_id), (SELECT sum(event_count) FROM %[1]s.events_hourly WHERE event_name = '%[2]s') FROM %[1]s.events WHERE event_name = '%[2]s'",
+	shards := everyShard(t, fmt.Sprintf("SELECT count(), uniqExact(event_id), (SELECT sum(event_count) FROM %[1]s.events_hourly WHERE event_name = '%[2]s') FROM %[1]s.events WHERE event_name = '%[2]s'",
 		space(env, "CLICKHOUSE_DATABASE"), name))
-	if got != fmt.Sprintf("%[1]d\t%[1]d\t%[1]d", want) {
-		t.Fatalf("accepted %d; rows, distinct rows and the aggregate's count are %s", want, got)
+	var rows, total int64
+	for _, got := range shards {
+		fmt.Sscan(got, &rows)
+		if got != fmt.Sprintf("%[1]d\t%[1]d\t%[1]d", rows) {
+			total = -1
+			break
+		}
+		total += rows
+	}
+	if total != want {
+		t.Fatalf("accepted %d; rows, distinct rows and the aggregate's count are, by shard, %q", want, shards)
 	}
 }
 

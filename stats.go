@@ -157,8 +157,16 @@ func (s *stats) watch(current *atomic.Pointer[consumer], wm *watermark, bodies *
 		})
 	}
 	gauge("event_ingestion_partitions_assigned", func(c *consumer) float64 { return float64(c.assigned.Load()) })
-	gauge("event_ingestion_dedupe_bytes", func(c *consumer) float64 { return float64(c.inserter.dedupe.bytes.Load()) })
-	gauge("event_ingestion_dedupe_minutes", func(c *consumer) float64 { return float64(c.inserter.dedupe.sets.Load()) })
+	sum := func(of func(*dedupe) int64) func(*consumer) float64 {
+		return func(c *consumer) (total float64) {
+			for _, l := range c.lanes {
+				total += float64(of(l.inserter.dedupe))
+			}
+			return total
+		}
+	}
+	gauge("event_ingestion_dedupe_bytes", sum(func(d *dedupe) int64 { return d.bytes.Load() }))
+	gauge("event_ingestion_dedupe_minutes", sum(func(d *dedupe) int64 { return d.sets.Load() }))
 }
 
 // help says what each metric is; the words before the colon are the type.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/tls"
 	_ "embed"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -27,11 +28,16 @@ var schemaSQL string
 type store struct {
 	options  ch.Options
 	database string
-	cluster  string       // of replicas, or empty
+	cluster  string       // CLICKHOUSE_CLUSTER
 	fsync    string       // 1 when an insert waits for the disk, else 0
 	keepDays int          // RETENTION_DAYS
 	userBits atomic.Int32 // precision of the user states that events_hourly has: queries have to say the same
 	broken   brokenParts
+
+	number, of int          // of the shard, from 1, and of how many; number is 0 of a store that stands for all
+	replicas   []string     // addresses of the shard's servers
+	current    atomic.Int32 // which of them is asked
+	replicated bool         // a shard of the cluster has several, and the engines are Replicated
 }
 
 // wantedUserBits is the precision of user states in a table that is made: see schema.sql.
@@ -59,16 +65,25 @@ func newStore(cfg *settings) *store {
 	if cfg.clickhouseFsync {
 		st.fsync = "1"
 	}
+	st.replicas, st.of = []string{st.options.Address}, 1
 	st.userBits.Store(wantedUserBits)
 	return st
 }
 
+// dial connects to the replica that answered last, or to the next one that answers.
 func (s *store) dial(ctx context.Context) (*ch.Client, error) {
-	c, err := ch.Dial(ctx, s.options)
-	if err != nil {
-		return nil, fmt.Errorf("connect to ClickHouse at %s: %w", s.options.Address, err)
+	var failures []error
+	for range s.replicas {
+		options, current := s.options, s.current.Load()
+		options.Address = s.replicas[int(current)%len(s.replicas)]
+		c, err := ch.Dial(ctx, options)
+		if err == nil {
+			return c, nil
+		}
+		failures = append(failures, fmt.Errorf("connect to ClickHouse at %s: %w", options.Address, err))
+		s.current.CompareAndSwap(current, current+1)
 	}
-	return c, nil
+	return nil, errors.Join(failures...)
 }
 
 // asker runs a query: a connection, or a pool of them.
@@ -76,25 +91,59 @@ type asker interface {
 	Do(ctx context.Context, q ch.Query) error
 }
 
-// applySchema brings the tables up to date: it runs schema.sql, statement by statement. A table whose user states have
-// another precision keeps it, and everything says that precision, until `reconcile -rebuild` has made the table anew.
-func (s *store) applySchema(ctx context.Context) error {
-	c, err := s.dial(ctx)
-	if err != nil {
-		return err
+// prepare finds the shards and brings their tables up to date: it runs schema.sql, statement by statement. A table whose user
+// states have another precision keeps it, and everything says that precision, until `reconcile -rebuild` has made the table
+// anew. The topic has so many partitions, 0 when that does not matter. The error is errPlacement when events were placed
+// otherwise.
+func (s *store) prepare(ctx context.Context, partitions int) (shards []*store, err error) {
+	if shards, err = s.shards(ctx); err != nil {
+		return nil, err
 	}
-	defer c.Close()
-	s.attachAll(ctx, c)
-	rebuilding, err := s.readStates(ctx, c)
-	if err != nil {
-		return err
+	conns := make([]*ch.Client, len(shards))
+	rebuilding := false
+	for i, sh := range shards {
+		if conns[i], err = sh.dial(ctx); err != nil {
+			return nil, err
+		}
+		defer conns[i].Close()
+		sh.attachAll(ctx, conns[i])
+		is, err := sh.readStates(ctx, conns[i])
+		if err != nil {
+			return nil, err
+		}
+		rebuilding = rebuilding || is
 	}
+	s.userBits.Store(shards[0].userBits.Load())
 	if rebuilding { // and it may be about to exchange the tables: nothing to be changed beside that
 		slog.Warn("events_hourly is being made anew, tables stay as they are; when no `event-ingestion reconcile -rebuild` runs, run it: it finishes what one has begun")
-		return nil
+		return shards, nil
 	}
-	if err := s.applyAll(ctx, c); err != nil {
+	for i, sh := range shards {
+		if err := sh.applyTables(ctx, conns[i], partitions); err != nil {
+			return nil, err
+		}
+	}
+	for i, sh := range shards { // which all have the tables that a view reads
+		if err := sh.apply(ctx, conns[i], isView); err != nil {
+			return nil, err
+		}
+	}
+	return shards, nil
+}
+
+// applyTables is prepare for all but the views of one shard.
+func (s *store) applyTables(ctx context.Context, c asker, partitions int) error {
+	place, err := s.checkPlacement(ctx, c, partitions)
+	if err != nil {
 		return err
+	}
+	if err := s.apply(ctx, c, isNoView); err != nil {
+		return err
+	}
+	if place {
+		if err := s.place(ctx, c, partitions); err != nil {
+			return fmt.Errorf("note which shard this is: %w", err)
+		}
 	}
 	if bits := s.userBits.Load(); bits != wantedUserBits {
 		slog.Warn("events_hourly has user states of another precision, which works and is slow; `event-ingestion reconcile -rebuild` makes it anew from events while ingestion goes on",
@@ -103,11 +152,22 @@ func (s *store) applySchema(ctx context.Context) error {
 	return nil
 }
 
-func (s *store) applyAll(ctx context.Context, c asker) error {
+// Kinds of statements of schema.sql.
+func isView(stmt string) bool   { return strings.Contains(stmt, "CREATE OR REPLACE VIEW") }
+func isNoView(stmt string) bool { return !isView(stmt) }
+
+// apply runs the statements of a kind; the tables' retention is one of isNoView.
+func (s *store) apply(ctx context.Context, c asker, kind func(stmt string) bool) error {
 	for _, stmt := range s.schema() {
+		if !kind(stmt) {
+			continue
+		}
 		if err := s.change(ctx, c, stmt); err != nil {
 			return fmt.Errorf("apply schema.sql: %w", err)
 		}
+	}
+	if !kind("") {
+		return nil
 	}
 	for table, column := range map[string]string{"events": "timestamp", "events_hourly": "hour"} {
 		if err := s.applyRetention(ctx, c, table, column); err != nil {
@@ -148,10 +208,10 @@ func (s *store) applyRetention(ctx context.Context, c asker, table, column strin
 	return s.change(ctx, c, "ALTER TABLE {database}."+table+"{on cluster} MODIFY TTL "+wanted)
 }
 
-// change runs a statement that answers nothing: on a cluster, when every replica has done it.
+// change runs a statement that answers nothing: with replicas, when every one has done it.
 func (s *store) change(ctx context.Context, c asker, stmt string) error {
 	q := ch.Query{Body: s.sql(stmt)}
-	if s.cluster != "" {
+	if s.replicated {
 		q.Settings = []ch.Setting{{Key: "distributed_ddl_output_mode", Value: "none"}} // else it answers a row a replica
 	}
 	return c.Do(ctx, q)
@@ -178,7 +238,7 @@ func (s *store) readStates(ctx context.Context, c asker) (rebuilding bool, err e
 	return len(tables) == 1 && tables[0] > 0, nil
 }
 
-// schema returns the statements of schema.sql, for one server or for a cluster of replicas.
+// schema returns the statements of schema.sql, for one server or for one of a cluster.
 func (s *store) schema() (statements []string) {
 	for _, stmt := range schemaStatements {
 		statements = append(statements, s.sql(stmt))
@@ -215,11 +275,12 @@ func statementsOf(table, name string) (statements []string) {
 // Keeper by the server's default_replica_path and default_replica_name.
 func (s *store) sql(text string) string {
 	onCluster, replicated := "", ""
-	if s.cluster != "" {
+	if s.replicated {
 		onCluster, replicated = " ON CLUSTER '"+s.cluster+"'", "Replicated"
 	}
 	text = strings.NewReplacer(definitions...).Replace(text) // what is defined may name {database}
-	return strings.NewReplacer("{database}", s.database, "{on cluster}", onCluster, "{replicated}", replicated, "{fsync}", s.fsync,
+	before, behind := s.aroundShards()
+	return strings.NewReplacer("{events}", s.fromAll("events"), "{events_hourly}", s.fromAll("events_hourly"), "{each shard}", before, "{/each shard}", behind, "{database}", s.database, "{on cluster}", onCluster, "{replicated}", replicated, "{fsync}", s.fsync,
 		"{user bits}", strconv.Itoa(int(s.userBits.Load()))).Replace(text)
 }
 
@@ -232,21 +293,17 @@ func saysOtherStates(err error) bool {
 	return ok && slices.Contains(otherStates, e.Code)
 }
 
-// exactly are the settings without which a replica may not have what another one acknowledged: inserts go to a majority,
-// one after another, and a read that decides what is counted sees all of them.
-func (s *store) exactly() []ch.Setting {
-	if s.cluster == "" {
+// byMajority are the settings of an insert that a majority of a shard's replicas has when it is acknowledged.
+func (s *store) byMajority() []ch.Setting {
+	if !s.replicated {
 		return nil
 	}
-	return []ch.Setting{
-		{Key: "insert_quorum", Value: "auto"}, {Key: "insert_quorum_parallel", Value: "0"},
-		{Key: "select_sequential_consistency", Value: "1"},
-	}
+	return []ch.Setting{{Key: "insert_quorum", Value: "auto"}, {Key: "insert_quorum_parallel", Value: "1"}}
 }
 
 // processes is the table of running queries, of every replica.
 func (s *store) processes() string {
-	if s.cluster == "" {
+	if !s.replicated {
 		return "system.processes"
 	}
 	return "clusterAllReplicas('" + s.cluster + "', system.processes)"

@@ -208,7 +208,7 @@ func TestFsync(t *testing.T) {
 	t.Parallel()
 	env := newSpace(t)
 	for value, want := range map[string]string{"true": "1", "false": "0"} {
-		if err := newStore(settingsFrom(t, append(env, "CLICKHOUSE_FSYNC="+value))).applySchema(t.Context()); err != nil {
+		if _, err := newStore(settingsFrom(t, append(env, "CLICKHOUSE_FSYNC="+value))).prepare(t.Context(), 0); err != nil {
 			t.Fatal(err)
 		}
 		if n := clickhouseQuery(t, "SELECT count() FROM system.tables WHERE database = '"+space(env, "CLICKHOUSE_DATABASE")+"' AND name IN ('events', 'events_hourly') AND create_table_query LIKE '%fsync_after_insert = "+want+", fsync_part_directory = "+want+"%'"); n != "2" {

@@ -46,7 +46,7 @@ func TestDocumentRoutes(t *testing.T) {
 			documented = append(documented, strings.ToUpper(method)+" "+path)
 		}
 	}
-	s := &system{cfg: &settings{role: "all"}, metrics: newMetricsAPI(nil, nil), ready: &readiness{}}
+	s := &system{cfg: &settings{role: "all"}, metrics: newMetricsAPI(nil, nil, nil), ready: &readiness{}}
 	for _, rt := range s.routes(nil) {
 		short := rt.name == "segment" && (len(rt.path) == len("/v1/t") || rt.path == "/v1/import") // stands with the whole name
 		if rt.name != "pages" && !short {

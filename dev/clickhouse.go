@@ -1,11 +1,13 @@
 // ClickHouse as a supervised child: started again when it dies, ended with dev.
 //
 // The child is clickhouse-local, told to listen (library.go says from where). clickhouse.go owns its process, its
-// settings (clickhouse.xml) and its log, tells when it answers, and leaves the native port to the shield (shield.go).
+// settings (clickhouse.xml) and its log, tells when it answers, and leaves the native port to the shield (shield.go). With
+// -shards there are several, and each knows all of them as one cluster.
 
 package main
 
 import (
+	"bytes"
 	"context"
 	_ "embed"
 	"errors"
@@ -42,6 +44,9 @@ const (
 	askTimeout = 2 * time.Second
 )
 
+// clusterName is what the servers of -shards are together.
+const clusterName = "shards"
+
 //go:embed clickhouse.xml
 var clickhouseSettings []byte
 
@@ -50,7 +55,8 @@ type clickhouse struct {
 	engine               engine
 	dir, log, settings   string // the data, and two files beside it
 	nativePort, httpPort int
-	keepFree             int // bytes of the disk that it leaves alone
+	cluster              []int // native ports of all shards
+	keepFree             int   // bytes of the disk that it leaves alone
 	logLevel             string
 	version              string // "" until it has answered once; written under mu
 
@@ -70,12 +76,17 @@ type clickhouse struct {
 	done   chan struct{} // closed when the supervisor has ended
 }
 
-func newClickHouse(cfg *config, e engine) *clickhouse {
+// newClickHouse returns the server of a shard, counted from 0.
+func newClickHouse(cfg *config, e engine, shard int) *clickhouse {
+	name := "clickhouse"
+	if shard > 0 {
+		name = fmt.Sprintf("clickhouse-%d", shard+1)
+	}
 	c := &clickhouse{
-		engine: e, nativePort: cfg.nativePort, httpPort: cfg.httpPort, keepFree: cfg.keepFree * megabyte, logLevel: "warning",
-		dir:      filepath.Join(cfg.data, "clickhouse"),
-		log:      filepath.Join(cfg.data, "clickhouse.log"),
-		settings: filepath.Join(cfg.data, "clickhouse.xml"),
+		engine: e, nativePort: cfg.native[shard], httpPort: cfg.http[shard], cluster: cfg.native, keepFree: cfg.keepFree * megabyte, logLevel: "warning",
+		dir:      filepath.Join(cfg.data, name),
+		log:      filepath.Join(cfg.data, name+".log"),
+		settings: filepath.Join(cfg.data, name+".xml"),
 		quit:     make(chan struct{}),
 		done:     make(chan struct{}),
 	}
@@ -92,7 +103,7 @@ func (c *clickhouse) start(ctx context.Context) error {
 	if err := os.MkdirAll(c.dir, 0o755); err != nil {
 		return err
 	}
-	if err := os.WriteFile(c.settings, clickhouseSettings, 0o644); err != nil {
+	if err := os.WriteFile(c.settings, c.settingsXML(), 0o644); err != nil {
 		return err
 	}
 	var err error
@@ -114,6 +125,20 @@ func (c *clickhouse) start(ctx context.Context) error {
 			"free some, or give it less to keep: KEEP_FREE_MB=100", c.dir, c.keepFree/megabyte)
 	}
 	return nil
+}
+
+// settingsXML is clickhouse.xml, with the cluster of all shards when there are several.
+func (c *clickhouse) settingsXML() []byte {
+	if len(c.cluster) == 1 {
+		return clickhouseSettings
+	}
+	const end = "</clickhouse>"
+	servers := "<remote_servers><" + clusterName + ">"
+	for _, port := range c.cluster {
+		servers += fmt.Sprintf("<shard><replica><host>127.0.0.1</host><port>%d</port></replica></shard>", port)
+	}
+	servers += "</" + clusterName + "></remote_servers>\n"
+	return bytes.Replace(clickhouseSettings, []byte(end), []byte(servers+end), 1)
 }
 
 // childPort is where the shield passes connections on to.
@@ -176,7 +201,7 @@ func (c *clickhouse) supervise() {
 
 // spawn starts a child, under mu.
 func (c *clickhouse) spawn() error {
-	ports, err := freePorts(1, c.httpPort)
+	ports, err := freePorts(1, append([]int{c.httpPort}, c.cluster...)...)
 	if err != nil {
 		return err
 	}

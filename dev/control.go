@@ -5,6 +5,7 @@
 //	POST /clickhouse/start     returns when it answers queries
 //	POST /clickhouse/pause     SIGSTOP: connections stay open and nothing answers
 //	POST /clickhouse/resume    SIGCONT
+//	                           of one shard: /clickhouse/2/kill and so on, counted from 1; else all of them
 //	POST /kafka/stop           closes both brokers and every connection; of a cluster, kill -9 of every node
 //	POST /kafka/kill/{node}    kill -9 of one node of a cluster; DEV_KAFKA_NODES has the names
 //	POST /kafka/start          the same ports and data; returns when all brokers answer
@@ -16,6 +17,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -23,23 +25,36 @@ import (
 )
 
 // serveControl serves on a free port of loopback, which is in Addr, until Close.
-func serveControl(kafka kafka, ch *clickhouse) (*http.Server, error) {
+func serveControl(kafka kafka, shards []*clickhouse) (*http.Server, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
 	}
 	mux := http.NewServeMux()
-	for path, action := range map[string]func(*http.Request) error{
-		"/clickhouse/kill":   func(*http.Request) error { return ch.kill() },
-		"/clickhouse/stop":   func(*http.Request) error { ch.down(); return nil },
-		"/clickhouse/start":  func(r *http.Request) error { return ch.up(r.Context()) },
-		"/clickhouse/pause":  func(*http.Request) error { return ch.signal(syscall.SIGSTOP) },
-		"/clickhouse/resume": func(*http.Request) error { return ch.signal(syscall.SIGCONT) },
+	actions := map[string]func(*http.Request) error{
 		"/kafka/stop":        func(*http.Request) error { kafka.stop(); return nil },
 		"/kafka/start":       func(r *http.Request) error { return kafka.start(r.Context()) },
 		"/kafka/kill/{node}": func(r *http.Request) error { return kafka.kill(r.PathValue("node")) },
 		"/kafka/cut":         func(*http.Request) error { return kafka.cut() },
+	}
+	for verb, action := range map[string]func(*clickhouse, *http.Request) error{
+		"kill":   func(ch *clickhouse, _ *http.Request) error { return ch.kill() },
+		"stop":   func(ch *clickhouse, _ *http.Request) error { ch.down(); return nil },
+		"start":  func(ch *clickhouse, r *http.Request) error { return ch.up(r.Context()) },
+		"pause":  func(ch *clickhouse, _ *http.Request) error { return ch.signal(syscall.SIGSTOP) },
+		"resume": func(ch *clickhouse, _ *http.Request) error { return ch.signal(syscall.SIGCONT) },
 	} {
+		actions["/clickhouse/"+verb] = func(r *http.Request) (err error) {
+			for _, ch := range shards {
+				err = errors.Join(err, action(ch, r))
+			}
+			return err
+		}
+		for i, ch := range shards {
+			actions[fmt.Sprintf("/clickhouse/%d/%s", i+1, verb)] = func(r *http.Request) error { return action(ch, r) }
+		}
+	}
+	for path, action := range actions {
 		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {
 			if err := action(r); err != nil {
 				http.Error(w, err.Error(), http.StatusConflict)

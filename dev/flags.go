@@ -19,7 +19,7 @@ const (
 	kindCluster  = "cluster"
 )
 
-const usage = `dev runs a command with what the program needs around it: two Kafka-protocol brokers and a ClickHouse.
+const usage = `dev runs a command with what the program needs around it: two Kafka-protocol brokers and a ClickHouse, or several.
 
   dev [flags] -- CMD ARGS…   start both, wait until they answer, run CMD, stop everything with it;
                              ends with CMD's exit code
@@ -28,6 +28,7 @@ const usage = `dev runs a command with what the program needs around it: two Kaf
 CMD finds in its environment KAFKA_BROKERS, CLICKHOUSE_HOST, CLICKHOUSE_PORT, CLICKHOUSE_HTTP_PORT,
 CLICKHOUSE_USERNAME, CLICKHOUSE_PASSWORD and DEV_CONTROL, where fault tests take parts of the stack away;
 DEV_KAFKA_NODES names the brokers of a cluster that can be killed one by one, DEV_COMMAND is dev itself.
+With -shards, CLICKHOUSE_CLUSTER names the cluster that the servers make, and CLICKHOUSE_HTTP_PORT lists their ports.
 ClickHouse is the library CLICKHOUSE_LIB if that is set, else a recent clickhouse from the PATH, else a library
 that npm brings once. -kafka cluster needs Java 17 and, once, Maven.
 
@@ -38,6 +39,8 @@ const (
 	megabyte = 1_000_000
 	// defaultKeepFree, in MB, is two seconds of a disk that is being filled as fast as it can be, and little for a laptop.
 	defaultKeepFree = 1000
+	// maxShards is as many servers as a machine may try to hold.
+	maxShards = 16
 )
 
 // config is what the command line says.
@@ -47,8 +50,11 @@ type config struct {
 	kafka      string // kindEmbedded or kindCluster
 	compose    string
 	kafkaPorts []int
-	nativePort int
-	httpPort   int
+	shards     int
+	nativePort int   // as the command line says it
+	httpPort   int   // the same
+	native     []int // one a shard
+	http       []int
 	keepFree   int // MB
 	verbose    bool
 
@@ -57,7 +63,7 @@ type config struct {
 }
 
 func (cfg *config) ports() []int {
-	return append([]int{cfg.nativePort, cfg.httpPort}, cfg.kafkaPorts...)
+	return slices.Concat(cfg.native, cfg.http, cfg.kafkaPorts)
 }
 
 // parseFlags takes everything before the first `--` as flags and the rest as CMD. After flag.ErrHelp the usage is on
@@ -82,8 +88,9 @@ func parseFlags(args []string, out io.Writer) (*config, error) {
 	fs.StringVar(&cfg.kafka, "kafka", kindEmbedded, "`KIND` of brokers: embedded, in this process; or cluster, Apache Kafka as the compose file sets it up")
 	fs.StringVar(&cfg.compose, "compose", "docker-compose.yml", "`FILE` that a cluster is derived from")
 	fs.StringVar(&kafkaPorts, "kafka-ports", "29092,29093", "a broker on each of these `PORTS` of 127.0.0.1")
-	fs.IntVar(&cfg.nativePort, "clickhouse-port", 9000, "ClickHouse's native `PORT`")
-	fs.IntVar(&cfg.httpPort, "clickhouse-http-port", 8123, "ClickHouse's HTTP `PORT`")
+	fs.IntVar(&cfg.shards, "shards", 1, "so many ClickHouse servers, `N`, each a shard of one cluster")
+	fs.IntVar(&cfg.nativePort, "clickhouse-port", 9000, "ClickHouse's native `PORT`; more servers have the ports behind it")
+	fs.IntVar(&cfg.httpPort, "clickhouse-http-port", 8123, "ClickHouse's HTTP `PORT`; more servers have the ports behind it")
 	fs.IntVar(&cfg.keepFree, "keep-free", keepFree, "ClickHouse leaves the last so many `MB` of its disk alone; KEEP_FREE_MB sets the default")
 	fs.BoolVar(&cfg.verbose, "v", false, "log more: the brokers here, ClickHouse in DIR/clickhouse.log")
 	fs.SetOutput(io.Discard) // else Parse buries its error under the whole usage
@@ -127,6 +134,12 @@ func parseFlags(args []string, out io.Writer) (*config, error) {
 			return nil, fmt.Errorf("-kafka-ports %q is not a list of port numbers", kafkaPorts)
 		}
 		cfg.kafkaPorts = append(cfg.kafkaPorts, port)
+	}
+	if cfg.shards < 1 || cfg.shards > maxShards {
+		return nil, fmt.Errorf("-shards %d has to be 1 to %d", cfg.shards, maxShards)
+	}
+	for i := range cfg.shards {
+		cfg.native, cfg.http = append(cfg.native, cfg.nativePort+i), append(cfg.http, cfg.httpPort+i)
 	}
 	if cfg.keepFree < 0 {
 		return nil, fmt.Errorf("-keep-free %d has to be 0 or more", cfg.keepFree)

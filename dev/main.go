@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -111,15 +112,19 @@ func run(cfg *config) (code int, err error) {
 	}
 	progress("kafka ready on %s (%s)", kafka.addresses(), since(started))
 
-	started = time.Now()
-	ch := newClickHouse(cfg, engine)
-	if err := ch.start(ctx); err != nil {
-		return 1, err
+	var shards []*clickhouse
+	for i := range cfg.shards {
+		started = time.Now()
+		ch := newClickHouse(cfg, engine, i)
+		if err := ch.start(ctx); err != nil {
+			return 1, err
+		}
+		defer ch.end(cfg.ephemeral)
+		shards = append(shards, ch)
+		progress("clickhouse %s ready on 127.0.0.1:%d, http %d (%s)", ch.version, ch.nativePort, ch.httpPort, since(started))
 	}
-	defer ch.end(cfg.ephemeral)
-	progress("clickhouse %s ready on 127.0.0.1:%d, http %d (%s)", ch.version, cfg.nativePort, cfg.httpPort, since(started))
 
-	control, err := serveControl(kafka, ch)
+	control, err := serveControl(kafka, shards)
 	if err != nil {
 		return 1, err
 	}
@@ -128,12 +133,17 @@ func run(cfg *config) (code int, err error) {
 	if err != nil {
 		return 1, err
 	}
+	cluster := ""
+	if len(shards) > 1 {
+		cluster = clusterName
+	}
 	return runCommand(cfg.args, signals, []string{
 		"KAFKA_BROKERS=" + kafka.addresses(),
 		"DEV_KAFKA_NODES=" + kafka.names(),
 		"CLICKHOUSE_HOST=127.0.0.1",
-		"CLICKHOUSE_PORT=" + strconv.Itoa(cfg.nativePort),
-		"CLICKHOUSE_HTTP_PORT=" + strconv.Itoa(cfg.httpPort),
+		"CLICKHOUSE_PORT=" + strconv.Itoa(cfg.native[0]),
+		"CLICKHOUSE_HTTP_PORT=" + joinPorts(cfg.http),
+		"CLICKHOUSE_CLUSTER=" + cluster,
 		"CLICKHOUSE_USERNAME=default",
 		"CLICKHOUSE_PASSWORD=",
 		"DEV_CONTROL=http://" + control.Addr,
@@ -147,13 +157,21 @@ func (cfg *config) makeEphemeral() (err error) {
 	if cfg.data, err = os.MkdirTemp("", temporaryPrefix); err != nil {
 		return err
 	}
-	ports, err := freePorts(2 + len(cfg.kafkaPorts))
+	ports, err := freePorts(2*cfg.shards + len(cfg.kafkaPorts))
 	if err != nil {
 		os.RemoveAll(cfg.data)
 		return err
 	}
-	cfg.nativePort, cfg.httpPort, cfg.kafkaPorts = ports[0], ports[1], ports[2:]
+	cfg.native, cfg.http, cfg.kafkaPorts = ports[:cfg.shards:cfg.shards], ports[cfg.shards:2*cfg.shards:2*cfg.shards], ports[2*cfg.shards:]
 	return nil
+}
+
+func joinPorts(ports []int) string {
+	var list []string
+	for _, port := range ports {
+		list = append(list, strconv.Itoa(port))
+	}
+	return strings.Join(list, ",")
 }
 
 // runCommand runs CMD with more environment and returns its exit code. The first signal is passed on, once, to the
