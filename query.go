@@ -1,7 +1,7 @@
 // The metrics endpoint: how many events and users, in a range that is exact to the second.
 //
-// query.go asks the views of schema.sql, which put an answer together from whole days, whole hours and, at both ends of the
-// range, seconds. It owns a small pool of ClickHouse connections.
+// query.go builds its queries from the definitions of schema.sql, which cut a range into whole days, whole hours and, at its
+// ends, seconds. It owns a small pool of ClickHouse connections.
 
 package main
 
