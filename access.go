@@ -30,10 +30,10 @@ type access struct {
 	tls       *tls.Config // nil without TLS
 	logShare  float64     // ACCESS_LOG
 	faultLogs atomic.Int64
-	second    atomic.Int64 // that faultLogs counts in
+	second    atomic.Int64 // whose failures faultLogs counts
 }
 
-// keyring is the hashes of keys: all have one length, so that comparing tells nothing.
+// keyring holds the hashes of the keys. All are equally long, so that comparing them gives nothing away.
 type keyring struct {
 	all     [][sha256.Size]byte // API_KEYS
 	writing [][sha256.Size]byte // WRITE_KEYS
@@ -44,22 +44,22 @@ type rights int
 
 const (
 	mayNothing rights = iota
-	maySend           // events, and ask for nothing: what a page brings is public
+	maySend           // sends events and reads nothing: a key in a page is public
 	mayAll
 )
 
-// client is who sends: the hash of a valid key, or an address. An address of IPv6 is its network of 64 bits, all of which
-// one host has.
+// client identifies a sender: by the hash of a valid key, else by address. An IPv6 address counts as its /64 network,
+// because one host has all of it.
 type client [sha256.Size]byte
 
-// clientOf is by address when the request brought no key that counts. Behind a proxy that is the proxy's.
+// clientOf goes by address when the request has no valid key. Behind a proxy, that is the proxy's address.
 func clientOf(w http.ResponseWriter, r *http.Request) (c client) {
 	if x, ok := w.(*exchange); ok && x.client != (client{}) {
 		return x.client
 	}
 	from, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil {
-		return client{} // a socket without addresses: all of them are one
+		return client{} // a socket without addresses: all its clients count as one
 	}
 	addr := from.Addr().Unmap().WithZone("").As16()
 	if !from.Addr().Unmap().Is4() {
@@ -90,7 +90,7 @@ func newAccess(cfg *settings) (*access, error) {
 	return a, nil
 }
 
-// load takes in keys and certificate; on an error everything stays as it was.
+// load replaces the keys and the certificate; on an error both stay as they were.
 func (a *access) load(cfg *settings) error {
 	var cert tls.Certificate
 	if cfg.tlsCertFile != "" {
@@ -112,7 +112,7 @@ func hashesOf(keys []string) [][sha256.Size]byte {
 	return hashes
 }
 
-// reload is what SIGHUP does: keys and certificate as the settings and files are now. Everything else needs a restart.
+// reload is what SIGHUP does: it reads the keys and the certificate again. Everything else needs a restart.
 func (a *access) reload() {
 	cfg, err := loadSettings(os.Getenv)
 	if err == nil && cfg.isOpen() && !a.keys.Load().isEmpty() {
@@ -156,18 +156,18 @@ func (a *access) admits(x *exchange, r *http.Request) bool {
 	return false
 }
 
-// crosses answers a preflight, and says whether a request may come from the page that it comes from.
+// crosses answers a preflight, and says whether the page that a request comes from may send it.
 func (a *access) crosses(w http.ResponseWriter, r *http.Request) bool {
 	origin, h := r.Header.Get("Origin"), w.Header()
 	if len(a.origins) > 0 {
-		h.Add("Vary", "Origin") // also without one: a cache must not give this answer to a page
+		h.Add("Vary", "Origin") // also without an Origin: a cache must not give this answer to a page
 	}
 	switch method := r.Header.Get("Access-Control-Request-Method"); {
 	case origin == "":
 	case slices.Contains(a.origins, "*") || slices.Contains(a.origins, origin):
 		h.Set("Access-Control-Allow-Origin", origin)
 		h.Set("Access-Control-Expose-Headers", "Retry-After, X-Request-Id")
-		if r.Method == http.MethodPost || method == http.MethodPost { // a beacon comes with credentials, of which none count here
+		if r.Method == http.MethodPost || method == http.MethodPost { // a beacon sends credentials; they are ignored here
 			h.Set("Access-Control-Allow-Credentials", "true")
 		}
 		if r.Method == http.MethodOptions && method != "" {
@@ -185,14 +185,14 @@ func (a *access) crosses(w http.ResponseWriter, r *http.Request) bool {
 	return true
 }
 
-// needsNoPreflight says whether a browser sends such a request of any page without asking first. The types of forms are none
-// that this API takes.
+// needsNoPreflight says whether a browser sends such a request from any page without asking first. Of the types that a form
+// can have, this API takes only text/plain.
 func needsNoPreflight(r *http.Request) bool {
 	media := r.Header.Get("Content-Type")
 	return media == "" || mediaType(r) == typeText
 }
 
-// isOwnPage says whether origin is this server, by the name that the client calls it.
+// isOwnPage says whether origin is this server, under the name that the client used.
 func isOwnPage(r *http.Request, origin string) bool {
 	_, host, _ := strings.Cut(origin, "://")
 	return host != "" && host == r.Host
@@ -203,8 +203,8 @@ func takesEvents(r *http.Request) bool {
 	return r.Method == http.MethodPost && (r.URL.Path == "/api/v1/events" || r.URL.Path == "/api/v1/events/bulk" || strings.HasPrefix(r.URL.Path, "/v1/"))
 }
 
-// keyOf is the key that a request brings, empty when there is none. Segment's clients send it as a user without a password. In
-// the URL, where histories and logs of others keep it, it counts only where events are taken.
+// keyOf returns the request's key, empty without one. Segment's clients send it as a user name without a password. A key in
+// the URL ends up in browser histories and other people's logs, so it counts only where events are taken.
 func keyOf(r *http.Request) string {
 	if key := r.Header.Get("X-API-Key"); key != "" {
 		return key
@@ -222,7 +222,7 @@ func keyOf(r *http.Request) string {
 	return ""
 }
 
-// queryValue is the first value that a query has for name, empty when it cannot be decoded. It builds no map.
+// queryValue returns the query's first value for name, empty when it cannot be decoded. It builds no map.
 func queryValue(rawQuery, name string) (value string, is bool) {
 	for pair := range strings.SplitSeq(rawQuery, "&") {
 		if n, v, _ := strings.Cut(pair, "="); n == name {
@@ -233,7 +233,7 @@ func queryValue(rawQuery, name string) (value string, is bool) {
 	return "", false
 }
 
-// rightsOf is what a key allows, and whose it is; without any keys everybody may do everything, and a key is nobody's.
+// rightsOf says what a key allows and whose it is. When no keys are set, everybody may do everything, and a key is nobody's.
 func (a *access) rightsOf(given string) (rights, client) {
 	keys := a.keys.Load()
 	if keys.isEmpty() {
@@ -249,7 +249,7 @@ func (a *access) rightsOf(given string) (rights, client) {
 	return mayNothing, client{}
 }
 
-// isAmong compares with all hashes, so that the time does not say which it was.
+// isAmong compares with every hash, so that the time it takes does not tell which one matched.
 func isAmong(hash *[sha256.Size]byte, hashes [][sha256.Size]byte) bool {
 	found := 0
 	for i := range hashes {

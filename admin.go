@@ -32,7 +32,7 @@ const (
 	readyTimeout = 3 * time.Second
 	// readyAge is how old an answer may be: whoever asks more often gets the last one.
 	readyAge = time.Second
-	// stalledAfter is when a consumer that stores nothing is called stalled. A slow insert takes a second or two.
+	// stalledAfter is how long a consumer may store nothing before it is called stalled. A slow insert takes a second or two.
 	stalledAfter = 3 * time.Second
 )
 
@@ -45,10 +45,10 @@ type readiness struct {
 	troubles  *troubles
 	consumer  atomic.Pointer[consumer] // nil until it runs
 	stopping  atomic.Bool
-	consumes  bool // by its ROLE
+	consumes  bool // ROLE is not api
 
-	mu        sync.Mutex // guards what follows; who holds it asks, and the others wait for the answer
-	conn      *ch.Client // of its own: slow queries cannot take it away; nil when the last attempt failed
+	mu        sync.Mutex // guards what follows; its holder asks while the others wait for the answer
+	conn      *ch.Client // its own, so that slow queries cannot occupy it; nil when the last attempt failed
 	answered  time.Time
 	kafkaErr  error
 	tablesErr error
@@ -86,8 +86,8 @@ func (rd *readiness) serve(w http.ResponseWriter, _ *http.Request) {
 	writeJSON(w, status, append(b, "}\n"...))
 }
 
-// dependencies asks Kafka and ClickHouse, at most once in readyAge for all who want to know. A client that goes away does
-// not end the question: the others wait for its answer.
+// dependencies asks Kafka and ClickHouse, at most once per readyAge for everybody. A client that goes away does not cancel
+// the check: the others wait for its answer.
 func (rd *readiness) dependencies() (kafkaErr, tablesErr error) {
 	rd.mu.Lock()
 	defer rd.mu.Unlock()
@@ -104,8 +104,8 @@ func (rd *readiness) dependencies() (kafkaErr, tablesErr error) {
 	return rd.kafkaErr, rd.tablesErr
 }
 
-// tables says whether ClickHouse answers and has the tables. The server may have closed the connection since: a first
-// failure without an answer is tried again, on a new one.
+// tables says whether ClickHouse answers and has the tables. The server may have closed an idle connection, so a first
+// failure without an answer is retried on a new one.
 func (rd *readiness) tables(ctx context.Context) (err error) {
 	for attempt := 0; attempt < 2; attempt++ {
 		if rd.conn == nil || rd.conn.IsClosed() {
@@ -114,7 +114,7 @@ func (rd *readiness) tables(ctx context.Context) (err error) {
 			}
 		}
 		conn := rd.conn
-		stop := context.AfterFunc(ctx, func() { conn.Close() }) // ch-go looks at ctx between two packets only
+		stop := context.AfterFunc(ctx, func() { conn.Close() }) // ch-go checks ctx only between two packets
 		var n proto.ColUInt8
 		err = conn.Do(ctx, ch.Query{
 			Body:   "SELECT toUInt8(count() >= 0) AS n FROM " + rd.store.database + ".events_hourly WHERE event_name = ''",
@@ -135,7 +135,7 @@ func (rd *readiness) tables(ctx context.Context) (err error) {
 	return err
 }
 
-// brokers asks all of them at once; one that answers is enough, and one that hangs holds nobody up.
+// brokers asks all of them at once: one answer is enough, and a broker that hangs delays nobody.
 func (rd *readiness) brokers(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
@@ -164,8 +164,8 @@ func (rd *readiness) brokers(ctx context.Context) error {
 	return err
 }
 
-// consuming says how storing goes, in words, and whether it runs at all. An instance that stands still stays ready: it accepts,
-// and Kafka keeps.
+// consuming says in words how storing goes, and whether the consumer runs at all. A stalled instance stays ready: it still
+// accepts events, and Kafka keeps them.
 func (rd *readiness) consuming() (text string, running bool) {
 	because := ""
 	if why := rd.troubles.oldest(); why != "" {
@@ -185,7 +185,7 @@ func (rd *readiness) consuming() (text string, running bool) {
 	return fmt.Sprintf("stalled %d s%s, %s waiting", int(d.Seconds()), because, grouped(waiting)), true
 }
 
-// grouped is n with commas between thousands.
+// grouped writes n with commas between thousands.
 func grouped(n int64) string {
 	s := strconv.FormatInt(n, 10)
 	for i := len(s) - 3; i > 0; i -= 3 {
@@ -194,8 +194,8 @@ func grouped(n int64) string {
 	return s
 }
 
-// serveHealth answers GET /health: the process answers. It asks no dependency, so that an outage of one does not
-// make an orchestrator kill the instances that still accept events.
+// serveHealth answers GET /health: the process is alive. It checks no dependency: an outage must not make an orchestrator
+// kill the instances that still accept events.
 func serveHealth(w http.ResponseWriter, _ *http.Request) {
 	writeJSON(w, http.StatusOK, []byte(`{"status":"ok"}`))
 }

@@ -1,4 +1,4 @@
-// The senders of assets/: each is short, sends again what was refused for a moment, and everything is counted once.
+// The senders in assets/: each is short and retries what was refused for a moment, and every event is counted once.
 
 package main
 
@@ -33,8 +33,8 @@ func senderText(t *testing.T, name string) string {
 	return string(b)
 }
 
-// refusing stands in front of an address: the first request that sends events gets 503, the second 429, and of the third the
-// answer is lost.
+// refusing is a proxy to address: the first request with events gets 503, the second 429, and the third one's answer is
+// lost.
 func refusing(t *testing.T, address string) *httptest.Server {
 	t.Helper()
 	to, err := url.Parse(address)
@@ -118,7 +118,7 @@ func TestSenders(t *testing.T) {
 	}
 }
 
-// TestPageSender: the page's sender in a browser, with what it still has when the page goes away.
+// TestPageSender runs the page's sender in a browser; nothing that it still holds when the page goes away may be lost.
 func TestPageSender(t *testing.T) {
 	oneClock(t)
 	t.Parallel()
@@ -153,7 +153,7 @@ func TestPageSender(t *testing.T) {
 	p.awaitCount("js", 400)
 }
 
-// awaitCount returns when so many events of that name are counted. It asks with secondKey.
+// awaitCount returns when want events of that name are counted. It asks with secondKey.
 func (p *program) awaitCount(name string, want int) {
 	p.t.Helper()
 	answer := ""

@@ -25,10 +25,10 @@ const (
 	maxBulkBody   = 8 << 20
 	// maxZstdWindow bounds what a zstd frame may make the decoder allocate, whatever it claims.
 	maxZstdWindow = 8 << 20
-	// firstRead is what a body without a length gets as its first buffer.
+	// firstRead is the size of the first buffer for a body without a length.
 	firstRead = 4<<10 - 1
-	// firstClaim is the most that a body gets for the length that it claims: what a request holds beyond it was sent, or half
-	// of it. A client that claims 8 MiB and sends nothing would else take an eighth of the budget of all.
+	// firstClaim caps the first buffer, whatever length a body claims: beyond it a request holds at most twice what was
+	// sent. Otherwise a client that claims 8 MiB and sends nothing would take an eighth of everybody's budget.
 	firstClaim = 16 << 10
 )
 
@@ -43,8 +43,8 @@ type errBadStream struct{ err error }
 
 func (e errBadStream) Error() string { return e.err.Error() }
 
-// readBody reads r's body. The buffer is the caller's, to be put back. The errors are errBodyTooLarge, errOverBudget,
-// errOverShare, errEncoding, errTimeUp, errBadStream, and the context's when the client is gone.
+// readBody reads r's body. The caller puts the buffer back. The errors are errBodyTooLarge, errOverBudget, errOverShare,
+// errEncoding, errTimeUp, errBadStream, and the context's when the client is gone.
 func (in *ingester) readBody(acc *account, r *http.Request, limit int) (*buffer, error) {
 	if r.ContentLength > int64(limit) {
 		return nil, errBodyTooLarge
@@ -81,7 +81,7 @@ func (a *account) readAll(ctx context.Context, src io.Reader, hint, limit int) (
 	return body, nil
 }
 
-// readInto appends src to *body, which it replaces by a bigger buffer where it has to.
+// readInto appends src to *body, and replaces it by a bigger buffer when it is full.
 func (a *account) readInto(body **buffer, ctx context.Context, src io.Reader, limit int) error {
 	for {
 		b := *body
@@ -139,8 +139,8 @@ type decompressor struct {
 	zstd *zstd.Decoder
 }
 
-// decompressors has one for each core: decoding waits for nothing, so that more of them would only take memory, which a
-// few bytes of zstd can claim much of.
+// decompressors has one for each core. Decoding never waits, so more of them would only cost memory, of which a few bytes
+// of zstd can claim a lot.
 var decompressors = func() chan *decompressor {
 	all := make(chan *decompressor, runtime.GOMAXPROCS(0))
 	for range cap(all) {

@@ -1,10 +1,10 @@
 // Broken parts: files of ClickHouse that cannot be read.
 //
-// A disk that is full to the last byte may leave a part whose files are empty, mostly a merged one. For old_parts_lifetime,
-// 8 minutes, the parts that were merged into it are still there: to detach the table and to attach it puts the broken part
-// aside and brings them back. After that only Kafka has the rows. So a broken part is noticed by whoever meets it, and
-// looked for after an insert failed for want of space; the inserter mends it between two attempts, nobody else. A
-// replicated table mends itself. broken.go owns what is known of broken parts, and says which rows are gone.
+// A disk that fills to the last byte may leave a part whose files are empty, usually a merged one. For old_parts_lifetime, 8
+// minutes, the parts that were merged into it still exist: detaching and attaching the table puts the broken part aside and
+// brings them back. After that only Kafka has the rows. So whoever meets a broken part reports it, and new parts are checked
+// after an insert failed for lack of space. Only the inserter mends, between two attempts. A replicated table mends itself.
+// broken.go owns what is known of broken parts, and says which rows are gone.
 
 package main
 
@@ -24,37 +24,37 @@ import (
 )
 
 const (
-	// reattachInterval is the least time between two mendings: while one runs nothing is stored and no query answered.
+	// reattachInterval is the least time between two mendings: during one nothing is stored and no query is answered.
 	reattachInterval = 10 * time.Minute
 	// attachTimeout bounds the attempts to attach a table, which has to wait for queries that still read it.
 	attachTimeout = 2 * time.Minute
-	// checkAgain is when the parts are checked once more after a full disk: merges that began on it have ended.
+	// checkAgain is how long after a full disk the parts are checked once more: merges that began on it have ended by then.
 	checkAgain = time.Minute
-	// repairPause is the least time from an attempt at a mending that failed to the next.
+	// repairPause is the least time from a failed mending to the next attempt.
 	repairPause = 5 * time.Second
 )
 
-// corruptions are ClickHouse's codes for a file that is not what it should be.
+// corruptions are ClickHouse's codes for a damaged file.
 var corruptions = []proto.Error{
 	proto.ErrCorruptedData, proto.ErrChecksumDoesntMatch, proto.ErrCannotReadAllData, proto.ErrAttemptToReadAfterEOF,
 	proto.ErrCannotDecompress, proto.ErrBadSizeOfFileInDataPart, proto.ErrNoFileInDataPart,
 }
 
-// readingPart finds the part in ClickHouse's words for these errors.
+// readingPart finds the part's name in ClickHouse's messages for these errors.
 var readingPart = regexp.MustCompile(`while reading from part \S*?/([^/\s]+)/(?:\w+\.proj/)? in table \S+\.(events|events_hourly) \(`)
 
 // partName is a part of a table.
 type partName struct{ table, name string }
 
-// brokenParts is what all that ask ClickHouse have found.
+// brokenParts is what all queries to ClickHouse have found.
 type brokenParts struct {
 	total atomic.Int64 // event_ingestion_broken_parts_total
 	mu    sync.Mutex   // guards what follows
 	known map[partName]struct{}
-	found []partName // and not mended yet
+	found []partName // not mended yet
 }
 
-// note is given every error of a query. A part is counted, and told, once.
+// note takes the error of every query. A part is counted and logged once.
 func (b *brokenParts) note(err error) {
 	e, ok := ch.AsException(err)
 	if !ok || !slices.Contains(corruptions, e.Code) {
@@ -65,7 +65,7 @@ func (b *brokenParts) note(err error) {
 	}
 }
 
-// add lets a part wait for a mending.
+// add queues a part for mending.
 func (b *brokenParts) add(p partName, why string) {
 	if b.tell(p, why) {
 		b.mu.Lock()
@@ -90,7 +90,7 @@ func (b *brokenParts) tell(p partName, why string) bool {
 	return true
 }
 
-// waiting returns the parts that wait for a mending, in the order in which they were found.
+// waiting returns the parts that wait for a mending, in the order they were found.
 func (b *brokenParts) waiting() []partName {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -117,17 +117,17 @@ func (b *brokenParts) mended(n int) {
 type repair struct {
 	detached   string                 // the table that has to be attached, empty when none
 	reattached time.Time              // the last mending
-	notBefore  time.Time              // the next attempt
-	dialed     bool                   // ClickHouse may have been started since it was asked what it has put aside
+	notBefore  time.Time              // when the next attempt is due
+	dialed     bool                   // ClickHouse may have restarted since it was asked what it put aside
 	ranges     map[partName]timeRange // event times of parts, from before they were put aside
-	aside      map[partName]struct{}  // put aside and looked at
+	aside      map[partName]struct{}  // put aside and dealt with
 
-	full      time.Time // since when inserts failed for want of space, zero when all is checked
-	checks    int       // to come
+	full      time.Time // when inserts began to fail for lack of space, zero once all is checked
+	checks    int       // still to come
 	nextCheck time.Time
 }
 
-// repair is called between two attempts, with what the last one failed with, and between two rounds, with nil.
+// repair is called between two attempts, with the last one's error, and between two rounds, with nil.
 func (ins *inserter) repair(ctx context.Context, failure error) {
 	ins.store.broken.note(failure)
 	if ch.IsErr(failure, proto.ErrNotEnoughSpace) {
@@ -169,8 +169,8 @@ func (ins *inserter) repairParts(ctx context.Context) error {
 	return ins.lookAside(ctx)
 }
 
-// reattach detaches the tables of the parts and attaches them. Meanwhile inserts and queries, of other instances too, are
-// answered UNKNOWN_TABLE and tried again; an insert into events stores nothing while the view has no target.
+// reattach detaches the tables of the parts and attaches them. Meanwhile inserts and queries, those of other instances too,
+// get UNKNOWN_TABLE and are retried; an insert into events stores nothing while the view has no target.
 func (ins *inserter) reattach(ctx context.Context, parts []partName) error {
 	tables, err := ins.tablesOf(ctx, parts)
 	if err != nil {
@@ -193,7 +193,7 @@ func (ins *inserter) reattach(ctx context.Context, parts []partName) error {
 	return nil
 }
 
-// tablesOf returns the tables in which one of the parts is live, but for replicated ones, and notes what is in the parts.
+// tablesOf returns the tables in which one of the parts is live, except replicated ones, and notes the parts' event times.
 func (ins *inserter) tablesOf(ctx context.Context, parts []partName) (tables []string, err error) {
 	var list []string
 	for _, p := range parts {
@@ -223,8 +223,7 @@ func (ins *inserter) tablesOf(ctx context.Context, parts []partName) (tables []s
 	return tables, err
 }
 
-// attach attaches the table that is detached. A stop of the program does not keep it from that: nobody else would do it
-// before the next start (attachAll).
+// attach attaches the detached table, even while the program stops: nobody else would before the next start (attachAll).
 func (ins *inserter) attach(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), attachTimeout)
 	defer cancel()
@@ -244,7 +243,7 @@ func (ins *inserter) attach(ctx context.Context) error {
 	}
 }
 
-// attachLeft is attachAll for an inserter that finds a table missing: whoever has detached it may have died over it.
+// attachLeft is attachAll for an inserter that finds a table missing: whoever detached it may have died before attaching.
 func (s *store) attachLeft(ctx context.Context) {
 	if c, err := s.dial(ctx); err == nil {
 		defer c.Close()
@@ -252,8 +251,8 @@ func (s *store) attachLeft(ctx context.Context) {
 	}
 }
 
-// attachAll attaches what a mending that was cut off has left detached. It fails where there are no tables yet; what is
-// really wrong is told by what comes next.
+// attachAll attaches the tables that an interrupted mending left detached. It fails where there are no tables yet; a real
+// fault shows in the next query.
 func (s *store) attachAll(ctx context.Context, c asker) {
 	if s.replicated {
 		return
@@ -265,14 +264,14 @@ func (s *store) attachAll(ctx context.Context, c asker) {
 	}
 }
 
-// lookAside looks at the parts that ClickHouse has put aside as broken, when it started or a table was attached. Their
-// rows may be gone: nothing is known of the past, and their hours are compared and mended.
+// lookAside looks at the parts that ClickHouse put aside as broken at its start or when a table was attached. Their rows
+// may be gone, so the dedupe forgets everything, and their hours are compared and mended.
 func (ins *inserter) lookAside(ctx context.Context) error {
 	var table, name, reason, partition proto.ColStr
 	var back proto.ColUInt8
 	err := ins.query(ctx, ch.Query{
-		// The parts that were merged into one begin and end with its blocks. They may have been merged into others already,
-		// and are there for some minutes more.
+		// The first and the last part that were merged into one share its outer block numbers. They may have been merged
+		// again, and then still exist for some minutes.
 		Body: "SELECT d.table AS table, d.name AS name, any(d.reason) AS reason, any(d.partition_id) AS partition," +
 			" toUInt8(countIf(p.rows > 0 AND p.first = d.first AND p.last <= d.last) > 0 AND countIf(p.rows > 0 AND p.last = d.last AND p.first >= d.first) > 0) AS back FROM (" +
 			"SELECT table, name, ifNull(reason, '') AS reason, ifNull(partition_id, '') AS partition_id, assumeNotNull(min_block_number) AS first, assumeNotNull(max_block_number) AS last" +
@@ -292,8 +291,8 @@ func (ins *inserter) lookAside(ctx context.Context) error {
 	return err
 }
 
-// noteAside is called for a part in a directory of its table's detached ones. back says that the parts that were merged
-// into it are there again; minutes after a mending that cannot be seen any more.
+// noteAside deals with a part in its table's detached directory. back says that the parts merged into it exist again; some
+// minutes after a mending that can no longer be seen.
 func (ins *inserter) noteAside(table, dir, reason, partition string, back bool) {
 	p := partName{table, strings.TrimPrefix(dir, reason+"_")}
 	if _, seen := ins.repairs.aside[p]; seen {
@@ -324,8 +323,8 @@ func (ins *inserter) noteAside(table, dir, reason, partition string, back bool) 
 	}
 }
 
-// checkParts lets ClickHouse check the live parts that it has written within a time, on a connection of its own: large parts
-// take a second a gigabyte.
+// checkParts has ClickHouse check the live parts that it wrote within age, on a connection of its own: a large part takes a
+// second per gigabyte.
 func (s *store) checkParts(ctx context.Context, age time.Duration) {
 	conn, err := s.dial(ctx)
 	if err == nil {

@@ -1,9 +1,8 @@
 // The memory of requests: buffers in sizes of powers of two, counted from get to put.
 //
-// buffers.go owns the budget of bytes that all requests together may hold, what of it each client holds, and the pools of
-// buffers that come out of it. A request takes what it needs, when it needs it, and is charged for the whole buffer: a client
-// that claims much and sends little, or is slow, holds little. One that sends much at once and never to the end holds its
-// share, and the others the rest.
+// buffers.go owns the byte budget of all requests together, each client's part of it, and the pools that the buffers come
+// from. A request takes what it needs when it needs it, and is charged for the whole buffer: a client that claims much and
+// sends little, or is slow, holds little. One that sends much and never finishes holds its share, the others the rest.
 
 package main
 
@@ -30,12 +29,12 @@ var (
 // byteBudget bounds the bytes that requests hold. The zero limit refuses everything.
 type byteBudget struct {
 	limit     int64
-	perClient int64 // of these the most that one client holds; 0 is no limit
+	perClient int64 // of it, the most that one client may hold; 0 is no limit
 	used      atomic.Int64
 	pools     [bufferSizes]sync.Pool // of *buffer, by size
 
 	mu       sync.Mutex          // guards accounts, and the requests of each
-	accounts map[client]*account // of clients that have a request in flight, and of nobody else
+	accounts map[client]*account // only of clients with a request in flight
 }
 
 // account is what the requests of one client hold. Each request opens it, takes and gives back through it, and closes it.
@@ -51,7 +50,7 @@ var accounts = sync.Pool{New: func() any { return new(account) }}
 // buffer is bytes with an owner, who gives them back.
 type buffer struct{ b []byte }
 
-// bytes is what is in the buffer; nil is empty.
+// bytes returns what is in the buffer; nil is empty.
 func (b *buffer) bytes() []byte {
 	if b == nil {
 		return nil
@@ -76,7 +75,7 @@ func (b *byteBudget) open(c client) *account {
 	return a
 }
 
-// close ends a request, which has given back what it took. With the client's last one the account is gone.
+// close ends a request that has given back all it took. The client's last one removes the account.
 func (a *account) close() {
 	b := a.budget
 	b.mu.Lock()
@@ -88,8 +87,8 @@ func (a *account) close() {
 	}
 }
 
-// take charges n bytes. A client's only request may take what is there: one body can be larger than the share of a client,
-// and would else be refused for ever.
+// take charges n bytes. A client's only request may exceed its share: a body larger than the share would otherwise be
+// refused for ever.
 func (a *account) take(n int) error {
 	b := a.budget
 	if used := a.used.Add(int64(n)); b.perClient > 0 && used > b.perClient && a.requests.Load() > 1 {
@@ -116,8 +115,8 @@ func (a *account) get(n int) (*buffer, error) {
 	return a.budget.taken(bufferSize(n)), nil
 }
 
-// grow puts a bigger buffer with the same bytes in the place of *buf, unless that has room for n more. On an error, which is
-// one of get's, it stays as it was. Of what is owed, an answer, no limit is asked.
+// grow replaces *buf by a bigger buffer with the same bytes, unless it has room for n more. On an error, one of get's, *buf
+// stays as it was. An answer that is owed ignores the limits.
 func (a *account) grow(buf **buffer, n int, owed bool) error {
 	b := (*buf).bytes()
 	if cap(b)-len(b) >= n { // Fast path
@@ -136,7 +135,7 @@ func (a *account) grow(buf **buffer, n int, owed bool) error {
 	return nil
 }
 
-// taken returns a buffer of a size that has been taken.
+// taken returns a buffer of a size that is already charged.
 func (b *byteBudget) taken(size int) *buffer {
 	if pool := bufferPool(size); pool < bufferSizes {
 		if buf, ok := b.pools[pool].Get().(*buffer); ok {
@@ -158,7 +157,7 @@ func (a *account) put(buf *buffer) {
 	}
 }
 
-// bufferSize is what a buffer with room for n bytes has.
+// bufferSize is the size of a buffer with room for n bytes.
 func bufferSize(n int) int {
 	if pool := bufferPool(n); pool < bufferSizes {
 		return minBuffer << pool

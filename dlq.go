@@ -1,7 +1,7 @@
 // Dead letters for people: list them, look at one, send them on their way again.
 //
-// dlq.go owns the subcommand dlq. Replaying is count-neutral: a letter goes back to the main topic under its event's
-// own key, where the dedupe knows it if it was stored meanwhile. The letter itself stays where it is, as Kafka does it.
+// dlq.go owns the subcommand dlq. Replaying is count-neutral: a letter goes back to the main topic under its event's own key,
+// where the dedupe catches it if it was stored meanwhile. The letter itself stays: Kafka deletes no single records.
 
 package main
 
@@ -43,14 +43,14 @@ func (f *dlqFlags) define(fs *flag.FlagSet) {
 	fs.IntVar(&f.limit, "limit", 0, "at most this many; 0 means all")
 }
 
-// matches says whether a letter is meant by the flags.
+// matches says whether the flags select a letter.
 func (f *dlqFlags) matches(rec *kgo.Record) bool {
 	return (f.since == 0 || time.Since(rec.Timestamp) <= f.since) &&
 		(f.kind == "" || header(rec, "error_type") == f.kind) &&
 		(f.filter == "" || strings.Contains(string(rec.Value), f.filter) || strings.Contains(header(rec, "error_message"), f.filter))
 }
 
-// checkKind refuses an error_type that there is not.
+// checkKind refuses an unknown error_type.
 func (f *dlqFlags) checkKind() error {
 	if kinds := []string{"", errorUnmarshal, errorInsertFailed, errorExhausted}; !slices.Contains(kinds, f.kind) {
 		return badArgument{fmt.Errorf("-type %s: has to be one of%s", f.kind, strings.Join(kinds, " "))}
@@ -91,7 +91,7 @@ func dlqListTool(fs *flag.FlagSet) toolRun {
 	}
 }
 
-// letterJSON has a value that is no text as base64 beside an empty string, so that nothing is hidden or invented.
+// letterJSON gives a value that is not text as base64, beside an empty string, so that nothing is hidden or invented.
 func letterJSON(rec *kgo.Record) map[string]any {
 	headers := map[string]string{}
 	for _, h := range rec.Headers {
@@ -164,7 +164,7 @@ func dlqReplay(ctx context.Context, cfg *settings, f *dlqFlags, dryRun bool, w i
 		}
 		id, _ := ev.id(nil)
 		again := &kgo.Record{Topic: cfg.kafkaTopic, Key: hex.AppendEncode(nil, id[:]), Value: rec.Value, Headers: rec.Headers}
-		again.Headers = setHeader(again.Headers, "retry_count", "0") // all its attempts again
+		again.Headers = setHeader(again.Headers, "retry_count", "0") // it gets all its attempts again
 		again.Headers = setHeader(again.Headers, "replay_count", strconv.Itoa(replays+1))
 		again.Headers = setHeader(again.Headers, "replayed_at", rfc3339Now())
 		letters = append(letters, again)

@@ -1,7 +1,7 @@
 // The shapes that events arrive in: one object, {"events":[…]}, or one event a line.
 //
-// envelope.go finds the events in a body and has each of them read where it stands, so that a body is looked at once
-// from front to back. What stands around the events has to be JSON and is otherwise ignored.
+// envelope.go finds the events in a body and has each of them read in place, so that a body is read once, from front to back.
+// Whatever surrounds the events must be JSON and is otherwise ignored.
 
 package main
 
@@ -19,8 +19,8 @@ const (
 
 var errTooManyEvents = errors.New("more than 1000 events: split the request")
 
-// eachEvent calls do with r in front of each element of the array in {"events":[…]}, which list names; do reads one value. Of
-// the other members only other hears, which may be nil.
+// eachEvent calls do with r at each element of the array that list names, as in {"events":[…]}; do reads one value. The other
+// members go to other, which may be nil.
 func eachEvent(r *jsonReader, list string, other func(k, v jsonValue), do func(*jsonReader) error) error {
 	if r.peek() != '{' {
 		return errNotEnvelope(list)
@@ -67,8 +67,8 @@ func eachEvent(r *jsonReader, list string, other func(k, v jsonValue), do func(*
 	return nil
 }
 
-// isEnvelope says whether a body is {"events":…} rather than an event a line, as far as its first object tells. What is no
-// JSON at all counts as an envelope if it begins like one: the complaint is then about the body, not about its lines.
+// isEnvelope says whether a body is {"events":…} rather than an event a line, judging by its first object. A body that is not
+// JSON but begins like an envelope counts as one: the error is then about the body, not about its lines.
 func isEnvelope(body []byte) bool {
 	r := jsonReader{b: body}
 	if !r.eat('{') {
@@ -96,7 +96,7 @@ func errNotEnvelope(list string) error {
 	return fmt.Errorf("the body must be a JSON object with an %q array", list)
 }
 
-// eachElement calls do with r in front of each of the array's elements, of which it allows maxBulkEvents.
+// eachElement calls do with r at each of the array's elements, of which it allows maxBulkEvents.
 func eachElement(r *jsonReader, do func(*jsonReader) error) (n int, err error) {
 	r.eat('[')
 	for ; ; n++ {

@@ -14,8 +14,8 @@ import (
 	"unicode/utf8"
 )
 
-// event is one parsed event. Every slice points into the text that it was read from, or into the eventParser that filled
-// it, and lives until that text changes or the parser reads on.
+// event is one parsed event. Every slice points into the text that it was read from, or into the eventParser that filled it,
+// and is valid until that text changes or the parser reads on.
 type event struct {
 	name       []byte
 	channel    []byte // web, mobile_app, api or empty
@@ -30,8 +30,8 @@ type event struct {
 // storable says whether ClickHouse's DateTime can hold the event's time. checkAge implies it.
 func (e *event) storable() bool { return e.timestamp >= 0 && e.timestamp <= math.MaxUint32 }
 
-// hasBadText says whether b is invalid UTF-8 or spells half of a surrogate pair as an escape, which is text in no
-// encoding at all. It costs one pass at memory speed for ASCII.
+// hasBadText says whether b is invalid UTF-8 or has half of a surrogate pair as an escape, which no encoding can express. For
+// ASCII it costs one pass at memory speed.
 func hasBadText(b []byte) bool {
 	return !utf8.Valid(b) || hasLoneSurrogate(b)
 }

@@ -32,7 +32,7 @@ const (
 	idleTimeout       = 2 * time.Minute
 )
 
-// route is one line of the API: a method, a path, who answers, and the name that its counters have.
+// route is one line of the API: a method, a path, its handler, and the name of its counters.
 type route struct {
 	method, path, name string
 	handler            http.HandlerFunc
@@ -103,7 +103,7 @@ type exchange struct {
 
 var exchanges = sync.Pool{New: func() any { return new(exchange) }}
 
-// maxRequestID is how much of a client's X-Request-Id is believed.
+// maxRequestID is the longest X-Request-Id that is taken from a client.
 const maxRequestID = 64
 
 // begin names the request: as the client did, or at random.
@@ -117,7 +117,7 @@ func (x *exchange) begin(r *http.Request) {
 	x.Header()["X-Request-Id"] = []string{x.id}
 }
 
-// isRequestID keeps what could forge a line of the log out of it.
+// isRequestID refuses what could forge a line of the log.
 func isRequestID(s string) bool {
 	for _, c := range []byte(s) {
 		if (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && c != '-' && c != '_' && c != '.' {
@@ -130,7 +130,7 @@ func isRequestID(s string) bool {
 func (x *exchange) end(r *http.Request, ac *access) {
 	took := time.Since(x.started)
 	x.route.count(x.status, took)
-	if ac.logs(x.status) && x.route.name != "ready" { // which says 503 until it is
+	if ac.logs(x.status) && x.route.name != "ready" { // which answers 503 until it is
 		slog.Info("request", "id", x.id, "method", r.Method, "path", r.URL.Path, "status", x.status, "ms", float64(took.Microseconds())/1000, "from", r.RemoteAddr)
 	}
 	x.ResponseWriter = nil
@@ -156,7 +156,7 @@ func (x *exchange) Unwrap() http.ResponseWriter { return x.ResponseWriter }
 // jsonHeader is shared by every answer: setting the map entry directly saves the canonicalisation and the slice.
 var jsonHeader = []string{typeJSON}
 
-// writeJSON answers with the parts of a JSON text, one behind the other.
+// writeJSON answers with the parts of a JSON text, one after the other.
 func writeJSON(w http.ResponseWriter, status int, parts ...[]byte) {
 	length := 0
 	for _, part := range parts {

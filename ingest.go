@@ -17,10 +17,10 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
-// codeUnavailable is the code of an event that is good, but that Kafka did not acknowledge in time.
+// codeUnavailable is the code of a good event that Kafka did not acknowledge in time.
 const codeUnavailable = "unavailable"
 
-// retryAfterSeconds is what a client that got a 503 should wait: about the time of a broker's failover.
+// retryAfterSeconds is how long a refused client should wait: about the time of a broker's failover.
 const retryAfterSeconds = "2"
 
 // ingester serves POST /api/v1/events and /api/v1/events/bulk.
@@ -32,7 +32,7 @@ type ingester struct {
 	clockSkew    int64 // seconds
 	stored       *storedSignal
 	bodies       byteBudget
-	singles      sync.Pool // of *ingestRequest, for one event: one must not sit on the memory of a thousand
+	singles      sync.Pool // of *ingestRequest, for one event, which must not hold the memory of a thousand
 	bulks        sync.Pool // of *ingestRequest
 	stats        *ingestStats
 }
@@ -115,7 +115,7 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer in.release(q)
-	if media == typeText { // of a page's beacon, which cannot say what it is
+	if media == typeText { // from a page's beacon, which cannot name its type
 		if media = typeJSON; !isEnvelope(q.body.b) {
 			media = typeNDJSON
 		}
@@ -129,20 +129,20 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 	in.answerBulk(w, q)
 }
 
-// encode checks every event of the request and appends the good ones as records, the bad ones as entries of the
-// answer's errors. Nothing has been handed to Kafka yet, so that a body that turns out not to be JSON at its very end
-// is refused whole. It ends early with the context's error.
+// encode checks every event of the request and appends the good ones as records, the bad ones as entries of the answer's
+// errors. Nothing goes to Kafka yet, so a body that turns out not to be JSON at its very end is refused whole. It ends early
+// with the context's error.
 func (q *ingestRequest) encode(ctx context.Context, media string, now int64) error {
 	if media == typeNDJSON {
 		return eachLine(q.body.b, func(line []byte) error {
 			if err := q.step(ctx); err != nil {
 				return err
 			}
-			if len(line) > maxEventBytes { // before anything looks at it
+			if len(line) > maxEventBytes { // before it is parsed
 				return q.refuse(errEventTooLarge)
 			}
 			ev, _, err := q.parser.parse(line)
-			if err != nil { // a line stands alone
+			if err != nil { // it does not affect the other lines
 				return q.refuse(err)
 			}
 			return q.take(ev, now)
@@ -160,8 +160,8 @@ func (q *ingestRequest) encode(ctx context.Context, media string, now int64) err
 	})
 }
 
-// outcome is what becomes of the event at hand, of size bytes, that was read out of the middle of a body. Only an error that
-// is not the event's own is one of the body.
+// outcome decides what becomes of the current event, size bytes from the middle of a body. An error that is not the event's
+// own fails the whole body.
 func (q *ingestRequest) outcome(ev *event, size int, err error, now int64) error {
 	switch {
 	case err != nil && !isEventsOwn(err):
@@ -183,7 +183,7 @@ func (q *ingestRequest) step(ctx context.Context) error {
 	return nil
 }
 
-// refuse notes that the event at hand is none.
+// refuse notes why the current event cannot be one.
 func (q *ingestRequest) refuse(why error) error {
 	code := codeInvalidFormat
 	if why == errEventTooLarge {
@@ -192,7 +192,7 @@ func (q *ingestRequest) refuse(why error) error {
 	return q.addError(q.index, []problem{{"", code, why.Error()}}, false)
 }
 
-// take adds the event at hand to the records, or its problems to the errors.
+// take adds the current event to the records, or its problems to the errors.
 func (q *ingestRequest) take(ev *event, now int64) error {
 	if problems := q.parser.checkAge(now, q.in.clockSkew); len(problems) > 0 {
 		return q.addError(q.index, problems, false)
@@ -238,9 +238,9 @@ func (in *ingester) answerBulk(w http.ResponseWriter, q *ingestRequest) {
 	writeJSON(w, status, q.answer, q.errors.bytes(), []byte(end))
 }
 
-// produce hands the request's records to Kafka and waits until each is acknowledged by all in-sync replicas, has
-// failed, or the time is up. Whatever is not acknowledged then has to be reported as such: it may still arrive, and
-// the client's next try of it is then a duplicate, which is counted once.
+// produce hands the request's records to Kafka and waits until each is acknowledged by all in-sync replicas or has failed, or
+// the time is up. What is not acknowledged by then is reported as such: it may still arrive, and when the client sends it
+// again it is a duplicate, which is counted once.
 func (in *ingester) produce(q *ingestRequest) {
 	if len(q.records) == 0 {
 		return

@@ -1,9 +1,8 @@
 // JSON, read once from front to back.
 //
-// json.go walks a text strictly and builds nothing: a value is a piece of the text, and it costs one look at each of its
-// bytes, whatever its shape. Nothing recurses; of an open bracket it keeps one bit. A tree of [0,0,0,…] would take fifty
-// times the bytes of the text, and a parser that takes numbers and escapes which are not JSON needs a second pass to
-// refuse them.
+// json.go walks a text strictly and builds nothing: a value is a piece of the text, and reading it looks once at each byte,
+// whatever its shape. Nothing recurses; an open bracket costs one bit. A tree of [0,0,0,…] would take fifty times the bytes of
+// the text, and a lenient parser would need a second pass to refuse numbers and escapes that are not JSON.
 
 package main
 
@@ -15,15 +14,15 @@ import (
 	"unicode/utf8"
 )
 
-// maxDepth is how deep an event's values may be nested: what reads them later may recurse.
+// maxDepth is how deep an event's values may be nested: those who read them later may recurse.
 const maxDepth = 300
 
-// jsonReader is a place in a text. reset makes it ready.
+// jsonReader is a position in a text. reset makes it ready.
 type jsonReader struct {
 	b      []byte
 	i      int
 	spaces int // bytes of white space so far
-	// The brackets that are open within value, a bit each: 1 is an object. Those deeper than maxDepth cost memory.
+	// The brackets open within value, one bit each: 1 is an object. Those deeper than maxDepth cost memory.
 	kinds  [maxDepth/64 + 1]uint64
 	deeper []uint64
 }
@@ -34,7 +33,7 @@ type jsonValue struct {
 	kind    byte // its first byte, and 0 for every number
 	escaped bool // there is a \ in its strings
 	spaced  bool // there is white space between its tokens
-	badText bool // its strings have what is text in no encoding: invalid UTF-8, or half of a surrogate pair as an escape
+	badText bool // its strings have invalid UTF-8, or half of a surrogate pair as an escape
 	depth   int  // of its brackets
 }
 
@@ -129,8 +128,8 @@ func (r *jsonReader) end() error {
 	return nil
 }
 
-// more says whether an n-th element or member follows, counted from 0, in what ends with closing. It steps over the comma
-// in front of it, or over closing.
+// more says whether an n-th element or member follows, counted from 0, before closing. It steps over the comma in front of it,
+// or over closing.
 func (r *jsonReader) more(n int, closing byte) (bool, error) {
 	if r.eat(closing) {
 		return false, nil
@@ -162,7 +161,7 @@ func (r *jsonReader) value() (v jsonValue, err error) {
 	}
 	start, spaces := r.i, r.spaces
 	for depth := 0; ; {
-		// Here a value begins. The first element of what opens is read in the next turn.
+		// A value begins here. The first element of what it opens is read in the next turn.
 		switch c := r.peek(); c {
 		case '{', '[':
 			r.i++
@@ -190,7 +189,7 @@ func (r *jsonReader) value() (v jsonValue, err error) {
 		default:
 			err = r.number()
 		}
-		// Here it has ended, and what holds it may end, too.
+		// The value has ended here, and what holds it may end, too.
 		for err == nil && depth > 0 && r.eat(r.closing(depth)) {
 			depth--
 		}
@@ -259,7 +258,7 @@ func (r *jsonReader) str(v *jsonValue) error {
 	}
 }
 
-// plainASCII is what a string holds most of the time: ASCII that stands for itself.
+// plainASCII is what strings mostly hold: ASCII that stands for itself.
 var plainASCII = func() (t [256]bool) {
 	for c := ' '; c < utf8.RuneSelf; c++ {
 		t[c] = c != '"' && c != '\\'
@@ -274,7 +273,7 @@ func allPlain(x uint64) bool {
 	return (x|(x-ones*' ')|(quote-ones)|(slash-ones))&high == 0
 }
 
-// escape is the length of the escape that b begins with, or 0 when it is none, and whether it stands for text.
+// escape returns the length of the escape at the start of b, 0 when there is none, and whether it stands for text.
 func escape(b []byte) (n int, isText bool) {
 	if len(b) < 2 {
 		return 0, false
@@ -404,7 +403,7 @@ func (r *jsonReader) closing(depth int) byte {
 	return ']'
 }
 
-// kindsAt is the word that has the bit of a bracket inside depth others.
+// kindsAt is the word with the bit of a bracket inside depth others.
 func (r *jsonReader) kindsAt(depth int) *uint64 {
 	word := depth / 64
 	if word < len(r.kinds) { // Fast path

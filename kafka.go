@@ -1,6 +1,6 @@
 // Kafka: how clients reach the brokers, what every producer has in common, and the topics.
 //
-// kafka.go owns the options that are the same for all clients, and knows which of Kafka's answers no repetition changes.
+// kafka.go owns the options that all clients share, and knows which of Kafka's errors no retry cures.
 
 package main
 
@@ -20,16 +20,16 @@ import (
 	"github.com/twmb/franz-go/pkg/sasl/scram"
 )
 
-// Partitions of the side topics: two for each of the five retry delays, and a few for what is given up.
+// Partitions of the side topics: two for each of the five retry delays, and a few for dead letters.
 const (
 	retryPartitions = 10
 	dlqPartitions   = 5
 )
 
-// minEventBytes is about the smallest body of an event: what the byte budget allows bounds the records by it.
+// minEventBytes is about the smallest body of an event: the byte budget divided by it bounds the number of records.
 const minEventBytes = 64
 
-// newKafka returns a client; every one of the program reaches the brokers like this.
+// newKafka returns a client; all clients of the program reach the brokers this way.
 func newKafka(cfg *settings, clientID string, opts ...kgo.Opt) (*kgo.Client, error) {
 	all := []kgo.Opt{kgo.SeedBrokers(cfg.kafkaBrokers...), kgo.ClientID(clientID)}
 	if cfg.kafkaTLS {
@@ -57,18 +57,18 @@ func newProducer(cfg *settings, more ...kgo.Opt) (*kgo.Client, error) {
 		kgo.RecordPartitioner(kgo.StickyKeyPartitioner(nil)), // murmur2 of the key, as every Kafka client computes it
 		kgo.ProducerBatchCompression(codec),
 		kgo.ProducerLinger(cfg.kafkaLinger),
-		kgo.MaxBufferedRecords(int(min(cfg.maxInFlightBytes/minEventBytes, 1<<30))), // never reached: the byte budget is
+		kgo.MaxBufferedRecords(int(min(cfg.maxInFlightBytes/minEventBytes, 1<<30))), // never reached: the byte budget is full first
 		kgo.RecordDeliveryTimeout(cfg.ackTimeout),
 		kgo.ProduceRequestTimeout(cfg.ackTimeout),
 		kgo.UnknownTopicRetries(-1), // topics are created at start, possibly after the first request
 	}, more...)...)
 }
 
-// leaveAtLeast is what the group has for an answer to a goodbye, even when the rest took all the time.
+// leaveAtLeast is how long the group has to answer a goodbye, even when the rest took all the time.
 const leaveAtLeast = 500 * time.Millisecond
 
-// leave closes a client that consumes in a group. It waits for the group until ctx is done and leaveAtLeast is over, no
-// longer: a broker that does not answer would hold it up for a minute.
+// leave closes a client that consumes in a group. It waits for the group until ctx is done and leaveAtLeast is over: a broker
+// that does not answer would hold it up for a minute.
 func leave(ctx context.Context, kafka *kgo.Client) {
 	leaving, giveUp := context.WithCancel(context.Background())
 	defer giveUp()
@@ -92,7 +92,7 @@ func leave(ctx context.Context, kafka *kgo.Client) {
 	slog.Warn("the consumer group was not left in time; it gives the partitions to others after KAFKA_SESSION_TIMEOUT")
 }
 
-// hopeless are Kafka's answers that no repetition changes: these settings do not work with these brokers.
+// hopeless are Kafka's errors that no retry cures: these settings do not work with these brokers.
 var hopeless = []error{
 	kerr.InvalidSessionTimeout, kerr.InvalidGroupID, kerr.SaslAuthenticationFailed, kerr.UnsupportedSaslMechanism, kerr.IllegalSaslState,
 	kerr.ClusterAuthorizationFailed, kerr.TopicAuthorizationFailed, kerr.GroupAuthorizationFailed,
@@ -126,7 +126,7 @@ func ensureTopics(ctx context.Context, kafka *kgo.Client, cfg *settings) (partit
 			if err == nil {
 				err = details.Error()
 			}
-			if errors.Is(err, kerr.UnknownTopicOrPartition) { // who may not create topics need not when they are there
+			if errors.Is(err, kerr.UnknownTopicOrPartition) { // a user that may not create topics need not when they exist
 				err = refused
 			}
 			if err != nil {

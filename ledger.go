@@ -42,8 +42,7 @@ func auditTool(fs *flag.FlagSet) toolRun {
 	}
 }
 
-// ledger counts events by where they are. An event that is in several places counts for the first of stored, waiting,
-// dead.
+// ledger counts events by where they are. An event in several places counts for the first of stored, waiting, dead.
 type ledger struct {
 	records, junk         int64
 	ids                   map[eventID]place
@@ -81,7 +80,7 @@ func readLedger(ctx context.Context, cfg *settings, r timeRange, erased map[stri
 			if where == onTopic {
 				l.records++
 			} else if _, known := l.ids[id]; !known {
-				return // from before what the topic still holds
+				return // older than what the topic still holds
 			}
 			l.ids[id] = max(l.ids[id], where)
 		}
@@ -126,7 +125,7 @@ func (l *ledger) readTables(ctx context.Context, cfg *settings, r timeRange) err
 		OnResult: func(context.Context, proto.Block) error {
 			for i := range got.Rows() {
 				id := eventID(got.Row(i))
-				if _, known := l.ids[id]; known { // else from before what the topic still holds
+				if _, known := l.ids[id]; known { // else older than what the topic still holds
 					l.ids[id] = inTable
 				}
 			}
@@ -136,7 +135,7 @@ func (l *ledger) readTables(ctx context.Context, cfg *settings, r timeRange) err
 	if err != nil {
 		return err
 	}
-	// The aggregate has whole hours: it is compared over the hours that the range covers whole.
+	// The aggregate has whole hours: those entirely within the range are compared.
 	from, to := (r.from+hourSeconds-1)/hourSeconds*hourSeconds, r.to/hourSeconds*hourSeconds
 	var rows, aggregated proto.ColInt64
 	err = c.Do(ctx, ch.Query{
@@ -176,7 +175,7 @@ func (l *ledger) print(w io.Writer) {
 	}
 }
 
-// printJSON writes the same figures; of the events that are nowhere at most ten ids.
+// printJSON writes the same figures, and at most ten ids of lost events.
 func (l *ledger) printJSON(w io.Writer) {
 	nowhere := []string{}
 	for _, id := range l.lost[:min(len(l.lost), 10)] {
@@ -188,7 +187,7 @@ func (l *ledger) printJSON(w io.Writer) {
 	})
 }
 
-// readWhole hands each record of a topic to f, up to the ends that the partitions have when it starts.
+// readWhole hands each record of a topic to f, up to where the partitions end when it starts.
 func readWhole(ctx context.Context, cfg *settings, topic string, f func(*kgo.Record)) error {
 	kafka, err := newKafka(cfg, "event-ingestion-audit", kgo.FetchMaxWait(fetchWait))
 	if err != nil {
@@ -210,7 +209,7 @@ func readWhole(ctx context.Context, cfg *settings, topic string, f func(*kgo.Rec
 	if err != nil {
 		return fmt.Errorf("starts of topic %s: %w", topic, err)
 	}
-	left := map[int32]int64{} // offset that ends the reading, of partitions that are not read to it yet
+	left := map[int32]int64{} // end offsets of the partitions that are not read that far yet
 	from := map[int32]kgo.Offset{}
 	for p, end := range ends[topic] {
 		if start := starts[topic][p]; start.Offset < end.Offset {

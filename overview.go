@@ -1,8 +1,8 @@
 // The overview: what the dashboard page draws, in one call.
 //
-// overview.go counts over all event names, by the same rules as query.go: in total and along time, by channel and event
-// name, and by campaign. Unique users are told in total and along time only: a group's are a question of the metrics
-// endpoint, and merging user states is what takes the time.
+// overview.go counts over all event names, by the same rules as query.go: in total and along time, by channel and event name,
+// and by campaign. It gives unique users in total and along time only: merging user states takes the most time, and the
+// metrics endpoint has those of a group.
 
 package main
 
@@ -22,12 +22,12 @@ import (
 const (
 	// overviewTop is how many event names and campaigns are listed.
 	overviewTop = 10
-	// maxMinuteBuckets is the longest time in seconds that is drawn by the minute, for which raw events are counted: 38 ms
-	// at 2,000 events/s stored. maxHourBuckets is the longest that is drawn by the hour; beyond it by the day.
+	// maxMinuteBuckets is the longest range, in seconds, drawn by the minute, which counts raw events: 38 ms at 2,000 events/s
+	// stored. maxHourBuckets is the longest drawn by the hour; beyond it, by the day.
 	maxMinuteBuckets = hourSeconds
 	maxHourBuckets   = 3 * daySeconds
 	daySeconds       = 24 * hourSeconds
-	// sharedFor is how long an answer is good for everybody who asks the same.
+	// sharedFor is how long an answer serves everybody who asks the same.
 	sharedFor = time.Second
 )
 
@@ -37,8 +37,7 @@ type overviewQuery struct {
 	from, to           int64
 }
 
-// overviewGroup is one line of the answer. revenue is in TRY, a decimal number as ClickHouse writes it: it may be more than
-// 64 bits hold.
+// overviewGroup is one line of the answer. revenue is in TRY, a decimal number as ClickHouse writes it: it may exceed 64 bits.
 type overviewGroup struct {
 	key              string
 	count            int64
@@ -116,8 +115,8 @@ const (
 	kindName
 )
 
-// sql writes one query, so that all of its figures are of one moment: a row for the total, one a bucket, one a channel, one
-// an event name. kind says which.
+// sql writes one query, so that all of its figures are of one moment: a row for the total, one per bucket, one per channel,
+// one per event name. kind says which.
 func (q *overviewQuery) sql() string {
 	const (
 		figures = "sum(event_count) AS total, toString(sum(revenue)) AS money, uniqCombined64Merge({user bits})(unique_users_state) AS users, uniqCombined64Merge(12)(campaigns_state) AS campaigns"
@@ -135,7 +134,7 @@ func (q *overviewQuery) sql() string {
 		series = byBucket(byDay(isoHour("toStartOfDay(hour)"), where))
 	case "hour":
 		series, groups = byBucket(byHour(isoHour("hour"), where)), byHour(group, where)
-	case "minute": // without users: to count those of an hour of raw events takes five times as long
+	case "minute": // without users: counting those of an hour of raw events takes five times as long
 		series = "SELECT toUInt8(0) AS kind, '' AS key, " + figures + " FROM " + byDay("''", where) +
 			" UNION ALL SELECT toUInt8(1) AS kind, formatDateTime(toStartOfMinute(timestamp), '%Y-%m-%dT%H:%i:00Z', 'UTC') AS key," +
 			" toInt64(count()) AS total, toString({revenue of events}) AS money, " + noUsers + " FROM {events} WHERE timestamp >= {from:UInt32} AND timestamp <= {to:UInt32} AND " + where + " GROUP BY key"
@@ -239,13 +238,13 @@ func appendOverview(b []byte, q *overviewQuery, o *overview, through int64) []by
 	return append(appendThrough(b, through), '}')
 }
 
-// sharedAnswers lets everybody who asks the same within a second have one answer: a page that many look at costs as one.
+// sharedAnswers gives everybody who asks the same within a second one answer: a page with many viewers costs as one.
 type sharedAnswers struct {
 	mu  sync.Mutex // guards all
 	all map[overviewQuery]*sharedAnswer
 }
 
-// sharedAnswer is what the first who asked gets, or is about to get. body and err are set when done is closed.
+// sharedAnswer is what the first to ask gets, or is about to get. body and err are set when done is closed.
 type sharedAnswer struct {
 	asked time.Time
 	done  chan struct{}
@@ -253,8 +252,7 @@ type sharedAnswer struct {
 	err   error
 }
 
-// get returns the answer to q, which ask finds out unless somebody has within sharedFor. An error is not shared: it may be
-// that the first client has gone.
+// get returns the answer to q: a shared one, or what ask returns. An error is not shared: perhaps only the first client left.
 func (s *sharedAnswers) get(ctx context.Context, q overviewQuery, ask func() ([]byte, error)) ([]byte, error) {
 	s.mu.Lock()
 	now := time.Now()

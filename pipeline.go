@@ -1,7 +1,7 @@
 // The pipeline at work: what this instance accepted and stored in the last minutes, for the dashboard page.
 //
-// pipeline.go owns a sample every few seconds and the endpoint that tells them. It asks neither Kafka nor ClickHouse: the
-// counters and the watermark are there anyway.
+// pipeline.go takes a sample every few seconds, and owns the endpoint that returns them. It asks neither Kafka nor ClickHouse:
+// the counters and the watermark are there anyway.
 
 package main
 
@@ -30,7 +30,7 @@ type pipeline struct {
 	samples []pipelineSample
 }
 
-// pipelineSample is counters at a moment, and figures of that moment.
+// pipelineSample is the counters and figures of one moment.
 type pipelineSample struct {
 	at                                 time.Time
 	accepted, stored, duplicates, dead uint64
@@ -38,8 +38,8 @@ type pipelineSample struct {
 	freshness                          time.Duration
 }
 
-// pipelineAnswer is the JSON of GET /api/v1/pipeline. A series has a value an interval, oldest first; rates are events a
-// second of this instance, lag and retries are records of all, on the main topic and on events.retry.
+// pipelineAnswer is the JSON of GET /api/v1/pipeline. A series has one value per interval, oldest first. Rates are this
+// instance's events per second; lag and retries count everybody's records, on the main topic and on events.retry.
 type pipelineAnswer struct {
 	Instance  string               `json:"instance"`
 	Interval  int                  `json:"interval_seconds"`

@@ -1,7 +1,7 @@
 // The metrics endpoint: how many events and users, in a range that is exact to the second.
 //
-// query.go asks the views of schema.sql, which put an answer together from whole days, whole hours and, at both ends of the
-// range, seconds. It owns a small pool of ClickHouse connections.
+// query.go builds its queries from the definitions of schema.sql, which cut a range into whole days, whole hours and, at its
+// ends, seconds. It owns a small pool of ClickHouse connections.
 
 package main
 
@@ -161,12 +161,12 @@ type queryCheck struct {
 	noRange  bool // from or to is wrong by itself
 }
 
-// newQueryCheck parses a query of which the known parameters may be there, each once. Unknown ones are named in the order
-// of the alphabet, so that an answer does not depend on chance.
+// newQueryCheck parses a query that may have each known parameter once. Unknown ones are named in alphabetical order, so that
+// the answer does not depend on chance.
 func newQueryCheck(rawQuery string, known ...string) *queryCheck {
 	v, err := url.ParseQuery(rawQuery)
 	c := &queryCheck{values: v}
-	if err != nil { // what it could not parse it has left out
+	if err != nil { // it leaves out what it cannot parse
 		c.fail("query", codeInvalidFormat, "cannot be parsed: "+err.Error())
 	}
 	for _, name := range slices.Sorted(maps.Keys(v)) {
@@ -211,9 +211,9 @@ func (c *queryCheck) rangeAndChannel(from, to int64, channel string) {
 	}
 }
 
-// byDay is a subquery: what happened in the range {from} to {to}, by a key over event_name, channel and the day of hour. It
-// is for questions that the view events_between_by_day answers too, and takes a fifth of the CPU over a month: merging user
-// states is what takes the time, and here each is merged once.
+// byDay is a subquery: what happened in the range {from} to {to}, by a key made of event_name, channel and the day of hour.
+// The view events_between_by_day answers the same questions, for five times the CPU over a month: merging user states takes
+// the most time, and here each is merged once.
 func byDay(key, where string) string {
 	return strings.NewReplacer("{key}", key, "{where}", where).Replace(
 		"{each shard}(WITH {whole days} SELECT {key} AS key, {added up} FROM {database}.events_hourly WHERE {in whole days} AND {where} GROUP BY key" +
@@ -226,14 +226,14 @@ func byHour(key, where string) string {
 	return "(SELECT " + key + " AS key, {counts} FROM {database}.events_between(from = {from:UInt32}, to = {to:UInt32}) WHERE " + where + ")"
 }
 
-// rangeParameters are {from} and {to}, in Unix seconds. No event is outside of what the column can hold.
+// rangeParameters are {from} and {to}, in Unix seconds. No event lies outside what the column can hold.
 func rangeParameters(from, to int64) []proto.Parameter {
 	second := func(n int64) string { return strconv.FormatInt(min(max(n, 0), maxUnixSeconds), 10) }
 	return []proto.Parameter{parameter("from", second(from)), parameter("to", second(to))}
 }
 
-// sql writes the query: a row a key, and one marked by is_total over all keys, because a user in two groups counts once in
-// the total.
+// sql writes the query: one row per key, and one over all keys, marked by is_total, because a user in two groups counts once
+// in the total.
 func (q *metricsQuery) sql() string {
 	const figures = " AS key, toUInt64(sum(event_count)) AS total, uniqCombined64Merge({user bits})(unique_users_state) AS users, "
 	where := "event_name = {event_name:String}"
@@ -286,9 +286,9 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (total metricsG
 	return total, groups, err
 }
 
-// do runs a query on a pooled connection. That may be one which the server closed since: a first failure without an
-// answer is tried again, after reset; a second one is the server's. While events_hourly is exchanged for one with other
-// states, the query is asked again in their precision.
+// do runs a query on a pooled connection. The server may have closed it, so a first failure without an answer is retried,
+// after reset; a second one is returned. While events_hourly is exchanged for a table with other states, the query is retried
+// with their precision.
 func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error {
 	pool, err := m.pool(ctx)
 	if err != nil {

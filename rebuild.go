@@ -1,14 +1,14 @@
-// Making events_hourly anew, from events, while events go on coming in.
+// Rebuilding events_hourly from events while new events keep coming in.
 //
-// When what is counted of events changes (the precision of the user states, what counts as revenue), the rows that are
-// there cannot be changed: they are counted again. Each row of events then belongs to exactly one of two counts, by its
-// created_at, which ClickHouse gives an insert once: rows from before a moment are counted day by day, rows from then on
-// by a view of the new table's own. The old table is kept up meanwhile and answers, until the two are exchanged.
+// When what is counted of events changes (the precision of the user states, what is revenue), existing rows cannot be
+// converted: the events are counted again. Each row of events belongs to exactly one of two counts, by its created_at, which
+// ClickHouse sets once per insert: rows from before a moment are counted day by day, later rows by a view of the new table's
+// own. The old table stays up to date and answers until the two are exchanged.
 //
-// At the exchange the views have to be exchanged, too, which is not one step. So inserts are stopped for a moment: the new
-// table gets another name, its view has no target, and ClickHouse refuses an insert into events before it has written
-// anything of it. The inserter repeats the round. Whoever dies in that moment leaves inserts stopped; the next
-// `reconcile -rebuild` finds the table under its other name and goes on from there. From any earlier point it begins anew.
+// The exchange has to swap the views, too, which takes more than one step. So inserts stop for a moment: the new table is
+// renamed, its view has no target, and ClickHouse refuses an insert into events before it has written any of it. The inserter
+// repeats the round. A crash in that moment leaves inserts stopped; the next `reconcile -rebuild` finds the renamed table and
+// goes on from there. After an earlier crash it starts over.
 
 package main
 
@@ -27,8 +27,8 @@ const (
 	tableNext    = "events_hourly_next"    // is being filled
 	tableRebuilt = "events_hourly_rebuilt" // is filled: the exchange has begun
 	viewNext     = "events_hourly_next_mv"
-	// firstLead is how far ahead the moment is that parts the two counts: inserts that were running when the view was made
-	// do not feed it, and have to be at an end by then. It doubles until they are.
+	// firstLead is how far ahead the moment lies that divides the two counts: inserts already running when the view was made
+	// do not feed it, and must have ended by then. It doubles until they have.
 	firstLead = time.Second
 	// replicaSkew is how far the clocks of several replicas may be apart.
 	replicaSkew = time.Second
@@ -36,14 +36,14 @@ const (
 	rebuildPoll = 50 * time.Millisecond
 )
 
-// rebuild is one run. Its store says the wanted precision, whatever the old table has.
+// rebuild is one run. Its store has the wanted precision, whatever the old table has.
 type rebuild struct {
 	store *store
 	conn  *ch.Client
 	out   io.Writer
 }
 
-// rebuildHourly makes events_hourly as schema.sql says it now. It takes as long as ClickHouse needs to read events once.
+// rebuildHourly makes events_hourly what schema.sql now says. It takes as long as ClickHouse needs to read events once.
 func rebuildHourly(ctx context.Context, cfg *settings, out io.Writer) error {
 	shards, err := newStore(cfg).prepare(ctx, 0) // in the precision that the tables have
 	if err != nil {
@@ -93,8 +93,8 @@ func rebuildShard(ctx context.Context, st *store, out io.Writer) (err error) {
 	return r.exchange(ctx)
 }
 
-// begin makes the new table and its view. since, in Unix milliseconds, parts the two counts: when begin returns it is
-// over, and every row from before it can be seen.
+// begin makes the new table and its view. since, in Unix milliseconds, divides the two counts: when begin returns it has
+// passed, and every row from before it is visible.
 func (r *rebuild) begin(ctx context.Context) (since int64, err error) {
 	for lead := firstLead; ; lead *= 2 {
 		fmt.Fprintln(r.out, "the new table is made")
@@ -129,8 +129,8 @@ func (r *rebuild) begin(ctx context.Context) (since int64, err error) {
 	}
 }
 
-// awaitInserts returns when it is later than begun and no insert is running that began before it, or at the latest at
-// until; both are in the server's Unix milliseconds, as what it returns: the time by then.
+// awaitInserts returns once begun has passed and no insert from before it is still running, or at until. Both are in the
+// server's Unix milliseconds, and so is the time that it returns.
 func (r *rebuild) awaitInserts(ctx context.Context, begun, until int64) (now int64, err error) {
 	if r.store.replicated {
 		begun += replicaSkew.Milliseconds()
@@ -154,7 +154,7 @@ func (r *rebuild) awaitInserts(ctx context.Context, begun, until int64) (now int
 	}
 }
 
-// fill counts the rows from before since, by day: that bounds what a statement holds in memory.
+// fill counts the rows from before since, a day at a time: that bounds the memory of a statement.
 func (r *rebuild) fill(ctx context.Context, since int64) error {
 	var days proto.ColUInt32
 	var all []uint32
@@ -183,14 +183,14 @@ func (r *rebuild) fill(ctx context.Context, since int64) error {
 	return r.syncReplicas(ctx, tableNext)
 }
 
-// exchange puts the new table in the old one's place. Inserts are stopped when it begins; it can be begun again at any
-// point. Of the two tables the later one by its comment is the new one.
+// exchange puts the new table in the old one's place. Inserts are stopped when it begins; it can be repeated from any point.
+// Of the two tables the new one has the later moment in its comment.
 func (r *rebuild) exchange(ctx context.Context) error {
 	now, err := r.now(ctx)
 	if err != nil {
 		return err
 	}
-	if _, err := r.awaitInserts(ctx, now, 1<<62); err != nil { // these feed both tables still
+	if _, err := r.awaitInserts(ctx, now, 1<<62); err != nil { // these still feed both tables
 		return err
 	}
 	rebuilt, err := r.sinceOf(ctx, tableRebuilt)
@@ -227,7 +227,7 @@ func (r *rebuild) exchange(ctx context.Context) error {
 	return r.mend(ctx, max(rebuilt, hourly))
 }
 
-// mend compares the hours that were written to meanwhile: an insert that tore was perhaps mended in the old table only.
+// mend compares the hours written to meanwhile: a torn insert was perhaps mended in the old table only.
 func (r *rebuild) mend(ctx context.Context, since int64) error {
 	const written = "FROM {database}.events WHERE created_at >= fromUnixTimestamp64Milli(%d)"
 	from, err := r.number(ctx, fmt.Sprintf("SELECT toUInt64(toUnixTimestamp(min(timestamp))) "+written, since))

@@ -1,8 +1,8 @@
-// Rows that ClickHouse rejects, and those beside them.
+// Rows that ClickHouse rejects, and their neighbours.
 //
-// A rejected insert stores nothing, so the bad rows have to be found. A constraint says its expression, and ClickHouse
-// itself evaluates that over the round: one query finds all rows that break it. For anything else the round is halved
-// until the bad rows stand alone. They go to the retry topic; their neighbours are stored.
+// A rejected insert stores nothing, so the bad rows have to be found. The error for a constraint has its expression, which
+// ClickHouse evaluates over the round: one query finds all rows that break it. For any other error the round is halved until
+// the bad rows stand alone. They go to the retry topic; their neighbours are stored.
 
 package main
 
@@ -15,7 +15,7 @@ import (
 	"github.com/ClickHouse/ch-go/proto"
 )
 
-// dropRejected makes a rejected round smaller by what is bad in it. The error is ctx's.
+// dropRejected takes the bad rows out of a rejected round. The error is ctx's.
 func (ins *inserter) dropRejected(ctx context.Context, rejection error) error {
 	if err := ins.persist(ctx, "look up a rejected round", func() error { return ins.settle(ctx) }); err != nil {
 		return err
@@ -23,7 +23,7 @@ func (ins *inserter) dropRejected(ctx context.Context, rejection error) error {
 	all := ins.merge()
 	var bad []int
 	if m := violated.FindStringSubmatch(rejection.Error()); m != nil {
-		bad, _ = ins.violators(ctx, all, m[1]) // a failure costs the halving
+		bad, _ = ins.violators(ctx, all, m[1]) // if that fails, the round is halved
 	}
 	switch {
 	case len(bad) > 0:
@@ -49,11 +49,11 @@ func (ins *inserter) merge() *block {
 	return all
 }
 
-// violated finds the expression in ClickHouse's words for error 469, which are in
+// violated finds the expression in ClickHouse's message for error 469, see
 // https://github.com/ClickHouse/ClickHouse/blob/master/src/Processors/Transforms/CheckConstraintsTransform.cpp.
 var violated = regexp.MustCompile(`(?s)is violated at row \d+\. Expression: \((.*)\)\. Column values: `)
 
-// violators returns the rows that break a constraint, by asking ClickHouse for its expression over the block.
+// violators returns the rows that break a constraint: ClickHouse evaluates its expression over the block.
 func (ins *inserter) violators(ctx context.Context, b *block, expression string) (bad []int, err error) {
 	data := proto.Input{}
 	for _, c := range b.columns {
@@ -78,7 +78,7 @@ func (ins *inserter) violators(ctx context.Context, b *block, expression string)
 	return bad, err
 }
 
-// reject puts rows of the block off. They are not known any more: they come back.
+// reject puts off rows of the block. The dedupe forgets them, because they come back.
 func (ins *inserter) reject(ctx context.Context, b *block, bad []int, why error) error {
 	records := keepRows(append(b.records[:0:0], b.records...), bad)
 	if err := ins.rejected(ctx, records, firstLine(why.Error())); err != nil {
@@ -90,7 +90,7 @@ func (ins *inserter) reject(ctx context.Context, b *block, bad []int, why error)
 	return nil
 }
 
-// halve stores the halves of a block each alone, and leaves an empty round. A bad row costs two inserts a halving.
+// halve stores each half of a block by itself and leaves an empty round. A bad row costs two inserts per halving.
 func (ins *inserter) halve(ctx context.Context, all *block) error {
 	middle := all.rows() / 2
 	for _, half := range []*block{part(all, 0, middle), part(all, middle, all.rows())} {
@@ -119,7 +119,7 @@ func (b *block) copyRows(other *block, from, end int) {
 	}
 }
 
-// others are the numbers below n that are not in bad, which ascend.
+// others returns the numbers below n that are not in bad, which ascends.
 func others(bad []int, n int) (rest []int) {
 	for i := range n {
 		if len(bad) > 0 && bad[0] == i {

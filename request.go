@@ -33,23 +33,23 @@ type outgoing struct {
 	promise func(*kgo.Record, error) // made once for the life of the slot: a closure per record would be garbage
 }
 
-// ingestRequest is everything that one HTTP request needs on its way from the end of its body, reused by the next. Its
-// buffers and its slab of records are charged to the ingester's budget.
+// ingestRequest is everything that an HTTP request needs once its body is read; the next request reuses it. Its buffers and
+// its slab of records are charged to the ingester's budget.
 type ingestRequest struct {
 	in      *ingester
-	pool    *sync.Pool // that it goes back to
+	pool    *sync.Pool // where it goes back to
 	account *account   // of the client that sent it, nil in the pool
 	parser  eventParser
 	body    *buffer
-	index   int        // of the event at hand
+	index   int        // of the current event
 	entry   entryForm  // of the answer's errors
 	records []outgoing // a slab
 	arena   *buffer    // keys and values of the records, back to back
 	idInput []byte
 	errors  *buffer // entries of the bulk answer's errors, JSON; nil while there are none
-	failed  int     // events among them
-	stored  bool    // all that are accepted can be queried
-	answer  []byte  // what stands before them
+	failed  int     // how many events are in errors
+	stored  bool    // all accepted events can be queried
+	answer  []byte  // the part before errors
 
 	holders  atomic.Int32 // the handler, and Kafka while records are in flight
 	pending  atomic.Int32 // records without an outcome
@@ -134,12 +134,12 @@ func (q *ingestRequest) onAck(rec *outgoing, err error) {
 		rec.state.Store(stateFailed)
 	}
 	if q.pending.Add(-1) == 0 {
-		q.acked <- struct{}{} // has room: one a request
+		q.acked <- struct{}{} // has room: there is one per request
 		q.in.release(q)
 	}
 }
 
-// isAcked says whether Kafka has all records, of which there are some. It is done with their bytes then.
+// isAcked says whether there are records and Kafka has all of them. It then needs their bytes no more.
 func (q *ingestRequest) isAcked() bool {
 	for i := range q.records {
 		if q.records[i].state.Load() != stateAcked {
@@ -157,8 +157,8 @@ func (q *ingestRequest) failure() string {
 	return "no acknowledgement in time"
 }
 
-// Limits of the errors in an answer. An entry with all its problems, names clipped, stays below maxEntry; behind maxDetail
-// bytes an entry has its first problem only.
+// Limits of the errors in an answer. An entry with all its problems, names clipped, stays below maxEntry; after maxDetail
+// bytes an entry has only its first problem.
 const (
 	maxEntry  = 16 << 10
 	maxDetail = 256 << 10
@@ -167,7 +167,7 @@ const (
 // entryForm appends what an answer says about the event of that index.
 type entryForm func(dst []byte, index int, problems []problem) []byte
 
-// addError notes the problems of an event in the answer. owed says that there has to be an answer, whatever the budget says.
+// addError notes the problems of an event in the answer. An answer that is owed ignores the budget.
 func (q *ingestRequest) addError(index int, problems []problem, owed bool) error {
 	if q.errors == nil {
 		q.errors = new(buffer)
@@ -207,8 +207,8 @@ func appendBulkEntry(dst []byte, index int, problems []problem) []byte {
 	return append(dst, '}')
 }
 
-// receive reads r's body and returns a request that has it, to be released. Nothing but the body's buffer is held while the
-// client takes its time. The errors are readBody's.
+// receive reads r's body and returns a request with it, which the caller releases. While the client takes its time, only the
+// body's buffer is held. The errors are readBody's.
 func (in *ingester) receive(w http.ResponseWriter, r *http.Request, pool *sync.Pool, limit int) (*ingestRequest, error) {
 	acc := in.bodies.open(clientOf(w, r))
 	body, err := in.readBody(acc, r, limit)

@@ -13,14 +13,14 @@ import (
 )
 
 // retryWorker is a member of the group that reads events.retry. Each partition has a waiter, so that no record waits for
-// another delay's records, and a rebalance waits for none. While a waiter has records the client fetches no more of its
-// partition: a million waiting records are on Kafka, and at most one fetch of each partition is in memory.
+// another delay's records, and a rebalance waits for none. While a waiter has records, its partition is not fetched: a million
+// waiting records stay on Kafka, and memory has at most one fetch of each partition.
 type retryWorker struct {
 	kafka    *kgo.Client
 	side     *sideProducer
 	topic    string
 	troubles *troubles
-	failed   func(error)       // told what a poll says, each time
+	failed   func(error)       // gets every error of a poll
 	waiters  map[int32]*waiter // by partition; the group's callbacks change it, and never while run has records in hand
 }
 
@@ -34,14 +34,14 @@ type waiter struct {
 }
 
 const (
-	// A fetch of a partition is at most retryFetch bytes, or one batch of sideProducer, compressed. Snappy makes at most 21
-	// times as much of it: in the worst case 10 partitions hold 30 MB, and the client as much again.
+	// A fetch of a partition is at most retryFetch bytes, or one batch of sideProducer, compressed. Snappy expands at most 21
+	// times: in the worst case 10 partitions hold 30 MB, and the client as much again.
 	retryFetch = 128 << 10
 	// requeueRecords bounds what is put back before the next commit, and with it how long a rebalance waits.
 	requeueRecords = 500
 	// retryTick is how exactly a delay is kept.
 	retryTick = 100 * time.Millisecond
-	// retryCommit bounds the commit when partitions leave. What is not committed is put back twice, which the dedupe sees.
+	// retryCommit bounds the commit when partitions leave. What is not committed is put back twice, which the dedupe catches.
 	retryCommit = 5 * time.Second
 )
 
@@ -88,7 +88,7 @@ func (w *retryWorker) run(ctx context.Context, finish func() (context.Context, c
 			w.troubles.clear(readRetries)
 			w.kafka.PauseFetchPartitions(map[string][]int32{w.topic: {p.Partition}})
 			select {
-			case w.waiters[p.Partition].records <- p.Records: // at once: what was there before is put back
+			case w.waiters[p.Partition].records <- p.Records: // at once: the fetch before it is put back
 			case <-ctx.Done():
 			}
 		})
@@ -114,8 +114,8 @@ func (w *retryWorker) onAssigned(_ context.Context, kafka *kgo.Client, topics ma
 	kafka.ResumeFetchPartitions(topics) // they may have been paused when they left
 }
 
-// release ends the waiters of partitions that leave, and returns when none of them puts back or marks any more. What they
-// hold is the next owner's. It reports whether there were any.
+// release ends the waiters of partitions that leave, and returns once none of them puts back or marks any more. The next owner
+// gets what they hold. It reports whether there were any.
 func (w *retryWorker) release(topics map[string][]int32) bool {
 	for _, p := range topics[w.topic] {
 		if a := w.waiters[p]; a != nil {

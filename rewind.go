@@ -1,8 +1,8 @@
 // Starting over from Kafka: what ClickHouse lost is read again.
 //
-// rewind.go owns the subcommand rewind. After a backup was restored, a partition dropped or a disk lost, Kafka has the only
-// copy of what is missing. Rewinding first makes events_hourly agree with what events still has, then sets the consumer
-// group back; the program reads on from there, knows what it finds in ClickHouse, and stores the rest, counted once.
+// rewind.go owns the subcommand rewind. After a backup was restored, a partition dropped or a disk lost, only Kafka has what
+// is missing. Rewinding first makes events_hourly agree with what is left of events, then sets the consumer group back. The
+// program reads on from there, skips what ClickHouse has, and stores the rest, counted once.
 
 package main
 
@@ -60,7 +60,7 @@ func rewind(ctx context.Context, cfg *settings, at time.Time, dryRun bool, w io.
 	for _, target := range targets {
 		was, ok := committed.Lookup(cfg.kafkaTopic, target.Partition)
 		if !ok || was.At <= target.Offset {
-			continue // nothing of it was read beyond the target
+			continue // it was not read beyond the target
 		}
 		fmt.Fprintf(t, "%d\t%d\t%d\t%d\t\n", target.Partition, was.At, target.Offset, was.At-target.Offset)
 		records += was.At - target.Offset
@@ -117,7 +117,7 @@ func rewindTargets(ctx context.Context, admin *kadm.Client, topic string, at tim
 	if err != nil {
 		return nil, fmt.Errorf("offsets of topic %s at %s: %w", topic, at.Format(time.RFC3339), err)
 	}
-	first, err := admin.ListOffsetsAfterMilli(ctx, 0, topic) // with the time of the first record that is left
+	first, err := admin.ListOffsetsAfterMilli(ctx, 0, topic) // which has the time of the first record left
 	if err == nil {
 		err = first.Error()
 	}

@@ -1,14 +1,14 @@
--- The tables, in the order in which an event meets them. Applied at every start: each statement is idempotent, and changes
--- of a table stand behind the statement that makes it, so that a new table and one from years ago come out the same. None
--- rewrites a part: a start is as fast with a billion rows.
+-- The tables, in the order in which an event meets them. Applied at every start: each statement is idempotent, and a table's
+-- changes follow the statement that creates it, so that a new table and one from years ago come out the same. None rewrites
+-- a part: a start is as fast with a billion rows.
 -- {database} is replaced by the setting CLICKHOUSE_DATABASE; with replicas {on cluster} and {replicated} say ON CLUSTER and
--- Replicated, else nothing. What stands between {each shard} and {/each shard} is answered by every shard of CLICKHOUSE_CLUSTER
--- for itself, in one look at its tables. DEFINE is ours: what is said once and used in several places, by later definitions and by the
--- program too. A statement ends with a semicolon at the end of a line.
+-- Replicated, else nothing. Each shard of CLICKHOUSE_CLUSTER answers what stands between {each shard} and {/each shard} for
+-- itself, from one snapshot of its tables. DEFINE is ours: it names what later definitions and the program use. A statement
+-- ends with a semicolon at the end of a line.
 
 DEFINE {revenue of events} AS sumIf(toDecimal128(price, 4), event_name = 'purchase' AND currency IN ('TRY', ''));
 
--- What is counted of events: by the view at insert, of cut hours, by reconcile.
+-- What is counted of events: by the view at insert, in the cut hours of a query, by reconcile.
 DEFINE {counts of events} AS
     toInt64(count()) AS event_count,
     uniqCombined64State({user bits})(user_id) AS unique_users_state,
@@ -22,7 +22,7 @@ DEFINE {counted} AS
     toStartOfHour(timestamp) AS hour,
     {counts of events};
 
--- The same of rows that are counted already.
+-- The same for rows that are already counted.
 DEFINE {added up} AS
     sum(event_count) AS event_count,
     uniqCombined64MergeState({user bits})(unique_users_state) AS unique_users_state,
@@ -30,32 +30,32 @@ DEFINE {added up} AS
     uniqCombined64MergeState(12)(campaigns_state) AS campaigns_state,
     max(last_at) AS last_at;
 
--- The names of what both give.
+-- The column names of both.
 DEFINE {counts} AS event_count, unique_users_state, revenue, campaigns_state, last_at;
 
--- What of a range, from and to included, are whole hours: [first_hour, end_hour). The hour of its end is whole, too, when
--- nothing in it is from after the end, as when the end is now. ClickHouse takes one look at a table for a whole query, so
--- what comes in meanwhile is in neither place.
+-- The whole hours of a range, from and to included: [first_hour, end_hour). The last hour is whole, too, when it has no event
+-- from after the end, as when the end is now. A query sees one snapshot of a table, so events that come in meanwhile are in
+-- neither place.
 DEFINE {whole hours} AS
     intDiv({from:UInt32} + 3599, 3600) * 3600 AS first_hour,
     intDiv({to:UInt32} + 1, 3600) * 3600 AS last_hour,
     last_hour + if((SELECT max(last_at) FROM {database}.events_hourly WHERE hour = last_hour) <= {to:UInt32}, 3600, 0) AS end_hour;
 
--- And what of it are whole days: [first_day, end_day).
+-- And its whole days: [first_day, end_day).
 DEFINE {whole days} AS
     {whole hours},
     intDiv({from:UInt32} + 86399, 86400) * 86400 AS first_day,
     intDiv({to:UInt32} + 1, 86400) * 86400 AS end_day;
 
--- A range is cut into these three, of which the first is read from the projection daily.
+-- A range is cut into these three; the first is read from the projection daily.
 DEFINE {in whole days} AS toStartOfDay(hour) >= first_day AND toStartOfDay(hour) < end_day;
 DEFINE {in whole hours} AS hour >= first_hour AND hour < end_hour AND (hour < first_day OR hour >= end_day);
 DEFINE {in seconds} AS timestamp >= {from:UInt32} AND timestamp <= {to:UInt32} AND (timestamp < first_hour OR timestamp >= end_hour);
 
 CREATE DATABASE IF NOT EXISTS {database}{on cluster};
 
--- One row an event. The sorting key answers "which of these ids are here?" by primary key, and the cut hours of a
--- metrics query by event_name and time. ReplacingMergeTree merges away a duplicate that got past the dedupe.
+-- One row per event. The sorting key answers "which of these ids are here?" by primary key, and the cut hours of a metrics
+-- query by event_name and time. ReplacingMergeTree merges away a duplicate that got past the dedupe.
 CREATE TABLE IF NOT EXISTS {database}.events{on cluster}
 (
     event_id    FixedString(32)          COMMENT 'SHA-256 of event_name|user_id|timestamp|channel and, when there is one, |insert_id, raw; lower(hex(event_id)) is the API''s event_id',
@@ -76,21 +76,21 @@ ORDER BY (event_name, timestamp, event_id)
 SETTINGS
     -- Parts below this size keep all columns in one file: a third less CPU for a small insert.
     min_bytes_for_wide_part = 67108864,
-    -- A lookup unpacks a granule for each id: less than half of the CPU that 8192 rows cost, and inserts take the same.
-    -- It cannot be changed later: a table that is there keeps its own.
+    -- A lookup unpacks one granule per id: less than half of the CPU of 8192 rows, and inserts cost the same. It cannot be
+    -- changed later: an existing table keeps its own.
     index_granularity = 1024;
 
--- Ids are random bytes: nobody tries to compress them, or to unpack them in a lookup.
+-- Ids are random bytes: compressing them gains nothing, and a lookup would have to unpack them.
 ALTER TABLE {database}.events{on cluster} MODIFY COLUMN event_id CODEC(NONE);
 
--- Statistics of every part, which the server makes by default, are for joins: 0.4 µs an event for nothing. Blocks that were
--- inserted are not remembered: the program knows what is stored, and what was lost may have to be inserted once more.
--- {fsync} is the setting CLICKHOUSE_FSYNC; merged parts need none, what they are made of is kept for 8 minutes. With
--- RETENTION_DAYS the program gives both tables a TTL: a part goes when all of it is too old, no part is written anew for it.
+-- Statistics of every part, the server's default, are for joins and would cost 0.4 µs an event for nothing. ClickHouse does
+-- not remember inserted blocks: the program knows what is stored, and what was lost may have to be inserted again. {fsync} is
+-- the setting CLICKHOUSE_FSYNC; merged parts need none, because their sources are kept for 8 minutes. With RETENTION_DAYS the
+-- program gives both tables a TTL: a part is dropped once all of it is too old, and none is rewritten for it.
 ALTER TABLE {database}.events{on cluster} MODIFY SETTING auto_statistics_types = '', non_replicated_deduplication_window = 0,
     fsync_after_insert = {fsync}, fsync_part_directory = {fsync}, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
 
--- One row an event_name, channel and hour: what the metrics endpoint and the dashboards read.
+-- One row per event_name, channel and hour: what the metrics endpoint and the dashboards read.
 CREATE TABLE IF NOT EXISTS {database}.events_hourly{on cluster}
 (
     event_name         LowCardinality(String),
@@ -108,16 +108,16 @@ PARTITION BY toYYYYMM(hour)
 ORDER BY (event_name, channel, hour)
 SETTINGS
     min_bytes_for_wide_part = 67108864,
-    -- States are large: a question about a few hours unpacks half as much.
+    -- States are large: a query over a few hours unpacks half as much.
     index_granularity_bytes = 1048576;
 
--- Rows from before there was this column may be from the hour's last second.
+-- Rows from before this column existed may have an event in the hour's last second.
 ALTER TABLE {database}.events_hourly{on cluster} ADD COLUMN IF NOT EXISTS last_at SimpleAggregateFunction(max, DateTime('UTC')) DEFAULT hour + 3599 COMMENT 'timestamp of the newest event';
 
 ALTER TABLE {database}.events_hourly{on cluster} MODIFY SETTING auto_statistics_types = '', non_replicated_deduplication_window = 0, deduplicate_merge_projection_mode = 'rebuild',
     fsync_after_insert = {fsync}, fsync_part_directory = {fsync}, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
 
--- The same by the day, in every part and so never out of step with it: a month is 30 states to merge, not 720.
+-- The same per day, in every part and so never out of step with it: a month is 30 states to merge, not 720.
 ALTER TABLE {database}.events_hourly{on cluster} ADD PROJECTION IF NOT EXISTS daily
 (
     SELECT event_name, channel, toStartOfDay(hour), {added up}
@@ -153,7 +153,7 @@ FROM {each shard}
     GROUP BY event_name, channel, hour
 ){/each shard};
 
--- The same for questions that no hour matters to, ten times as fast over a month: the hour of a whole day is its first.
+-- The same for queries that do not need the hour, ten times as fast over a month: a whole day has its first hour.
 CREATE OR REPLACE VIEW {database}.events_between_by_day{on cluster} AS
 SELECT event_name, channel, hour, {counts}
 FROM {each shard}

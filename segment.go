@@ -1,8 +1,7 @@
-// Segment's protocol, so that an app can send with a client that exists: its queue, batches, retries and flush at the end.
+// Segment's protocol, so that an app can use an existing client with its queue, batches, retries and last flush.
 //
-// segment.go maps a message of that protocol onto an event, field by field as the OpenAPI document says; rules, limits,
-// keys, Kafka and what is held meanwhile are those of a bulk. What it owns is the mapping and the answer: these clients throw
-// away what gets a 4xx, so that an item that is invalid is named in a 200.
+// segment.go owns the mapping of a message onto an event, field by field as the OpenAPI document says, and the answer: these
+// clients drop what gets a 4xx, so a 200 names the invalid items. Rules, limits, keys, Kafka and memory are those of a bulk.
 
 package main
 
@@ -58,7 +57,7 @@ func (s *segment) serve(w http.ResponseWriter, r *http.Request, kind string) {
 	switch {
 	case err != nil:
 		writeReadError(w, err)
-	case keyOf(r) == "" && !s.access.knows(string(key)): // a key in the header was looked at before the body was read
+	case keyOf(r) == "" && !s.access.knows(string(key)): // a key in the header was checked before the body was read
 		s.access.refuse(w, string(key))
 	default:
 		for code, n := range refused {
@@ -79,7 +78,7 @@ func (q *ingestRequest) encodeSegment(ctx context.Context, kind string, now int6
 			key = v.text(&scratch)
 		}
 	}
-	var m message // of one item after another
+	var m message // reused for each item
 	do := func(r *jsonReader) error {
 		if err := q.step(ctx); err != nil {
 			return err
@@ -112,13 +111,13 @@ func (q *ingestRequest) encodeSegment(ctx context.Context, kind string, now int6
 	return key, err
 }
 
-// message is what is read of one message; what was not sent, or null, has no bytes. The values point into the body.
+// message is what is used of one message; a field that is absent or null has no bytes. The values point into the body.
 type message struct {
 	kind, event, name, category, userID, anonymousID, timestamp, originalTimestamp jsonValue
 	channel, properties, messageID, writeKey, library, campaign                    jsonValue
 }
 
-// field is where the member of that name goes, nil when nobody asks for it.
+// field returns where the member of that name goes, nil when it is not used.
 func (m *message) field(name []byte) *jsonValue {
 	switch string(name) { // no copy
 	case "type":
@@ -197,8 +196,8 @@ func (m *message) context(v *jsonValue) {
 	})
 }
 
-// eachMember reads one value and calls do with each of its members, at which depth is how deep the deepest is nested. What
-// is no object is errNotObject.
+// eachMember reads an object and calls do with each of its members; depth is how deep the deepest is nested. Any other value
+// is errNotObject.
 func eachMember(r *jsonReader, do func(k, v jsonValue)) (depth int, err error) {
 	if r.peek() != '{' {
 		if _, err := r.value(); err != nil {
@@ -224,8 +223,8 @@ func eachMember(r *jsonReader, do func(k, v jsonValue)) (depth int, err error) {
 	}
 }
 
-// fromMessage fills the event from the message, whose problems it adds to those of its form; nil for a kind that is not
-// stored. kind is the route's; in a batch each message says its own.
+// fromMessage fills the event from the message and adds to its problems; nil for a kind that is not stored. kind is the
+// route's; in a batch each message says its own.
 func (p *eventParser) fromMessage(m *message, kind string, now int64) *event {
 	if kind == "batch" {
 		kind = string(p.word(&m.kind))
@@ -272,8 +271,8 @@ func (p *eventParser) given(f fieldSet, v *jsonValue) {
 	}
 }
 
-// word is a string that is compared with known ones, empty when it is none or longer than any of them. It lives until the
-// next text.
+// word returns a string to compare with known ones, empty when it is no string or longer than any of them. It is valid until
+// the next text.
 func (p *eventParser) word(v *jsonValue) []byte {
 	if v.kind != '"' || len(v.raw) > maxTextBytes {
 		return nil
@@ -323,7 +322,7 @@ func (p *eventParser) titled(m *message) {
 	}
 }
 
-// Channels of an event, by what a message says of where it comes from.
+// Channels of an event, by where a message says that it comes from.
 var (
 	channelWeb    = []byte("web")
 	channelMobile = []byte("mobile_app")
@@ -353,7 +352,7 @@ func (p *eventParser) channelOf(m *message) []byte {
 	return channelAPI
 }
 
-// isoForms are the times of ISO 8601 that clients send; a fraction of the second is understood by all of them.
+// isoForms are the ISO 8601 times that clients send; each also takes a fraction of a second.
 var isoForms = []string{time.RFC3339, "2006-01-02T15:04:05Z0700", "2006-01-02T15:04:05", "2006-01-02 15:04:05", time.DateOnly}
 
 // isoTime takes a timestamp down to the second. One without a zone is UTC.
@@ -386,7 +385,7 @@ func (s *segment) answer(w http.ResponseWriter, q *ingestRequest) {
 	writeJSON(w, http.StatusOK, []byte(`{"success":true,"errors":[`), q.errors.bytes(), []byte(`]}`))
 }
 
-// appendItemEntries is an entry for each problem of an item.
+// appendItemEntries appends an entry for each problem of an item.
 func appendItemEntries(dst []byte, index int, problems []problem) []byte {
 	for i, p := range problems {
 		if i > 0 {

@@ -1,10 +1,9 @@
 // Moving records off the main way: to events.retry, to events.dlq, or back to events.
 //
-// A row that ClickHouse rejects goes to the retry topic, and after MAX_RETRY_ATTEMPTS to the dead letters. A record that is
-// no event goes to the dead letters at once. sidetopics.go owns the headers of both topics and the choice of the retry
-// partition: two partitions a delay, so that nothing waits behind a longer one. Every move is acknowledged before the
-// offset that the record came from may be committed: a record is in at least one place, and the dedupe makes two of them
-// one.
+// A row that ClickHouse rejects goes to the retry topic, and after MAX_RETRY_ATTEMPTS to the dead letters. A record that is no
+// event goes to the dead letters at once. sidetopics.go owns the headers of both topics and the choice of the retry partition:
+// two partitions per delay, so that nothing waits behind a longer one. Every move is acknowledged before the offset that the
+// record came from may be committed: a record is in at least one place, and the dedupe counts two copies once.
 
 package main
 
@@ -38,14 +37,14 @@ const (
 	// maxSideBatch bounds what is sent at once, in bytes before compression. It is below every broker's default limit of a
 	// batch, 1,048,588. A larger record goes alone.
 	maxSideBatch = 900 << 10
-	// ackGrace is how long an acknowledgement that is on its way is waited for once the move has to end.
+	// ackGrace is how long a pending acknowledgement may still take once the move has to end.
 	ackGrace = 500 * time.Millisecond
-	// maxTruncated is what is left of a value that the brokers do not take again: below every broker's default limit.
+	// maxTruncated bounds a value that the brokers refused: it is below every broker's default limit.
 	maxTruncated = 512 << 10
 )
 
-// sideProducer moves records between topics. It has clients of its own: another producer can have put a record of any size
-// onto the topic, and a batch of several has to stay below the brokers' default limit of 1 MB, or they refuse all of it.
+// sideProducer moves records between topics. It has its own clients: another producer may have put a record of any size onto
+// the topic, and brokers refuse a whole batch that is above their default limit of 1 MB.
 type sideProducer struct {
 	kafka       *kgo.Client // for records of up to maxSideBatch
 	large       *kgo.Client // for larger ones, one at a time
@@ -86,8 +85,8 @@ func (s *sideProducer) refresh() {
 	s.large.ForceMetadataRefresh()
 }
 
-// deadLetter gives rec up. It returns nil once all in-sync replicas have acknowledged that, and tries until then. The error
-// is ctx's; nothing is lost then, because the record's offset is not committed.
+// deadLetter gives rec up. It tries until all in-sync replicas have acknowledged the letter. The error is ctx's; nothing is
+// lost then, because the record's offset is not committed.
 func (s *sideProducer) deadLetter(ctx context.Context, rec *kgo.Record, errorType, message string) error {
 	return s.produce(ctx, []*kgo.Record{s.letter(rec, retryCount(rec), errorType, message)})
 }
@@ -150,7 +149,7 @@ func (s *sideProducer) produce(ctx context.Context, recs []*kgo.Record) error {
 // moveAside is what fails when Kafka does not acknowledge a move.
 const moveAside = "move records aside"
 
-// produceBatch is produce for what can be sent at once. It sends again what was not acknowledged, with a pause.
+// produceBatch is produce for what can be sent at once. It retries what was not acknowledged, after a pause.
 func (s *sideProducer) produceBatch(ctx context.Context, recs []*kgo.Record) error {
 	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
 		var done, failed, tooLarge []*kgo.Record
@@ -195,8 +194,8 @@ func (s *sideProducer) produceBatch(ctx context.Context, recs []*kgo.Record) err
 	}
 }
 
-// produceOnce is one attempt. When ctx is done, what has no answer after ackGrace has failed: franz-go would wait for a
-// silent broker much longer.
+// produceOnce is one attempt. Once ctx is done, a record without an answer after ackGrace has failed: franz-go would wait for
+// a silent broker much longer.
 func (s *sideProducer) produceOnce(ctx context.Context, recs []*kgo.Record) (all kgo.ProduceResults) {
 	kafka := s.kafka
 	if recordBytes(recs[0]) > maxSideBatch {
@@ -226,8 +225,8 @@ func (s *sideProducer) produceOnce(ctx context.Context, recs []*kgo.Record) (all
 	return all
 }
 
-// shrink makes something smaller of a record that the brokers do not take: a dead letter, and of a dead letter the
-// beginning, half as much each time. It returns nil when nothing is left to cut.
+// shrink makes a record smaller that the brokers refuse: it becomes a dead letter, and a dead letter loses the second half of
+// its value, each time. It returns nil when nothing is left to cut.
 func (s *sideProducer) shrink(rec *kgo.Record) *kgo.Record {
 	if rec.Topic != s.topic+".dlq" {
 		return s.letter(rec, retryCount(rec), errorInsertFailed, "the brokers do not take the record: "+kerr.MessageTooLarge.Message)
@@ -246,7 +245,7 @@ func (s *sideProducer) shrink(rec *kgo.Record) *kgo.Record {
 	return rec
 }
 
-// count counts the records that were moved. The dead letters among them are one line in the log, with the first of them.
+// count counts the records that were moved. The dead letters among them get one line in the log, about the first of them.
 func (s *sideProducer) count(recs []*kgo.Record) {
 	var first *kgo.Record
 	dead := 0
@@ -299,8 +298,7 @@ func header(rec *kgo.Record, key string) string {
 	return ""
 }
 
-// failureHeaders is rec's headers with what went wrong. Where it came from and when it first failed stay as they were
-// set the first time.
+// failureHeaders returns rec's headers with what went wrong. Where it came from and when it first failed stay as first set.
 func failureHeaders(rec *kgo.Record, retries int, errorType, message string) []kgo.RecordHeader {
 	if len(message) > maxErrorMessage {
 		message = message[:maxErrorMessage]

@@ -23,7 +23,7 @@ type ingestStats struct {
 	ack                            *metrics.PrometheusHistogram
 }
 
-// refusedItems counts the items of Segment's protocol that are not valid: their senders get a 200.
+// refusedItems counts the invalid items of Segment's protocol, whose senders get a 200.
 func (s *ingestStats) refusedItems(code string) *metrics.Counter {
 	return s.set.GetOrCreateCounter(`event_ingestion_segment_items_refused_total{code="` + code + `"}`)
 }
@@ -97,8 +97,8 @@ type stats struct {
 	lags     func() []int64 // by partition
 }
 
-// seconds are the buckets of every histogram: requests and acknowledgements take milliseconds, inserts tens of them, and
-// what matters of a bad day is whether it was one second or thirty.
+// seconds are the buckets of every histogram: requests and acknowledgements take milliseconds, inserts tens of them, and on a
+// bad day it matters whether it was one second or thirty.
 var seconds = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
 
 func newStats() *stats {
@@ -137,12 +137,12 @@ func newStats() *stats {
 	return s
 }
 
-// route returns the counters of a route; once for each name.
+// route returns the counters of a route; call it once per name.
 func (s *stats) route(name string) *routeStats {
 	return &routeStats{set: s.set, name: name, seconds: s.set.GetOrCreatePrometheusHistogramExt(`event_ingestion_http_request_duration_seconds{route="`+name+`"}`, seconds)}
 }
 
-// watch adds what others know.
+// watch adds the gauges of other parts.
 func (s *stats) watch(current *atomic.Pointer[consumer], wm *watermark, bodies *byteBudget) {
 	s.lags = wm.partitionLags
 	s.set.NewGauge("event_ingestion_in_flight_bytes", func() float64 { return float64(bodies.used.Load()) })
@@ -226,7 +226,7 @@ func (s *stats) write(w io.Writer) {
 	w.Write(out.Bytes())
 }
 
-// familyOf is the name on a line of samples, for a histogram without the suffix of its series.
+// familyOf returns the metric's name on a line of samples, without the suffix of a histogram's series.
 func familyOf(line string) string {
 	name := line[:strings.IndexAny(line, "{ ")]
 	for _, suffix := range []string{"_bucket", "_sum", "_count"} {

@@ -1,7 +1,7 @@
 // Read your write: an answer that comes when the events can be queried.
 //
-// stored.go owns the one wake-up that all who wait share. The watermark says how far everything is stored, and whoever waits
-// compares that with the moment of its own acknowledgement: nobody asks Kafka or ClickHouse for it.
+// stored.go owns the one wake-up that all waiting requests share. Each compares the moment of its own acknowledgement with the
+// watermark, up to which everything is stored: waiting asks nothing of Kafka or ClickHouse.
 
 package main
 
@@ -15,12 +15,12 @@ import (
 // storedTimeout is how long an answer waits for ?wait=stored.
 const storedTimeout = 5 * time.Second
 
-// storedSignal is how far everything is stored, to the nanosecond where complete_through has seconds. The zero one says
+// storedSignal says how far everything is stored, to the nanosecond where complete_through has seconds. The zero value knows
 // nothing yet.
 type storedSignal struct {
 	mu      sync.Mutex    // guards what follows
-	through time.Time     // what was acknowledged before that is stored
-	moved   chan struct{} // closed when through moves or nobody is to wait any more; nil while nobody waits
+	through time.Time     // everything acknowledged before it is stored
+	moved   chan struct{} // closed when through moves or waiting ends; nil while nobody waits
 	ended   bool
 }
 
@@ -32,7 +32,7 @@ func (s *storedSignal) advance(through time.Time) {
 	s.wake()
 }
 
-// age is how old the moment is up to which everything is stored; 0 while unknown.
+// age is how long ago through was; 0 while unknown.
 func (s *storedSignal) age() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -42,7 +42,7 @@ func (s *storedSignal) age() time.Duration {
 	return time.Since(s.through)
 }
 
-// end lets nobody wait any more: a stop does not take longer for them.
+// end ends all waiting, so that a stop does not take longer for it.
 func (s *storedSignal) end() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -58,7 +58,7 @@ func (s *storedSignal) wake() {
 	}
 }
 
-// wait returns true when what was acknowledged by then is stored, false when ctx is done or the program stops before.
+// wait returns true once what was acknowledged by then is stored, false when ctx is done or the program stops first.
 func (s *storedSignal) wait(ctx context.Context, then time.Time) bool {
 	for {
 		s.mu.Lock()
@@ -79,7 +79,7 @@ func (s *storedSignal) wait(ctx context.Context, then time.Time) bool {
 	}
 }
 
-// wantsStored says whether the answer is to come when the events are stored, ?wait=stored.
+// wantsStored says whether to answer only once the events are stored, ?wait=stored.
 func wantsStored(r *http.Request) (bool, []problem) {
 	switch value, is := queryValue(r.URL.RawQuery, "wait"); {
 	case !is:
@@ -90,9 +90,8 @@ func wantsStored(r *http.Request) (bool, []problem) {
 	return false, []problem{{"wait", codeInvalidFormat, "wait must be stored, or absent"}}
 }
 
-// awaitStored waits until the request's events, all of them acknowledged, are stored, and returns false when that takes too
-// long. A request that waits has given its body and its records' bytes back. What it keeps still counts as in flight, which
-// bounds how many can wait.
+// awaitStored waits until the request's events, all acknowledged, are stored; false when that takes too long. It first gives
+// back the body and the records' bytes. What the request keeps still counts as in flight, which bounds how many can wait.
 func (in *ingester) awaitStored(w http.ResponseWriter, r *http.Request, q *ingestRequest) bool {
 	now := time.Now()
 	q.account.put(q.body)

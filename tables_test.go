@@ -225,10 +225,12 @@ func TestDelays(t *testing.T) {
 	}
 }
 
-// TestClusterSchema: a real cluster is not at hand; the server at least parses every statement.
+// TestClusterSchema: replicas are not at hand; the server at least parses every statement for them.
 func TestClusterSchema(t *testing.T) {
 	cfg := settingsFrom(t, newSpace(t, "CLICKHOUSE_CLUSTER=main"))
-	statements := newStore(cfg).schema()
+	st := newStore(cfg)
+	st.replicated = true
+	statements := st.schema()
 	replicated := 0
 	for _, stmt := range statements {
 		formatted := clickhouseQuery(t, "SELECT formatQuery('"+literalEscapes.Replace(stmt)+"')")

@@ -1,6 +1,6 @@
 // Subcommands for operators: audit, reconcile, rewind and dlq.
 //
-// tools.go owns what they have in common: flags, settings, exit codes. Each of them stands in a file of its own.
+// tools.go owns what they have in common: flags, settings, exit codes. Each has a file of its own.
 
 package main
 

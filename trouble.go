@@ -1,7 +1,7 @@
-// What fails at the moment, and goes on failing: since when, why, and what the log was told of it.
+// What is failing at the moment: since when, why, and what the log has said about it.
 //
-// trouble.go owns the words for it. Whoever tries something again and again until it works notes each failure here
-// instead of logging it: the log tells a cause at once and then once a minute, /ready tells it as long as it lasts.
+// trouble.go owns the words for it. Whoever retries until something works notes each failure here instead of logging it: the
+// log gets a cause at once and then once a minute, /ready shows it as long as it lasts.
 
 package main
 
@@ -15,17 +15,16 @@ import (
 const (
 	// tellAgain is how often the log repeats a cause that stays the same.
 	tellAgain = time.Minute
-	// maxTold bounds the causes that are remembered, of at most maxErrorMessage bytes; beyond it all are forgotten, and told
-	// anew.
+	// maxTold bounds the remembered causes, each at most maxErrorMessage bytes; beyond it all are forgotten and logged anew.
 	maxTold = 200
 )
 
-// troubles are the things of one running system that do not work now. Its methods may be called by anybody at any time,
-// and cost a lock and a map: they belong on the way of a failure, and at the end of a try.
+// troubles are what does not work now in one running system. Anybody may call its methods at any time; each costs a lock and a
+// map look-up, so call them on a failure and at the end of a try.
 type troubles struct {
 	mu     sync.Mutex // guards what follows
 	open   map[string]trouble
-	worked map[string]struct{} // what has, at least once
+	worked map[string]struct{} // what has worked at least once
 	told   map[string]telling  // by what fails and its cause without digits: ports, sizes and counts change from try to try
 }
 
@@ -33,12 +32,12 @@ type troubles struct {
 type trouble struct {
 	what, cause string
 	since       time.Time
-	told        bool // to the log, since it began
+	told        bool // has been logged since it began
 }
 
 type telling struct {
 	at    time.Time
-	times int // it has happened since
+	times int // how often it has happened since
 }
 
 func newTroubles() *troubles {

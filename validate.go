@@ -48,8 +48,8 @@ var (
 	errEventTooDeep = fmt.Errorf("values are nested more than %d deep", maxDepth)
 )
 
-// eventParser parses events one after another without garbage: it keeps the scratch space of the last one. It is not for
-// concurrent use; get one from the pool of whoever parses.
+// eventParser parses events one after another without garbage: it reuses its scratch space. It is not for concurrent use: each
+// worker and each request has its own.
 type eventParser struct {
 	json     jsonReader
 	ev       event
@@ -80,9 +80,8 @@ var fieldNames = map[fieldSet]string{
 	fieldCampaignID: "campaign_id", fieldTags: "tags", fieldMetadata: "metadata", fieldInsertID: "insert_id",
 }
 
-// parse reads one event from raw and checks every rule that does not need a clock. The problems are empty for a good
-// event. The error is for raw that is no JSON object at all. Event and problems live until the next parse, or until raw
-// changes.
+// parse reads one event from raw and checks every rule that does not need a clock. A good event has no problems. The error
+// means that raw is no JSON object. Event and problems are valid until the next parse, or until raw changes.
 func (p *eventParser) parse(raw []byte) (*event, []problem, error) {
 	p.json.reset(raw)
 	if p.json.peek() == 0 && p.json.end() == nil {
@@ -100,7 +99,7 @@ func isEventsOwn(err error) bool {
 	return errors.Is(err, errNotObject) || errors.Is(err, errEventTooDeep)
 }
 
-// read is parse for an event in the middle of a text. Of what nobody asks for it only sees that it is JSON.
+// read is parse for an event in the middle of a text. A member that is no field of an event only has to be JSON.
 func (p *eventParser) read(r *jsonReader) (*event, []problem, error) {
 	p.begin()
 	if r.peek() != '{' {
@@ -168,13 +167,13 @@ func (p *eventParser) member(k, v *jsonValue) {
 	p.named |= f
 }
 
-// A character takes at most 12 bytes in a string of JSON, as a surrogate pair of escapes; one of a field's name 6.
+// In a JSON string a character takes at most 12 bytes, as a surrogate pair of escapes; in a field's name, 6.
 const (
 	maxTextBytes = 12*maxTextChars + len(`""`)
 	maxNameBytes = 6*len("event_name_") + len(`""`)
 )
 
-// clip is what a message repeats of a name that the client made up.
+// clip shortens a name that the client made up, for a message.
 func clip(name []byte) string {
 	const most = 40
 	if len(name) <= most {
@@ -205,7 +204,7 @@ func fieldByName(key []byte) fieldSet {
 	return 0
 }
 
-// field checks a field's value and takes it in.
+// field checks a field's value and puts it into the event.
 func (p *eventParser) field(f fieldSet, v *jsonValue) {
 	if v.kind == 'n' {
 		return // absent
@@ -231,7 +230,7 @@ func (p *eventParser) field(f fieldSet, v *jsonValue) {
 	}
 }
 
-// required is text of a field that must not be empty: an empty string counts as none.
+// required is text for a field that must not be empty: an empty string counts as absent.
 func (p *eventParser) required(f fieldSet, v *jsonValue) []byte {
 	if v.kind == '"' && len(v.raw) == len(`""`) {
 		p.seen &^= f
@@ -376,8 +375,8 @@ func (p *eventParser) meta(v *jsonValue) {
 	}
 }
 
-// checkAge adds the rules that need a clock: now is Unix seconds, and skew how many of them a sender's clock may be ahead. It
-// is apart from parse because a record that waited on Kafka while ClickHouse was down has been accepted and does not expire.
+// checkAge adds the rules that need a clock: now is in Unix seconds, and a sender's clock may be ahead by skew seconds. parse
+// does without, because a record that waited on Kafka while ClickHouse was down has been accepted and does not expire.
 func (p *eventParser) checkAge(now, skew int64) []problem {
 	if p.seen&fieldTimestamp == 0 {
 		return p.problems
@@ -396,7 +395,7 @@ func (p *eventParser) checkAge(now, skew int64) []problem {
 	return p.problems
 }
 
-// addf is the slow path: only a bad event pays for the message, and not for more of them than are reported.
+// addf is the slow path: only a bad event pays for messages, and only for those that are reported.
 func (p *eventParser) addf(field, code, format string, args ...any) {
 	if len(p.problems) < maxProblems {
 		p.problems = append(p.problems, problem{field, code, field + " " + fmt.Sprintf(format, args...)})

@@ -44,8 +44,8 @@ const (
 // once: what is below its (4) and its (1) and went to events.retry was put back below its (4), and so on to the last time.
 // A look that is not quiet therefore voids those before it, and counts as the first of the next ones.
 //
-// One move is not seen: a record that another producer put under a key that is not its event's goes back to the main topic
-// under its own, and may be missing for as long as that takes.
+// One move is not seen: a record that another producer wrote under the wrong key goes back to the main topic under its own
+// key, and may be missing until it is there.
 type watermark struct {
 	kafka        *kgo.Client // the API's producer
 	admin        *kadm.Client
@@ -60,8 +60,8 @@ type watermark struct {
 	progress     atomic.Pointer[progress]
 }
 
-// progress is what a look found: the lag of each partition, since when it has had one without getting anywhere, and how
-// many records wait on events.retry.
+// progress is what a look found: the lag of each partition, since when one with a lag has made no progress, and how many
+// records wait on events.retry.
 type progress struct {
 	lags    []int64
 	since   []time.Time
@@ -86,8 +86,8 @@ func (w *watermark) partitionLags() []int64 {
 	return nil
 }
 
-// stalled is for how long nothing was stored of a partition that has records waiting, at worst, and how many records wait in
-// all. It is 0 while all that have some get on.
+// stalled returns for how long nothing was stored of the worst partition with waiting records, and how many records wait in
+// all. It is 0 while every such partition makes progress.
 func (w *watermark) stalled() (d time.Duration, waiting int64) {
 	p := w.progress.Load()
 	if p == nil {
@@ -169,13 +169,13 @@ func (w *watermark) look(ctx context.Context) error {
 
 // advance is a look's part in the rule.
 func (w *watermark) advance(now time.Time, stored, ends []int64, quiet bool) {
-	for _, s := range w.samples { // a topic that was made again ends earlier: what it held before will never be stored
+	for _, s := range w.samples { // a topic that was recreated ends earlier: what it held before will never be stored
 		for p := range min(len(s.ends), len(ends)) {
 			s.ends[p] = min(s.ends[p], ends[p])
 		}
 	}
 	if n := len(w.samples); n > 1 && w.samples[n-1].at.Sub(w.samples[n-2].at) < time.Second {
-		w.samples = w.samples[:n-1] // a second apart, but for the newest
+		w.samples = w.samples[:n-1] // a second apart, except the newest
 	}
 	if !quiet {
 		w.samples = w.samples[:0]
@@ -194,7 +194,7 @@ func (w *watermark) advance(now time.Time, stored, ends []int64, quiet bool) {
 	w.samples = append(w.samples[:0], w.samples[reached:]...)
 }
 
-// watch notes which partitions get on.
+// watch notes which partitions make progress.
 func (w *watermark) watch(now time.Time, stored, ends []int64) {
 	moved := make([]time.Time, len(ends))
 	for p := range ends {
@@ -206,7 +206,7 @@ func (w *watermark) watch(now time.Time, stored, ends []int64) {
 	w.moved, w.last = moved, stored
 }
 
-// committed is how far the group has committed the partitions of a topic: 0 where it has not.
+// committed returns the group's committed offsets of a topic, by partition: 0 where there is none.
 func (w *watermark) committed(ctx context.Context, topic, group string) ([]int64, error) {
 	fetched, err := w.admin.FetchOffsetsForTopics(ctx, group, topic)
 	if err != nil && !errors.Is(err, kerr.GroupIDNotFound) { // nobody has joined yet: nothing is committed
@@ -221,9 +221,9 @@ func (w *watermark) committed(ctx context.Context, topic, group string) ([]int64
 	return committed, nil
 }
 
-// settle corrects committed offsets, read before the ends, that say nothing of the topic as it is: one beyond the end is of
-// a topic of that name that was deleted, as long as it stays what it was; what is below the start of the log has expired, and
-// nobody can store it any more. The result is as long as ends.
+// settle corrects committed offsets, read before the ends, that do not fit the present topic. One beyond the end belongs to a
+// deleted topic of the same name, as long as it does not change. Records below the start of the log have expired, and nobody
+// can store them any more. The result is as long as ends.
 func (w *watermark) settle(ctx context.Context, topic string, committed, ends []int64) ([]int64, error) {
 	settled := make([]int64, len(ends))
 	copy(settled, committed)
@@ -255,7 +255,7 @@ func (w *watermark) settle(ctx context.Context, topic string, committed, ends []
 	return settled, nil
 }
 
-// offsetsOf takes what was listed of one topic, by partition.
+// offsetsOf returns what was listed of one topic, by partition.
 func offsetsOf(listed kadm.ListedOffsets, err error) ([]int64, error) {
 	if err == nil {
 		err = listed.Error()

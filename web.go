@@ -1,7 +1,7 @@
 // Pages for a browser: the dashboard at /, Swagger UI at /swagger/, the API's document.
 //
-// web.go owns what is embedded: everything comes from the binary, no page loads anything from elsewhere. The pages are open
-// without a key; what they show they get from the API with the key that their reader types in.
+// web.go owns what is embedded: everything comes from the binary, no page loads anything from elsewhere. The pages need no
+// key; what they show comes from the API, with the key that their reader types in.
 
 package main
 
@@ -95,7 +95,7 @@ func serveSwagger(w http.ResponseWriter, r *http.Request) {
 	writeFile(w, r, name, swaggerPolicy, body)
 }
 
-// swaggerFile is a file of Swagger UI, which the package has compressed.
+// swaggerFile returns a file of Swagger UI, which the package has compressed.
 func swaggerFile(name string) ([]byte, error) {
 	f, err := swagger.FS.Open(name + ".gz")
 	if err != nil {

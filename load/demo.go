@@ -1,7 +1,7 @@
 // A believable shop: thirty days of visits, so that a newcomer's first look at the dashboard is a good one.
 //
-// demo.go makes all events of -demo at the start: visits that come by a daily and a weekly curve, users who return, a
-// funnel from view to purchase, campaigns that come and go. Every event has an insert_id of its own.
+// demo.go makes all events of -demo at the start: visits on a daily and a weekly curve, users who return, a funnel from view
+// to purchase, campaigns that come and go. Every event has an insert_id of its own.
 
 package load
 
@@ -66,7 +66,7 @@ func newDemo(cfg *Config) *demo {
 	return d
 }
 
-// visit adds what one user does in some minutes, as far as it has happened.
+// visit adds what one user does within some minutes, up to now.
 func (d *demo) visit(rng *rand.Rand, at int64, daysAgo int, now int64) {
 	e := demoEvent{user: int(math.Pow(rng.Float64(), 1.7) * 9000), at: at} // some come often, most seldom
 	e.channel = channels[0]

@@ -1,6 +1,6 @@
 // What load sends.
 //
-// events.go owns the made-up events and the replay of a file. Both count what was accepted by rules of their own.
+// events.go owns the made-up events and the replay of a file. Each counts by its own rules what was accepted.
 
 package load
 
@@ -28,8 +28,8 @@ type expectation struct {
 	channels map[string]int64 // nil = not asked
 }
 
-// Generator makes events that are distinct by construction: event n has user n mod users, channel and second from
-// what is left of n, and with -insert-ids n itself. The seconds end at the start of the run, so none is in the future.
+// Generator makes events that are distinct by construction: event n has user n mod users, channel and second come from the
+// rest of n, and with -insert-ids n itself is the id. The seconds end at the start of the run, so none is in the future.
 type Generator struct {
 	cfg  *Config
 	base int64 // second of event 0

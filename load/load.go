@@ -1,6 +1,6 @@
-// Package load sends events to a running system at a fixed rate and says what came of them: `event-ingestion load`.
+// Package load sends events to a running system at a fixed rate and reports what became of them: `event-ingestion load`.
 //
-// It is a client: it knows of the system what the API says, and nothing of its code.
+// It is a client: it knows the system's API and nothing of its code.
 //
 // load.go owns the flags, the senders and the booking of answers: every event sent ends as accepted, refused or unknown,
 // once. pacer.go says when a request is due, events.go makes the events, verify.go knows what a right answer of the metrics
@@ -38,7 +38,7 @@ const (
 const (
 	typeJSON   = "application/json"
 	typeNDJSON = "application/x-ndjson"
-	// codeUnavailable is the API's for a good event that Kafka did not acknowledge: it is sent again.
+	// codeUnavailable is the API's code for a good event that Kafka did not acknowledge: it is sent again.
 	codeUnavailable = "unavailable"
 )
 
@@ -126,7 +126,7 @@ func Parse(args []string, stderr io.Writer) (*Config, error) {
 	return c, nil
 }
 
-// ends is whether what is sent comes to an end by itself.
+// ends says whether the events run out by themselves.
 func (c *Config) ends() bool { return c.file != "" || c.demo }
 
 func isSet(fs *flag.FlagSet, name string) (set bool) {
@@ -193,7 +193,7 @@ func Run(args []string, stdout, stderr io.Writer) int {
 	return code
 }
 
-// shortOf is what the run did not reach, whatever was counted: a script must not take it for a measurement.
+// shortOf says what the run failed to reach, whatever was counted: a script must not take it for a measurement.
 func (l *Loader) shortOf(interrupted bool) (why []string) {
 	if interrupted {
 		why = append(why, "interrupted")
@@ -230,7 +230,7 @@ type Loader struct {
 	unsent int64 // events that were due when all connections were busy; set at the end of send
 
 	pace    *pacer       // set by send
-	sent    atomic.Int64 // events, a repeat by -dup included, a retry not
+	sent    atomic.Int64 // events, including repeats by -dup but no retries
 	OK      atomic.Int64 // events that were accepted
 	Retried atomic.Int64 // requests
 	Unknown atomic.Int64 // events without an answer
@@ -274,7 +274,7 @@ func (l *Loader) Distinct() (n int64) {
 	return n
 }
 
-// Forgive forgets what was refused or had no answer: a fault was meant to do that.
+// Forgive forgets what was refused or had no answer, because a fault was meant to cause it.
 func (l *Loader) Forgive() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -315,8 +315,8 @@ func (l *Loader) Send(ctx context.Context, stderr io.Writer) {
 	}
 }
 
-// exchange is one try. wait is what Retry-After asks for. A compressed body is known by gzip's magic number, which no
-// JSON text begins with; the probe's bodies never are.
+// exchange is one try. wait is what Retry-After asks for. gzip's magic number tells a compressed body, because no JSON text
+// begins with it; the probe's bodies are never compressed.
 func (l *Loader) exchange(path, media string, body []byte) (status int, answer []byte, wait time.Duration, err error) {
 	wait = 200 * time.Millisecond
 	req, err := http.NewRequest(http.MethodPost, l.Config.URL+path, bytes.NewReader(body))

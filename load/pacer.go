@@ -201,8 +201,8 @@ func (s *sender) post(interrupted context.Context) bool {
 	}
 }
 
-// reason is why there is no answer, without what differs from one connection to the next: a dead server and a certificate that
-// nobody knows are then an entry each.
+// reason says why there is no answer, without what differs between connections: a dead server or an unknown certificate is
+// then one entry.
 func reason(err error) string {
 	var op *net.OpError
 	var request *url.Error

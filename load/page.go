@@ -24,7 +24,7 @@ type timeline struct {
 	seconds []second   // only run writes it
 }
 
-// run takes a second after the other until ctx is done.
+// run takes one second after another until ctx is done.
 func (t *timeline) run(ctx context.Context, l *Loader) {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
@@ -50,7 +50,7 @@ type line struct {
 	Name, Class, Path string
 }
 
-// curve scales values to a chart of 1000 by 200, of which most is the top.
+// curve scales values to a chart of 1000 by 200, with most at the top.
 func curve(name, class string, most float64, seconds []second, value func(second) float64) line {
 	var path strings.Builder
 	for i, s := range seconds {

@@ -116,7 +116,7 @@ func (l *Loader) Verify(stderr io.Writer) (checks []Check) {
 	return checks
 }
 
-// exactUsers is up to how many users the endpoint counts exactly.
+// exactUsers is the number of users up to which the endpoint counts exactly.
 const exactUsers = 4000
 
 func compare(e expectation, a metricsAnswer) []Check {
@@ -129,7 +129,7 @@ func compare(e expectation, a metricsAnswer) []Check {
 	}
 }
 
-// compareGroups counts the groups that are right; all have to be, and no other may be there.
+// compareGroups counts the groups that are right: all have to be, and there may be no others.
 func compareGroups(what string, want map[string]int64, a metricsAnswer) Check {
 	right := int64(0)
 	for _, g := range a.Groups {
