@@ -1,10 +1,12 @@
-"""How cost grows with the rate: CPU, freshness, inserts, parts and memory, as a table and a plot.
+"""How cost grows with the rate, shards and instances: CPU, freshness, inserts, parts and memory, as a table and a plot.
 
     make build bin/dev
     bin/dev -ephemeral -- python3 dev/scripts/cost_growth.py bin/event-ingestion [-seconds 30] [-rates 1000,2000,…] [-plot cost.svg]
+    bin/dev -ephemeral -shards 3 -- python3 dev/scripts/cost_growth.py bin/event-ingestion -rates 20000,0 -instances 1,2,3
 
-Each rate runs open loop, in bulks of a twentieth of a second, against a program of its own on tables of its own. CPU is
-what the program and ClickHouse used for an event, in µs; freshness is from the 202 to the answer that counts the event.
+Each rate runs open loop, in bulks of a twentieth of a second, against instances of the program on tables of their own; rate 0
+is as fast as it goes, in bulks of 1000. CPU is what all instances and all ClickHouse servers used for an event, in µs; freshness
+is from the 202 to the answer that counts the event.
 """
 
 import argparse
@@ -19,63 +21,86 @@ import urllib.request
 
 
 def clickhouse(query):
-    url = f"http://127.0.0.1:{os.environ['CLICKHOUSE_HTTP_PORT']}/"
-    return urllib.request.urlopen(url, data=query.encode()).read().decode().strip()
+    """Asks each server, and returns the answers."""
+    return [urllib.request.urlopen(f"http://127.0.0.1:{port}/", data=query.encode()).read().decode().strip()
+            for port in os.environ["CLICKHOUSE_HTTP_PORT"].split(",")]
 
 
-def clickhouse_pid():
-    want = f"--http_port\0{os.environ['CLICKHOUSE_HTTP_PORT']}".encode()
-    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if want in path.read_bytes():
-                return int(path.parent.name)
-        except OSError:
-            pass  # it has ended
-    raise SystemExit("no ClickHouse: run this under bin/dev")
-
-
-def cpu_seconds(pid):
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def metrics(admin):
-    text = urllib.request.urlopen(f"http://{admin}/metrics").read().decode()
-    return {m[1]: float(m[2]) for m in re.finditer(r"^([a-z_]+) ([0-9.e+]+)$", text, re.M)}
-
-
-def measure(binary, rate, seconds, port):
-    name = f"growth_{rate}_{os.getpid()}"
-    admin = f"127.0.0.1:{port + 1}"
-    env = dict(os.environ, SERVER_HOST="127.0.0.1", SERVER_PORT=str(port), ADMIN_ADDR=admin,
-               CLICKHOUSE_DATABASE=name, KAFKA_TOPIC=name, KAFKA_CONSUMER_GROUP=name)
-    program = subprocess.Popen([binary], env=env, stderr=subprocess.DEVNULL)
-    try:
-        while True:
+def clickhouse_pids():
+    pids = []
+    for port in os.environ["CLICKHOUSE_HTTP_PORT"].split(","):
+        want = f"--http_port\0{port}".encode()
+        for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready")
-                break
+                if want in path.read_bytes():
+                    pids.append(int(path.parent.name))
+                    break
             except OSError:
-                time.sleep(0.1)
-        ch = clickhouse_pid()
-        before = cpu_seconds(program.pid), cpu_seconds(ch), time.time()
+                pass  # it has ended
+        else:
+            raise SystemExit("no ClickHouse: run this under bin/dev")
+    return pids
+
+
+def cpu_seconds(pids):
+    total = 0
+    for pid in pids:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def metrics(ports):
+    """The sums over all instances."""
+    sums = {}
+    for port in ports:
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port + 1}/metrics").read().decode()
+        for m in re.finditer(r"^([a-z_]+) ([0-9.e+]+)$", text, re.M):
+            sums[m[1]] = sums.get(m[1], 0) + float(m[2])
+    return sums
+
+
+def await_true(url, true):
+    while True:
+        try:
+            if true(json.load(urllib.request.urlopen(url))):
+                return
+        except OSError:
+            pass
+        time.sleep(0.02)
+
+
+def measure(binary, rate, seconds, port, instances):
+    name = f"growth_{rate}_{instances}_{os.getpid()}"
+    ports = [port + 2 * i for i in range(instances)]
+    programs = [subprocess.Popen([binary], stderr=subprocess.DEVNULL, env=dict(
+        os.environ, SERVER_HOST="127.0.0.1", SERVER_PORT=str(p), ADMIN_ADDR=f"127.0.0.1:{p + 1}",
+        CLICKHOUSE_DATABASE=name, KAFKA_TOPIC=name, KAFKA_CONSUMER_GROUP=name)) for p in ports]
+    pids = [p.pid for p in programs]
+    try:
+        for p in ports:
+            await_true(f"http://127.0.0.1:{p}/ready", lambda answer: answer["status"] == "ready")
+        ch = clickhouse_pids()
+        before = cpu_seconds(pids), cpu_seconds(ch), time.time()
         out = subprocess.run([binary, "load", "-url", f"http://127.0.0.1:{port}", "-rate", str(rate), "-duration", f"{seconds}s",
-                              "-bulk", str(max(1, min(1000, rate // 20))), "-users", "100000", "-verify", "-json"],
+                              "-bulk", str(max(1, min(1000, rate // 20)) if rate else 1000), "-users", "100000", "-verify", "-json"],
                              capture_output=True, text=True)
         report = json.loads(out.stdout)
         took = time.time() - before[2]
-        after = cpu_seconds(program.pid), cpu_seconds(ch)
-        m = metrics(admin)
+        after = cpu_seconds(pids), cpu_seconds(ch)
+        m = metrics(ports)
         n = report["accepted"]
-        parts = int(clickhouse(f"SELECT count() FROM system.parts WHERE active AND database = '{name}'"))
-        return {"events/s": rate, "stored": "all" if out.returncode == 0 else "NOT ALL",
+        parts = sum(map(int, clickhouse(f"SELECT count() FROM system.parts WHERE active AND database = '{name}'")))
+        return {"shards": len(ch), "instances": instances, "events/s": rate or int(n / took), "stored": "all" if out.returncode == 0 else "NOT ALL",
                 "program µs": (after[0] - before[0]) / n * 1e6, "ClickHouse µs": (after[1] - before[1]) / n * 1e6,
                 "freshness p50 ms": report["freshness_ms"]["p50"], "freshness p99 ms": report["freshness_ms"]["p99"],
                 "inserts/s": m["event_ingestion_inserts_total"] / took, "parts": parts,
                 "resident MB": m["process_resident_memory_peak_bytes"] / 1e6}
     finally:
-        program.send_signal(signal.SIGTERM)
-        program.wait()
+        for program in programs:
+            program.send_signal(signal.SIGTERM)
+        for program in programs:
+            program.wait()
         clickhouse(f"DROP DATABASE IF EXISTS {name}")
 
 
@@ -104,12 +129,13 @@ def main():
     p.add_argument("binary")
     p.add_argument("-seconds", type=int, default=30)
     p.add_argument("-rates", default="1000,2000,5000,10000,20000,40000")
+    p.add_argument("-instances", default="1")
     p.add_argument("-plot")
     p.add_argument("-port", type=int, default=21480)
     args = p.parse_args()
     rows = []
-    for rate in map(int, args.rates.split(",")):
-        rows.append(measure(args.binary, rate, args.seconds, args.port))
+    for rate, instances in ((int(r), int(i)) for r in args.rates.split(",") for i in args.instances.split(",")):
+        rows.append(measure(args.binary, rate, args.seconds, args.port, instances))
         if len(rows) == 1:
             print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
         print("| " + " | ".join(v if isinstance(v, str) else f"{v:.1f}" if isinstance(v, float) else f"{v:,}" for v in rows[-1].values()) + " |", flush=True)
