@@ -246,10 +246,12 @@ func (ins *inserter) storeRound(ctx context.Context) error {
 		if err != nil || rejection == nil {
 			return err
 		}
-		slog.Warn("ClickHouse rejects rows, looking for them", "rows", ins.rows(), "error", rejection)
+		what := ins.store.name("insert rows that ClickHouse takes") // told once a minute, like every trouble
+		ins.stats.troubles.note(what, rejection)
 		if err := ins.dropRejected(ctx, rejection); err != nil {
 			return err
 		}
+		ins.stats.troubles.clear(what)
 	}
 	return nil
 }
@@ -313,7 +315,8 @@ func (ins *inserter) settle(ctx context.Context) error {
 // of another one that was running at that time. The last one of an instance that was killed may still be at work.
 func (ins *inserter) awaitInserts(ctx context.Context, since time.Time) error {
 	mine := ins.group + "-" + ins.instance + "-"
-	for first := true; ; first = false {
+	began, told := time.Now(), false
+	for {
 		where, params := "startsWith(query_id, {mine:String})", []proto.Parameter{parameter("mine", mine)}
 		if !since.IsZero() {
 			where = "startsWith(query_id, {group:String}) AND NOT startsWith(query_id, {mine:String}) AND elapsed > {since:Float64}"
@@ -323,8 +326,9 @@ func (ins *inserter) awaitInserts(ctx context.Context, since time.Time) error {
 		if err != nil || n == 0 {
 			return err
 		}
-		if first {
+		if !told && time.Since(began) > time.Second {
 			slog.Info("waiting for an insert that ClickHouse still works at", "own", since.IsZero())
+			told = true
 		}
 		select {
 		case <-time.After(minBackoff / 2):
