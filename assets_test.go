@@ -145,7 +145,7 @@ func TestPageSender(t *testing.T) {
 			location.href = '/next'`),
 		"/next": pageScript(front.URL, `await report('next')`),
 	}
-	origin, open := visit(t, chromium, pages, "/", 2)
+	origin, open := visit(t, chromium, pages, 2)
 	p := startProgram(t, newSpace(t, "SERVER_PORT="+port, "API_KEYS="+secondKey, "WRITE_KEYS="+firstKey, "CORS_ORIGINS="+origin))
 	if reports := open(); reports[0] != "sent" || reports[1] != "next" {
 		t.Fatalf("the page reported %q", reports)

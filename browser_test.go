@@ -16,9 +16,9 @@ import (
 	"time"
 )
 
-// visit has headless Chromium open pages of an origin of its own, the first of them, and returns what their scripts report
+// visit has headless Chromium open pages of an origin of its own, / first, and returns what their scripts report
 // to /report, up to the number that is wanted.
-func visit(t *testing.T, chromium string, pages map[string]string, first string, reports int) (origin string, open func() []string) {
+func visit(t *testing.T, chromium string, pages map[string]string, reports int) (origin string, open func() []string) {
 	t.Helper()
 	said := make(chan string, 100)
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -37,7 +37,7 @@ func visit(t *testing.T, chromium string, pages map[string]string, first string,
 		}
 		log := new(logBuffer)
 		cmd := exec.Command(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-			"--disable-component-update", "--disable-sync", "--user-data-dir="+dir, server.URL+first)
+			"--disable-component-update", "--disable-sync", "--user-data-dir="+dir, server.URL+"/")
 		cmd.Stderr = log
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // it has children
 		if err := cmd.Start(); err != nil {
@@ -101,12 +101,12 @@ func TestPagesOfOthers(t *testing.T) {
 			location.href = '/next'`),
 		"/next": pageScript(api, `await report('next')`),
 	}
-	origin, open := visit(t, chromium, pages, "/", 2)
+	origin, open := visit(t, chromium, pages, 2)
 	foreign, openForeign := visit(t, chromium, map[string]string{"/": pageScript(api, `
 			await fetch(api + '/api/v1/events?key=' + key, {method: 'POST', mode: 'no-cors', body: JSON.stringify(event('foreign'))})
 			await fetch(api + '/api/v1/events?key=' + key, {method: 'POST', mode: 'no-cors', body: new Blob([JSON.stringify(event('foreign'))])})
 			const asked = await fetch(api + '/api/v1/events', {method: 'POST', headers: {'X-API-Key': key}, body: JSON.stringify(event('foreign'))}).catch(() => 'refused')
-			await report(asked)`)}, "/", 1)
+			await report(asked)`)}, 1)
 	p := startProgram(t, newSpace(t, "SERVER_PORT="+strings.TrimPrefix(api, "http://127.0.0.1:"), "API_KEYS="+secondKey, "WRITE_KEYS="+firstKey, "CORS_ORIGINS="+origin))
 
 	var said struct {

@@ -13,11 +13,10 @@ import (
 	"sync/atomic"
 )
 
-// Sizes of pooled buffers. A larger one is made to measure and left to the garbage collector: one huge request must not
+// Sizes of pooled buffers, each twice the one before: 1 KiB to 1 MiB. A larger one is made to measure and left to the garbage collector: one huge request must not
 // keep its memory for ever.
 const (
 	minBuffer   = 1 << 10
-	maxBuffer   = 1 << 20
 	bufferSizes = 11
 )
 

@@ -154,9 +154,9 @@ func newSystem(cfg *settings) (*system, error) {
 	s.api = newServer(addr, s.routes(in), cfg, s.access, s.stats)
 	s.api.RegisterOnShutdown(in.stored.end)
 	s.admin = newAdminServer(cfg.adminAddr, s.stats)
-	s.stats.set.NewGauge("event_ingestion_broken_parts_total", func() (n float64) {
+	s.stats.counter("event_ingestion_broken_parts_total", func() (n uint64) {
 		for _, st := range s.knownShards() {
-			n += float64(st.broken.total.Load())
+			n += uint64(st.broken.total.Load())
 		}
 		return n
 	})

@@ -60,7 +60,7 @@ func (m *metricsAPI) serveOverview(w http.ResponseWriter, r *http.Request) {
 			if err != nil {
 				return nil, err
 			}
-			return appendOverview(nil, q, o, through), nil
+			return overviewJSON(q, o, through), nil
 		})
 	})
 }
@@ -208,8 +208,8 @@ func (m *metricsAPI) topCampaigns(ctx context.Context, q *overviewQuery, paramet
 	return top, err
 }
 
-func appendOverview(b []byte, q *overviewQuery, o *overview, through int64) []byte {
-	b = fmt.Appendf(b, `{"from":%d,"to":%d,"bucket":%q,"total_count":%d,"unique_users":%d,"purchases":%d,"revenue":%s,"active_campaigns":%d`,
+func overviewJSON(q *overviewQuery, o *overview, through int64) []byte {
+	b := fmt.Appendf(nil, `{"from":%d,"to":%d,"bucket":%q,"total_count":%d,"unique_users":%d,"purchases":%d,"revenue":%s,"active_campaigns":%d`,
 		q.from, q.to, q.bucket(), o.total.count, o.total.users, o.purchases, o.total.revenue, o.total.campaigns)
 	for _, list := range []struct {
 		name           string

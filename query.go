@@ -73,7 +73,7 @@ func (m *metricsAPI) serve(w http.ResponseWriter, r *http.Request) {
 	q, problems := parseMetricsQuery(r.URL.RawQuery)
 	m.answer(w, r, problems, func(ctx context.Context, through int64) ([]byte, error) {
 		total, groups, err := m.query(ctx, q)
-		return appendMetrics(nil, q, total, groups, through), err
+		return metricsJSON(q, total, groups, through), err
 	})
 }
 
@@ -95,11 +95,8 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 	writeJSON(w, http.StatusOK, body)
 }
 
-func appendMetrics(b []byte, q *metricsQuery, total metricsGroup, groups []metricsGroup, through int64) []byte {
-	b = append(b, `{"total_count":`...)
-	b = strconv.AppendUint(b, total.total, 10)
-	b = append(b, `,"unique_users":`...)
-	b = strconv.AppendUint(b, total.users, 10)
+func metricsJSON(q *metricsQuery, total metricsGroup, groups []metricsGroup, through int64) []byte {
+	b := fmt.Appendf(nil, `{"total_count":%d,"unique_users":%d`, total.total, total.users)
 	if q.groupBy != "" {
 		truncated := q.groupBy == "campaign" && len(groups) > maxCampaigns
 		if truncated {
@@ -110,13 +107,8 @@ func appendMetrics(b []byte, q *metricsQuery, total metricsGroup, groups []metri
 			if i > 0 {
 				b = append(b, ',')
 			}
-			b = append(b, `{"key":`...)
-			b = appendString(b, g.key)
-			b = append(b, `,"total_count":`...)
-			b = strconv.AppendUint(b, g.total, 10)
-			b = append(b, `,"unique_users":`...)
-			b = strconv.AppendUint(b, g.users, 10)
-			b = append(b, '}')
+			b = appendString(append(b, `{"key":`...), g.key)
+			b = fmt.Appendf(b, `,"total_count":%d,"unique_users":%d}`, g.total, g.users)
 		}
 		b = append(b, ']')
 		if truncated {

@@ -6,6 +6,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -92,7 +94,7 @@ var secrets = []string{"API_KEYS", "WRITE_KEYS", "KAFKA_SASL_PASSWORD", "CLICKHO
 // settingsTable is every setting of the program, in the order in which -h prints them.
 func (c *settings) settingsTable() []setting {
 	return []setting{
-		{"SERVER_HOST", "", "address that the API listens on; empty means every interface", text(&c.serverHost, true)},
+		{"SERVER_HOST", "", "address that the API listens on; empty means every interface", text(&c.serverHost)},
 		{"SERVER_PORT", "8080", "port of the API", integer(&c.serverPort, 1, 65535)},
 		{"SERVER_READ_TIMEOUT", "15s", "a request has to be read within this", duration(&c.readTimeout, time.Second, time.Hour)},
 		{"SERVER_WRITE_TIMEOUT", "30s", "an answer has to be written within this, counted from the end of the header", duration(&c.writeTimeout, time.Second, time.Hour)},
@@ -100,43 +102,43 @@ func (c *settings) settingsTable() []setting {
 		{"MAX_IN_FLIGHT_BYTES", "67108864", "bytes that requests hold at once, bodies, records and answers, else 503", integer(&c.maxInFlightBytes, 4*maxBulkBody, 1<<40)},
 		{"MAX_IN_FLIGHT_BYTES_PER_CLIENT", "", "of these, what those of one key hold, or of one address without a key, else 429 to it alone; empty is an eighth, 0 no limit", eighth(&c.maxInFlightPerClient, &c.maxInFlightBytes)},
 		{"CLOCK_SKEW", "1s", "a timestamp may be so far in the future, in whole seconds: senders' clocks are ahead of this one", duration(&c.clockSkew, 0, 5*time.Minute)},
-		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", address(&c.adminAddr)},
+		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", as(&c.adminAddr, "host:port or off", address)},
 		{"ROLE", "all", "all; api serves HTTP and leaves consuming to others; consumer only consumes, and answers /health and /ready", oneOf(&c.role, "all", "api", "consumer")},
 		{"API_KEYS", "", "comma-separated keys, one of which a request to /api/ or /v1/ has to bring; none, and no WRITE_KEYS, lets everybody in", keys(&c.apiKeys)},
 		{"WRITE_KEYS", "", "comma-separated keys that may only send events, for pages and apps, whose keys are public", keys(&c.writeKeys)},
 		{"CORS_ORIGINS", "", "comma-separated origins whose pages may call the API, such as https://shop.example; * is all of them", origins(&c.corsOrigins)},
-		{"TLS_CERT_FILE", "", "certificate chain in PEM; with TLS_KEY_FILE the API speaks HTTPS", text(&c.tlsCertFile, true)},
-		{"TLS_KEY_FILE", "", "its private key in PEM; both are read again on SIGHUP", text(&c.tlsKeyFile, true)},
-		{"LOG_LEVEL", "info", "debug, info, warn or error", func(s string) error { return c.logLevel.UnmarshalText([]byte(s)) }},
+		{"TLS_CERT_FILE", "", "certificate chain in PEM; with TLS_KEY_FILE the API speaks HTTPS", text(&c.tlsCertFile)},
+		{"TLS_KEY_FILE", "", "its private key in PEM; both are read again on SIGHUP", text(&c.tlsKeyFile)},
+		{"LOG_LEVEL", "info", "debug, info, warn or error", as(&c.logLevel, "debug, info, warn or error", level)},
 		{"LOG_FORMAT", "text", "text or json", oneOf(&c.logFormat, "text", "json")},
-		{"ACCESS_LOG", "0", "share of requests that are logged, 0 to 1; those that fail with 5xx are logged anyway, at most 10 a second", share(&c.accessLog)},
-		{"GRAFANA_URL", "", "where the dashboard page links to for Grafana; empty leaves the link out", link(&c.grafanaURL)},
-		{"KAFKA_UI_URL", "", "the same for Kafka UI", link(&c.kafkaUIURL)},
+		{"ACCESS_LOG", "0", "share of requests that are logged, 0 to 1; those that fail with 5xx are logged anyway, at most 10 a second", as(&c.accessLog, "a number from 0 to 1", share)},
+		{"GRAFANA_URL", "", "where the dashboard page links to for Grafana; empty leaves the link out", as(&c.grafanaURL, "an address such as http://localhost:3000", link)},
+		{"KAFKA_UI_URL", "", "the same for Kafka UI", as(&c.kafkaUIURL, "an address such as http://localhost:3000", link)},
 
-		{"KAFKA_BROKERS", "localhost:29092,localhost:29093", "comma-separated host:port of the first brokers to ask", addresses(&c.kafkaBrokers)},
-		{"KAFKA_TOPIC", "events", "main topic; retries go to TOPIC.retry, dead letters to TOPIC.dlq", text(&c.kafkaTopic, false)},
-		{"KAFKA_CONSUMER_GROUP", "event-consumers", "consumer group, shared by all instances of the program", text(&c.kafkaGroup, false)},
+		{"KAFKA_BROKERS", "localhost:29092,localhost:29093", "comma-separated host:port of the first brokers to ask", as(&c.kafkaBrokers, "host:port,host:port,…", addresses)},
+		{"KAFKA_TOPIC", "events", "main topic; retries go to TOPIC.retry, dead letters to TOPIC.dlq", text(&c.kafkaTopic)},
+		{"KAFKA_CONSUMER_GROUP", "event-consumers", "consumer group, shared by all instances of the program", text(&c.kafkaGroup)},
 		{"KAFKA_PARTITIONS", "20", "partitions of the main topic when it is created", integer(&c.kafkaPartitions, 1, 10000)},
 		{"KAFKA_REPLICATION_FACTOR", "2", "replicas of each partition of topics that are created", integer(&c.kafkaReplication, 1, 100)},
 		{"KAFKA_MIN_ISR", "2", "min.insync.replicas of topics that are created; 1 keeps accepting with a broker down", integer(&c.kafkaMinISR, 1, 100)},
 		{"KAFKA_LINGER", "1ms", "the producer waits this long for more records before it sends; 0 sends at once", duration(&c.kafkaLinger, 0, time.Minute)},
 		{"KAFKA_COMPRESSION", "snappy", "of produced batches: none, snappy, lz4 or zstd", oneOf(&c.kafkaCompression, "none", "snappy", "lz4", "zstd")},
 		{"KAFKA_SESSION_TIMEOUT", "10s", "the group gives the partitions of an instance that died without a word to others after this", duration(&c.kafkaSession, time.Second, time.Hour)},
-		{"KAFKA_TLS", "false", "true speaks TLS to the brokers", boolean(&c.kafkaTLS)},
+		{"KAFKA_TLS", "false", "true speaks TLS to the brokers", as(&c.kafkaTLS, "true or false", boolean)},
 		{"KAFKA_TLS_CA_FILE", "", "certificates in PEM that sign those of the brokers; empty means the system's", certificates(&c.kafkaCA)},
 		{"KAFKA_SASL_MECHANISM", "none", "none, PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512", oneOf(&c.kafkaSASL, "none", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")},
-		{"KAFKA_SASL_USERNAME", "", "user of SASL", text(&c.kafkaUsername, true)},
-		{"KAFKA_SASL_PASSWORD", "", "its password", text(&c.kafkaPassword, true)},
+		{"KAFKA_SASL_USERNAME", "", "user of SASL", text(&c.kafkaUsername)},
+		{"KAFKA_SASL_PASSWORD", "", "its password", text(&c.kafkaPassword)},
 
-		{"CLICKHOUSE_HOST", "localhost", "host of ClickHouse", text(&c.clickhouseHost, false)},
+		{"CLICKHOUSE_HOST", "localhost", "host of ClickHouse", text(&c.clickhouseHost)},
 		{"CLICKHOUSE_PORT", "9000", "native port of ClickHouse", integer(&c.clickhousePort, 1, 65535)},
-		{"CLICKHOUSE_DATABASE", "event_ingestion", "database; created when missing", identifier(&c.clickhouseDatabase)},
-		{"CLICKHOUSE_USERNAME", "default", "user", text(&c.clickhouseUsername, false)},
-		{"CLICKHOUSE_PASSWORD", "", "password", text(&c.clickhousePassword, true)},
-		{"CLICKHOUSE_TLS", "false", "true speaks TLS to ClickHouse, whose port for it is usually 9440", boolean(&c.clickhouseTLS)},
+		{"CLICKHOUSE_DATABASE", "event_ingestion", "database; created when missing", as(&c.clickhouseDatabase, "letters, digits and _, not starting with a digit", identifier)},
+		{"CLICKHOUSE_USERNAME", "default", "user", text(&c.clickhouseUsername)},
+		{"CLICKHOUSE_PASSWORD", "", "password", text(&c.clickhousePassword)},
+		{"CLICKHOUSE_TLS", "false", "true speaks TLS to ClickHouse, whose port for it is usually 9440", as(&c.clickhouseTLS, "true or false", boolean)},
 		{"CLICKHOUSE_TLS_CA_FILE", "", "certificates in PEM that sign that of ClickHouse; empty means the system's", certificates(&c.clickhouseCA)},
-		{"CLICKHOUSE_CLUSTER", "", "name of a cluster of replicas: tables are made ON CLUSTER with Replicated engines, inserts wait for a quorum", clusterName(&c.clickhouseCluster)},
-		{"CLICKHOUSE_FSYNC", "false", "true has each insert wait for ClickHouse's disk, so that a power cut loses nothing of it; about an eighth of the highest rate", boolean(&c.clickhouseFsync)},
+		{"CLICKHOUSE_CLUSTER", "", "name of a cluster of replicas: tables are made ON CLUSTER with Replicated engines, inserts wait for a quorum", as(&c.clickhouseCluster, "a name without quotes and backslashes", clusterName)},
+		{"CLICKHOUSE_FSYNC", "false", "true has each insert wait for ClickHouse's disk, so that a power cut loses nothing of it; about an eighth of the highest rate", as(&c.clickhouseFsync, "true or false", boolean)},
 		{"RETENTION_DAYS", "0", "ClickHouse drops events, and what was counted of them, after so many days, a month at a time; at least 31, 0 keeps all", retention(&c.retentionDays)},
 
 		{"WORKER_COUNT", "20", "workers; partition p belongs to worker p mod WORKER_COUNT", integer(&c.workerCount, 1, 1000)},
@@ -157,33 +159,28 @@ func loadSettings(getenv func(string) string) (*settings, error) {
 	var bad []error
 	for _, s := range c.settingsTable() {
 		value, err := getenv(s.name), error(nil)
-		secret := slices.Contains(secrets, s.name)
-		if secret {
+		shown := fmt.Sprintf("%s=%q", s.name, value)
+		if slices.Contains(secrets, s.name) {
 			value, err = orFile(getenv, s.name)
-		}
-		if value == "" {
-			value = s.fallback
+			shown = s.name
 		}
 		if err == nil {
-			err = s.set(value)
+			err = s.set(cmp.Or(value, s.fallback))
 		}
-		switch {
-		case err != nil && secret:
-			bad = append(bad, fmt.Errorf("%s: %w", s.name, err))
-		case err != nil:
-			bad = append(bad, fmt.Errorf("%s=%q: %w", s.name, value, err))
+		if err != nil {
+			bad = append(bad, fmt.Errorf("%s: %w", shown, err))
 		}
 	}
 	if (c.tlsCertFile == "") != (c.tlsKeyFile == "") {
 		bad = append(bad, errors.New("TLS_CERT_FILE and TLS_KEY_FILE: only one of them is set, HTTPS needs both"))
 	}
-	if len(bad) == 0 && c.kafkaSASL != "none" && (c.kafkaUsername == "" || c.kafkaPassword == "") {
+	switch { // settings that contradict each other, once each of them is good
+	case len(bad) > 0:
+	case c.kafkaSASL != "none" && (c.kafkaUsername == "" || c.kafkaPassword == ""):
 		bad = append(bad, fmt.Errorf("KAFKA_SASL_MECHANISM=%s: needs KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD", c.kafkaSASL))
-	}
-	if len(bad) == 0 && c.kafkaMinISR > c.kafkaReplication {
+	case c.kafkaMinISR > c.kafkaReplication:
 		bad = append(bad, fmt.Errorf("KAFKA_MIN_ISR=%d: cannot be above KAFKA_REPLICATION_FACTOR=%d, nothing would ever be acknowledged", c.kafkaMinISR, c.kafkaReplication))
-	}
-	if len(bad) == 0 && c.ackTimeout >= c.writeTimeout {
+	case c.ackTimeout >= c.writeTimeout:
 		bad = append(bad, fmt.Errorf("ACK_TIMEOUT=%s: has to be below SERVER_WRITE_TIMEOUT=%s, or the answer cannot be sent", c.ackTimeout, c.writeTimeout))
 	}
 	if len(bad) > 0 {
@@ -240,32 +237,12 @@ func keys(dst *[]string) func(string) error {
 
 func origins(dst *[]string) func(string) error {
 	return func(s string) error {
-		*dst = nil
-		for _, o := range strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' }) {
-			u, err := url.Parse(o)
-			if o != "*" && (err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" || u.Scheme+"://"+u.Host != o) {
+		*dst = strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
+		for _, o := range *dst {
+			_, ok := link(o)
+			if u, _ := url.Parse(o); o != "*" && !(ok && u.Scheme+"://"+u.Host == o) {
 				return fmt.Errorf("%q has to be scheme://host or scheme://host:port, or *", o)
 			}
-			*dst = append(*dst, o)
-		}
-		return nil
-	}
-}
-
-func link(dst *string) func(string) error {
-	return func(s string) error {
-		if u, err := url.Parse(s); s != "" && (err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https") {
-			return errors.New("has to be an address such as http://localhost:3000")
-		}
-		*dst = s
-		return nil
-	}
-}
-
-func boolean(dst *bool) func(string) error {
-	return func(s string) (err error) {
-		if *dst, err = strconv.ParseBool(s); err != nil {
-			return errors.New("has to be true or false")
 		}
 		return nil
 	}
@@ -288,42 +265,10 @@ func certificates(dst **x509.CertPool) func(string) error {
 	}
 }
 
-func share(dst *float64) func(string) error {
-	return func(s string) (err error) {
-		if *dst, err = strconv.ParseFloat(s, 64); err != nil || !(*dst >= 0 && *dst <= 1) {
-			return errors.New("has to be a number from 0 to 1")
-		}
-		return nil
-	}
-}
-
-// clusterName takes what can stand between quotes in SQL.
-func clusterName(dst *string) func(string) error {
-	return func(s string) error {
-		if strings.ContainsAny(s, "'\\`\"") {
-			return errors.New("cannot hold quotes or backslashes")
-		}
-		*dst = s
-		return nil
-	}
-}
-
-func integer[T int | int64](dst *T, least, most T) func(string) error {
-	return func(s string) error {
-		n, err := strconv.ParseInt(s, 10, 64)
-		if err != nil || T(n) < least || T(n) > most {
-			return fmt.Errorf("has to be an integer from %d to %d", least, most)
-		}
-		*dst = T(n)
-		return nil
-	}
-}
-
 // retention takes 0, or more days than an event may be old when it is accepted.
 func retention(dst *int) func(string) error {
 	return func(s string) error {
 		if s == "0" {
-			*dst = 0
 			return nil
 		}
 		return integer(dst, maxAgeSeconds/daySeconds+1, 100*365)(s)
@@ -333,87 +278,91 @@ func retention(dst *int) func(string) error {
 // eighth takes a number of bytes, or nothing for an eighth of the whole, which has been set before.
 func eighth(dst, whole *int64) func(string) error {
 	return func(s string) error {
-		if s == "" {
-			*dst = *whole / 8
-			return nil
-		}
-		return integer(dst, 0, 1<<40)(s)
+		return integer(dst, 0, 1<<40)(cmp.Or(s, strconv.FormatInt(*whole/8, 10)))
 	}
 }
 
-func duration(dst *time.Duration, least, most time.Duration) func(string) error {
-	return func(s string) error {
-		d, err := time.ParseDuration(s)
-		if n, nerr := strconv.Atoi(s); err != nil && nerr == nil {
-			d, err = time.Duration(n)*time.Second, nil // a bare number is seconds
-		}
-		if err != nil || d < least || d > most {
-			return fmt.Errorf("has to be a duration such as 50ms or 10s, from %s to %s", least, most)
-		}
-		*dst = d
-		return nil
-	}
-}
-
-func text(dst *string, optional bool) func(string) error {
-	return func(s string) error {
-		if s == "" && !optional {
-			return errors.New("is required")
-		}
-		*dst = s
-		return nil
-	}
+func text(dst *string) func(string) error {
+	return func(s string) error { *dst = s; return nil }
 }
 
 func oneOf(dst *string, allowed ...string) func(string) error {
-	return func(s string) error {
-		for _, a := range allowed {
-			if s == a {
-				*dst = s
-				return nil
-			}
-		}
-		return fmt.Errorf("has to be one of %s", strings.Join(allowed, ", "))
-	}
+	return as(dst, "one of "+strings.Join(allowed, ", "), func(s string) (string, bool) { return s, slices.Contains(allowed, s) })
 }
 
-func address(dst *string) func(string) error {
+func integer[T int | int64](dst *T, least, most T) func(string) error {
+	return as(dst, fmt.Sprintf("an integer from %d to %d", least, most), func(s string) (T, bool) {
+		n, err := strconv.ParseInt(s, 10, 64)
+		return T(n), err == nil && T(n) >= least && T(n) <= most
+	})
+}
+
+func duration(dst *time.Duration, least, most time.Duration) func(string) error {
+	return as(dst, fmt.Sprintf("a duration such as 50ms or 10s, from %s to %s", least, most), func(s string) (time.Duration, bool) {
+		if _, err := strconv.Atoi(s); err == nil {
+			s += "s" // a bare number is seconds
+		}
+		d, err := time.ParseDuration(s)
+		return d, err == nil && d >= least && d <= most
+	})
+}
+
+// as sets dst to what parse reads. When parse cannot read the text, the error says what the setting has to be.
+func as[T any](dst *T, wants string, parse func(string) (T, bool)) func(string) error {
 	return func(s string) error {
-		if s == "off" {
-			*dst = ""
-			return nil
+		value, ok := parse(s)
+		if !ok {
+			return errors.New("has to be " + wants)
 		}
-		if _, _, err := net.SplitHostPort(s); err != nil {
-			return errors.New("has to be host:port or off")
-		}
-		*dst = s
+		*dst = value
 		return nil
 	}
 }
 
-func addresses(dst *[]string) func(string) error {
-	return func(s string) error {
-		*dst = nil
-		for _, a := range strings.Split(s, ",") {
-			a = strings.TrimSpace(a)
-			if _, _, err := net.SplitHostPort(a); err != nil {
-				return errors.New("has to be host:port,host:port,…")
-			}
-			*dst = append(*dst, a)
-		}
-		return nil
-	}
+func link(s string) (string, bool) {
+	u, err := url.Parse(s)
+	return s, s == "" || err == nil && u.Host != "" && (u.Scheme == "http" || u.Scheme == "https")
 }
 
-// identifier takes a name that can stand in SQL without quotes, because the schema puts it there.
-func identifier(dst *string) func(string) error {
-	return func(s string) error {
-		for i, c := range s {
-			if c != '_' && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (i == 0 || c < '0' || c > '9') {
-				return errors.New("has to be letters, digits and _, not starting with a digit")
-			}
-		}
-		*dst = s
-		return nil
-	}
+func boolean(s string) (bool, bool) {
+	b, err := strconv.ParseBool(s)
+	return b, err == nil
 }
+
+func level(s string) (slog.Level, bool) {
+	var l slog.Level
+	err := l.UnmarshalText([]byte(s))
+	return l, err == nil
+}
+
+func share(s string) (float64, bool) {
+	f, err := strconv.ParseFloat(s, 64)
+	return f, err == nil && f >= 0 && f <= 1
+}
+
+func address(s string) (string, bool) {
+	if s == "off" {
+		return "", true
+	}
+	_, _, err := net.SplitHostPort(s)
+	return s, err == nil
+}
+
+func addresses(s string) ([]string, bool) {
+	list := strings.Split(s, ",")
+	for i, a := range list {
+		list[i] = strings.TrimSpace(a)
+		if _, _, err := net.SplitHostPort(list[i]); err != nil {
+			return nil, false
+		}
+	}
+	return list, true
+}
+
+// clusterName takes what can stand between quotes in SQL.
+func clusterName(s string) (string, bool) { return s, !strings.ContainsAny(s, "'\\`\"") }
+
+// sqlName can stand in SQL without quotes; the schema puts the database there so.
+var sqlName = regexp.MustCompile(`^[a-zA-Z_][a-zA-Z0-9_]*$`)
+
+func identifier(s string) (string, bool) { return s, sqlName.MatchString(s) }

@@ -6,6 +6,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"io"
 	"runtime"
@@ -93,8 +94,7 @@ type stats struct {
 	ingest   ingestStats
 	side     sideStats
 	store    storeStats
-	troubles *troubles      // shared by all of them
-	lags     func() []int64 // by partition
+	troubles *troubles // shared by all of them
 }
 
 // seconds are the buckets of every histogram: requests and acknowledgements take milliseconds, inserts tens of them, and on a
@@ -133,7 +133,8 @@ func newStats() *stats {
 	for _, code := range []string{codeRequired, codeMaxLength, codeInvalidFormat, codeFuture, codeExpired} {
 		s.ingest.refusedItems(code)
 	}
-	s.side.deadLetters() // makes the counters: an alert sees the first dead letter only when there was a 0 before
+	metrics.ExposeMetadata(true) // HELP and TYPE lines
+	s.side.deadLetters()         // makes the counters: an alert sees the first dead letter only when there was a 0 before
 	return s
 }
 
@@ -144,7 +145,13 @@ func (s *stats) route(name string) *routeStats {
 
 // watch adds the gauges of other parts.
 func (s *stats) watch(current *atomic.Pointer[consumer], wm *watermark, bodies *byteBudget) {
-	s.lags = wm.partitionLags
+	s.set.RegisterMetricsWriter(func(w io.Writer) {
+		metrics.WriteMetadataIfNeeded(w, "event_ingestion_consumer_lag_records", "gauge")
+		for p, n := range wm.partitionLags() {
+			fmt.Fprintf(w, "event_ingestion_consumer_lag_records{partition=\"%d\"} %d\n", p, n)
+		}
+	})
+	s.set.RegisterMetricsWriter(metrics.WriteProcessMetrics)
 	s.set.NewGauge("event_ingestion_in_flight_bytes", func() float64 { return float64(bodies.used.Load()) })
 	s.set.NewGauge("event_ingestion_complete_through_timestamp_seconds", func() float64 { return float64(wm.through.Load()) })
 	s.set.NewGauge("event_ingestion_stored_behind_seconds", func() float64 { d, _ := wm.stalled(); return d.Seconds() })
@@ -169,72 +176,53 @@ func (s *stats) watch(current *atomic.Pointer[consumer], wm *watermark, bodies *
 	gauge("event_ingestion_dedupe_minutes", sum(func(d *dedupe) int64 { return d.sets.Load() }))
 }
 
-// help says what each metric is; the words before the colon are the type.
+// counter prints what another part counts.
+func (s *stats) counter(name string, value func() uint64) {
+	s.set.RegisterMetricsWriter(func(w io.Writer) { metrics.WriteCounterUint64(w, name, value()) })
+}
+
+// help says what each metric is; the library adds its type.
 var help = map[string]string{
-	"event_ingestion_http_requests_total":                "counter: Answers by route and status code; code 0 is none.",
-	"event_ingestion_http_request_duration_seconds":      "histogram: Time from a request's header to the end of its answer, by route.",
-	"event_ingestion_events_accepted_total":              "counter: Events that Kafka has acknowledged.",
-	"event_ingestion_events_refused_total":               "counter: Events that are not valid.",
-	"event_ingestion_segment_items_refused_total":        "counter: Items of Segment's protocol that are not valid, by the code of their first problem.",
-	"event_ingestion_events_unavailable_total":           "counter: Good events that Kafka did not acknowledge in time.",
-	"event_ingestion_in_flight_bytes":                    "gauge: Bytes of bodies, records and answers that requests hold at the moment.",
-	"event_ingestion_produce_duration_seconds":           "histogram: Time from handing a request's events to Kafka to the last acknowledgement.",
-	"event_ingestion_records_consumed_total":             "counter: Records read from the main topic.",
-	"event_ingestion_partitions_assigned":                "gauge: Partitions of the main topic that this instance has.",
-	"event_ingestion_consumer_lag_records":               "gauge: Records of the main topic that are not yet stored, by partition.",
-	"event_ingestion_freshness_seconds":                  "histogram: Age of a block's first record when its round is stored.",
-	"event_ingestion_complete_through_timestamp_seconds": "gauge: Unix second up to which everything acknowledged is stored.",
-	"event_ingestion_stored_behind_seconds":              "gauge: Seconds for which nothing was stored of a partition that has records waiting; 0 when none stands still.",
-	"event_ingestion_inserts_total":                      "counter: Inserts that ClickHouse has taken.",
-	"event_ingestion_rows_stored_total":                  "counter: Rows of these inserts.",
-	"event_ingestion_insert_failures_total":              "counter: Attempts at an insert or a lookup that failed and were repeated.",
-	"event_ingestion_insert_duration_seconds":            "histogram: Time of an insert with all its attempts.",
-	"event_ingestion_duplicates_total":                   "counter: Records of events that were stored before.",
-	"event_ingestion_lookups_total":                      "counter: Records that memory did not know about and that were looked up in ClickHouse.",
-	"event_ingestion_lookup_duration_seconds":            "histogram: Time of loading ids and of looking up, of rounds that looked up.",
-	"event_ingestion_dedupe_bytes":                       "gauge: Memory of the ids that are known to be stored.",
-	"event_ingestion_dedupe_minutes":                     "gauge: Minutes of event time of which all ids are in memory.",
-	"event_ingestion_mended_rows_total":                  "counter: Rows of events_hourly that did not agree with events after a fault and were mended.",
-	"event_ingestion_broken_parts_total":                 "counter: Parts of ClickHouse that could not be read, each once.",
-	"event_ingestion_retries_total":                      "counter: Rejected records put on the retry topic.",
-	"event_ingestion_dead_letters_total":                 "counter: Records given up, by error type.",
-	"event_ingestion_build_info":                         "gauge: 1, with the version as label.",
+	"event_ingestion_http_requests_total":                "Answers by route and status code; code 0 is none.",
+	"event_ingestion_http_request_duration_seconds":      "Time from a request's header to the end of its answer, by route.",
+	"event_ingestion_events_accepted_total":              "Events that Kafka has acknowledged.",
+	"event_ingestion_events_refused_total":               "Events that are not valid.",
+	"event_ingestion_segment_items_refused_total":        "Items of Segment's protocol that are not valid, by the code of their first problem.",
+	"event_ingestion_events_unavailable_total":           "Good events that Kafka did not acknowledge in time.",
+	"event_ingestion_in_flight_bytes":                    "Bytes of bodies, records and answers that requests hold at the moment.",
+	"event_ingestion_produce_duration_seconds":           "Time from handing a request's events to Kafka to the last acknowledgement.",
+	"event_ingestion_records_consumed_total":             "Records read from the main topic.",
+	"event_ingestion_partitions_assigned":                "Partitions of the main topic that this instance has.",
+	"event_ingestion_consumer_lag_records":               "Records of the main topic that are not yet stored, by partition.",
+	"event_ingestion_freshness_seconds":                  "Age of a block's first record when its round is stored.",
+	"event_ingestion_complete_through_timestamp_seconds": "Unix second up to which everything acknowledged is stored.",
+	"event_ingestion_stored_behind_seconds":              "Seconds for which nothing was stored of a partition that has records waiting; 0 when none stands still.",
+	"event_ingestion_inserts_total":                      "Inserts that ClickHouse has taken.",
+	"event_ingestion_rows_stored_total":                  "Rows of these inserts.",
+	"event_ingestion_insert_failures_total":              "Attempts at an insert or a lookup that failed and were repeated.",
+	"event_ingestion_insert_duration_seconds":            "Time of an insert with all its attempts.",
+	"event_ingestion_duplicates_total":                   "Records of events that were stored before.",
+	"event_ingestion_lookups_total":                      "Records that memory did not know about and that were looked up in ClickHouse.",
+	"event_ingestion_lookup_duration_seconds":            "Time of loading ids and of looking up, of rounds that looked up.",
+	"event_ingestion_dedupe_bytes":                       "Memory of the ids that are known to be stored.",
+	"event_ingestion_dedupe_minutes":                     "Minutes of event time of which all ids are in memory.",
+	"event_ingestion_mended_rows_total":                  "Rows of events_hourly that did not agree with events after a fault and were mended.",
+	"event_ingestion_broken_parts_total":                 "Parts of ClickHouse that could not be read, each once.",
+	"event_ingestion_retries_total":                      "Rejected records put on the retry topic.",
+	"event_ingestion_dead_letters_total":                 "Records given up, by error type.",
+	"event_ingestion_build_info":                         "1, with the version as label.",
 }
 
-// write prints every metric in Prometheus' text format. The library sorts by name, so that a family stands together.
+// write prints every metric in Prometheus' text format. The library leaves HELP lines without a text; write puts it in.
 func (s *stats) write(w io.Writer) {
-	var b, out bytes.Buffer
+	var b bytes.Buffer
 	s.set.WritePrometheus(&b)
-	if s.lags != nil {
-		for p, n := range s.lags() {
-			fmt.Fprintf(&b, "event_ingestion_consumer_lag_records{partition=\"%d\"} %d\n", p, n)
+	for line := range strings.Lines(b.String()) {
+		if family, ok := strings.CutPrefix(strings.TrimSpace(line), "# HELP "); ok {
+			line = "# HELP " + family + " " + cmp.Or(help[family], "Of the Go runtime or the process, by github.com/VictoriaMetrics/metrics.") + "\n"
 		}
+		io.WriteString(w, line)
 	}
-	metrics.WriteProcessMetrics(&b)
-	last := ""
-	for line := range bytes.Lines(b.Bytes()) {
-		if family := familyOf(string(line)); family != last {
-			kind, text, known := strings.Cut(help[family], ": ")
-			if !known {
-				kind, text = "untyped", "Of the Go runtime or the process, by github.com/VictoriaMetrics/metrics."
-			}
-			fmt.Fprintf(&out, "# HELP %s %s\n# TYPE %s %s\n", family, text, family, kind)
-			last = family
-		}
-		out.Write(line)
-	}
-	w.Write(out.Bytes())
-}
-
-// familyOf returns the metric's name on a line of samples, without the suffix of a histogram's series.
-func familyOf(line string) string {
-	name := line[:strings.IndexAny(line, "{ ")]
-	for _, suffix := range []string{"_bucket", "_sum", "_count"} {
-		if base, ok := strings.CutSuffix(name, suffix); ok && strings.HasPrefix(help[base], "histogram") {
-			return base
-		}
-	}
-	return name
 }
 
 // version is what `go build` knows of the source: a tag, or a commit and whether the tree was clean.

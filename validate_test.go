@@ -289,8 +289,6 @@ func TestSettings(t *testing.T) {
 	if _, err := loadSettings(func(k string) string { return map[string]string{"KAFKA_MIN_ISR": "3"}[k] }); err == nil {
 		t.Error("more in-sync replicas than replicas were taken")
 	}
-	var help bytes.Buffer
-	printSettings(&help)
 	readme, err := os.ReadFile("deploy/README.md")
 	if err != nil {
 		t.Fatal(err)

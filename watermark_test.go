@@ -23,8 +23,8 @@ type acknowledged struct {
 }
 
 // mustBeHonest asks for complete_through and then for what is stored: every event that was answered up to that second has
-// to be there. It returns complete_through.
-func (a *acknowledged) mustBeHonest(p *program, db string) int64 {
+// to be there.
+func (a *acknowledged) mustBeHonest(p *program, db string) {
 	p.t.Helper()
 	through := int64(0)
 	if p.status("/health") == 200 { // not killed a moment ago
@@ -41,7 +41,6 @@ func (a *acknowledged) mustBeHonest(p *program, db string) int64 {
 			p.t.Fatalf("complete through %d, and event %d, acknowledged at %d, is not stored", through, i, at)
 		}
 	}
-	return through
 }
 
 // send posts one event after the other until ctx is done.
