@@ -11,6 +11,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -445,7 +446,7 @@ func (ins *inserter) query(ctx context.Context, q ch.Query) (err error) {
 			return err
 		}
 		ins.repairs.dialed = true
-		if err = ins.store.syncReplica(ctx, ins.conn.Do); err != nil {
+		if err = errors.Join(ins.store.prepareLate(ctx, ins.conn), ins.store.syncReplica(ctx, ins.conn.Do)); err != nil {
 			ins.conn.Close()
 			return err
 		}

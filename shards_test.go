@@ -150,6 +150,12 @@ func testShardAway(t *testing.T) {
 			t.Errorf("%d events were accepted until 1,500 of this shard were stored", n)
 		}
 	}
+	p = p.killAndRestart() // and starts without the shard
+	port, accepted := ports[0], l.Distinct()
+	before := queryAt(t, port, "SELECT count() FROM "+db+".events")
+	p.await("stored after a start without the shard", 20*time.Second, func() bool {
+		return queryAt(t, port, "SELECT count() FROM "+db+".events") != before && l.Distinct() > accepted
+	})
 	control(t, "/clickhouse/2/start")
 	l.Stop()
 	done()

@@ -38,6 +38,8 @@ type store struct {
 	replicas   []string     // addresses of the shard's servers
 	current    atomic.Int32 // which of them is asked
 	replicated bool         // a shard of the cluster has several, and the engines are Replicated
+	late       atomic.Bool  // the shard did not answer when the others were prepared: prepareLate has to be called
+	partitions int          // of the topic, then
 }
 
 // wantedUserBits is the precision of user states in a table that is made: see schema.sql.
@@ -99,36 +101,57 @@ func (s *store) prepare(ctx context.Context, partitions int) (shards []*store, e
 	if shards, err = s.shards(ctx); err != nil {
 		return nil, err
 	}
-	conns := make([]*ch.Client, len(shards))
+	conns := map[*store]*ch.Client{}
 	rebuilding := false
-	for i, sh := range shards {
-		if conns[i], err = sh.dial(ctx); err != nil {
+	for _, sh := range shards {
+		c, err := sh.dial(ctx)
+		if err != nil && sh != shards[len(shards)-1] || len(conns) > 0 && err != nil { // one that answers is enough
+			slog.Warn("a shard does not answer, the others go on", "shard", sh.number, "error", err)
+			sh.partitions = partitions
+			sh.late.Store(true)
+			continue
+		}
+		if err != nil {
 			return nil, err
 		}
-		defer conns[i].Close()
-		sh.attachAll(ctx, conns[i])
-		is, err := sh.readStates(ctx, conns[i])
+		defer c.Close()
+		conns[sh] = c
+		sh.attachAll(ctx, c)
+		is, err := sh.readStates(ctx, c)
 		if err != nil {
 			return nil, err
 		}
 		rebuilding = rebuilding || is
+		s.userBits.Store(sh.userBits.Load())
 	}
-	s.userBits.Store(shards[0].userBits.Load())
 	if rebuilding { // and it may be about to exchange the tables: nothing to be changed beside that
 		slog.Warn("events_hourly is being made anew, tables stay as they are; when no `event-ingestion reconcile -rebuild` runs, run it: it finishes what one has begun")
 		return shards, nil
 	}
-	for i, sh := range shards {
-		if err := sh.applyTables(ctx, conns[i], partitions); err != nil {
+	for sh, c := range conns {
+		if err := sh.applyTables(ctx, c, partitions); err != nil {
 			return nil, err
 		}
 	}
-	for i, sh := range shards { // which all have the tables that a view reads
-		if err := sh.apply(ctx, conns[i], isView); err != nil {
+	for sh, c := range conns { // which all have the tables that a view reads
+		if err := sh.apply(ctx, c, isView); err != nil {
 			return nil, err
 		}
 	}
 	return shards, nil
+}
+
+// prepareLate is prepare for a shard that did not answer then.
+func (s *store) prepareLate(ctx context.Context, c asker) error {
+	if !s.late.Load() {
+		return nil
+	}
+	s.attachAll(ctx, c)
+	if err := s.applyTables(ctx, c, s.partitions); err != nil {
+		return err
+	}
+	s.late.Store(false)
+	return s.apply(ctx, c, isView)
 }
 
 // applyTables is prepare for all but the views of one shard.
