@@ -60,8 +60,8 @@ type eventParser struct {
 	scratch  []byte // texts of the event that were sent with escapes; at most 25 of them, each maxTextBytes
 }
 
-// fieldSet has a bit for each known field, to notice one that is sent twice.
-type fieldSet uint8
+// fieldSet has a bit for each known field, to notice one that is sent twice. At event it says what else a new field needs.
+type fieldSet uint16
 
 const (
 	fieldName fieldSet = 1 << iota
