@@ -112,24 +112,20 @@ func dlqShowTool(*flag.FlagSet) toolRun {
 		if n, err := fmt.Sscanf(which, "%d:%d", &partition, &offset); n != 2 || err != nil {
 			return badArgument{fmt.Errorf("%q is not PARTITION:OFFSET", which)}
 		}
-		return dlqShow(ctx, cfg, partition, offset, w)
-	}
-}
-
-func dlqShow(ctx context.Context, cfg *settings, partition int32, offset int64, w io.Writer) error {
-	found := false
-	err := readWhole(ctx, cfg, cfg.kafkaTopic+".dlq", func(rec *kgo.Record) {
-		if rec.Partition == partition && rec.Offset == offset {
-			found = true
-			e := json.NewEncoder(w)
-			e.SetIndent("", "  ")
-			e.Encode(letterJSON(rec))
+		found := false
+		err := readWhole(ctx, cfg, cfg.kafkaTopic+".dlq", func(rec *kgo.Record) {
+			if rec.Partition == partition && rec.Offset == offset {
+				found = true
+				e := json.NewEncoder(w)
+				e.SetIndent("", "  ")
+				e.Encode(letterJSON(rec))
+			}
+		})
+		if err == nil && !found {
+			err = fmt.Errorf("there is no letter %d:%d", partition, offset)
 		}
-	})
-	if err == nil && !found {
-		err = fmt.Errorf("there is no letter %d:%d", partition, offset)
+		return err
 	}
-	return err
 }
 
 func dlqReplayTool(fs *flag.FlagSet) toolRun {
