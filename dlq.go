@@ -17,6 +17,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode/utf8"
 
 	"github.com/twmb/franz-go/pkg/kgo"
 )
@@ -98,7 +99,7 @@ func letterJSON(rec *kgo.Record) map[string]any {
 		headers[h.Key] = string(h.Value)
 	}
 	m := map[string]any{"partition": rec.Partition, "offset": rec.Offset, "key": string(rec.Key), "headers": headers, "value": string(rec.Value)}
-	if hasBadText(rec.Value) {
+	if !utf8.Valid(rec.Value) {
 		m["value"], m["value_base64"] = "", rec.Value
 	}
 	return m
