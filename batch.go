@@ -151,6 +151,9 @@ const priceScale = 10000
 // priceOf takes price and currency out of an event's metadata; 0 and nil when they are not there. A price beyond what
 // Decimal(18, 4) holds counts as none.
 func priceOf(metadata []byte) (price proto.Decimal64, currency []byte) {
+	if len(metadata) == 0 {
+		return 0, nil // before the reader makes an error of it, which is garbage
+	}
 	r := jsonReader{b: metadata}
 	r.eat('{')
 	for n := 0; ; n++ {

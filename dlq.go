@@ -17,6 +17,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode/utf8"
 
 	"github.com/twmb/franz-go/pkg/kgo"
 )
@@ -98,7 +99,7 @@ func letterJSON(rec *kgo.Record) map[string]any {
 		headers[h.Key] = string(h.Value)
 	}
 	m := map[string]any{"partition": rec.Partition, "offset": rec.Offset, "key": string(rec.Key), "headers": headers, "value": string(rec.Value)}
-	if hasBadText(rec.Value) {
+	if !utf8.Valid(rec.Value) {
 		m["value"], m["value_base64"] = "", rec.Value
 	}
 	return m
@@ -112,24 +113,20 @@ func dlqShowTool(*flag.FlagSet) toolRun {
 		if n, err := fmt.Sscanf(which, "%d:%d", &partition, &offset); n != 2 || err != nil {
 			return badArgument{fmt.Errorf("%q is not PARTITION:OFFSET", which)}
 		}
-		return dlqShow(ctx, cfg, partition, offset, w)
-	}
-}
-
-func dlqShow(ctx context.Context, cfg *settings, partition int32, offset int64, w io.Writer) error {
-	found := false
-	err := readWhole(ctx, cfg, cfg.kafkaTopic+".dlq", func(rec *kgo.Record) {
-		if rec.Partition == partition && rec.Offset == offset {
-			found = true
-			e := json.NewEncoder(w)
-			e.SetIndent("", "  ")
-			e.Encode(letterJSON(rec))
+		found := false
+		err := readWhole(ctx, cfg, cfg.kafkaTopic+".dlq", func(rec *kgo.Record) {
+			if rec.Partition == partition && rec.Offset == offset {
+				found = true
+				e := json.NewEncoder(w)
+				e.SetIndent("", "  ")
+				e.Encode(letterJSON(rec))
+			}
+		})
+		if err == nil && !found {
+			err = fmt.Errorf("there is no letter %d:%d", partition, offset)
 		}
-	})
-	if err == nil && !found {
-		err = fmt.Errorf("there is no letter %d:%d", partition, offset)
+		return err
 	}
-	return err
 }
 
 func dlqReplayTool(fs *flag.FlagSet) toolRun {

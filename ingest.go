@@ -48,7 +48,7 @@ func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats) *ingester
 	return in
 }
 
-// serveOne answers POST /api/v1/events.
+// serveOne answers POST /api/v1/events: 202 once all in-sync replicas have the event, 503 when they do not in time.
 func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 	if media := mediaType(r); media != typeJSON && media != typeText {
 		writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send application/json")

@@ -409,7 +409,7 @@ func TestQueryParameters(t *testing.T) {
 func TestMetricsOddNames(t *testing.T) {
 	t.Parallel()
 	p := startProgram(t, newSpace(t))
-	names := []string{`it's`, `'`, `\`, `\'`, `a\b`, `\n`, `|\|`, `x|y`, `{event_name:String}`, `') OR 1=1 --`, `%27`, `a b+c&d=e`, `"quoted"`, "ünïcode 😀", `\N`, `\0`}
+	names := []string{`it's`, `'`, `\`, `\'`, `a\b`, `\n`, `|\|`, `x|y`, `{event_name:String}`, `') OR 1=1 --`, `%27`, `a b+c&d=e`, `"quoted"`, "ünïcode 😀", `\N`, `\0`, `\ud800`}
 	for _, name := range names {
 		body, _ := json.Marshal(map[string]any{"event_name": name, "user_id": "u'\\", "timestamp": time.Now().Unix(), "campaign_id": name})
 		if status, _, answer := p.do("POST", onePath, jsonCT, "", body); status != http.StatusAccepted {

@@ -69,9 +69,6 @@ func (v *jsonValue) text(scratch *[]byte) []byte {
 
 // is says whether a member is called name, which has no characters that need an escape.
 func (v *jsonValue) is(name string) bool {
-	if !v.escaped { // Fast path
-		return string(v.raw[1:len(v.raw)-1]) == name
-	}
 	var scratch []byte
 	return len(v.raw) <= 6*len(name)+len(`""`) && string(v.text(&scratch)) == name
 }

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode/utf8"
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
@@ -70,7 +71,7 @@ func parseOverviewQuery(rawQuery string, now int64) (*overviewQuery, []problem) 
 	c := newQueryCheck(rawQuery, "from", "to", "channel", "event_name")
 	v := c.values
 	q := &overviewQuery{eventName: v.Get("event_name"), channel: v.Get("channel"), from: now - daySeconds, to: now}
-	if hasBadText([]byte(q.eventName)) {
+	if !utf8.ValidString(q.eventName) {
 		c.fail("event_name", codeInvalidFormat, "is not valid UTF-8 text")
 	}
 	if v.Has("to") {

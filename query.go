@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/chpool"
@@ -133,7 +134,7 @@ func parseMetricsQuery(rawQuery string) (*metricsQuery, []problem) {
 	q := &metricsQuery{eventName: v.Get("event_name"), channel: v.Get("channel"), groupBy: v.Get("group_by")}
 	if q.eventName == "" {
 		c.fail("event_name", codeRequired, "is required")
-	} else if hasBadText([]byte(q.eventName)) {
+	} else if !utf8.ValidString(q.eventName) {
 		c.fail("event_name", codeInvalidFormat, "is not valid UTF-8 text")
 	}
 	q.from, q.to = c.seconds("from"), c.seconds("to")

@@ -143,7 +143,7 @@ func (w *retryWorker) wait(a *waiter) {
 		}
 		for len(held) > 0 {
 			due := 0
-			for due < min(len(held), requeueRecords) && time.Since(held[due].Timestamp) >= delayOf(retryCount(held[due])) {
+			for due < min(len(held), requeueRecords) && untilDue(held[due]) <= 0 {
 				due++
 			}
 			if due > 0 {
@@ -155,11 +155,16 @@ func (w *retryWorker) wait(a *waiter) {
 				continue
 			}
 			select {
-			case <-time.After(max(retryTick, time.Until(held[0].Timestamp.Add(delayOf(retryCount(held[0])))))):
+			case <-time.After(max(retryTick, untilDue(held[0]))):
 			case <-a.ctx.Done():
 				return
 			}
 		}
 		w.kafka.ResumeFetchPartitions(map[string][]int32{w.topic: {a.partition}})
 	}
+}
+
+// untilDue is how long a record still has to wait.
+func untilDue(rec *kgo.Record) time.Duration {
+	return time.Until(rec.Timestamp.Add(delayOf(retryCount(rec))))
 }

@@ -155,9 +155,7 @@ func (m *message) read(r *jsonReader, p *eventParser) error {
 		if len(k.raw) > maxNameBytes {
 			return
 		}
-		kept := len(p.scratch)
-		name := k.text(&p.scratch)
-		p.scratch = p.scratch[:kept]
+		name := p.word(&k)
 		to := m.field(name)
 		switch {
 		case k.badText || v.badText:

@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -300,10 +301,7 @@ func header(rec *kgo.Record, key string) string {
 
 // failureHeaders returns rec's headers with what went wrong. Where it came from and when it first failed stay as first set.
 func failureHeaders(rec *kgo.Record, retries int, errorType, message string) []kgo.RecordHeader {
-	if len(message) > maxErrorMessage {
-		message = message[:maxErrorMessage]
-	}
-	headers := append([]kgo.RecordHeader(nil), rec.Headers...)
+	headers := slices.Clone(rec.Headers)
 	if header(rec, "original_topic") == "" {
 		headers = setHeader(headers, "original_topic", rec.Topic)
 		headers = setHeader(headers, "original_partition", strconv.Itoa(int(rec.Partition)))
@@ -312,7 +310,7 @@ func failureHeaders(rec *kgo.Record, retries int, errorType, message string) []k
 	}
 	headers = setHeader(headers, "retry_count", strconv.Itoa(retries))
 	headers = setHeader(headers, "error_type", errorType)
-	headers = setHeader(headers, "error_message", message)
+	headers = setHeader(headers, "error_message", message[:min(len(message), maxErrorMessage)])
 	return setHeader(headers, "last_retry_at", rfc3339Now())
 }
 

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"unicode/utf8"
 )
@@ -60,8 +61,8 @@ type eventParser struct {
 	scratch  []byte // texts of the event that were sent with escapes; at most 25 of them, each maxTextBytes
 }
 
-// fieldSet has a bit for each known field, to notice one that is sent twice.
-type fieldSet uint8
+// fieldSet has a bit for each known field, to notice one that is sent twice. At event it says what else a new field needs.
+type fieldSet uint16
 
 const (
 	fieldName fieldSet = 1 << iota
@@ -99,7 +100,8 @@ func isEventsOwn(err error) bool {
 	return errors.Is(err, errNotObject) || errors.Is(err, errEventTooDeep)
 }
 
-// read is parse for an event in the middle of a text. A member that is no field of an event only has to be JSON.
+// read is parse for an event in the middle of a text. A member that is no field of an event only has to be JSON. The loop is
+// eachMember's, written out: a call for each member would cost 4 %.
 func (p *eventParser) read(r *jsonReader) (*event, []problem, error) {
 	p.begin()
 	if r.peek() != '{' {
@@ -216,9 +218,9 @@ func (p *eventParser) field(f fieldSet, v *jsonValue) {
 	case fieldUserID:
 		p.ev.userID = p.required(f, v)
 	case fieldCampaignID:
-		p.ev.campaignID = p.text("campaign_id", v)
+		p.ev.campaignID = p.text(f, v)
 	case fieldInsertID:
-		p.ev.insertID = p.text("insert_id", v)
+		p.ev.insertID = p.text(f, v)
 	case fieldChannel:
 		p.channel(v)
 	case fieldTimestamp:
@@ -236,7 +238,7 @@ func (p *eventParser) required(f fieldSet, v *jsonValue) []byte {
 		p.seen &^= f
 		return nil
 	}
-	return p.text(fieldNames[f], v)
+	return p.text(f, v)
 }
 
 func (p *eventParser) require(f fieldSet) {
@@ -245,29 +247,29 @@ func (p *eventParser) require(f fieldSet) {
 	}
 }
 
-func (p *eventParser) text(field string, v *jsonValue) []byte {
+func (p *eventParser) text(f fieldSet, v *jsonValue) []byte {
 	if v.kind != '"' {
-		p.addf(field, codeInvalidFormat, "must be a string, not %s", v.kindName())
+		p.addf(fieldNames[f], codeInvalidFormat, "must be a string, not %s", v.kindName())
 		return nil
 	}
-	return p.checked(field, codeMaxLength, v)
+	return p.checked(f, codeMaxLength, v)
 }
 
-// checked is the string's text, with its problems noted under field.
-func (p *eventParser) checked(field, tooLong string, v *jsonValue) []byte {
+// checked is the string's text, with its problems noted under f.
+func (p *eventParser) checked(f fieldSet, tooLong string, v *jsonValue) []byte {
 	if len(v.raw) > maxTextBytes { // whatever is in it: not worth unescaping
-		p.addf(field, tooLong, "has %d bytes, the limit is %d characters", len(v.raw)-len(`""`), maxTextChars)
+		p.addf(fieldNames[f], tooLong, "has %d bytes, the limit is %d characters", len(v.raw)-len(`""`), maxTextChars)
 		return nil
 	}
 	b := v.text(&p.scratch)
 	if len(b) > maxTextChars {
 		if n := utf8.RuneCount(b); n > maxTextChars {
-			p.addf(field, tooLong, "has %d characters, the limit is %d", n, maxTextChars)
+			p.addf(fieldNames[f], tooLong, "has %d characters, the limit is %d", n, maxTextChars)
 		}
 	}
 	for _, c := range b {
 		if c < 0x20 || c == 0x7f {
-			p.addf(field, codeInvalidFormat, "contains the control character U+%04X", c)
+			p.addf(fieldNames[f], codeInvalidFormat, "contains the control character U+%04X", c)
 			break
 		}
 	}
@@ -348,7 +350,7 @@ func (p *eventParser) tags(v *jsonValue) {
 			continue
 		}
 		before := len(p.problems)
-		b := p.checked("tags", codeTagTooLong, &t)
+		b := p.checked(fieldTags, codeTagTooLong, &t)
 		for j := before; j < len(p.problems); j++ {
 			p.problems[j].message = fmt.Sprintf("tags[%d] %s", n, p.problems[j].message[len("tags "):])
 		}
@@ -378,13 +380,8 @@ func (p *eventParser) meta(v *jsonValue) {
 // checkAge adds the rules that need a clock: now is in Unix seconds, and a sender's clock may be ahead by skew seconds. parse
 // does without, because a record that waited on Kafka while ClickHouse was down has been accepted and does not expire.
 func (p *eventParser) checkAge(now, skew int64) []problem {
-	if p.seen&fieldTimestamp == 0 {
+	if p.seen&fieldTimestamp == 0 || slices.ContainsFunc(p.problems, func(is problem) bool { return is.field == "timestamp" }) {
 		return p.problems
-	}
-	for i := range p.problems {
-		if p.problems[i].field == "timestamp" {
-			return p.problems
-		}
 	}
 	switch ts := p.ev.timestamp; {
 	case ts > now+skew:

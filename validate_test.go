@@ -4,10 +4,14 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"math"
 	"os"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -78,6 +82,86 @@ func TestCanonicalEncoding(t *testing.T) {
 		if got := appendEvent(nil, mustParse(t, p, sampleEvent)); !json.Valid(got) {
 			t.Errorf("not JSON: %s", got)
 		}
+	}
+}
+
+// TestFields: each field of an event gets through to ClickHouse's columns, and stands in both documents. It fails when a field
+// has been forgotten somewhere on its way.
+func TestFields(t *testing.T) {
+	values := map[string][2]string{ // two different ones for each field, as JSON
+		"event_name": {`"a"`, `"b"`}, "user_id": {`"a"`, `"b"`}, "timestamp": {`1`, `2`}, "channel": {`"web"`, `"api"`},
+		"campaign_id": {`"a"`, `"b"`}, "tags": {`["a"]`, `["b"]`}, "metadata": {`{"a":1}`, `{"a":2}`}, "insert_id": {`"a"`, `"b"`},
+	}
+	columns := map[string]string{"insert_id": "event_id"} // where a field is that has no column under its own name
+	if n := reflect.TypeFor[event]().NumField(); n != len(fieldNames) {
+		t.Errorf("event has %d fields, fieldNames %d", n, len(fieldNames))
+	}
+	_, document := readDocument(t)
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for f, name := range fieldNames {
+		if got := fieldByName([]byte(name)); got != f {
+			t.Errorf("%s is field %b by name, %b in fieldNames", name, got, f)
+		}
+		if !strings.Contains(document, `"`+name+`":`) || !strings.Contains(string(readme), "\n| "+name+" |") {
+			t.Errorf("%s is not in web/openapi.json or not in README.md", name)
+		}
+		var sent, stored [2]string
+		for i, value := range values[name] {
+			members := fmt.Sprintf("%q:%s", name, value)
+			for _, required := range []string{"event_name", "user_id", "timestamp"} {
+				if required != name {
+					members += fmt.Sprintf(",%q:%s", required, values[required][0])
+				}
+			}
+			ev := mustParse(t, new(eventParser), "{"+members+"}")
+			encoded := appendEvent(nil, ev)
+			again := mustParse(t, new(eventParser), string(encoded))
+			if !reflect.DeepEqual(ev, again) {
+				t.Errorf("%s: sent as {%s}, on Kafka %s", name, members, encoded)
+			}
+			b := newBlock(1)
+			id, _ := again.id(nil)
+			b.append(&id, again, &kgo.Record{})
+			var column proto.Buffer
+			for _, c := range b.columns {
+				if c.name == cmp.Or(columns[name], name) {
+					c.EncodeColumn(&column)
+				}
+			}
+			sent[i], stored[i] = string(encoded), string(column.Buf)
+		}
+		if sent[0] == sent[1] {
+			t.Errorf("%s is not on Kafka: %s", name, sent[0])
+		}
+		if stored[0] == stored[1] {
+			t.Errorf("%s is not in its column", name)
+		}
+	}
+}
+
+// TestMaxEncoded: an event of which every byte is escaped takes what maxEncoded says, less a byte for each tag and one more.
+func TestMaxEncoded(t *testing.T) {
+	var ev event
+	quotes := bytes.Repeat([]byte(`"`), maxTextChars)
+	for i := range reflect.TypeFor[event]().NumField() {
+		field := reflect.ValueOf(&ev).Elem().Field(i)
+		switch to := reflect.NewAt(field.Type(), field.Addr().UnsafePointer()).Interface().(type) {
+		case *[]byte:
+			*to = quotes
+		case *[][]byte:
+			*to = slices.Repeat([][]byte{quotes}, maxTags)
+		case *int64:
+			*to = math.MinInt64
+		default:
+			t.Fatalf("give %T a value that takes the most bytes", to)
+		}
+	}
+	encoded := appendEvent(nil, &ev)
+	if got, want := ev.maxEncoded(), len(encoded)+maxTags+1; got != want {
+		t.Errorf("maxEncoded is %d, want %d", got, want)
 	}
 }
 
@@ -195,8 +279,8 @@ func FuzzSplitBulk(f *testing.F) {
 func TestHotPathAllocations(t *testing.T) {
 	const events = 100
 	var list []string
-	for i := range events {
-		list = append(list, strings.Replace(sampleEvent, "user_123", fmt.Sprint("user_", i), 1))
+	for i := range events / 2 {
+		list = append(list, fmt.Sprintf(`{"event_name":"e","user_id":"user_%d","timestamp":1795441976}`, i), strings.Replace(sampleEvent, "user_123", fmt.Sprint("user_", i), 1))
 	}
 	body := []byte(`{"events":[` + strings.Join(list, ",") + `]}`)
 	q := newTestRequest()
