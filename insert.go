@@ -86,7 +86,7 @@ func newInserter(st *store, cfg *settings, stats *storeStats, workers []*worker,
 		torn:     torn{hours: map[int64]struct{}{}, held: map[int32]position{}},
 		repairs:  repair{ranges: map[partName]timeRange{}, aside: map[partName]struct{}{}},
 	}
-	ins.dedupe = newDedupe(ins.query, st.database, cfg.dedupeMemory/int64(st.of))
+	ins.dedupe = newDedupe(ins, st.database, cfg.dedupeMemory/int64(st.of))
 	return ins
 }
 
@@ -216,7 +216,7 @@ func (ins *inserter) prepare(ctx context.Context) error {
 		if err := ins.awaitInserts(ctx, *came); err != nil {
 			return err
 		}
-		if err := ins.store.syncReplica(ctx, ins.query); err != nil {
+		if err := ins.store.syncReplica(ctx, ins); err != nil {
 			return err
 		}
 		ins.cameAt.CompareAndSwap(came, nil)
@@ -340,19 +340,7 @@ func (ins *inserter) awaitInserts(ctx context.Context, since time.Time) error {
 
 // running counts queries on the server.
 func (ins *inserter) running(ctx context.Context, where string, params []proto.Parameter) (uint64, error) {
-	var n proto.ColUInt64
-	err := ins.query(ctx, ch.Query{
-		Body:       "SELECT count() AS n FROM " + ins.store.processes() + " WHERE " + where,
-		Parameters: params,
-		Result:     proto.Results{{Name: "n", Data: &n}},
-	})
-	if err == nil && len(n) != 1 {
-		err = fmt.Errorf("%s answered %d rows to a count", ins.store.processes(), len(n))
-	}
-	if err != nil {
-		return 0, err
-	}
-	return n[0], nil
+	return number(ctx, ins, ch.Query{Body: "SELECT count() FROM " + ins.store.processes() + " WHERE " + where, Parameters: params})
 }
 
 // persist repeats try with backoff until it succeeds. The error is ctx's.
@@ -392,7 +380,7 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 	ins.queries++
 	next := 0
 	ins.empty.input(ins.columns)
-	err := ins.query(ctx, ch.Query{
+	err := ins.Do(ctx, ch.Query{
 		Body:    "INSERT INTO " + ins.store.database + ".events " + ins.columns.Columns() + " VALUES",
 		QueryID: fmt.Sprintf("%s-%s-%d", ins.group, ins.instance, ins.queries),
 		Input:   ins.columns,
@@ -434,9 +422,9 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 	return err
 }
 
-// query runs one of the inserter's queries on its connection, and drops the connection when that fails: whatever state
+// Do runs one of the inserter's queries on its connection, and drops the connection when that fails: whatever state
 // it is in, the next attempt starts clean.
-func (ins *inserter) query(ctx context.Context, q ch.Query) (err error) {
+func (ins *inserter) Do(ctx context.Context, q ch.Query) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, insertTimeout)
 	defer cancel()
 	q.Settings = append(q.Settings, ins.store.byMajority()...)
@@ -445,7 +433,7 @@ func (ins *inserter) query(ctx context.Context, q ch.Query) (err error) {
 			return err
 		}
 		ins.repairs.dialed = true
-		if err = ins.store.syncReplica(ctx, ins.conn.Do); err != nil {
+		if err = ins.store.syncReplica(ctx, ins.conn); err != nil {
 			ins.conn.Close()
 			return err
 		}

@@ -214,19 +214,12 @@ func (ins *inserter) look(ctx context.Context, hours []int64) (seen []difference
 		hour          proto.ColUInt32
 		missing       proto.ColInt64
 	)
-	err = ins.query(ctx, ch.Query{
+	err = ins.Do(ctx, eachRow(ch.Query{
 		Body: fmt.Sprintf("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, toUnixTimestamp(hour) AS h, sum(n) AS missing FROM ("+
 			"SELECT event_name, channel, toStartOfHour(timestamp) AS hour, toInt64(count()) AS n FROM %[1]s.events WHERE %[2]s GROUP BY event_name, channel, hour"+
 			" UNION ALL SELECT event_name, channel, hour, -event_count FROM %[1]s.events_hourly WHERE %[3]s"+
 			") GROUP BY event_name, channel, hour HAVING missing != 0 ORDER BY h, name, ch", ins.store.database, within("timestamp", hours), within("hour", hours)),
-		Result: proto.Results{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "h", Data: &hour}, {Name: "missing", Data: &missing}},
-		OnResult: func(context.Context, proto.Block) error {
-			for i := range missing {
-				seen = append(seen, difference{name.Row(i), channel.Row(i), hour[i], missing[i]})
-			}
-			return nil
-		},
-	})
+	}, func(i int) { seen = append(seen, difference{name.Row(i), channel.Row(i), hour[i], missing[i]}) }, &name, &channel, &hour, &missing))
 	return seen, err
 }
 
@@ -262,7 +255,7 @@ func (ins *inserter) insertDifferences(ctx context.Context, seen []difference) e
 		missing = append(missing, d.missing)
 	}
 	from, to := int64(seen[0].hour), int64(seen[len(seen)-1].hour)+hourSeconds
-	return ins.query(ctx, ch.Query{
+	return ins.Do(ctx, ch.Query{
 		Body: ins.store.sql("INSERT INTO {database}.events_hourly (event_name, channel, hour, {counts}) SELECT event_name, channel, hour, {counts} FROM (" +
 			fmt.Sprintf(strings.Replace(differences, " FINAL", "", 1), from, min(to, maxUnixSeconds), 0) +
 			") WHERE (CAST(event_name, 'String'), CAST(channel, 'String'), toUnixTimestamp(hour), event_count) IN (SELECT name, ch, h, n FROM seen)"),

@@ -63,18 +63,11 @@ func (ins *inserter) violators(ctx context.Context, b *block, expression string)
 	for i := range number {
 		number[i] = uint32(i)
 	}
-	err = ins.query(ctx, ch.Query{
+	err = ins.Do(ctx, eachRow(ch.Query{
 		Body:          fmt.Sprintf("SELECT row_number FROM rejected WHERE NOT (%s) ORDER BY row_number", expression),
 		ExternalTable: "rejected",
 		ExternalData:  append(data, proto.InputColumn{Name: "row_number", Data: &number}),
-		Result:        proto.Results{{Name: "row_number", Data: &got}},
-		OnResult: func(context.Context, proto.Block) error {
-			for _, n := range got {
-				bad = append(bad, int(n))
-			}
-			return nil
-		},
-	})
+	}, func(i int) { bad = append(bad, int(got[i])) }, &got))
 	return bad, err
 }
 
