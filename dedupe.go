@@ -50,16 +50,9 @@ type dedupe struct {
 	round    uint64
 	stuck    uint64 // the round in which nothing was left to drop
 
-	tally    map[int64]int // rows of the round, by minute
-	doubtful []rowOf
+	tally    map[int64]int        // rows of the round, by minute
+	doubtful int                  // of them, those of minutes without a set
 	found    map[eventID]struct{} // of the rows looked up: those that ClickHouse has
-	kept     []int
-}
-
-// rowOf is a row of a block.
-type rowOf struct {
-	*block
-	row int
 }
 
 func newDedupe(a asker, database string, budget int64) *dedupe {
@@ -88,33 +81,25 @@ func (d *dedupe) prepare(ctx context.Context, round []*block) error {
 	if err := d.load(ctx); err != nil {
 		return err
 	}
+	d.doubtful = 0
 	for minute, n := range d.tally {
 		if set := d.minutes[minute]; set != nil && !d.makeRoom(set, n) {
 			d.drop(minute)
 		}
-	}
-	d.doubtful = d.doubtful[:0]
-	for _, b := range round {
-		for row := range b.rows() {
-			if d.minutes[b.at(row)/minuteSeconds] == nil {
-				d.doubtful = append(d.doubtful, rowOf{b, row})
-			}
+		if d.minutes[minute] == nil {
+			d.doubtful += n
 		}
 	}
-	return d.lookUp(ctx, d.doubtful)
+	if d.doubtful == 0 {
+		return nil
+	}
+	return d.lookUp(ctx, round, false)
 }
 
 // cut takes the duplicates out of a prepared round, remembers what stays, and returns how many there were.
 func (d *dedupe) cut(round []*block) (duplicates int) {
 	for _, b := range round {
-		d.kept = d.kept[:0]
-		for row := range b.rows() {
-			if d.add(b.id(row), b.at(row)) {
-				d.kept = append(d.kept, row)
-			}
-		}
-		duplicates += b.rows() - len(d.kept)
-		b.keep(d.kept)
+		duplicates += b.filter(func(row int) bool { return d.add(b.id(row), b.at(row)) })
 	}
 	return duplicates
 }
@@ -138,22 +123,23 @@ func (d *dedupe) forget(id *eventID, at int64) {
 	}
 }
 
-// lookUp fills found with the rows that ClickHouse has, by primary key.
-func (d *dedupe) lookUp(ctx context.Context, rows []rowOf) error {
+// lookUp fills found with the rows that ClickHouse has, by primary key: of all, or of those of minutes without a set.
+func (d *dedupe) lookUp(ctx context.Context, round []*block, all bool) error {
 	clear(d.found)
-	if len(rows) == 0 {
-		return nil
-	}
 	var (
 		name proto.ColStr
 		at   proto.ColDateTime
 		id   proto.ColFixedStr32
 		got  proto.ColFixedStr32
 	)
-	for _, r := range rows {
-		name.AppendBytes(r.eventName.value(r.row))
-		at.Data = append(at.Data, r.timestamp.Data[r.row])
-		id.Append(*r.id(r.row))
+	for _, b := range round {
+		for row, second := range b.timestamp.Data {
+			if all || d.minutes[int64(second)/minuteSeconds] == nil {
+				name.AppendBytes(b.eventName.value(row))
+				at.Data = append(at.Data, second)
+				id.Append(*b.id(row))
+			}
+		}
 	}
 	return d.Do(ctx, eachRow(ch.Query{
 		Body:          "SELECT event_id FROM " + d.database + ".events WHERE (event_name, timestamp, event_id) IN (SELECT name, at, id FROM doubtful)",

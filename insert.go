@@ -15,6 +15,7 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -81,11 +82,11 @@ func newInserter(st *store, cfg *settings, stats *storeStats, workers []*worker,
 		instance: strconv.FormatUint(rand.Uint64(), 36),
 		flushes:  make(chan flushRequest),
 		ended:    make(chan struct{}),
-		columns:  insertColumns(),
 		empty:    newBlock(0),
 		torn:     torn{hours: map[int64]struct{}{}, held: map[int32]position{}},
 		repairs:  repair{ranges: map[partName]timeRange{}, aside: map[partName]struct{}{}},
 	}
+	ins.columns = slices.Clone(ins.empty.columns)
 	ins.dedupe = newDedupe(ins, st.database, cfg.dedupeMemory/int64(st.of))
 	return ins
 }
@@ -223,7 +224,7 @@ func (ins *inserter) prepare(ctx context.Context) error {
 	}
 	started := time.Now()
 	err := ins.dedupe.prepare(ctx, ins.round)
-	if n := len(ins.dedupe.doubtful); n > 0 && err == nil {
+	if n := ins.dedupe.doubtful; n > 0 && err == nil {
 		ins.stats.lookedUp(n, time.Since(started))
 	}
 	return err
@@ -287,25 +288,17 @@ func (ins *inserter) settle(ctx context.Context) error {
 	if err := ins.awaitInserts(ctx, time.Time{}); err != nil {
 		return err
 	}
-	var all []rowOf
-	for _, b := range ins.round {
-		for row := range b.rows() {
-			all = append(all, rowOf{b, row})
-		}
-	}
-	if err := ins.dedupe.lookUp(ctx, all); err != nil {
+	if err := ins.dedupe.lookUp(ctx, ins.round, true); err != nil {
 		return err
 	}
 	for _, b := range ins.round {
-		var missing []int
-		for row := range b.rows() {
-			if _, there := ins.dedupe.found[*b.id(row)]; !there {
-				missing = append(missing, row)
-			} else {
+		b.filter(func(row int) bool {
+			_, there := ins.dedupe.found[*b.id(row)]
+			if there {
 				ins.noteHour(b.at(row) / hourSeconds)
 			}
-		}
-		b.keep(missing)
+			return !there
+		})
 	}
 	ins.unknown = false
 	return nil
@@ -379,7 +372,7 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 func (ins *inserter) insertOnce(ctx context.Context) error {
 	ins.queries++
 	next := 0
-	ins.empty.input(ins.columns)
+	copy(ins.columns, ins.empty.columns)
 	err := ins.Do(ctx, ch.Query{
 		Body:    "INSERT INTO " + ins.store.database + ".events " + ins.columns.Columns() + " VALUES",
 		QueryID: fmt.Sprintf("%s-%s-%d", ins.group, ins.instance, ins.queries),
@@ -396,11 +389,11 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 				b := ins.round[next]
 				next++
 				if b.rows() > 0 {
-					b.input(ins.columns)
+					copy(ins.columns, b.columns)
 					return nil
 				}
 			}
-			ins.empty.input(ins.columns) // rows that still stand here would be sent once more with the EOF
+			copy(ins.columns, ins.empty.columns) // rows that still stand here would be sent once more with the EOF
 			return io.EOF
 		},
 		Settings: []ch.Setting{

@@ -251,9 +251,9 @@ func TestHotPathAllocations(t *testing.T) {
 	toHeader := func() {
 		header.Reset()
 		for _, c := range w.cur.columns {
-			proto.InputColumn{Name: c.name, Data: c.column}.EncodeStart(&header, proto.Version)
-			if c.Rows() != events {
-				t.Fatalf("%d rows of %s", c.Rows(), c.name)
+			c.EncodeStart(&header, proto.Version)
+			if c.Data.Rows() != events {
+				t.Fatalf("%d rows of %s", c.Data.Rows(), c.Name)
 			}
 		}
 	}
