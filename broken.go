@@ -231,10 +231,7 @@ func (ins *inserter) attach(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return fmt.Errorf("attach %s: %w", ins.repairs.detached, err)
 		}
-		select {
-		case <-time.After(minBackoff):
-		case <-ctx.Done():
-		}
+		sleep(ctx, minBackoff)
 	}
 }
 

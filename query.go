@@ -290,9 +290,7 @@ func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error
 		_, answered := ch.AsException(err)
 		switch {
 		case saysOtherStates(err) && attempt < 20:
-			select {
-			case <-time.After(statesPause):
-			case <-ctx.Done():
+			if sleep(ctx, statesPause) != nil {
 				return err
 			}
 			if _, e := m.store.readStates(ctx, pool); e != nil {

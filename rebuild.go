@@ -146,10 +146,8 @@ func (r *rebuild) awaitInserts(ctx context.Context, begun, until int64) (now int
 				return now, err
 			}
 		}
-		select {
-		case <-time.After(rebuildPoll):
-		case <-ctx.Done():
-			return 0, ctx.Err()
+		if err := sleep(ctx, rebuildPoll); err != nil {
+			return 0, err
 		}
 	}
 }

@@ -97,7 +97,7 @@ func (ins *inserter) halve(ctx context.Context, round []*block) error {
 	}
 	for _, half := range [][]*block{first, second} {
 		ins.round = append(ins.round[:0], half...)
-		if err := ins.storeRound(ctx); err != nil {
+		if err := ins.insertRows(ctx); err != nil {
 			return err
 		}
 	}

@@ -154,9 +154,7 @@ func (w *retryWorker) wait(a *waiter) {
 				held = held[due:]
 				continue
 			}
-			select {
-			case <-time.After(max(retryTick, time.Until(held[0].Timestamp.Add(delayOf(retryCount(held[0])))))):
-			case <-a.ctx.Done():
+			if sleep(a.ctx, max(retryTick, time.Until(held[0].Timestamp.Add(delayOf(retryCount(held[0])))))) != nil {
 				return
 			}
 		}
