@@ -22,7 +22,6 @@ import (
 	"time"
 
 	"github.com/ClickHouse/ch-go"
-	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
@@ -115,11 +114,7 @@ func (rd *readiness) tables(ctx context.Context) (err error) {
 		}
 		conn := rd.conn
 		stop := context.AfterFunc(ctx, func() { conn.Close() }) // ch-go checks ctx only between two packets
-		var n proto.ColUInt8
-		err = conn.Do(ctx, ch.Query{
-			Body:   "SELECT toUInt8(count() >= 0) AS n FROM " + rd.store.database + ".events_hourly WHERE event_name = ''",
-			Result: proto.Results{{Name: "n", Data: &n}},
-		})
+		_, err = number(ctx, conn, ch.Query{Body: "SELECT count() FROM " + rd.store.database + ".events_hourly WHERE event_name = ''"})
 		if stop() && err == nil {
 			return nil
 		}

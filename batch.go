@@ -27,24 +27,17 @@ type block struct {
 	price      priceColumn
 	currency   dictColumn
 
-	columns []namedColumn
+	columns proto.Input
+	kept    []int         // by filter
 	records []*kgo.Record // of the rows, for the case that ClickHouse rejects some
 	bytes   int           // of keys and values of the records
 	reread  bool          // some of the rows may have been stored by an owner that died over it
 	offsets []position
 }
 
-// column is what ch-go sends, and how rows are taken out of it.
-type column interface {
-	proto.ColInput
-	keep(rows []int) // leaves these rows, which ascend
-	reset()
-}
-
-type namedColumn struct {
-	name string
-	column
-}
+// keeper is a column that rows can be taken out of: it leaves these, which ascend. It keeps its memory, and when no row is
+// left, nothing that huge events blew up.
+type keeper interface{ keep(rows []int) }
 
 // position is how far a partition has been taken in: next is the offset to go on from.
 type position struct {
@@ -61,12 +54,12 @@ const (
 
 func newBlock(rows int) *block {
 	b := new(block)
-	b.columns = []namedColumn{
-		{"event_id", &b.eventID}, {"event_name", &b.eventName}, {"channel", &b.channel}, {"campaign_id", &b.campaignID},
-		{"user_id", &b.userID}, {"timestamp", &b.timestamp}, {"tags", &b.tags}, {"metadata", &b.metadata},
-		{"price", &b.price}, {"currency", &b.currency},
+	b.columns = proto.Input{ // created_at is left to the server's clock
+		{Name: "event_id", Data: &b.eventID}, {Name: "event_name", Data: &b.eventName}, {Name: "channel", Data: &b.channel},
+		{Name: "campaign_id", Data: &b.campaignID}, {Name: "user_id", Data: &b.userID}, {Name: "timestamp", Data: &b.timestamp},
+		{Name: "tags", Data: &b.tags}, {Name: "metadata", Data: &b.metadata}, {Name: "price", Data: &b.price}, {Name: "currency", Data: &b.currency},
 	}
-	b.eventID.ColFixedStr = proto.ColFixedStr{Size: len(eventID{}), Buf: make([]byte, 0, rows*len(eventID{}))}
+	b.eventID.ColFixedStr32 = make(proto.ColFixedStr32, 0, rows)
 	b.userID.init(rows, expectUserBytes)
 	b.metadata.init(rows, expectMetadataBytes)
 	b.timestamp.Data = make([]proto.DateTime, 0, rows)
@@ -87,7 +80,7 @@ func (b *block) rows() int { return len(b.timestamp.Data) }
 func (b *block) append(id *eventID, ev *event, rec *kgo.Record) {
 	b.records = append(b.records, rec)
 	b.bytes += len(rec.Key) + len(rec.Value)
-	b.eventID.Buf = append(b.eventID.Buf, id[:]...)
+	b.eventID.Append(*id)
 	b.eventName.append(ev.name)
 	b.channel.append(ev.channel)
 	b.campaignID.append(ev.campaignID)
@@ -101,7 +94,7 @@ func (b *block) append(id *eventID, ev *event, rec *kgo.Record) {
 }
 
 // id is the row's event id; it lives until the block changes.
-func (b *block) id(row int) *eventID { return (*eventID)(b.eventID.Row(row)) }
+func (b *block) id(row int) *eventID { return (*eventID)(&b.eventID.ColFixedStr32[row]) }
 
 // at is the row's Unix second.
 func (b *block) at(row int) int64 { return int64(b.timestamp.Data[row]) }
@@ -112,11 +105,35 @@ func (b *block) keep(rows []int) {
 		return
 	}
 	for _, c := range b.columns {
-		c.keep(rows)
+		c.Data.(keeper).keep(rows)
 	}
 	kept := keepRows(b.records, rows)
 	clear(b.records[len(kept):])
 	b.records = kept
+}
+
+// filter leaves the rows for which keep is true, and returns how many went.
+func (b *block) filter(keep func(row int) bool) (gone int) {
+	b.kept = b.kept[:0]
+	for row := range b.rows() {
+		if keep(row) {
+			b.kept = append(b.kept, row)
+		}
+	}
+	gone = b.rows() - len(b.kept)
+	b.keep(b.kept)
+	return gone
+}
+
+// reset empties the block.
+func (b *block) reset() {
+	b.keep(nil)
+	b.offsets, b.bytes, b.reread = b.offsets[:0], 0, false
+}
+
+// outOfKeys says that a dictionary may not have room for the values of another event.
+func (b *block) outOfKeys() bool {
+	return max(b.eventName.index.Rows(), b.channel.index.Rows(), b.campaignID.index.Rows(), b.tags.index.Rows(), b.currency.index.Rows()) > maxKeys-maxTags
 }
 
 // advance notes that the block takes in the partition up to, not including, next.
@@ -128,21 +145,6 @@ func (b *block) advance(partition, epoch int32, next int64) {
 		}
 	}
 	b.offsets = append(b.offsets, position{partition: partition, epoch: epoch, next: next})
-}
-
-// input points columns, of insertColumns, at the block's, for the next Data packet.
-func (b *block) input(columns proto.Input) {
-	for i := range b.columns {
-		columns[i].Data = b.columns[i].column
-	}
-}
-
-// insertColumns is the input of an insert with no rows yet. created_at is left to the server's clock.
-func insertColumns() (in proto.Input) {
-	for _, c := range newBlock(0).columns {
-		in = append(in, proto.InputColumn{Name: c.name, Data: c.column})
-	}
-	return in
 }
 
 // priceScale is the Decimal(18, 4) of the table.
@@ -179,16 +181,9 @@ func priceOf(metadata []byte) (price proto.Decimal64, currency []byte) {
 }
 
 // idColumn is FixedString(32).
-type idColumn struct{ proto.ColFixedStr }
+type idColumn struct{ proto.ColFixedStr32 }
 
-func (c *idColumn) keep(rows []int) {
-	for i, row := range rows {
-		copy(c.Row(i), c.Row(row))
-	}
-	c.Buf = c.Buf[:len(rows)*c.Size]
-}
-
-func (c *idColumn) reset() { c.Buf = c.Buf[:0] }
+func (c *idColumn) keep(rows []int) { c.ColFixedStr32 = keepRows(c.ColFixedStr32, rows) }
 
 // Type is a constant where ch-go formats one for every block.
 func (*idColumn) Type() proto.ColumnType { return "FixedString(32)" }
@@ -197,14 +192,12 @@ func (*idColumn) Type() proto.ColumnType { return "FixedString(32)" }
 type timeColumn struct{ proto.ColDateTime }
 
 func (c *timeColumn) keep(rows []int) { c.Data = keepRows(c.Data, rows) }
-func (c *timeColumn) reset()          { c.Data = c.Data[:0] }
 
 // priceColumn is the table's Decimal(18, 4).
 type priceColumn struct{ proto.ColDecimal64 }
 
 func (*priceColumn) Type() proto.ColumnType { return "Decimal(18, 4)" }
 func (c *priceColumn) keep(rows []int)      { c.ColDecimal64 = keepRows(c.ColDecimal64, rows) }
-func (c *priceColumn) reset()               { c.ColDecimal64 = c.ColDecimal64[:0] }
 
 // textColumn is String.
 type textColumn struct {
@@ -217,11 +210,11 @@ func (c *textColumn) init(rows, width int) {
 	c.room = width
 }
 
-func (c *textColumn) keep(rows []int) { c.Pos = keepRows(c.Pos, rows) }
-
-// reset drops the memory of a block of huge values.
-func (c *textColumn) reset() {
-	c.Reset()
+func (c *textColumn) keep(rows []int) {
+	if c.Pos = keepRows(c.Pos, rows); len(rows) > 0 {
+		return
+	}
+	c.Buf = c.Buf[:0]
 	if most := 4 * cap(c.Pos) * c.room; cap(c.Buf) > most {
 		c.Buf = make([]byte, 0, most/4)
 	}
@@ -240,11 +233,13 @@ func keepRows[T any](values []T, rows []int) []T {
 type dictColumn struct {
 	proto.ColLowCardinalityRaw
 	index  proto.ColStr
-	lookup map[string]uint32
+	lookup map[string]uint16
 }
 
-// A dictionary beyond these is dropped: it is sent with every block, and each block of each worker has five.
 const (
+	// maxKeys is how many values keys of 16 bits tell apart.
+	maxKeys = 1 << 16
+	// A dictionary beyond these is dropped: it is sent with every block, and each block of each worker has five.
 	maxDict      = 1024
 	maxDictBytes = 16 << 10
 )
@@ -259,62 +254,32 @@ func (d *dictColumn) init(rows int) {
 func (d *dictColumn) clearDict() {
 	d.index = proto.ColStr{}
 	d.index.AppendBytes(nil) // ClickHouse keeps the default value at 0
-	d.lookup = map[string]uint32{"": 0}
+	d.lookup = map[string]uint16{"": 0}
 }
 
 func (d *dictColumn) append(v []byte) {
 	key, ok := d.lookup[string(v)] // no copy for a lookup
 	if !ok {                       // Slow path: a value that this block has not had before.
-		key = uint32(d.index.Rows())
+		key = uint16(d.index.Rows())
 		d.index.AppendBytes(v)
 		d.lookup[string(v)] = key
 	}
-	if key > 0xffff && d.Key == proto.KeyUInt16 {
-		d.widen()
-	}
-	d.AppendKey(int(key))
+	d.Keys16 = append(d.Keys16, key)
 }
 
 // Type is a constant where ch-go formats one for every block.
 func (*dictColumn) Type() proto.ColumnType { return "LowCardinality(String)" }
 
 // Rows goes without the copy to the heap that ch-go's value receiver makes.
-func (d *dictColumn) Rows() int {
-	if d.Key == proto.KeyUInt16 {
-		return len(d.Keys16)
-	}
-	return len(d.Keys32)
-}
+func (d *dictColumn) Rows() int { return len(d.Keys16) }
 
 // value is the row's; it lives until the column changes.
-func (d *dictColumn) value(row int) []byte {
-	if d.Key == proto.KeyUInt16 {
-		return d.index.RowBytes(int(d.Keys16[row]))
-	}
-	return d.index.RowBytes(int(d.Keys32[row]))
-}
-
-// widen moves to 32-bit keys when one block has more than 65,536 values (its tags can).
-func (d *dictColumn) widen() {
-	for _, k := range d.Keys16 {
-		d.Keys32 = append(d.Keys32, uint32(k))
-	}
-	d.Key = proto.KeyUInt32
-}
-
-func (d *dictColumn) reset() {
-	d.Keys16, d.Keys32 = d.Keys16[:0], d.Keys32[:0]
-	d.Key = proto.KeyUInt16
-	if d.index.Rows() > maxDict || len(d.index.Buf) > maxDictBytes {
-		d.clearDict()
-	}
-}
+func (d *dictColumn) value(row int) []byte { return d.index.RowBytes(int(d.Keys16[row])) }
 
 func (d *dictColumn) keep(rows []int) {
-	if d.Key == proto.KeyUInt16 {
-		d.Keys16 = keepRows(d.Keys16, rows)
-	} else {
-		d.Keys32 = keepRows(d.Keys32, rows)
+	d.Keys16 = keepRows(d.Keys16, rows)
+	if len(rows) == 0 && (d.index.Rows() > maxDict || len(d.index.Buf) > maxDictBytes) {
+		d.clearDict()
 	}
 }
 
@@ -344,31 +309,16 @@ func (l *listColumn) WriteColumn(w *proto.Writer) {
 
 func (l *listColumn) keep(rows []int) {
 	var items []int
-	var ends proto.ColUInt64
-	for _, row := range rows {
-		first := uint64(0)
-		if row > 0 {
-			first = l.offsets[row-1]
+	first, ends := uint64(0), l.offsets[:0]
+	for row, end := range l.offsets { // which is read before a new one takes its place
+		if len(ends) < len(rows) && rows[len(ends)] == row {
+			for ; first < end; first++ {
+				items = append(items, int(first))
+			}
+			ends = append(ends, uint64(len(items)))
 		}
-		for ; first < l.offsets[row]; first++ {
-			items = append(items, int(first))
-		}
-		ends = append(ends, uint64(len(items)))
+		first = end
 	}
+	l.offsets = ends
 	l.dictColumn.keep(items)
-	l.offsets = append(l.offsets[:0], ends...)
-}
-
-func (l *listColumn) reset() {
-	l.dictColumn.reset()
-	l.offsets = l.offsets[:0]
-}
-
-// reset empties the block and keeps its memory, unless huge events blew it up.
-func (b *block) reset() {
-	for _, c := range b.columns {
-		c.reset()
-	}
-	clear(b.records)
-	b.records, b.offsets, b.bytes, b.reread = b.records[:0], b.offsets[:0], 0, false
 }

@@ -180,7 +180,7 @@ func (ins *inserter) reattach(ctx context.Context, parts []partName) error {
 		slog.Warn("a table with a broken part is detached and attached", "table", table)
 		ins.repairs.reattached, ins.repairs.detached = time.Now(), table
 		// SYNC waits for the inserts and queries that still use the table.
-		err := ins.query(ctx, ch.Query{Body: "DETACH TABLE IF EXISTS " + ins.store.database + "." + table + " SYNC"})
+		err := ins.Do(ctx, ch.Query{Body: "DETACH TABLE IF EXISTS " + ins.store.database + "." + table + " SYNC"})
 		if err := ins.attach(ctx); err != nil {
 			return err
 		}
@@ -201,25 +201,20 @@ func (ins *inserter) tablesOf(ctx context.Context, parts []partName) (tables []s
 	}
 	var table, name, engine proto.ColStr
 	var from, to proto.ColUInt32
-	err = ins.query(ctx, ch.Query{
-		Body: "SELECT table, name, engine, toUnixTimestamp(min_time) AS from, toUnixTimestamp(max_time) AS to FROM system.parts" +
+	err = ins.Do(ctx, eachRow(ch.Query{
+		Body: "SELECT table, name, engine, toUnixTimestamp(min_time), toUnixTimestamp(max_time) FROM system.parts" +
 			" WHERE active AND database = {database:String} AND (table, name) IN (" + strings.Join(list, ",") + ")",
 		Parameters: []proto.Parameter{parameter("database", ins.store.database)},
-		Result:     proto.Results{{Name: "table", Data: &table}, {Name: "name", Data: &name}, {Name: "engine", Data: &engine}, {Name: "from", Data: &from}, {Name: "to", Data: &to}},
-		OnResult: func(context.Context, proto.Block) error {
-			for i := range from {
-				if strings.HasPrefix(engine.Row(i), "Replicated") || strings.HasPrefix(engine.Row(i), "Shared") {
-					slog.Warn("a broken part of a replicated table is left to ClickHouse", "table", table.Row(i), "part", name.Row(i))
-					continue
-				}
-				ins.repairs.ranges[partName{table.Row(i), name.Row(i)}] = timeRange{int64(from[i]), int64(to[i])}
-				if !slices.Contains(tables, table.Row(i)) {
-					tables = append(tables, table.Row(i))
-				}
-			}
-			return nil
-		},
-	})
+	}, func(i int) {
+		if strings.HasPrefix(engine.Row(i), "Replicated") || strings.HasPrefix(engine.Row(i), "Shared") {
+			slog.Warn("a broken part of a replicated table is left to ClickHouse", "table", table.Row(i), "part", name.Row(i))
+			return
+		}
+		ins.repairs.ranges[partName{table.Row(i), name.Row(i)}] = timeRange{int64(from[i]), int64(to[i])}
+		if !slices.Contains(tables, table.Row(i)) {
+			tables = append(tables, table.Row(i))
+		}
+	}, &table, &name, &engine, &from, &to))
 	return tables, err
 }
 
@@ -228,7 +223,7 @@ func (ins *inserter) attach(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), attachTimeout)
 	defer cancel()
 	for {
-		err := ins.query(ctx, ch.Query{Body: "ATTACH TABLE IF NOT EXISTS " + ins.store.database + "." + ins.repairs.detached})
+		err := ins.Do(ctx, ch.Query{Body: "ATTACH TABLE IF NOT EXISTS " + ins.store.database + "." + ins.repairs.detached})
 		if err == nil {
 			ins.repairs.detached = ""
 			return nil
@@ -236,10 +231,7 @@ func (ins *inserter) attach(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return fmt.Errorf("attach %s: %w", ins.repairs.detached, err)
 		}
-		select {
-		case <-time.After(minBackoff):
-		case <-ctx.Done():
-		}
+		sleep(ctx, minBackoff)
 	}
 }
 
@@ -269,7 +261,7 @@ func (s *store) attachAll(ctx context.Context, c asker) {
 func (ins *inserter) lookAside(ctx context.Context) error {
 	var table, name, reason, partition proto.ColStr
 	var back proto.ColUInt8
-	err := ins.query(ctx, ch.Query{
+	err := ins.Do(ctx, eachRow(ch.Query{
 		// The first and the last part that were merged into one share its outer block numbers. They may have been merged
 		// again, and then still exist for some minutes.
 		Body: "SELECT d.table AS table, d.name AS name, any(d.reason) AS reason, any(d.partition_id) AS partition," +
@@ -279,14 +271,7 @@ func (ins *inserter) lookAside(ctx context.Context) error {
 			"SELECT table, partition_id, rows, min_block_number AS first, max_block_number AS last FROM system.parts WHERE database = {database:String}" +
 			") AS p ON p.table = d.table AND p.partition_id = d.partition_id GROUP BY table, name ORDER BY table, name",
 		Parameters: []proto.Parameter{parameter("database", ins.store.database)},
-		Result:     proto.Results{{Name: "table", Data: &table}, {Name: "name", Data: &name}, {Name: "reason", Data: &reason}, {Name: "partition", Data: &partition}, {Name: "back", Data: &back}},
-		OnResult: func(context.Context, proto.Block) error {
-			for i := range back {
-				ins.noteAside(table.Row(i), name.Row(i), reason.Row(i), partition.Row(i), back[i] == 1)
-			}
-			return nil
-		},
-	})
+	}, func(i int) { ins.noteAside(table.Row(i), name.Row(i), reason.Row(i), partition.Row(i), back[i] == 1) }, &table, &name, &reason, &partition, &back))
 	ins.repairs.dialed = ins.repairs.dialed && err != nil
 	return err
 }
@@ -346,18 +331,11 @@ func (s *store) checkParts(ctx context.Context, age time.Duration) {
 
 func (s *store) recentParts(ctx context.Context, conn *ch.Client, age time.Duration) (parts []partName, err error) {
 	var table, name proto.ColStr
-	err = conn.Do(ctx, ch.Query{
+	err = conn.Do(ctx, eachRow(ch.Query{
 		Body: fmt.Sprintf("SELECT table, name FROM system.parts WHERE active AND database = {database:String} AND table IN ('events', 'events_hourly')"+
 			" AND modification_time >= now() - %d", int(age.Seconds())+minuteSeconds),
 		Parameters: []proto.Parameter{parameter("database", s.database)},
-		Result:     proto.Results{{Name: "table", Data: &table}, {Name: "name", Data: &name}},
-		OnResult: func(context.Context, proto.Block) error {
-			for i := range name.Rows() {
-				parts = append(parts, partName{table.Row(i), name.Row(i)})
-			}
-			return nil
-		},
-	})
+	}, func(i int) { parts = append(parts, partName{table.Row(i), name.Row(i)}) }, &table, &name))
 	return parts, err
 }
 
@@ -366,7 +344,7 @@ func (s *store) checkPart(ctx context.Context, conn *ch.Client, p partName) erro
 	var passed proto.ColUInt8
 	err := conn.Do(ctx, ch.Query{
 		Body:   fmt.Sprintf("CHECK TABLE %s.%s PART '%s' SETTINGS check_query_single_value_result = 1", s.database, p.table, p.name),
-		Result: proto.Results{{Name: "result", Data: &passed}},
+		Result: proto.Results{{Data: &passed}},
 	})
 	if err == nil && len(passed) == 1 && passed[0] == 0 {
 		s.broken.add(p, "CHECK TABLE does not pass it")

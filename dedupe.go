@@ -40,7 +40,7 @@ const (
 
 // dedupe knows which events are stored. Only the inserter's goroutine uses it, except for bytes and sets.
 type dedupe struct {
-	query    func(context.Context, ch.Query) error
+	asker
 	database string
 	budget   int64        // DEDUPE_MEMORY, bytes of all sets
 	bytes    atomic.Int64 // never above budget, a table and its larger successor included
@@ -50,20 +50,13 @@ type dedupe struct {
 	round    uint64
 	stuck    uint64 // the round in which nothing was left to drop
 
-	tally    map[int64]int // rows of the round, by minute
-	doubtful []rowOf
+	tally    map[int64]int        // rows of the round, by minute
+	doubtful int                  // of them, those of minutes without a set
 	found    map[eventID]struct{} // of the rows looked up: those that ClickHouse has
-	kept     []int
 }
 
-// rowOf is a row of a block.
-type rowOf struct {
-	*block
-	row int
-}
-
-func newDedupe(query func(context.Context, ch.Query) error, database string, budget int64) *dedupe {
-	d := &dedupe{query: query, database: database, budget: budget, tally: map[int64]int{}, found: map[eventID]struct{}{}}
+func newDedupe(a asker, database string, budget int64) *dedupe {
+	d := &dedupe{asker: a, database: database, budget: budget, tally: map[int64]int{}, found: map[eventID]struct{}{}}
 	d.forgetAll()
 	return d
 }
@@ -88,33 +81,25 @@ func (d *dedupe) prepare(ctx context.Context, round []*block) error {
 	if err := d.load(ctx); err != nil {
 		return err
 	}
+	d.doubtful = 0
 	for minute, n := range d.tally {
 		if set := d.minutes[minute]; set != nil && !d.makeRoom(set, n) {
 			d.drop(minute)
 		}
-	}
-	d.doubtful = d.doubtful[:0]
-	for _, b := range round {
-		for row := range b.rows() {
-			if d.minutes[b.at(row)/minuteSeconds] == nil {
-				d.doubtful = append(d.doubtful, rowOf{b, row})
-			}
+		if d.minutes[minute] == nil {
+			d.doubtful += n
 		}
 	}
-	return d.lookUp(ctx, d.doubtful)
+	if d.doubtful == 0 {
+		return nil
+	}
+	return d.lookUp(ctx, round, false)
 }
 
 // cut takes the duplicates out of a prepared round, remembers what stays, and returns how many there were.
 func (d *dedupe) cut(round []*block) (duplicates int) {
 	for _, b := range round {
-		d.kept = d.kept[:0]
-		for row := range b.rows() {
-			if d.add(b.id(row), b.at(row)) {
-				d.kept = append(d.kept, row)
-			}
-		}
-		duplicates += b.rows() - len(d.kept)
-		b.keep(d.kept)
+		duplicates += b.filter(func(row int) bool { return d.add(b.id(row), b.at(row)) })
 	}
 	return duplicates
 }
@@ -138,35 +123,29 @@ func (d *dedupe) forget(id *eventID, at int64) {
 	}
 }
 
-// lookUp fills found with the rows that ClickHouse has, by primary key.
-func (d *dedupe) lookUp(ctx context.Context, rows []rowOf) error {
+// lookUp fills found with the rows that ClickHouse has, by primary key: of all, or of those of minutes without a set.
+func (d *dedupe) lookUp(ctx context.Context, round []*block, all bool) error {
 	clear(d.found)
-	if len(rows) == 0 {
-		return nil
-	}
 	var (
 		name proto.ColStr
 		at   proto.ColDateTime
-		id   = proto.ColFixedStr{Size: len(eventID{})}
-		got  = proto.ColFixedStr{Size: len(eventID{})}
+		id   proto.ColFixedStr32
+		got  proto.ColFixedStr32
 	)
-	for _, r := range rows {
-		name.AppendBytes(r.eventName.value(r.row))
-		at.Data = append(at.Data, r.timestamp.Data[r.row])
-		id.Buf = append(id.Buf, r.id(r.row)[:]...)
+	for _, b := range round {
+		for row, second := range b.timestamp.Data {
+			if all || d.minutes[int64(second)/minuteSeconds] == nil {
+				name.AppendBytes(b.eventName.value(row))
+				at.Data = append(at.Data, second)
+				id.Append(*b.id(row))
+			}
+		}
 	}
-	return d.query(ctx, ch.Query{
+	return d.Do(ctx, eachRow(ch.Query{
 		Body:          "SELECT event_id FROM " + d.database + ".events WHERE (event_name, timestamp, event_id) IN (SELECT name, at, id FROM doubtful)",
 		ExternalTable: "doubtful",
 		ExternalData:  []proto.InputColumn{{Name: "name", Data: &name}, {Name: "at", Data: &at}, {Name: "id", Data: &id}},
-		Result:        proto.Results{{Name: "event_id", Data: &got}},
-		OnResult: func(context.Context, proto.Block) error {
-			for i := range got.Rows() {
-				d.found[eventID(got.Row(i))] = struct{}{}
-			}
-			return nil
-		},
-	})
+	}, func(i int) { d.found[got[i]] = struct{}{} }, &got))
 }
 
 // span is minutes of event time, end excluded.
@@ -234,16 +213,9 @@ func (d *dedupe) countHours(ctx context.Context, hours map[int64]int) (map[int64
 	counts := map[int64]int64{}
 	var hour proto.ColUInt32
 	var n proto.ColInt64
-	err := d.query(ctx, ch.Query{
-		Body:   fmt.Sprintf("SELECT toUnixTimestamp(hour) AS h, sum(event_count) AS n FROM %s.events_hourly WHERE h IN (%s) GROUP BY h", d.database, list),
-		Result: proto.Results{{Name: "h", Data: &hour}, {Name: "n", Data: &n}},
-		OnResult: func(context.Context, proto.Block) error {
-			for i := range hour {
-				counts[int64(hour[i])/hourSeconds] = n[i]
-			}
-			return nil
-		},
-	})
+	err := d.Do(ctx, eachRow(ch.Query{
+		Body: fmt.Sprintf("SELECT toUnixTimestamp(hour) AS h, sum(event_count) FROM %s.events_hourly WHERE h IN (%s) GROUP BY h", d.database, list),
+	}, func(i int) { counts[int64(hour[i])/hourSeconds] = n[i] }, &hour, &n))
 	return counts, err
 }
 
@@ -264,28 +236,21 @@ func (d *dedupe) read(ctx context.Context, spans []minuteSpan) error {
 	}
 	var minute proto.ColUInt32
 	var key proto.ColUInt64
-	err := d.query(ctx, ch.Query{
-		Body: fmt.Sprintf("SELECT toUInt32(intDiv(toUnixTimestamp(timestamp), %d)) AS minute, reinterpretAsUInt64(event_id) AS key FROM %s.events WHERE %s",
+	err := d.Do(ctx, eachRow(ch.Query{
+		Body: fmt.Sprintf("SELECT toUInt32(intDiv(toUnixTimestamp(timestamp), %d)), reinterpretAsUInt64(event_id) FROM %s.events WHERE %s",
 			minuteSeconds, d.database, strings.Join(where, " OR ")),
-		Result: proto.Results{{Name: "minute", Data: &minute}, {Name: "key", Data: &key}},
-		OnResult: func(context.Context, proto.Block) error {
-			for i, k := range key {
-				m := int64(minute[i])
-				set := loading[m]
-				if set == nil {
-					continue
-				}
-				if !d.makeRoom(set, 1) {
-					d.bytes.Add(-set.bytes())
-					d.wanted[m] = -loadAgain
-					delete(loading, m)
-					continue
-				}
-				set.add(max(1, idKey(k)))
-			}
-			return nil
-		},
-	})
+	}, func(i int) {
+		m := int64(minute[i])
+		switch set := loading[m]; {
+		case set == nil:
+		case d.makeRoom(set, 1):
+			set.add(max(1, idKey(key[i])))
+		default:
+			d.bytes.Add(-set.bytes())
+			d.wanted[m] = -loadAgain
+			delete(loading, m)
+		}
+	}, &minute, &key))
 	if err != nil {
 		for _, set := range loading {
 			d.bytes.Add(-set.bytes())

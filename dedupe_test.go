@@ -140,16 +140,16 @@ func TestKeep(t *testing.T) {
 		b.keep(rows)
 		for i := range b.columns {
 			var got, expected proto.Buffer
-			if d, ok := b.columns[i].column.(*dictColumn); ok { // the dictionaries differ
+			if d, ok := b.columns[i].Data.(*dictColumn); ok { // the dictionaries differ
 				for row := range rows {
-					if w := want.columns[i].column.(*dictColumn); string(d.value(row)) != string(w.value(row)) {
-						t.Fatalf("%s of row %d: %s", b.columns[i].name, row, d.value(row))
+					if w := want.columns[i].Data.(*dictColumn); string(d.value(row)) != string(w.value(row)) {
+						t.Fatalf("%s of row %d: %s", b.columns[i].Name, row, d.value(row))
 					}
 				}
 				continue
 			}
-			if l, ok := b.columns[i].column.(*listColumn); ok {
-				w := want.columns[i].column.(*listColumn)
+			if l, ok := b.columns[i].Data.(*listColumn); ok {
+				w := want.columns[i].Data.(*listColumn)
 				if fmt.Sprint(l.offsets) != fmt.Sprint(w.offsets) || l.Rows() != w.Rows() {
 					t.Fatalf("tags end at %d, want %d", l.offsets, w.offsets)
 				}
@@ -160,10 +160,10 @@ func TestKeep(t *testing.T) {
 				}
 				continue
 			}
-			b.columns[i].EncodeColumn(&got)
-			want.columns[i].EncodeColumn(&expected)
+			b.columns[i].Data.EncodeColumn(&got)
+			want.columns[i].Data.EncodeColumn(&expected)
 			if string(got.Buf) != string(expected.Buf) {
-				t.Fatalf("%s differs", b.columns[i].name)
+				t.Fatalf("%s differs", b.columns[i].Name)
 			}
 		}
 		for row, rec := range b.records {
@@ -171,6 +171,31 @@ func TestKeep(t *testing.T) {
 				t.Fatalf("record of row %d", row)
 			}
 		}
+	}
+}
+
+// TestManyTags: a block is full before a dictionary has more values than its keys tell apart.
+func TestManyTags(t *testing.T) {
+	t.Parallel()
+	w := idleWorker(100_000)
+	var p eventParser
+	for i := range maxKeys/maxTags + 10 {
+		tags := fmt.Sprintf(`"%d"`, i*maxTags)
+		for n := 1; n < maxTags; n++ {
+			tags += fmt.Sprintf(`,"%d"`, i*maxTags+n)
+		}
+		ev := mustParse(t, &p, fmt.Sprintf(`{"event_name":"e","user_id":"u%d","timestamp":7,"tags":[%s]}`, i, tags))
+		id, _ := ev.id(nil)
+		w.enqueue(0, []*kgo.Record{{Key: fmt.Appendf(nil, "%x", id), Value: appendEvent(nil, ev)}})
+	}
+	for len(w.queue) > 0 && !w.isFull() {
+		if bad, err := w.takeIn(1); bad != nil {
+			t.Fatal(err)
+		}
+	}
+	items := w.cur.tags.dictColumn.Rows()
+	if len(w.queue) != 10 || items < maxKeys-2*maxTags || string(w.cur.tags.value(items-1)) != fmt.Sprint(items-1) {
+		t.Errorf("%d records wait, %d tags, the last is %s", len(w.queue), items, w.cur.tags.value(items-1))
 	}
 }
 

@@ -15,7 +15,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"math/rand/v2"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -46,24 +48,24 @@ type membership struct {
 // inserter runs the rounds.
 type inserter struct {
 	membership
-	store    *store
-	workers  []*worker
-	call     *roundCall
-	wait     time.Duration // WORKER_BATCH_TIMEOUT
-	instance string        // random: makes query ids this process's own
-	group    string
-	stats    *storeStats
-	dedupe   *dedupe
-	cameAt   atomic.Pointer[time.Time] // of partitions whose former owner's last insert was not waited out yet
-	flushes  chan flushRequest
-	ended    chan struct{} // closed when run returns
+	store   *store
+	workers []*worker
+	call    *roundCall
+	wait    time.Duration // WORKER_BATCH_TIMEOUT
+	group   string        // how the query ids of the group's inserts begin
+	mine    string        // and this inserter's
+	stats   *storeStats
+	dedupe  *dedupe
+	cameAt  atomic.Pointer[time.Time] // of partitions whose former owner's last insert was not waited out yet
+	flushes chan flushRequest
+	ended   chan struct{} // closed when run returns
 
-	conn    *ch.Client // nil when the last attempt failed
+	due     <-chan time.Time // when the first waiting row has waited long enough, nil when there is none
+	conn    *ch.Client       // nil when the last attempt failed
 	columns proto.Input
 	empty   *block
 	taken   []*block // of the round, one a worker
 	round   []*block // what is still to be stored: those of taken, or what is left of them
-	seq     uint64   // of the round
 	queries uint64   // number of the last insert
 	unknown bool     // the last insert has been given rows and got no answer
 	torn
@@ -78,16 +80,17 @@ type flushRequest struct {
 
 func newInserter(st *store, cfg *settings, stats *storeStats, workers []*worker, call *roundCall, m membership) *inserter {
 	ins := &inserter{
-		membership: m, store: st, workers: workers, call: call, wait: cfg.workerBatchTimeout, group: cfg.kafkaGroup, stats: stats,
-		instance: strconv.FormatUint(rand.Uint64(), 36),
-		flushes:  make(chan flushRequest),
-		ended:    make(chan struct{}),
-		columns:  insertColumns(),
-		empty:    newBlock(0),
-		torn:     torn{hours: map[int64]struct{}{}, held: map[int32]position{}},
-		repairs:  repair{ranges: map[partName]timeRange{}, aside: map[partName]struct{}{}},
+		membership: m, store: st, workers: workers, call: call, wait: cfg.workerBatchTimeout, stats: stats,
+		group:   cfg.kafkaGroup + "-",
+		mine:    cfg.kafkaGroup + "-" + strconv.FormatUint(rand.Uint64(), 36) + "-",
+		flushes: make(chan flushRequest),
+		ended:   make(chan struct{}),
+		empty:   newBlock(0),
+		torn:    torn{hours: map[int64]struct{}{}, held: map[int32]position{}},
+		repairs: repair{ranges: map[partName]timeRange{}, aside: map[partName]struct{}{}},
 	}
-	ins.dedupe = newDedupe(ins.query, st.database, cfg.dedupeMemory/int64(st.of))
+	ins.columns = slices.Clone(ins.empty.columns)
+	ins.dedupe = newDedupe(ins, st.database, cfg.dedupeMemory/int64(st.of))
 	return ins
 }
 
@@ -104,32 +107,23 @@ func (ins *inserter) run(ctx context.Context, stop <-chan struct{}) {
 	defer mending.Stop()
 	for {
 		select {
+		case <-ins.call.arrived:
+			ins.due = time.After(time.Until(time.Unix(0, ins.call.oldest.Load()).Add(ins.wait)))
+		case <-ins.call.full:
+			ins.insertRound(ctx)
+		case <-ins.due:
+			ins.insertRound(ctx)
+		case f := <-ins.flushes:
+			ins.flushFor(ctx, f)
 		case <-mending.C:
 			ins.mend(ctx)
-			continue
 		case <-stop:
 			ins.insertRound(ctx)
 			ins.mend(ctx)
 			return
 		case <-ctx.Done():
 			return
-		case f := <-ins.flushes:
-			ins.flushFor(ctx, f)
-			continue
-		case <-ins.call.arrived:
 		}
-		timer := time.NewTimer(time.Until(time.Unix(0, ins.call.oldest.Load()).Add(ins.wait)))
-		select {
-		case <-stop:
-			continue
-		case f := <-ins.flushes:
-			ins.flushFor(ctx, f)
-		case <-ins.call.full:
-			ins.insertRound(ctx)
-		case <-timer.C:
-			ins.insertRound(ctx)
-		}
-		timer.Stop()
 	}
 }
 
@@ -168,6 +162,7 @@ func (ins *inserter) insertRound(ctx context.Context) {
 		return
 	}
 	ins.call.answered()
+	ins.due = nil
 	ins.taken = ins.taken[:0]
 	for _, w := range ins.workers {
 		if b := w.takeBlock(); b != nil {
@@ -177,16 +172,19 @@ func (ins *inserter) insertRound(ctx context.Context) {
 	if len(ins.taken) == 0 {
 		return
 	}
-	ins.seq++
 	ins.round = append(ins.round[:0], ins.taken...)
 	oldest := ins.oldestRecord()
 	if ins.persist(ctx, "look for duplicates", func() error { return ins.prepare(ctx) }) != nil {
 		return
 	}
-	ins.noteReread()
+	ins.noteHours(false)
 	ins.stats.duplicates.Add(ins.dedupe.cut(ins.round))
+	rows, started := ins.rows(), time.Now()
 	if ins.insertRows(ctx) != nil {
 		return
+	}
+	if rows > 0 {
+		ins.stats.inserted(rows, time.Since(started))
 	}
 	for i, b := range ins.taken {
 		ins.hold(b.offsets)
@@ -214,36 +212,39 @@ func (ins *inserter) oldestRecord() time.Time {
 func (ins *inserter) prepare(ctx context.Context) error {
 	if came := ins.cameAt.Load(); came != nil {
 		ins.dedupe.forgetAll()
-		if err := ins.awaitInserts(ctx, *came); err != nil {
+		if _, err := ins.awaitInserts(ctx); err != nil {
 			return err
 		}
-		if err := ins.store.syncReplica(ctx, ins.query); err != nil {
+		if err := ins.store.syncReplica(ctx, ins); err != nil {
 			return err
 		}
 		ins.cameAt.CompareAndSwap(came, nil)
 	}
 	started := time.Now()
 	err := ins.dedupe.prepare(ctx, ins.round)
-	if n := len(ins.dedupe.doubtful); n > 0 && err == nil {
+	if n := ins.dedupe.doubtful; n > 0 && err == nil {
 		ins.stats.lookedUp(n, time.Since(started))
 	}
 	return err
 }
 
-// insertRows stores the round, or all of it that ClickHouse takes. The error is ctx's.
+// insertRows stores the round, or all of it that ClickHouse takes: it repeats the insert until that is so. The error is ctx's.
 func (ins *inserter) insertRows(ctx context.Context) error {
-	rows, started := ins.rows(), time.Now()
-	err := ins.storeRound(ctx)
-	if err == nil && rows > 0 {
-		ins.stats.inserted(rows, time.Since(started))
-	}
-	return err
-}
-
-// storeRound is insertRows without counting.
-func (ins *inserter) storeRound(ctx context.Context) error {
 	for ins.rows() > 0 {
-		rejection, err := ins.insertUntilAnswered(ctx)
+		var rejection error
+		err := ins.persist(ctx, "insert", func() error {
+			if ins.unknown {
+				ins.noteHours(true) // the aggregate may have got something else than the table
+				if err := ins.settle(ctx); err != nil || ins.rows() == 0 {
+					return err
+				}
+			}
+			err := ins.insertOnce(ctx)
+			if isRejection(err) { // and has stored nothing
+				rejection, err, ins.unknown = err, nil, false
+			}
+			return err
+		})
 		if err != nil || rejection == nil {
 			return err
 		}
@@ -264,96 +265,53 @@ func (ins *inserter) rows() (n int) {
 	return n
 }
 
-// insertUntilAnswered repeats the round's insert until ClickHouse has taken or rejected it. The error is ctx's.
-func (ins *inserter) insertUntilAnswered(ctx context.Context) (rejection, err error) {
-	err = ins.persist(ctx, "insert", func() error {
-		if ins.unknown {
-			ins.noteRound() // the aggregate may have got something else than the table
-			if err := ins.settle(ctx); err != nil || ins.rows() == 0 {
-				return err
-			}
-		}
-		err := ins.insertOnce(ctx)
-		if isRejection(err) { // and has stored nothing
-			rejection, err, ins.unknown = err, nil, false
-		}
-		return err
-	})
-	return rejection, err
-}
-
 // settle finds out what became of an insert whose outcome is unknown: it waits until none of our inserts runs any more
 // and takes the rows out of the round that are there.
 func (ins *inserter) settle(ctx context.Context) error {
-	if err := ins.awaitInserts(ctx, time.Time{}); err != nil {
+	if _, err := ins.awaitInserts(ctx); err != nil {
 		return err
 	}
-	var all []rowOf
-	for _, b := range ins.round {
-		for row := range b.rows() {
-			all = append(all, rowOf{b, row})
-		}
-	}
-	if err := ins.dedupe.lookUp(ctx, all); err != nil {
+	if err := ins.dedupe.lookUp(ctx, ins.round, true); err != nil {
 		return err
 	}
 	for _, b := range ins.round {
-		var missing []int
-		for row := range b.rows() {
-			if _, there := ins.dedupe.found[*b.id(row)]; !there {
-				missing = append(missing, row)
-			} else {
+		b.filter(func(row int) bool {
+			_, there := ins.dedupe.found[*b.id(row)]
+			if there {
 				ins.noteHour(b.at(row) / hourSeconds)
 			}
-		}
-		b.keep(missing)
+			return !there
+		})
 	}
 	ins.unknown = false
 	return nil
 }
 
-// awaitInserts waits until an insert that may still add rows has ended: with a zero time each of this instance, else each
-// of another one that was running at that time. The last one of an instance that was killed may still be at work.
-func (ins *inserter) awaitInserts(ctx context.Context, since time.Time) error {
-	mine := ins.group + "-" + ins.instance + "-"
-	began, told := time.Now(), false
-	for {
-		where, params := "startsWith(query_id, {mine:String})", []proto.Parameter{parameter("mine", mine)}
-		if !since.IsZero() {
-			where = "startsWith(query_id, {group:String}) AND NOT startsWith(query_id, {mine:String}) AND elapsed > {since:Float64}"
-			params = append(params, parameter("group", ins.group+"-"), parameter("since", fmt.Sprint(time.Since(since).Seconds())))
+// awaitInserts waits until no insert is at work that may still add rows to this instance's partitions: none of its own, whose
+// answer may have been lost, and none of others that was running when partitions came here; the last one of an instance that was
+// killed may still be. It returns whether another instance inserts.
+func (ins *inserter) awaitInserts(ctx context.Context) (others bool, err error) {
+	const toBeWaitedFor = 2 // and 1 is another one
+	for attempt := 0; ; attempt++ {
+		since := time.Duration(math.MaxInt64)
+		if came := ins.cameAt.Load(); came != nil {
+			since = time.Since(*came)
 		}
-		n, err := ins.running(ctx, where, params)
-		if err != nil || n == 0 {
-			return err
+		most, err := number(ctx, ins, ch.Query{
+			Body: "SELECT toUInt64(max(if(startsWith(query_id, {mine:String}) OR elapsed > {since:Float64}, 2, 1)))" +
+				" FROM " + ins.store.processes() + " WHERE startsWith(query_id, {group:String})",
+			Parameters: []proto.Parameter{parameter("group", ins.group), parameter("mine", ins.mine), parameter("since", fmt.Sprint(since.Seconds()))},
+		})
+		if err != nil || most < toBeWaitedFor {
+			return most > 0, err
 		}
-		if !told && time.Since(began) > time.Second {
-			slog.Info("waiting for an insert that ClickHouse still works at", "own", since.IsZero())
-			told = true
+		if attempt == 20 { // a second
+			slog.Info("waiting for an insert that ClickHouse still works at")
 		}
-		select {
-		case <-time.After(minBackoff / 2):
-		case <-ctx.Done():
-			return ctx.Err()
+		if err := sleep(ctx, minBackoff/2); err != nil {
+			return false, err
 		}
 	}
-}
-
-// running counts queries on the server.
-func (ins *inserter) running(ctx context.Context, where string, params []proto.Parameter) (uint64, error) {
-	var n proto.ColUInt64
-	err := ins.query(ctx, ch.Query{
-		Body:       "SELECT count() AS n FROM " + ins.store.processes() + " WHERE " + where,
-		Parameters: params,
-		Result:     proto.Results{{Name: "n", Data: &n}},
-	})
-	if err == nil && len(n) != 1 {
-		err = fmt.Errorf("%s answered %d rows to a count", ins.store.processes(), len(n))
-	}
-	if err != nil {
-		return 0, err
-	}
-	return n[0], nil
 }
 
 // persist repeats try with backoff until it succeeds. The error is ctx's.
@@ -375,10 +333,7 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 		if e, ok := ch.AsException(err); ok && e.Code == proto.ErrUnknownTable {
 			ins.store.attachLeft(ctx)
 		}
-		select {
-		case <-time.After(pause/2 + rand.N(pause/2)):
-		case <-ctx.Done():
-		}
+		sleep(ctx, pause/2+rand.N(pause/2))
 	}
 }
 
@@ -390,12 +345,11 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 // ClickHouse's own deduplication of inserts is off: it remembers a block before the part is in place, so that an insert
 // may be answered "known" and not be there, and what was lost with a broken part could never be stored again.
 func (ins *inserter) insertOnce(ctx context.Context) error {
-	ins.queries++
 	next := 0
-	ins.empty.input(ins.columns)
-	err := ins.query(ctx, ch.Query{
+	copy(ins.columns, ins.empty.columns)
+	err := ins.Do(ctx, ch.Query{
 		Body:    "INSERT INTO " + ins.store.database + ".events " + ins.columns.Columns() + " VALUES",
-		QueryID: fmt.Sprintf("%s-%s-%d", ins.group, ins.instance, ins.queries),
+		QueryID: ins.queryID(),
 		Input:   ins.columns,
 		OnInput: func(ctx context.Context) error {
 			if next == 0 {
@@ -409,11 +363,11 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 				b := ins.round[next]
 				next++
 				if b.rows() > 0 {
-					b.input(ins.columns)
+					copy(ins.columns, b.columns)
 					return nil
 				}
 			}
-			ins.empty.input(ins.columns) // rows that still stand here would be sent once more with the EOF
+			copy(ins.columns, ins.empty.columns) // rows that still stand here would be sent once more with the EOF
 			return io.EOF
 		},
 		Settings: []ch.Setting{
@@ -435,9 +389,15 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 	return err
 }
 
-// query runs one of the inserter's queries on its connection, and drops the connection when that fails: whatever state
+// queryID is a new one of this inserter's.
+func (ins *inserter) queryID() string {
+	ins.queries++
+	return fmt.Sprint(ins.mine, ins.queries)
+}
+
+// Do runs one of the inserter's queries on its connection, and drops the connection when that fails: whatever state
 // it is in, the next attempt starts clean.
-func (ins *inserter) query(ctx context.Context, q ch.Query) (err error) {
+func (ins *inserter) Do(ctx context.Context, q ch.Query) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, insertTimeout)
 	defer cancel()
 	q.Settings = append(append(q.Settings, ins.store.byMajority()...), ch.Setting{Key: "send_profile_events", Value: "0"}) // a third of what a round leaves to the garbage collector
@@ -446,7 +406,7 @@ func (ins *inserter) query(ctx context.Context, q ch.Query) (err error) {
 			return err
 		}
 		ins.repairs.dialed = true
-		if err = errors.Join(ins.store.prepareLate(ctx, ins.conn), ins.store.syncReplica(ctx, ins.conn.Do)); err != nil {
+		if err = errors.Join(ins.store.prepareLate(ctx, ins.conn), ins.store.syncReplica(ctx, ins.conn)); err != nil {
 			ins.conn.Close()
 			return err
 		}

@@ -118,20 +118,14 @@ func (l *ledger) readTables(ctx context.Context, cfg *settings, r timeRange) err
 		return err
 	}
 	defer c.Close()
-	got := proto.ColFixedStr{Size: len(eventID{})}
-	err = c.Do(ctx, ch.Query{
-		Body:   st.sql(fmt.Sprintf("SELECT DISTINCT event_id FROM {events} WHERE timestamp >= %d AND timestamp < %d", r.from, r.to)),
-		Result: proto.Results{{Name: "event_id", Data: &got}},
-		OnResult: func(context.Context, proto.Block) error {
-			for i := range got.Rows() {
-				id := eventID(got.Row(i))
-				if _, known := l.ids[id]; known { // else older than what the topic still holds
-					l.ids[id] = inTable
-				}
-			}
-			return nil
-		},
-	})
+	var got proto.ColFixedStr32
+	err = c.Do(ctx, eachRow(ch.Query{
+		Body: st.sql(fmt.Sprintf("SELECT DISTINCT event_id FROM {events} WHERE timestamp >= %d AND timestamp < %d", r.from, r.to)),
+	}, func(i int) {
+		if _, known := l.ids[got[i]]; known { // else older than what the topic still holds
+			l.ids[got[i]] = inTable
+		}
+	}, &got))
 	if err != nil {
 		return err
 	}
@@ -141,7 +135,7 @@ func (l *ledger) readTables(ctx context.Context, cfg *settings, r timeRange) err
 	err = c.Do(ctx, ch.Query{
 		Body: st.sql(fmt.Sprintf("SELECT toInt64(ifNull((SELECT uniqExact(event_id) FROM {events} WHERE timestamp >= %[1]d AND timestamp < %[2]d), 0)) AS raw, "+
 			"toInt64(ifNull((SELECT sum(event_count) FROM {events_hourly} WHERE hour >= %[1]d AND hour < %[2]d), 0)) AS aggregated", from, to)),
-		Result: proto.Results{{Name: "raw", Data: &rows}, {Name: "aggregated", Data: &aggregated}},
+		Result: proto.Results{{Data: &rows}, {Data: &aggregated}},
 	})
 	if err == nil && len(rows) > 0 {
 		l.rows, l.aggregated = rows[0], aggregated[0]

@@ -392,10 +392,18 @@ func (s *system) untilDone(ctx context.Context, what string, prepare func(contex
 			return false
 		}
 		s.trouble(what, err)
-		select {
-		case <-time.After(pause):
-		case <-ctx.Done():
+		if sleep(ctx, pause) != nil {
 			return false
 		}
+	}
+}
+
+// sleep is done after d, or with the error of ctx before that.
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }

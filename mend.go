@@ -39,13 +39,11 @@ type span struct{ from, end int64 }
 
 // torn is the hours to look at.
 type torn struct {
-	hours   map[int64]struct{} // by Unix hour
-	held    map[int32]position // by partition: what may be committed when no hour is left
-	next    time.Time          // of the next look
-	seen    []difference       // by the last look
-	rounds  int                // that were stored since there is an hour to look at
-	trusted bool               // the last look found nothing
-	unheard bool               // the last mending got no answer
+	hours  map[int64]struct{} // by Unix hour
+	held   map[int32]position // by partition: what may be committed when no hour is left
+	next   time.Time          // of the next look
+	last   []difference       // found by the last look, nil when that does not count
+	rounds int                // that were stored since there is an hour to look at
 }
 
 // difference is a row of events_hourly that lacks so many events, or has too many.
@@ -55,28 +53,13 @@ type difference struct {
 	missing       int64
 }
 
-// noteRound is called for a round whose insert has no answer.
-func (ins *inserter) noteRound() {
+// noteHours notes the hours of the round: all, or those of blocks with rows that were read again.
+func (ins *inserter) noteHours(all bool) {
 	for _, b := range ins.round {
-		ins.noteHours(b)
-	}
-}
-
-// noteReread is called for each round, before its duplicates are cut out.
-func (ins *inserter) noteReread() {
-	for _, b := range ins.round {
-		if b.reread {
-			ins.noteHours(b)
-		}
-	}
-}
-
-func (t *torn) noteHours(b *block) {
-	last := int64(-1)
-	for _, at := range b.timestamp.Data {
-		if hour := int64(at) / hourSeconds; hour != last {
-			t.noteHour(hour)
-			last = hour
+		if all || b.reread {
+			for row := range b.rows() {
+				ins.noteHour(b.at(row) / hourSeconds)
+			}
 		}
 	}
 }
@@ -84,7 +67,7 @@ func (t *torn) noteHours(b *block) {
 func (t *torn) noteHour(hour int64) {
 	if _, noted := t.hours[hour]; !noted {
 		t.hours[hour] = struct{}{}
-		t.trusted = false
+		t.last = nil
 	}
 }
 
@@ -105,22 +88,23 @@ func (ins *inserter) mend(ctx context.Context) {
 		hours := ins.someHours()
 		agree, err := ins.lookAndMend(ctx, hours)
 		took := time.Since(started)
-		ins.next = time.Now().Add(max(mendTick, took))
+		pause := max(mendTick, took)
 		if agree {
 			for _, hour := range hours {
 				delete(ins.hours, hour)
 			}
-			if ins.next = time.Now().Add(lookShare * took); len(ins.hours) == 0 {
-				ins.next = time.Now().Add(max(mendInterval, lookShare*took))
-			}
+			pause = lookShare * took
 		}
 		if err != nil {
 			ins.store.broken.note(err)
 			ins.stats.troubles.note(ins.store.name(lookAtHours), err)
-			ins.next = time.Now().Add(max(mendInterval, lookShare*took))
 		} else {
 			ins.stats.troubles.clear(ins.store.name(lookAtHours))
 		}
+		if err != nil || len(ins.hours) == 0 {
+			pause = max(mendInterval, lookShare*took)
+		}
+		ins.next = time.Now().Add(pause)
 	}
 	if len(ins.hours) == 0 && len(ins.held) > 0 {
 		ins.stored(slices.Collect(maps.Values(ins.held)))
@@ -139,10 +123,7 @@ func (ins *inserter) catchUp(ctx context.Context) {
 		if ins.mend(ctx); ins.rounds < heldRounds {
 			return
 		}
-		select {
-		case <-time.After(mendTick):
-		case <-ctx.Done():
-		}
+		sleep(ctx, mendTick)
 	}
 }
 
@@ -154,19 +135,8 @@ func (t *torn) someHours() []int64 {
 
 // lookAndMend says whether the hours agree. A mending is believed when the next look finds nothing.
 func (ins *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool, err error) {
-	if came := ins.cameAt.Load(); came != nil { // the last insert of a former owner may still be at work
-		if err := ins.awaitInserts(ctx, *came); err != nil {
-			return false, err
-		}
-	}
-	if ins.unheard { // and so may our own last mending
-		if err := ins.awaitInserts(ctx, time.Time{}); err != nil {
-			return false, err
-		}
-		ins.unheard = false
-	}
 	alone := ins.alone()
-	busy, err := ins.othersInsert(ctx, alone)
+	before, err := ins.awaitInserts(ctx)
 	if err != nil {
 		return false, err
 	}
@@ -174,59 +144,41 @@ func (ins *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool
 	if err != nil {
 		return false, err
 	}
-	if len(seen) == 0 {
-		agree = alone || !busy || ins.trusted
-		ins.seen, ins.trusted = nil, !agree
-		return agree, nil
-	}
-	ins.trusted = false
-	if after, err := ins.othersInsert(ctx, alone); busy || after || err != nil {
+	after, err := ins.awaitInserts(ctx)
+	if err != nil {
 		return false, err
 	}
-	certain := alone || slices.Equal(seen, ins.seen)
-	if ins.seen = seen; !certain {
+	quiet := alone || !before && !after
+	certain := alone || ins.last != nil && slices.Equal(seen, ins.last)
+	switch ins.last = seen; {
+	case len(seen) == 0 && (quiet || certain):
+		ins.last = nil // the next look is at other hours
+		return true, nil
+	case len(seen) > 0 && !quiet:
+		ins.last = nil
+		return false, nil
+	case len(seen) == 0 || !certain:
 		return false, nil
 	}
 	slog.Warn("events_hourly does not agree with events after a fault, mending", "rows", len(seen), "first", fmt.Sprintf("%+v", seen[0]))
 	ins.stats.mended.Add(len(seen))
-	ins.unheard = true
-	if err := ins.insertDifferences(ctx, seen); err != nil {
-		return false, err
-	}
-	ins.unheard = false
-	return false, nil
+	return false, ins.insertDifferences(ctx, seen)
 }
 
-// othersInsert says whether an insert of another instance runs.
-func (ins *inserter) othersInsert(ctx context.Context, alone bool) (bool, error) {
-	if alone {
-		return false, nil
-	}
-	n, err := ins.running(ctx, "startsWith(query_id, {group:String}) AND NOT startsWith(query_id, {mine:String})",
-		[]proto.Parameter{parameter("group", ins.group+"-"), parameter("mine", ins.group+"-"+ins.instance+"-")})
-	return n > 0, err
-}
-
-// look counts the hours in both tables and returns where they differ.
+// look counts the hours in both tables and returns where they differ, never nil.
 func (ins *inserter) look(ctx context.Context, hours []int64) (seen []difference, err error) {
 	var (
 		name, channel proto.ColStr
 		hour          proto.ColUInt32
 		missing       proto.ColInt64
 	)
-	err = ins.query(ctx, ch.Query{
+	seen = []difference{}
+	err = ins.Do(ctx, eachRow(ch.Query{
 		Body: fmt.Sprintf("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, toUnixTimestamp(hour) AS h, sum(n) AS missing FROM ("+
 			"SELECT event_name, channel, toStartOfHour(timestamp) AS hour, toInt64(count()) AS n FROM %[1]s.events WHERE %[2]s GROUP BY event_name, channel, hour"+
 			" UNION ALL SELECT event_name, channel, hour, -event_count FROM %[1]s.events_hourly WHERE %[3]s"+
 			") GROUP BY event_name, channel, hour HAVING missing != 0 ORDER BY h, name, ch", ins.store.database, within("timestamp", hours), within("hour", hours)),
-		Result: proto.Results{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "h", Data: &hour}, {Name: "missing", Data: &missing}},
-		OnResult: func(context.Context, proto.Block) error {
-			for i := range missing {
-				seen = append(seen, difference{name.Row(i), channel.Row(i), hour[i], missing[i]})
-			}
-			return nil
-		},
-	})
+	}, func(i int) { seen = append(seen, difference{name.Row(i), channel.Row(i), hour[i], missing[i]}) }, &name, &channel, &hour, &missing))
 	return seen, err
 }
 
@@ -262,11 +214,11 @@ func (ins *inserter) insertDifferences(ctx context.Context, seen []difference) e
 		missing = append(missing, d.missing)
 	}
 	from, to := int64(seen[0].hour), int64(seen[len(seen)-1].hour)+hourSeconds
-	return ins.query(ctx, ch.Query{
+	return ins.Do(ctx, ch.Query{
 		Body: ins.store.sql("INSERT INTO {database}.events_hourly (event_name, channel, hour, {counts}) SELECT event_name, channel, hour, {counts} FROM (" +
 			fmt.Sprintf(strings.Replace(differences, " FINAL", "", 1), from, min(to, maxUnixSeconds), 0) +
 			") WHERE (CAST(event_name, 'String'), CAST(channel, 'String'), toUnixTimestamp(hour), event_count) IN (SELECT name, ch, h, n FROM seen)"),
-		QueryID:       fmt.Sprintf("%s-%s-mend-%d", ins.group, ins.instance, ins.seq),
+		QueryID:       ins.queryID(),
 		ExternalTable: "seen",
 		ExternalData:  []proto.InputColumn{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "h", Data: &hour}, {Name: "n", Data: &missing}},
 		Settings:      []ch.Setting{{Key: "async_insert", Value: "0"}, {Key: "insert_deduplicate", Value: "0"}},

@@ -159,32 +159,23 @@ func (m *metricsAPI) overview(ctx context.Context, q *overviewQuery) (*overview,
 		waiting sync.WaitGroup
 	)
 	waiting.Go(func() { top, topErr = m.topCampaigns(ctx, q, parameters) }) // ends with ctx
-	err := m.do(ctx, func() { *o = overview{total: overviewGroup{revenue: "0"}} }, ch.Query{
-		Body:       q.sql(),
-		Parameters: parameters,
-		Result: proto.Results{{Name: "kind", Data: &kind}, {Name: "key", Data: &key}, {Name: "total", Data: &total},
-			{Name: "money", Data: &money}, {Name: "users", Data: &users}, {Name: "campaigns", Data: &campaigns}},
-		OnResult: func(context.Context, proto.Block) error {
-			for i := range kind {
-				switch g := (overviewGroup{key.Row(i), total[i], money.Row(i), users[i], campaigns[i]}); kind[i] {
-				case kindTotal:
-					o.total = g
-				case kindBucket:
-					o.series = append(o.series, g)
-				case kindChannel:
-					o.channels = append(o.channels, g)
-				case kindName:
-					if g.key == "purchase" {
-						o.purchases = g.count
-					}
-					if len(o.names) < overviewTop {
-						o.names = append(o.names, g)
-					}
-				}
+	err := m.do(ctx, func() { *o = overview{total: overviewGroup{revenue: "0"}} }, eachRow(ch.Query{Body: q.sql(), Parameters: parameters}, func(i int) {
+		switch g := (overviewGroup{key.Row(i), total[i], money.Row(i), users[i], campaigns[i]}); kind[i] {
+		case kindTotal:
+			o.total = g
+		case kindBucket:
+			o.series = append(o.series, g)
+		case kindChannel:
+			o.channels = append(o.channels, g)
+		case kindName:
+			if g.key == "purchase" {
+				o.purchases = g.count
 			}
-			return nil
-		},
-	})
+			if len(o.names) < overviewTop {
+				o.names = append(o.names, g)
+			}
+		}
+	}, &kind, &key, &total, &money, &users, &campaigns))
 	waiting.Wait()
 	o.campaigns = top
 	return o, errors.Join(err, topErr)
@@ -194,18 +185,11 @@ func (m *metricsAPI) overview(ctx context.Context, q *overviewQuery) (*overview,
 func (m *metricsAPI) topCampaigns(ctx context.Context, q *overviewQuery, parameters []proto.Parameter) (top []overviewGroup, err error) {
 	var key proto.ColStr
 	var total proto.ColInt64
-	err = m.do(ctx, func() { top = nil }, ch.Query{
+	err = m.do(ctx, func() { top = nil }, eachRow(ch.Query{
 		Body: fmt.Sprintf("SELECT CAST(campaign_id, 'String') AS key, toInt64(count()) AS total FROM {events} "+
 			"WHERE %s AND campaign_id != '' AND timestamp >= {from:UInt32} AND timestamp <= {to:UInt32} GROUP BY campaign_id ORDER BY total DESC, key LIMIT %d", q.where(), overviewTop),
 		Parameters: parameters,
-		Result:     proto.Results{{Name: "key", Data: &key}, {Name: "total", Data: &total}},
-		OnResult: func(context.Context, proto.Block) error {
-			for i := range total {
-				top = append(top, overviewGroup{key: key.Row(i), count: total[i]})
-			}
-			return nil
-		},
-	})
+	}, func(i int) { top = append(top, overviewGroup{key: key.Row(i), count: total[i]}) }, &key, &total))
 	return top, err
 }
 

@@ -261,21 +261,16 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (total metricsG
 		count, users proto.ColUInt64
 		isTotal      proto.ColUInt8
 	)
-	err = m.do(ctx, func() { total, groups = metricsGroup{}, groups[:0] }, ch.Query{
+	err = m.do(ctx, func() { total, groups = metricsGroup{}, groups[:0] }, eachRow(ch.Query{
 		Body:       q.sql(),
 		Parameters: append(rangeParameters(q.from, q.to), parameter("event_name", q.eventName), parameter("channel", q.channel)),
-		Result:     proto.Results{{Name: "key", Data: &key}, {Name: "total", Data: &count}, {Name: "users", Data: &users}, {Name: "is_total", Data: &isTotal}},
-		OnResult: func(context.Context, proto.Block) error {
-			for i := range count {
-				if g := (metricsGroup{key.Row(i), count[i], users[i]}); isTotal[i] == 1 {
-					total = g
-				} else {
-					groups = append(groups, g)
-				}
-			}
-			return nil
-		},
-	})
+	}, func(i int) {
+		if g := (metricsGroup{key.Row(i), count[i], users[i]}); isTotal[i] == 1 {
+			total = g
+		} else {
+			groups = append(groups, g)
+		}
+	}, &key, &count, &users, &isTotal))
 	return total, groups, err
 }
 
@@ -296,9 +291,7 @@ func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error
 		_, answered := ch.AsException(err)
 		switch {
 		case saysOtherStates(err) && attempt < 20:
-			select {
-			case <-time.After(statesPause):
-			case <-ctx.Done():
+			if sleep(ctx, statesPause) != nil {
 				return err
 			}
 			if _, e := m.store.readStates(ctx, pool); e != nil {

@@ -146,10 +146,8 @@ func (r *rebuild) awaitInserts(ctx context.Context, begun, until int64) (now int
 				return now, err
 			}
 		}
-		select {
-		case <-time.After(rebuildPoll):
-		case <-ctx.Done():
-			return 0, ctx.Err()
+		if err := sleep(ctx, rebuildPoll); err != nil {
+			return 0, err
 		}
 	}
 }
@@ -158,11 +156,9 @@ func (r *rebuild) awaitInserts(ctx context.Context, begun, until int64) (now int
 func (r *rebuild) fill(ctx context.Context, since int64) error {
 	var days proto.ColUInt32
 	var all []uint32
-	err := r.conn.Do(ctx, ch.Query{
-		Body:     r.store.sql(fmt.Sprintf("SELECT DISTINCT toUnixTimestamp(toStartOfDay(timestamp)) AS day FROM {database}.events WHERE created_at < fromUnixTimestamp64Milli(%d) ORDER BY day", since)),
-		Result:   proto.Results{{Name: "day", Data: &days}},
-		OnResult: func(context.Context, proto.Block) error { all = append(all, days...); return nil },
-	})
+	err := r.conn.Do(ctx, eachRow(ch.Query{
+		Body: r.store.sql(fmt.Sprintf("SELECT DISTINCT toUnixTimestamp(toStartOfDay(timestamp)) AS day FROM {database}.events WHERE created_at < fromUnixTimestamp64Milli(%d) ORDER BY day", since)),
+	}, func(i int) { all = append(all, days[i]) }, &days))
 	if err != nil {
 		return err
 	}
@@ -276,17 +272,5 @@ func (r *rebuild) sinceOf(ctx context.Context, table string) (int64, error) {
 
 // number asks for one UInt64.
 func (r *rebuild) number(ctx context.Context, sql string) (uint64, error) {
-	var n proto.ColUInt64
-	var last uint64
-	err := r.conn.Do(ctx, ch.Query{
-		Body:   r.store.sql(sql),
-		Result: proto.Results{{Data: &n}},
-		OnResult: func(context.Context, proto.Block) error {
-			if len(n) > 0 {
-				last = n[0]
-			}
-			return nil
-		},
-	})
-	return last, err
+	return number(ctx, r.conn, ch.Query{Body: r.store.sql(sql)})
 }

@@ -116,17 +116,12 @@ func reconcileShard(ctx context.Context, st *store, r timeRange, quiet int, dryR
 		name, channel, hour proto.ColStr
 		missing, has        proto.ColInt64
 	)
-	err = c.Do(ctx, ch.Query{
-		Body:   st.sql("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") + " AS at, event_count AS missing, aggregated FROM (" + query + ") ORDER BY hour, name, ch"),
-		Result: proto.Results{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "at", Data: &hour}, {Name: "missing", Data: &missing}, {Name: "aggregated", Data: &has}},
-		OnResult: func(context.Context, proto.Block) error {
-			for i := range missing {
-				rows++
-				each(unequal{hour.Row(i), name.Row(i), channel.Row(i), has[i] + missing[i], has[i]})
-			}
-			return nil
-		},
-	})
+	err = c.Do(ctx, eachRow(ch.Query{
+		Body: st.sql("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") + ", event_count, aggregated FROM (" + query + ") ORDER BY hour, name, ch"),
+	}, func(i int) {
+		rows++
+		each(unequal{hour.Row(i), name.Row(i), channel.Row(i), has[i] + missing[i], has[i]})
+	}, &name, &channel, &hour, &missing, &has))
 	if err != nil || rows == 0 || dryRun {
 		return rows, err
 	}

@@ -10,92 +10,94 @@ import (
 	"context"
 	"fmt"
 	"regexp"
+	"slices"
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
+	"github.com/twmb/franz-go/pkg/kgo"
 )
 
-// dropRejected takes the bad rows out of a rejected round. The error is ctx's.
+// dropRejected takes the bad rows out of a rejected round, or stores it in two halves. The error is ctx's.
 func (ins *inserter) dropRejected(ctx context.Context, rejection error) error {
 	if err := ins.persist(ctx, "look up a rejected round", func() error { return ins.settle(ctx) }); err != nil {
 		return err
 	}
-	all := ins.merge()
-	var bad []int
-	if m := violated.FindStringSubmatch(rejection.Error()); m != nil {
-		bad, _ = ins.violators(ctx, all, m[1]) // if that fails, the round is halved
+	round := slices.DeleteFunc(slices.Clone(ins.round), func(b *block) bool { return b.rows() == 0 })
+	found := len(round) == 0
+	for _, b := range round {
+		bad := ins.violators(ctx, b, rejection)
+		if ins.rows() == 1 {
+			bad = []int{0}
+		}
+		if err := ins.reject(ctx, b, bad, rejection); err != nil {
+			return err
+		}
+		found = found || len(bad) > 0
 	}
-	switch {
-	case len(bad) > 0:
-	case all.rows() == 1:
-		bad = []int{0}
-	default:
-		return ins.halve(ctx, all)
+	if found {
+		return nil
 	}
-	if err := ins.reject(ctx, all, bad, rejection); err != nil {
-		return err
-	}
-	all.keep(others(bad, all.rows()))
-	ins.round = append(ins.round[:0], all)
-	return nil
-}
-
-// merge is the round as one block.
-func (ins *inserter) merge() *block {
-	all := newBlock(ins.rows())
-	for _, b := range ins.round {
-		all.copyRows(b, 0, b.rows())
-	}
-	return all
+	return ins.halve(ctx, round)
 }
 
 // violated finds the expression in ClickHouse's message for error 469, see
 // https://github.com/ClickHouse/ClickHouse/blob/master/src/Processors/Transforms/CheckConstraintsTransform.cpp.
 var violated = regexp.MustCompile(`(?s)is violated at row \d+\. Expression: \((.*)\)\. Column values: `)
 
-// violators returns the rows that break a constraint: ClickHouse evaluates its expression over the block.
-func (ins *inserter) violators(ctx context.Context, b *block, expression string) (bad []int, err error) {
-	data := proto.Input{}
-	for _, c := range b.columns {
-		data = append(data, proto.InputColumn{Name: c.name, Data: c.column})
+// violators returns the rows that break the constraint which the rejection names: ClickHouse evaluates its expression over the
+// block. None for another rejection, and when that fails.
+func (ins *inserter) violators(ctx context.Context, b *block, rejection error) (bad []int) {
+	m := violated.FindStringSubmatch(rejection.Error())
+	if m == nil {
+		return nil
 	}
 	number, got := make(proto.ColUInt32, b.rows()), proto.ColUInt32{}
 	for i := range number {
 		number[i] = uint32(i)
 	}
-	err = ins.query(ctx, ch.Query{
-		Body:          fmt.Sprintf("SELECT row_number FROM rejected WHERE NOT (%s) ORDER BY row_number", expression),
+	err := ins.Do(ctx, eachRow(ch.Query{
+		Body:          fmt.Sprintf("SELECT row_number FROM rejected WHERE NOT (%s) ORDER BY row_number", m[1]),
 		ExternalTable: "rejected",
-		ExternalData:  append(data, proto.InputColumn{Name: "row_number", Data: &number}),
-		Result:        proto.Results{{Name: "row_number", Data: &got}},
-		OnResult: func(context.Context, proto.Block) error {
-			for _, n := range got {
-				bad = append(bad, int(n))
-			}
-			return nil
-		},
-	})
-	return bad, err
+		ExternalData:  append(slices.Clone(b.columns), proto.InputColumn{Name: "row_number", Data: &number}),
+	}, func(i int) { bad = append(bad, int(got[i])) }, &got))
+	if err != nil {
+		return nil
+	}
+	return bad
 }
 
 // reject puts off rows of the block. The dedupe forgets them, because they come back.
 func (ins *inserter) reject(ctx context.Context, b *block, bad []int, why error) error {
-	records := keepRows(append(b.records[:0:0], b.records...), bad)
+	if len(bad) == 0 {
+		return nil
+	}
+	var records []*kgo.Record
+	for _, row := range bad {
+		records = append(records, b.records[row])
+	}
 	if err := ins.rejected(ctx, records, firstLine(why.Error())); err != nil {
 		return err
 	}
-	for _, row := range bad {
-		ins.dedupe.forget(b.id(row), b.at(row))
-	}
+	b.filter(func(row int) bool {
+		_, is := slices.BinarySearch(bad, row)
+		if is {
+			ins.dedupe.forget(b.id(row), b.at(row))
+		}
+		return !is
+	})
 	return nil
 }
 
-// halve stores each half of a block by itself and leaves an empty round. A bad row costs two inserts per halving.
-func (ins *inserter) halve(ctx context.Context, all *block) error {
-	middle := all.rows() / 2
-	for _, half := range []*block{part(all, 0, middle), part(all, middle, all.rows())} {
-		ins.round = append(ins.round[:0], half)
-		if err := ins.storeRound(ctx); err != nil {
+// halve stores each half of a round by itself and leaves none. A bad row costs two inserts per halving.
+func (ins *inserter) halve(ctx context.Context, round []*block) error {
+	first, second := round[:len(round)/2], round[len(round)/2:]
+	if len(first) == 0 {
+		all, middle := round[0], round[0].rows()/2
+		first, second = []*block{all.part(0, middle)}, []*block{all.part(middle, all.rows())}
+	}
+	for _, half := range [][]*block{first, second} {
+		ins.round = append(ins.round[:0], half...)
+		if err := ins.insertRows(ctx); err != nil {
 			return err
 		}
 	}
@@ -103,30 +105,13 @@ func (ins *inserter) halve(ctx context.Context, all *block) error {
 	return nil
 }
 
-// part is a block of the rows [from, end) of another.
-func part(all *block, from, end int) *block {
-	b := newBlock(end - from)
-	b.copyRows(all, from, end)
-	return b
-}
-
-// copyRows appends the rows [from, end) of another block. Slow path: each record is parsed once more.
-func (b *block) copyRows(other *block, from, end int) {
+// part is a block of the rows [from, end). Slow path: each record is parsed once more.
+func (b *block) part(from, end int) *block {
 	var p eventParser
+	part := newBlock(end - from)
 	for row := from; row < end; row++ {
-		ev, _ := p.decode(other.records[row].Value) // the worker has parsed it without complaint
-		b.append(other.id(row), ev, other.records[row])
+		ev, _ := p.decode(b.records[row].Value) // the worker has parsed it without complaint
+		part.append(b.id(row), ev, b.records[row])
 	}
-}
-
-// others returns the numbers below n that are not in bad, which ascends.
-func others(bad []int, n int) (rest []int) {
-	for i := range n {
-		if len(bad) > 0 && bad[0] == i {
-			bad = bad[1:]
-			continue
-		}
-		rest = append(rest, i)
-	}
-	return rest
+	return part
 }

@@ -154,9 +154,7 @@ func (w *retryWorker) wait(a *waiter) {
 				held = held[due:]
 				continue
 			}
-			select {
-			case <-time.After(max(retryTick, untilDue(held[0]))):
-			case <-a.ctx.Done():
+			if sleep(a.ctx, max(retryTick, untilDue(held[0]))) != nil {
 				return
 			}
 		}

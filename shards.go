@@ -33,20 +33,15 @@ func (s *store) shards(ctx context.Context) ([]*store, error) {
 	var host proto.ColStr
 	var port proto.ColUInt16
 	var replicas [][]string // by shard
-	err = c.Do(ctx, ch.Query{
+	err = c.Do(ctx, eachRow(ch.Query{
 		Body:       "SELECT shard_num, host_name, port FROM system.clusters WHERE cluster = {cluster:String} ORDER BY shard_num, replica_num",
 		Parameters: []proto.Parameter{parameter("cluster", s.cluster)},
-		Result:     proto.Results{{Name: "shard_num", Data: &number}, {Name: "host_name", Data: &host}, {Name: "port", Data: &port}},
-		OnResult: func(context.Context, proto.Block) error {
-			for i, n := range number {
-				if int(n) > len(replicas) {
-					replicas = append(replicas, nil)
-				}
-				replicas[len(replicas)-1] = append(replicas[len(replicas)-1], net.JoinHostPort(host.Row(i), strconv.Itoa(int(port[i]))))
-			}
-			return nil
-		},
-	})
+	}, func(i int) {
+		if int(number[i]) > len(replicas) {
+			replicas = append(replicas, nil)
+		}
+		replicas[len(replicas)-1] = append(replicas[len(replicas)-1], net.JoinHostPort(host.Row(i), strconv.Itoa(int(port[i]))))
+	}, &number, &host, &port))
 	if err != nil {
 		return nil, fmt.Errorf("read the servers of CLICKHOUSE_CLUSTER: %w", err)
 	}
@@ -86,7 +81,7 @@ func (s *store) checkPlacement(ctx context.Context, c asker, partitions int) (pl
 	err = c.Do(ctx, ch.Query{
 		Body: fmt.Sprintf("SELECT comment, toUInt64(ifNull((SELECT sum(rows) FROM system.parts WHERE active AND database = '%[1]s' AND table = 'events'), 0)) AS n"+
 			" FROM system.tables WHERE database = '%[1]s' AND name = 'events'", s.database),
-		Result: proto.Results{{Name: "comment", Data: &comment}, {Name: "n", Data: &rows}},
+		Result: proto.Results{{Data: &comment}, {Data: &rows}},
 	})
 	if err != nil || partitions == 0 {
 		return false, err
@@ -138,13 +133,13 @@ func (s *store) aroundShards() (before, behind string) {
 	return "cluster('" + s.cluster + "', view", ")"
 }
 
-// syncReplica waits until the replica that do asks has what others have acknowledged.
-func (s *store) syncReplica(ctx context.Context, do func(context.Context, ch.Query) error) error {
+// syncReplica waits until the replica that c asks has what others have acknowledged.
+func (s *store) syncReplica(ctx context.Context, c asker) error {
 	if !s.replicated {
 		return nil
 	}
 	for _, table := range []string{"events", "events_hourly"} {
-		if err := do(ctx, ch.Query{Body: "SYSTEM SYNC REPLICA " + s.database + "." + table + " LIGHTWEIGHT"}); err != nil {
+		if err := c.Do(ctx, ch.Query{Body: "SYSTEM SYNC REPLICA " + s.database + "." + table + " LIGHTWEIGHT"}); err != nil {
 			return fmt.Errorf("wait for what other replicas have: %w", err)
 		}
 	}

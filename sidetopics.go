@@ -187,10 +187,8 @@ func (s *sideProducer) produceBatch(ctx context.Context, recs []*kgo.Record) err
 		if ctx.Err() == nil {
 			s.stats.troubles.note(moveAside, why)
 		}
-		select {
-		case <-time.After(pause):
-		case <-ctx.Done():
-			return ctx.Err()
+		if err := sleep(ctx, pause); err != nil {
+			return err
 		}
 	}
 }

@@ -93,6 +93,33 @@ type asker interface {
 	Do(ctx context.Context, q ch.Query) error
 }
 
+// eachRow has the query's columns decoded into these, by their order, and calls row with the number of each row in them.
+func eachRow(q ch.Query, row func(i int), columns ...proto.ColResult) ch.Query {
+	results := make(proto.Results, len(columns))
+	for i, c := range columns {
+		results[i].Data = c
+	}
+	q.Result = results
+	q.OnResult = func(_ context.Context, b proto.Block) error {
+		for i := range b.Rows {
+			row(i)
+		}
+		return nil
+	}
+	return q
+}
+
+// number runs a query that answers one UInt64.
+func number(ctx context.Context, a asker, q ch.Query) (n uint64, err error) {
+	var answer proto.ColUInt64
+	answered := false
+	err = a.Do(ctx, eachRow(q, func(i int) { n, answered = answer[i], true }, &answer))
+	if err == nil && !answered {
+		err = fmt.Errorf("no number was answered to %s", q.Body)
+	}
+	return n, err
+}
+
 // prepare finds the shards and brings their tables up to date: it runs schema.sql, statement by statement. A table whose user
 // states have another precision keeps it, and everything says that precision, until `reconcile -rebuild` has made the table
 // anew. The topic has so many partitions, 0 when that does not matter. The error is errPlacement when events were placed
@@ -208,8 +235,8 @@ var ttlOf = regexp.MustCompile(` TTL (.*?) SETTINGS `)
 func (s *store) applyRetention(ctx context.Context, c asker, table, column string) error {
 	var made proto.ColStr
 	err := c.Do(ctx, ch.Query{
-		Body:   fmt.Sprintf("SELECT create_table_query AS made FROM system.tables WHERE database = '%s' AND name = '%s'", s.database, table),
-		Result: proto.Results{{Name: "made", Data: &made}},
+		Body:   fmt.Sprintf("SELECT create_table_query FROM system.tables WHERE database = '%s' AND name = '%s'", s.database, table),
+		Result: proto.Results{{Data: &made}},
 	})
 	if err != nil || made.Rows() == 0 {
 		return err
@@ -247,10 +274,10 @@ func (s *store) readStates(ctx context.Context, c asker) (rebuilding bool, err e
 		tables proto.ColUInt64
 	)
 	err = c.Do(ctx, ch.Query{
-		Body: fmt.Sprintf(`SELECT max(toInt32OrZero(extract(type, 'uniqCombined64.(\\d+).'))) AS bits,
-			ifNull((SELECT count() FROM system.tables WHERE database = '%[1]s' AND name IN ('%[2]s', '%[3]s')), 0) AS tables
+		Body: fmt.Sprintf(`SELECT max(toInt32OrZero(extract(type, 'uniqCombined64.(\\d+).'))),
+			ifNull((SELECT count() FROM system.tables WHERE database = '%[1]s' AND name IN ('%[2]s', '%[3]s')), 0)
 			FROM system.columns WHERE database = '%[1]s' AND table = 'events_hourly' AND name = 'unique_users_state'`, s.database, tableNext, tableRebuilt),
-		Result: proto.Results{{Name: "bits", Data: &bits}, {Name: "tables", Data: &tables}},
+		Result: proto.Results{{Data: &bits}, {Data: &tables}},
 	})
 	if err != nil {
 		return false, fmt.Errorf("look at the tables: %w", err)

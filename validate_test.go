@@ -127,8 +127,8 @@ func TestFields(t *testing.T) {
 			b.append(&id, again, &kgo.Record{})
 			var column proto.Buffer
 			for _, c := range b.columns {
-				if c.name == cmp.Or(columns[name], name) {
-					c.EncodeColumn(&column)
+				if c.Name == cmp.Or(columns[name], name) {
+					c.Data.EncodeColumn(&column)
 				}
 			}
 			sent[i], stored[i] = string(encoded), string(column.Buf)
@@ -335,9 +335,9 @@ func TestHotPathAllocations(t *testing.T) {
 	toHeader := func() {
 		header.Reset()
 		for _, c := range w.cur.columns {
-			proto.InputColumn{Name: c.name, Data: c.column}.EncodeStart(&header, proto.Version)
-			if c.Rows() != events {
-				t.Fatalf("%d rows of %s", c.Rows(), c.name)
+			c.EncodeStart(&header, proto.Version)
+			if c.Data.Rows() != events {
+				t.Fatalf("%d rows of %s", c.Data.Rows(), c.Name)
 			}
 		}
 	}

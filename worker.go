@@ -229,7 +229,7 @@ func (w *worker) run() {
 var errMisplaced = errors.New("the record is not where its event's id belongs")
 
 func (w *worker) isFull() bool {
-	return w.cur.rows() >= w.limits.rows || w.cur.bytes >= w.limits.bytes
+	return w.cur.rows() >= w.limits.rows || w.cur.bytes >= w.limits.bytes || w.cur.outOfKeys()
 }
 
 // takeIn appends up to n records of the queue's head to the block, under the lock. It stops at a record that is no
