@@ -25,6 +25,8 @@ import (
 const (
 	// drainTimeout bounds the wait for ClickHouse when partitions move; the group would give up on us at 60 s.
 	drainTimeout = 40 * time.Second
+	// failingDrain is the same for a shard that has just failed, of several: nobody knows when it will be back.
+	failingDrain = 3 * time.Second
 	// commitInterval bounds what a crash makes the next owner read again.
 	commitInterval = 250 * time.Millisecond
 	// A broker answers a fetch after fetchWait at the latest, or at once with fetchBytes: 40 answers a second instead
@@ -35,8 +37,8 @@ const (
 	pollRecords = 10000
 	// pollWait bounds a poll in which nothing comes.
 	pollWait = time.Second
-	// fullPatience is how long all lanes wait for one whose queues are full: it may catch up in a moment.
-	fullPatience = 100 * time.Millisecond
+	// fullWait is the time between two looks at queues that are full.
+	fullWait = 100 * time.Millisecond
 	// CONSUME_MEMORY is for what waits in the queues (one part), the records of two rounds, the one that is sent and the
 	// one that fills (two parts), the same as columns (two parts), and what the client fetches ahead.
 	queueShare = 8
@@ -141,7 +143,13 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 	workers.Wait()
 	close(stopInserters)
 	inserters.Wait()
-	if err := c.kafka.CommitMarkedOffsets(end); err != nil {
+	by, _ := end.Deadline()
+	if soon := time.Now().Add(leaveAtLeast); by.Before(soon) { // a shard that does not answer has taken all the time
+		by = soon
+	}
+	commit, cancelCommit := context.WithDeadline(context.Background(), by)
+	defer cancelCommit()
+	if err := c.kafka.CommitMarkedOffsets(commit); err != nil {
 		slog.Warn("offsets not committed at the end, their records will be read again", "error", err)
 	}
 	leave(end, c.kafka)
@@ -184,28 +192,42 @@ func (c *consumer) worker(partition int32) *worker {
 func (c *consumer) pollWait() time.Duration {
 	for _, l := range c.lanes {
 		if l.paused {
-			return fullPatience
+			return fullWait
 		}
 	}
 	return pollWait
 }
 
-// makeRoom waits until the queues of every lane are below their limit. A shard that stands still must not hold the others up:
-// after fullPatience its partitions are no longer fetched, until half of what waits has gone.
+// makeRoom waits until a queue is below its limit. A shard that stands still must not hold the others up: while another lane has
+// room, the partitions of a full one are not fetched, until half of what waits has gone. What the client had fetched of them
+// already is fetched again.
 func (c *consumer) makeRoom(ctx context.Context) {
-	for i, l := range c.lanes {
-		waiting, cancel := ctx, context.CancelFunc(func() {})
-		if len(c.lanes) > 1 {
-			waiting, cancel = context.WithTimeout(ctx, fullPatience)
+	for ctx.Err() == nil {
+		var full []int
+		room := false
+		for i, l := range c.lanes {
+			bytes := l.backlog.bytes.Load()
+			if l.paused && bytes <= l.backlog.limit/2 {
+				l.paused = false
+				c.kafka.ResumeFetchPartitions(c.partitionsOf(i))
+			}
+			if bytes > l.backlog.limit && !l.paused {
+				full = append(full, i)
+			}
+			room = room || bytes <= l.backlog.limit && !l.paused
 		}
-		switch {
-		case !l.paused && !l.backlog.wait(waiting) && ctx.Err() == nil:
-			l.paused = true
-			c.kafka.PauseFetchPartitions(c.partitionsOf(i))
-		case l.paused && l.backlog.bytes.Load() <= l.backlog.limit/2:
-			l.paused = false
-			c.kafka.ResumeFetchPartitions(c.partitionsOf(i))
+		if len(full) == 0 {
+			return
 		}
+		if room {
+			for _, i := range full {
+				c.lanes[i].paused = true
+				c.kafka.PauseFetchPartitions(c.partitionsOf(i))
+			}
+			return
+		}
+		waiting, cancel := context.WithTimeout(ctx, fullWait)
+		c.lanes[full[0]].backlog.wait(waiting)
 		cancel()
 	}
 }
@@ -264,14 +286,18 @@ func (c *consumer) onRevoked(ctx context.Context, kafka *kgo.Client, topics map[
 	if c.forget(topics) == 0 {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
-	defer cancel()
 	var flushing sync.WaitGroup
 	for i, l := range c.lanes {
 		if !slices.ContainsFunc(topics[c.topic], func(p int32) bool { return int(p)%len(c.lanes) == i }) {
 			continue
 		}
 		flushing.Go(func() { // ends with ctx
+			limit := drainTimeout
+			if len(c.lanes) > 1 && l.inserter.failing.Load() { // all lanes wait for this one
+				limit = failingDrain
+			}
+			ctx, cancel := context.WithTimeout(ctx, limit)
+			defer cancel()
 			if err := l.inserter.flush(ctx, leaving); err != nil {
 				c.abandon(fmt.Errorf("partitions had to go before their rows were stored: %w", err))
 			}
@@ -280,6 +306,8 @@ func (c *consumer) onRevoked(ctx context.Context, kafka *kgo.Client, topics map[
 	if flushing.Wait(); c.owned.Err() != nil {
 		return
 	}
+	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
+	defer cancel()
 	if err := kafka.CommitMarkedOffsets(ctx); err != nil {
 		slog.Warn("offsets not committed before partitions left, their records will be read again", "error", err)
 	}

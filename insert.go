@@ -62,6 +62,9 @@ type inserter struct {
 
 	due     <-chan time.Time // when the first waiting row has waited long enough, nil when there is none
 	conn    *ch.Client       // nil when the last attempt failed
+	fresh   bool             // nothing was asked on conn yet
+	failing atomic.Bool      // what is tried now has failed before
+	late    time.Time        // of the last look whether a late shard answers
 	columns proto.Input
 	empty   *block
 	taken   []*block // of the round, one a worker
@@ -116,6 +119,10 @@ func (ins *inserter) run(ctx context.Context, stop <-chan struct{}) {
 		case f := <-ins.flushes:
 			ins.flushFor(ctx, f)
 		case <-mending.C:
+			if ins.store.late.Load() && time.Since(ins.late) > maxBackoff { // nobody may have an event for it
+				ins.late = time.Now()
+				ins.Do(ctx, ch.Query{Body: "SELECT 1", Result: proto.Results{{Data: new(proto.ColUInt8)}}})
+			}
 			ins.mend(ctx)
 		case <-stop:
 			ins.insertRound(ctx)
@@ -271,6 +278,9 @@ func (ins *inserter) settle(ctx context.Context) error {
 	if _, err := ins.awaitInserts(ctx); err != nil {
 		return err
 	}
+	if err := ins.store.syncReplica(ctx, ins); err != nil {
+		return err
+	}
 	if err := ins.dedupe.lookUp(ctx, ins.round, true); err != nil {
 		return err
 	}
@@ -297,9 +307,9 @@ func (ins *inserter) awaitInserts(ctx context.Context) (others bool, err error) 
 		if came := ins.cameAt.Load(); came != nil {
 			since = time.Since(*came)
 		}
-		most, err := number(ctx, ins, ch.Query{
+		most, err := ins.store.most(ctx, ins, ch.Query{
 			Body: "SELECT toUInt64(max(if(startsWith(query_id, {mine:String}) OR elapsed > {since:Float64}, 2, 1)))" +
-				" FROM " + ins.store.processes() + " WHERE startsWith(query_id, {group:String})",
+				" FROM system.processes WHERE startsWith(query_id, {group:String})",
 			Parameters: []proto.Parameter{parameter("group", ins.group), parameter("mine", ins.mine), parameter("since", fmt.Sprint(since.Seconds()))},
 		})
 		if err != nil || most < toBeWaitedFor {
@@ -318,6 +328,7 @@ func (ins *inserter) awaitInserts(ctx context.Context) (others bool, err error) 
 func (ins *inserter) persist(ctx context.Context, what string, try func() error) error {
 	for attempt := 1; ; attempt++ {
 		err := try()
+		ins.failing.Store(err != nil)
 		if err == nil {
 			ins.stats.troubles.clear(ins.store.name(what))
 			return nil
@@ -405,15 +416,18 @@ func (ins *inserter) Do(ctx context.Context, q ch.Query) (err error) {
 		if ins.conn, err = ins.store.dial(ctx); err != nil {
 			return err
 		}
-		ins.repairs.dialed = true
-		if err = errors.Join(ins.store.prepareLate(ctx, ins.conn), ins.store.syncReplica(ctx, ins.conn)); err != nil {
-			ins.conn.Close()
-			return err
-		}
+		ins.repairs.dialed, ins.fresh = true, true
 	}
 	conn := ins.conn
 	stop := context.AfterFunc(ctx, func() { conn.Close() }) // ch-go looks at ctx between two packets only
-	if err = conn.Do(ctx, q); !stop() || err != nil {
+	if ins.fresh {
+		err = errors.Join(ins.store.prepareLate(ctx, conn), ins.store.syncReplica(ctx, conn))
+		ins.fresh = err != nil
+	}
+	if err == nil {
+		err = conn.Do(ctx, q)
+	}
+	if !stop() || err != nil {
 		conn.Close()
 		ins.conn = nil
 	}

@@ -143,7 +143,7 @@ func newSystem(cfg *settings) (*system, error) {
 		return nil, fmt.Errorf("set up the Kafka producer: %w", err)
 	}
 	s.watermark = newWatermark(s.producer, cfg)
-	s.metrics = newMetricsAPI(s.store, s.watermark, func(err error) { shardOf(s.knownShards(), err).broken.note(err) })
+	s.metrics = newMetricsAPI(s.store, s.watermark, func(err error) { noteBroken(s.knownShards(), err) })
 	quick := newStore(cfg) // hangs no longer than its question may
 	quick.options.HandshakeTimeout, quick.options.ReadTimeout = readyTimeout, readyTimeout
 	s.ready = &readiness{kafka: s.producer, store: quick, broken: s.brokenParts, watermark: s.watermark, troubles: s.stats.troubles, consumes: cfg.role != "api"}

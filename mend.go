@@ -97,6 +97,9 @@ func (ins *inserter) mend(ctx context.Context) {
 		}
 		if err != nil {
 			ins.store.broken.note(err)
+			if saysOtherStates(err) {
+				ins.store.readStates(ctx, ins) // an error comes back at the next look
+			}
 			ins.stats.troubles.note(ins.store.name(lookAtHours), err)
 		} else {
 			ins.stats.troubles.clear(ins.store.name(lookAtHours))
@@ -138,6 +141,9 @@ func (ins *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool
 	alone := ins.alone()
 	before, err := ins.awaitInserts(ctx)
 	if err != nil {
+		return false, err
+	}
+	if err := ins.store.syncReplica(ctx, ins); err != nil {
 		return false, err
 	}
 	seen, err := ins.look(ctx, hours)

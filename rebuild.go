@@ -39,7 +39,7 @@ const (
 // rebuild is one run. Its store has the wanted precision, whatever the old table has.
 type rebuild struct {
 	store *store
-	conn  *ch.Client
+	conn  asker
 	out   io.Writer
 }
 
@@ -52,29 +52,29 @@ func rebuildHourly(ctx context.Context, cfg *settings, out io.Writer) error {
 	if len(shards) > 1 && shards[0].replicated {
 		return errors.New("several shards of replicas cannot be made anew by this command")
 	}
-	for _, st := range shards {
-		st.userBits.Store(wantedUserBits)
-		if err := rebuildShard(ctx, st, out); err != nil {
-			return err
+	// The tables of all shards are filled before the first is exchanged: queries over shards of two precisions fail.
+	for _, step := range []func(*rebuild, context.Context) error{(*rebuild).make, (*rebuild).takeOver} {
+		for _, st := range shards {
+			st.userBits.Store(wantedUserBits)
+			err := st.connected(ctx, func(c asker) error { return step(&rebuild{st, c, out}, ctx) })
+			if err != nil {
+				return err
+			}
 		}
 	}
 	return nil
 }
 
-func rebuildShard(ctx context.Context, st *store, out io.Writer) (err error) {
-	r := &rebuild{store: st, out: out}
-	if r.conn, err = st.dial(ctx); err != nil {
+// make makes and fills the new table, unless that was done before.
+func (r *rebuild) make(ctx context.Context) error {
+	if r.store.of > 1 {
+		fmt.Fprintln(r.out, r.store.name("counting"))
+	}
+	if is, err := r.isFilled(ctx); err != nil || is {
 		return err
 	}
-	defer r.conn.Close()
-	if st.of > 1 {
-		fmt.Fprintf(out, "shard %d of %d\n", st.number, st.of)
-	}
-	if n, err := r.number(ctx, "SELECT count() FROM system.tables WHERE database = '{database}' AND name = '"+tableRebuilt+"'"); err != nil {
+	if err := r.store.syncReplica(ctx, r.conn); err != nil {
 		return err
-	} else if n > 0 {
-		fmt.Fprintln(out, "an exchange of tables has begun, it is finished now")
-		return r.exchange(ctx)
 	}
 	since, err := r.begin(ctx)
 	if err != nil {
@@ -86,9 +86,25 @@ func rebuildShard(ctx context.Context, st *store, out io.Writer) (err error) {
 	if n, err := r.sinceOf(ctx, tableNext); err != nil || n != since {
 		return errors.Join(err, errors.New("another rebuild has begun"))
 	}
-	fmt.Fprintln(out, "inserts wait")
-	if err := r.change(ctx, "RENAME TABLE {database}."+tableNext+" TO {database}."+tableRebuilt+"{on cluster}"); err != nil {
+	return nil
+}
+
+func (r *rebuild) isFilled(ctx context.Context) (bool, error) {
+	n, err := r.number(ctx, "SELECT count() FROM system.tables WHERE database = '{database}' AND name = '"+tableRebuilt+"'")
+	return n > 0, err
+}
+
+// takeOver puts the filled table in the old one's place.
+func (r *rebuild) takeOver(ctx context.Context) error {
+	if is, err := r.isFilled(ctx); err != nil {
 		return err
+	} else if is {
+		fmt.Fprintln(r.out, "an exchange of tables has begun, it is finished now")
+	} else {
+		fmt.Fprintln(r.out, r.store.name("inserts wait"))
+		if err := r.change(ctx, "RENAME TABLE {database}."+tableNext+" TO {database}."+tableRebuilt+"{on cluster}"); err != nil {
+			return err
+		}
 	}
 	return r.exchange(ctx)
 }
@@ -210,7 +226,10 @@ func (r *rebuild) exchange(ctx context.Context) error {
 	if err := r.change(ctx, "DROP VIEW IF EXISTS {database}.events_hourly_mv{on cluster} SYNC"); err != nil {
 		return err
 	}
-	if err := errors.Join(r.store.apply(ctx, r.conn, isNoView), r.store.apply(ctx, r.conn, isView)); err != nil {
+	if err := r.store.applyTables(ctx, r.conn); err != nil {
+		return err
+	}
+	if err := r.store.applyViews(ctx, r.conn); err != nil {
 		return err
 	}
 	if err := r.change(ctx, "DROP VIEW IF EXISTS {database}."+viewNext+"{on cluster} SYNC"); err != nil {

@@ -161,7 +161,7 @@ func TestRebuild(t *testing.T) {
 	if n, err := reconcile(t.Context(), newStore(cfg), timeRange{0, maxUnixSeconds}, 0, true, io.Discard); n != 0 || err != nil {
 		t.Errorf("%d rows differ, %v", n, err)
 	}
-	if got := clickhouseQuery(t, fmt.Sprintf("SELECT arraySort(groupArray(name)) FROM system.tables WHERE database = '%s'", db)); got != "['events','events_between','events_between_by_day','events_hourly','events_hourly_mv']" {
+	if got := clickhouseQuery(t, fmt.Sprintf("SELECT arraySort(groupArray(name)) FROM system.tables WHERE database = '%s'", db)); got != "['events','events_all','events_between','events_between_by_day','events_hourly','events_hourly_mv']" {
 		t.Errorf("left behind: %s", got)
 	}
 	if has := clickhouseQuery(t, "SHOW CREATE TABLE "+db+".events_hourly"); !strings.Contains(has, "uniqCombined64(17)") || strings.Contains(has, "(19)") {

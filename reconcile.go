@@ -9,6 +9,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -93,12 +94,14 @@ func reconcile(ctx context.Context, st *store, r timeRange, quiet int, dryRun bo
 // were. The range is widened to whole hours; what was written within the last quiet seconds is left out.
 func reconcileEach(ctx context.Context, st *store, r timeRange, quiet int, dryRun bool, each func(unequal)) (rows int, err error) {
 	shards, err := st.shards(ctx)
-	for i := 0; err == nil && i < len(shards); i++ {
-		var n int
-		n, err = reconcileShard(ctx, shards[i], r, quiet, dryRun, each)
-		rows += n
+	failures := []error{err}
+	for _, sh := range shards {
+		n, err := reconcileShard(ctx, sh, r, quiet, dryRun, each)
+		if rows += n; err != nil {
+			failures = append(failures, fmt.Errorf("%s: %w", sh.name("reconcile"), err))
+		}
 	}
-	return rows, err
+	return rows, errors.Join(failures...)
 }
 
 func reconcileShard(ctx context.Context, st *store, r timeRange, quiet int, dryRun bool, each func(unequal)) (rows int, err error) {
@@ -109,6 +112,9 @@ func reconcileShard(ctx context.Context, st *store, r timeRange, quiet int, dryR
 	}
 	defer c.Close()
 	if _, err := st.readStates(ctx, c); err != nil {
+		return 0, err
+	}
+	if err := st.syncReplica(ctx, c); err != nil {
 		return 0, err
 	}
 	query := fmt.Sprintf(differences, max(from, 0), min(to, maxUnixSeconds), quiet)

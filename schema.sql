@@ -151,7 +151,7 @@ FROM {each shard}
     FROM {database}.events
     WHERE {in seconds}
     GROUP BY event_name, channel, hour
-){/each shard};
+){/each shard}{from every shard};
 
 -- The same for queries that do not need the hour, ten times as fast over a month: a whole day has its first hour.
 CREATE OR REPLACE VIEW {database}.events_between_by_day{on cluster} AS
@@ -177,4 +177,8 @@ FROM {each shard}
     FROM {database}.events
     WHERE {in seconds}
     GROUP BY event_name, channel, hour
-){/each shard};
+){/each shard}{from every shard};
+
+-- The rows of events on all shards.
+CREATE OR REPLACE VIEW {database}.events_all{on cluster} AS
+SELECT * FROM {events};

@@ -7,6 +7,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -66,47 +67,75 @@ var errNoCluster = errors.New("no cluster of that name is known")
 var errPlacement = errors.New("events are placed by another number of shards or partitions")
 
 // placement is the comment of a shard's events. One server needs none: it has whatever the topic has.
-func (s *store) placement(partitions int) string {
+func (s *store) placement() string {
 	if s.of == 1 {
 		return ""
 	}
-	return fmt.Sprintf("shard %d of %d, by partition of %d", s.number, s.of, partitions)
+	return fmt.Sprintf("shard %d of %d, by partition of %d", s.number, s.of, s.partitions)
 }
 
-// checkPlacement compares what a shard's table says with what the cluster and the topic say now. place says that the table has
-// no comment yet. A topic whose partitions are unknown, 0, is not compared.
-func (s *store) checkPlacement(ctx context.Context, c asker, partitions int) (place bool, err error) {
-	var comment proto.ColStr
-	var rows proto.ColUInt64
-	err = c.Do(ctx, ch.Query{
-		Body: fmt.Sprintf("SELECT comment, toUInt64(ifNull((SELECT sum(rows) FROM system.parts WHERE active AND database = '%[1]s' AND table = 'events'), 0)) AS n"+
-			" FROM system.tables WHERE database = '%[1]s' AND name = 'events'", s.database),
-		Result: proto.Results{{Data: &comment}, {Data: &rows}},
-	})
-	if err != nil || partitions == 0 {
+// checkPlacement compares what a shard's table says with what the cluster and the topic say now. unplaced means that the table
+// says nothing yet, or does not exist.
+func (s *store) checkPlacement(ctx context.Context, c asker) (unplaced bool, err error) {
+	if s.partitions == 0 {
+		return false, nil
+	}
+	has, rows, err := s.placementAt(ctx, c)
+	if err != nil {
 		return false, err
 	}
-	has, wanted := "", s.placement(partitions)
-	if len(rows) > 0 {
-		has = comment.First()
+	wanted := s.placement()
+	if has == "" && rows > 0 && s.replicated { // a comment is not replicated: this replica may have come later
+		s.eachReplica(ctx, func(c asker) error {
+			comment, _, err := s.placementAt(ctx, c)
+			has = cmp.Or(has, comment)
+			return err
+		})
+		unplaced = has == wanted && wanted != ""
 	}
 	switch {
 	case has == wanted:
-		return false, nil
-	case has == "" && (len(rows) == 0 || rows[0] == 0):
+		return unplaced, nil
+	case has == "" && rows == 0:
 		return true, nil
-	case has == "":
-		has = "the only shard"
-	case wanted == "":
-		wanted = "the only shard"
 	}
 	return false, fmt.Errorf("%w: %s.events at %s is %q and would have to be %q; set back what was changed, or start with an empty CLICKHOUSE_DATABASE",
-		errPlacement, s.database, s.options.Address, has, wanted)
+		errPlacement, s.database, s.replicas[0], cmp.Or(has, "the only shard"), cmp.Or(wanted, "the only shard"))
 }
 
-// place writes the comment.
-func (s *store) place(ctx context.Context, c asker, partitions int) error {
-	return c.Do(ctx, ch.Query{Body: fmt.Sprintf("ALTER TABLE %s.events MODIFY COMMENT '%s'", s.database, s.placement(partitions))})
+// placementAt is what the table of one server says, empty when nothing, and how many rows it has.
+func (s *store) placementAt(ctx context.Context, c asker) (comment string, rows uint64, err error) {
+	var comments, engines proto.ColStr
+	var counts proto.ColUInt64
+	err = c.Do(ctx, eachRow(ch.Query{
+		Body: fmt.Sprintf("SELECT comment, engine, toUInt64(ifNull((SELECT sum(rows) FROM system.parts WHERE active AND database = '%[1]s' AND table = 'events'), 0))"+
+			" FROM system.tables WHERE database = '%[1]s' AND name = 'events'", s.database),
+	}, func(i int) {
+		if rows = counts[i]; strings.HasPrefix(comments.Row(i), "shard ") { // else it is somebody's own
+			comment = comments.Row(i)
+		}
+		if s.replicated && !strings.HasPrefix(engines.Row(i), "Replicated") {
+			comment = "a table without replicas"
+		}
+	}, &comments, &engines, &counts))
+	return comment, rows, err
+}
+
+// place writes the comment, on every replica.
+func (s *store) place(ctx context.Context) error {
+	return s.eachReplica(ctx, func(c asker) error {
+		return c.Do(ctx, ch.Query{Body: fmt.Sprintf("ALTER TABLE %s.events MODIFY COMMENT '%s'", s.database, s.placement())})
+	})
+}
+
+// eachReplica calls f for each server of the shard, with a connection of its own.
+func (s *store) eachReplica(ctx context.Context, f func(asker) error) error {
+	var failures []error
+	for _, address := range s.replicas {
+		one := &store{options: s.options, replicas: []string{address}, of: s.of}
+		failures = append(failures, one.connected(ctx, f))
+	}
+	return errors.Join(failures...)
 }
 
 // name adds the shard to what is said of it, where there are several.
@@ -146,12 +175,41 @@ func (s *store) syncReplica(ctx context.Context, c asker) error {
 	return nil
 }
 
-// shardOf finds the shard that an error of a query over all of them speaks of.
-func shardOf(shards []*store, err error) *store {
+// most is the largest answer of the shard's servers to a query that answers a number; the one of a itself without replicas. A
+// replica that does not answer is taken for dead.
+func (s *store) most(ctx context.Context, a asker, q ch.Query) (n uint64, err error) {
+	if !s.replicated {
+		return number(ctx, a, q)
+	}
+	answered := false
+	err = s.eachReplica(ctx, func(c asker) error {
+		m, err := number(ctx, c, q)
+		n, answered = max(n, m), answered || err == nil
+		return err
+	})
+	if answered {
+		err = nil
+	}
+	return n, err
+}
+
+// everyShard are the settings of a query that reads all shards. A shard that the server itself is would be read in the query's
+// own process, and not from one snapshot; and a number without a shard is wrong, whatever the user's profile says.
+var everyShard = []ch.Setting{{Key: "prefer_localhost_replica", Value: "0"}, {Key: "skip_unavailable_shards", Value: "0"}}
+
+// oneSnapshot is the first of everyShard at the end of a view.
+func (s *store) oneSnapshot() string {
+	if s.cluster == "" {
+		return ""
+	}
+	return "\nSETTINGS prefer_localhost_replica = 0"
+}
+
+// noteBroken lets the shard know that an error of a query over all of them speaks of.
+func noteBroken(shards []*store, err error) {
 	for _, s := range shards {
-		if slices.ContainsFunc(s.replicas, func(address string) bool { return strings.Contains(err.Error(), "Received from "+address) }) {
-			return s
+		if len(shards) == 1 || slices.ContainsFunc(s.replicas, func(address string) bool { return strings.Contains(err.Error(), "Received from "+address+".") }) {
+			s.broken.note(err)
 		}
 	}
-	return shards[0]
 }

@@ -46,7 +46,7 @@ func testShardsKilled(t *testing.T) {
 	control(t, "/clickhouse/start")
 	mustHold(p, l)
 	db, name := space(env, "CLICKHOUSE_DATABASE"), l.Config.Event
-	for i, got := range everyShard(t, "SELECT count() > 0, groupUniqArray(bitAnd(kafkaMurmurHash(lower(hex(event_id))), 0x7fffffff) % 20 % 3) FROM "+db+".events") {
+	for i, got := range askShards(t, "SELECT count() > 0, groupUniqArray(bitAnd(kafkaMurmurHash(lower(hex(event_id))), 0x7fffffff) % 20 % 3) FROM "+db+".events") {
 		if got != fmt.Sprintf("1\t[%d]", i) {
 			t.Errorf("shard %d has events that belong on %s", i, got)
 		}

@@ -82,7 +82,7 @@ func newSpace(t testing.TB, more ...string) []string {
 		t.Fatal("needs the embedded stack: run `make test`, or give -short to leave these tests out")
 	}
 	name := fmt.Sprintf("t%d_%d", os.Getpid(), time.Now().UnixNano())
-	t.Cleanup(func() { everyShard(t, "DROP DATABASE IF EXISTS "+name) })
+	t.Cleanup(func() { askShards(t, "DROP DATABASE IF EXISTS "+name) })
 	return append([]string{
 		"KAFKA_BROKERS=" + stackEnv(t, "KAFKA_BROKERS"), "CLICKHOUSE_PORT=" + stackEnv(t, "CLICKHOUSE_PORT"), "CLICKHOUSE_CLUSTER=" + stackEnv(t, "CLICKHOUSE_CLUSTER"),
 		"CLICKHOUSE_DATABASE=" + name, "KAFKA_TOPIC=" + name, "KAFKA_CONSUMER_GROUP=" + name,
@@ -99,7 +99,7 @@ func faultSpace(t testing.TB, more ...string) []string {
 		t.Fatal(err)
 	}
 	for _, table := range []string{"events", "events_hourly"} {
-		everyShard(t, "ALTER TABLE "+space(env, "CLICKHOUSE_DATABASE")+"."+table+" MODIFY SETTING max_bytes_to_merge_at_max_space_in_pool = 1, max_bytes_to_merge_at_min_space_in_pool = 1, parts_to_throw_insert = 100000, parts_to_delay_insert = 100000")
+		askShards(t, "ALTER TABLE "+space(env, "CLICKHOUSE_DATABASE")+"."+table+" MODIFY SETTING max_bytes_to_merge_at_max_space_in_pool = 1, max_bytes_to_merge_at_min_space_in_pool = 1, parts_to_throw_insert = 100000, parts_to_delay_insert = 100000")
 	}
 	return env
 }
@@ -209,8 +209,8 @@ func clickhouseQuery(t testing.TB, sql string) string {
 	return queryAt(t, first, sql)
 }
 
-// everyShard is clickhouseQuery at each ClickHouse of the test's stack.
-func everyShard(t testing.TB, sql string) (answers []string) {
+// askShards is clickhouseQuery at each ClickHouse of the test's stack.
+func askShards(t testing.TB, sql string) (answers []string) {
 	t.Helper()
 	for port := range strings.SplitSeq(stackEnv(t, "CLICKHOUSE_HTTP_PORT"), ",") {
 		answers = append(answers, queryAt(t, port, sql))
@@ -386,7 +386,7 @@ func mustHold(p *program, l *load.Loader) {
 // mustCount fails the test unless both tables have so many events of the name, each once: on each shard, and in all.
 func mustCount(t testing.TB, env []string, name string, want int64) {
 	t.Helper()
-	shards := everyShard(t, fmt.Sprintf("SELECT count(), uniqExact(event_id), (SELECT sum(event_count) FROM %[1]s.events_hourly WHERE event_name = '%[2]s') FROM %[1]s.events WHERE event_name = '%[2]s'",
+	shards := askShards(t, fmt.Sprintf("SELECT count(), uniqExact(event_id), (SELECT sum(event_count) FROM %[1]s.events_hourly WHERE event_name = '%[2]s') FROM %[1]s.events WHERE event_name = '%[2]s'",
 		space(env, "CLICKHOUSE_DATABASE"), name))
 	var rows, total int64
 	for _, got := range shards {

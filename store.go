@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -38,8 +39,10 @@ type store struct {
 	replicas   []string     // addresses of the shard's servers
 	current    atomic.Int32 // which of them is asked
 	replicated bool         // a shard of the cluster has several, and the engines are Replicated
+	partitions int          // of the topic, 0 when that does not matter
 	late       atomic.Bool  // the shard did not answer when the others were prepared: prepareLate has to be called
-	partitions int          // of the topic, then
+	unplaced   bool         // its table does not say yet which shard it is
+	rebuilding bool         // found when it was prepared
 }
 
 // wantedUserBits is the precision of user states in a table that is made: see schema.sql.
@@ -62,7 +65,7 @@ func newStore(cfg *settings) *store {
 		},
 	}
 	if cfg.clickhouseTLS {
-		st.options.TLS = &tls.Config{RootCAs: cfg.clickhouseCA, ServerName: cfg.clickhouseHost}
+		st.options.TLS = &tls.Config{RootCAs: cfg.clickhouseCA}
 	}
 	if cfg.clickhouseFsync {
 		st.fsync = "1"
@@ -122,50 +125,61 @@ func number(ctx context.Context, a asker, q ch.Query) (n uint64, err error) {
 
 // prepare finds the shards and brings their tables up to date: it runs schema.sql, statement by statement. A table whose user
 // states have another precision keeps it, and everything says that precision, until `reconcile -rebuild` has made the table
-// anew. The topic has so many partitions, 0 when that does not matter. The error is errPlacement when events were placed
-// otherwise.
+// anew. The topic has so many partitions, 0 when that does not matter. A shard that does not answer is prepared later, by
+// whoever reaches it first. The error is errPlacement when events were placed otherwise.
 func (s *store) prepare(ctx context.Context, partitions int) (shards []*store, err error) {
 	if shards, err = s.shards(ctx); err != nil {
 		return nil, err
 	}
-	conns := map[*store]*ch.Client{}
-	rebuilding := false
-	for _, sh := range shards {
-		c, err := sh.dial(ctx)
-		if err != nil && sh != shards[len(shards)-1] || len(conns) > 0 && err != nil { // one that answers is enough
-			slog.Warn("a shard does not answer, the others go on", "shard", sh.number, "error", err)
-			sh.partitions = partitions
+	if len(shards) > 1 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, shardsTimeout)
+		defer cancel()
+	}
+	failed := make([]error, len(shards))
+	// A view of all shards can be made when all have the tables.
+	for _, step := range []func(*store, context.Context, asker) error{(*store).prepareTables, (*store).prepareViews} {
+		var steps sync.WaitGroup
+		for i, sh := range shards {
+			if sh.partitions = partitions; failed[i] == nil {
+				steps.Go(func() { // ends with ctx
+					failed[i] = sh.connected(ctx, func(c asker) error { return step(sh, ctx, c) })
+				})
+			}
+		}
+		steps.Wait()
+		if err := errors.Join(failed...); errors.Is(err, errPlacement) || !slices.Contains(failed, nil) {
+			return nil, err
+		} else if unplaced := slices.ContainsFunc(shards, func(sh *store) bool { return sh.unplaced }); err != nil && unplaced {
+			return nil, fmt.Errorf("the first start needs every shard: %w", err)
+		}
+	}
+	for i, sh := range shards {
+		if failed[i] != nil {
+			slog.Warn(sh.name("a server does not answer, the others go on"), "error", failed[i])
 			sh.late.Store(true)
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		defer c.Close()
-		conns[sh] = c
-		sh.attachAll(ctx, c)
-		is, err := sh.readStates(ctx, c)
-		if err != nil {
-			return nil, err
-		}
-		rebuilding = rebuilding || is
-		s.userBits.Store(sh.userBits.Load())
-	}
-	if rebuilding { // and it may be about to exchange the tables: nothing to be changed beside that
-		slog.Warn("events_hourly is being made anew, tables stay as they are; when no `event-ingestion reconcile -rebuild` runs, run it: it finishes what one has begun")
-		return shards, nil
-	}
-	for sh, c := range conns {
-		if err := sh.applyTables(ctx, c, partitions); err != nil {
-			return nil, err
-		}
-	}
-	for sh, c := range conns { // which all have the tables that a view reads
-		if err := sh.apply(ctx, c, isView); err != nil {
-			return nil, err
+		} else {
+			s.userBits.Store(sh.userBits.Load())
 		}
 	}
 	return shards, nil
+}
+
+// shardsTimeout bounds prepare with several shards: those that answer wait for the others.
+const shardsTimeout = 10 * time.Second
+
+// connected calls f with a connection of its own, which is closed when ctx is done.
+func (s *store) connected(ctx context.Context, f func(asker) error) error {
+	c, err := s.dial(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.Close() })() // ch-go looks at ctx between two packets only
+	if err = f(c); err != nil && ctx.Err() != nil {
+		return ctx.Err() // and not that the connection is closed
+	}
+	return err
 }
 
 // prepareLate is prepare for a shard that did not answer then.
@@ -173,27 +187,31 @@ func (s *store) prepareLate(ctx context.Context, c asker) error {
 	if !s.late.Load() {
 		return nil
 	}
-	s.attachAll(ctx, c)
-	if err := s.applyTables(ctx, c, s.partitions); err != nil {
+	if err := s.prepareTables(ctx, c); err != nil {
+		return err
+	}
+	if err := s.prepareViews(ctx, c); err != nil {
 		return err
 	}
 	s.late.Store(false)
-	return s.apply(ctx, c, isView)
+	return nil
 }
 
-// applyTables is prepare for all but the views of one shard.
-func (s *store) applyTables(ctx context.Context, c asker, partitions int) error {
-	place, err := s.checkPlacement(ctx, c, partitions)
-	if err != nil {
+// prepareTables is prepare for all but the views and the placement of one shard.
+func (s *store) prepareTables(ctx context.Context, c asker) (err error) {
+	s.attachAll(ctx, c)
+	if s.rebuilding, err = s.readStates(ctx, c); err != nil {
 		return err
 	}
-	if err := s.apply(ctx, c, isNoView); err != nil {
+	if s.unplaced, err = s.checkPlacement(ctx, c); err != nil {
 		return err
 	}
-	if place {
-		if err := s.place(ctx, c, partitions); err != nil {
-			return fmt.Errorf("note which shard this is: %w", err)
-		}
+	if s.rebuilding { // and it may be about to exchange the tables: nothing to be changed beside that
+		slog.Warn("events_hourly is being made anew, tables stay as they are; when no `event-ingestion reconcile -rebuild` runs, run it: it finishes what one has begun")
+		return nil
+	}
+	if err := s.applyTables(ctx, c); err != nil {
+		return err
 	}
 	if bits := s.userBits.Load(); bits != wantedUserBits {
 		slog.Warn("events_hourly has user states of another precision, which works and is slow; `event-ingestion reconcile -rebuild` makes it anew from events while ingestion goes on",
@@ -202,26 +220,42 @@ func (s *store) applyTables(ctx context.Context, c asker, partitions int) error 
 	return nil
 }
 
-// Kinds of statements of schema.sql.
-func isView(stmt string) bool   { return strings.Contains(stmt, "CREATE OR REPLACE VIEW") }
-func isNoView(stmt string) bool { return !isView(stmt) }
-
-// apply runs the statements of a kind; the tables' retention is one of isNoView.
-func (s *store) apply(ctx context.Context, c asker, kind func(stmt string) bool) error {
-	for _, stmt := range s.schema() {
-		if !kind(stmt) {
-			continue
+// prepareViews does what prepareTables left.
+func (s *store) prepareViews(ctx context.Context, c asker) error {
+	if s.unplaced {
+		if err := s.place(ctx); err != nil {
+			return fmt.Errorf("note which shard this is: %w", err)
 		}
-		if err := s.change(ctx, c, stmt); err != nil {
-			return fmt.Errorf("apply schema.sql: %w", err)
-		}
+		s.unplaced = false
 	}
-	if !kind("") {
+	if s.rebuilding {
 		return nil
+	}
+	return s.applyViews(ctx, c)
+}
+
+// applyTables runs the statements of schema.sql but for the views that read all shards, and sees to the retention.
+func (s *store) applyTables(ctx context.Context, c asker) error {
+	if err := s.apply(ctx, c, false); err != nil {
+		return err
 	}
 	for table, column := range map[string]string{"events": "timestamp", "events_hourly": "hour"} {
 		if err := s.applyRetention(ctx, c, table, column); err != nil {
 			return fmt.Errorf("apply RETENTION_DAYS to %s: %w", table, err)
+		}
+	}
+	return nil
+}
+
+func (s *store) applyViews(ctx context.Context, c asker) error { return s.apply(ctx, c, true) }
+
+func (s *store) apply(ctx context.Context, c asker, views bool) error {
+	for _, stmt := range s.schema() {
+		if strings.Contains(stmt, "CREATE OR REPLACE VIEW") != views {
+			continue
+		}
+		if err := s.change(ctx, c, stmt); err != nil {
+			return fmt.Errorf("apply schema.sql: %w", err)
 		}
 	}
 	return nil
@@ -330,7 +364,7 @@ func (s *store) sql(text string) string {
 	}
 	text = strings.NewReplacer(definitions...).Replace(text) // what is defined may name {database}
 	before, behind := s.aroundShards()
-	return strings.NewReplacer("{events}", s.fromAll("events"), "{events_hourly}", s.fromAll("events_hourly"), "{each shard}", before, "{/each shard}", behind, "{database}", s.database, "{on cluster}", onCluster, "{replicated}", replicated, "{fsync}", s.fsync,
+	return strings.NewReplacer("{events}", s.fromAll("events"), "{events_hourly}", s.fromAll("events_hourly"), "{each shard}", before, "{/each shard}", behind, "{from every shard}", s.oneSnapshot(), "{database}", s.database, "{on cluster}", onCluster, "{replicated}", replicated, "{fsync}", s.fsync,
 		"{user bits}", strconv.Itoa(int(s.userBits.Load()))).Replace(text)
 }
 

@@ -239,7 +239,7 @@ func TestClusterSchema(t *testing.T) {
 		}
 		replicated += strings.Count(formatted, "ENGINE = Replicated")
 	}
-	if len(statements) != 12 || replicated != 2 {
+	if len(statements) != 13 || replicated != 2 {
 		t.Errorf("%d statements, %d replicated tables", len(statements), replicated)
 	}
 }

@@ -41,16 +41,14 @@ func (b *backlog) remove(rec *kgo.Record) {
 	}
 }
 
-// wait returns true when the queues are below the limit, false when ctx is done before that.
-func (b *backlog) wait(ctx context.Context) bool {
-	for b.bytes.Load() > b.limit {
+// wait returns when the queues are below the limit, or ctx is done.
+func (b *backlog) wait(ctx context.Context) {
+	for b.bytes.Load() > b.limit && ctx.Err() == nil {
 		select {
 		case <-b.room:
 		case <-ctx.Done():
-			return false
 		}
 	}
-	return true
 }
 
 // roundCall is how workers ask for a round.

@@ -56,6 +56,7 @@ type clickhouse struct {
 	dir, log, settings   string // the data, and two files beside it
 	nativePort, httpPort int
 	cluster              []int // native ports of all shards
+	taken                []int // all ports of the stack
 	keepFree             int   // bytes of the disk that it leaves alone
 	logLevel             string
 	version              string // "" until it has answered once; written under mu
@@ -83,7 +84,7 @@ func newClickHouse(cfg *config, e engine, shard int) *clickhouse {
 		name = fmt.Sprintf("clickhouse-%d", shard+1)
 	}
 	c := &clickhouse{
-		engine: e, nativePort: cfg.native[shard], httpPort: cfg.http[shard], cluster: cfg.native, keepFree: cfg.keepFree * megabyte, logLevel: "warning",
+		engine: e, nativePort: cfg.native[shard], httpPort: cfg.http[shard], cluster: cfg.native, taken: cfg.ports(), keepFree: cfg.keepFree * megabyte, logLevel: "warning",
 		dir:      filepath.Join(cfg.data, name),
 		log:      filepath.Join(cfg.data, name+".log"),
 		settings: filepath.Join(cfg.data, name+".xml"),
@@ -201,7 +202,7 @@ func (c *clickhouse) supervise() {
 
 // spawn starts a child, under mu.
 func (c *clickhouse) spawn() error {
-	ports, err := freePorts(1, append([]int{c.httpPort}, c.cluster...)...)
+	ports, err := freePorts(1, c.taken...)
 	if err != nil {
 		return err
 	}
