@@ -186,7 +186,7 @@ func TestManyTags(t *testing.T) {
 		}
 		ev := mustParse(t, &p, fmt.Sprintf(`{"event_name":"e","user_id":"u%d","timestamp":7,"tags":[%s]}`, i, tags))
 		id, _ := ev.id(nil)
-		w.enqueue(0, []*kgo.Record{{Key: fmt.Appendf(nil, "%x", id), Value: appendEvent(nil, ev)}})
+		w.enqueue([]*kgo.Record{{Key: fmt.Appendf(nil, "%x", id), Value: appendEvent(nil, ev)}})
 	}
 	for len(w.queue) > 0 && !w.isFull() {
 		if bad, err := w.takeIn(1); bad != nil {
@@ -221,7 +221,7 @@ func TestAbandonedRound(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	for range 3 { // the event, and twice its duplicate
-		w.enqueue(0, []*kgo.Record{record})
+		w.enqueue([]*kgo.Record{record})
 		if bad, err := w.takeIn(1); bad != nil {
 			t.Fatal(err)
 		}
