@@ -163,16 +163,21 @@ func (ins *inserter) insertRound(ctx context.Context) {
 	ins.call.answered()
 	ins.due = nil
 	ins.taken = ins.taken[:0]
+	oldest := time.Now() // when the first record was produced
 	for _, w := range ins.workers {
-		if b := w.takeBlock(); b != nil {
-			ins.taken = append(ins.taken, b)
+		b := w.takeBlock()
+		if b == nil {
+			continue
+		}
+		ins.taken = append(ins.taken, b)
+		if len(b.records) > 0 && b.records[0].Timestamp.Before(oldest) {
+			oldest = b.records[0].Timestamp
 		}
 	}
 	if len(ins.taken) == 0 {
 		return
 	}
 	ins.round = append(ins.round[:0], ins.taken...)
-	oldest := ins.oldestRecord()
 	if ins.persist(ctx, "look for duplicates", func() error { return ins.prepare(ctx) }) != nil {
 		return
 	}
@@ -185,25 +190,15 @@ func (ins *inserter) insertRound(ctx context.Context) {
 	if rows > 0 {
 		ins.stats.inserted(rows, time.Since(started))
 	}
-	for i, b := range ins.taken {
-		ins.hold(b.offsets)
+	for _, b := range ins.taken {
+		for _, p := range b.offsets {
+			ins.held[p.partition] = p
+		}
 		b.reset()
-		ins.taken[i] = nil
 	}
 	ins.stats.freshness.Update(time.Since(oldest).Seconds())
 	ins.rounds++
 	ins.mend(ctx)
-}
-
-// oldestRecord is when the first record of the round was produced.
-func (ins *inserter) oldestRecord() time.Time {
-	oldest := time.Now()
-	for _, b := range ins.taken {
-		if len(b.records) > 0 && b.records[0].Timestamp.Before(oldest) {
-			oldest = b.records[0].Timestamp
-		}
-	}
-	return oldest
 }
 
 // prepare makes the round ready to be checked. After partitions came nothing is known, and nothing is looked up until
