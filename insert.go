@@ -106,8 +106,10 @@ func (ins *inserter) run(ctx context.Context, stop <-chan struct{}) {
 	defer mending.Stop()
 	for {
 		select {
-		case <-ins.call.arrived:
-			ins.due = time.After(time.Until(time.Unix(0, ins.call.oldest.Load()).Add(ins.wait)))
+		case first := <-ins.call.arrived:
+			if ins.due == nil {
+				ins.due = time.After(time.Until(first.Add(ins.wait)))
+			}
 		case <-ins.call.full:
 			ins.insertRound(ctx)
 		case <-ins.due:
@@ -324,7 +326,7 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 		ins.repair(ctx, err)
 		pause := min(minBackoff<<min(attempt-1, 10), maxBackoff)
 		ins.stats.troubles.note(ins.store.name(what), err)
-		if e, ok := ch.AsException(err); ok && e.Code == proto.ErrUnknownTable {
+		if ch.IsErr(err, proto.ErrUnknownTable) {
 			ins.store.attachLeft(ctx)
 		}
 		sleep(ctx, pause/2+rand.N(pause/2))

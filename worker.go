@@ -56,24 +56,24 @@ func (b *backlog) wait(ctx context.Context) bool {
 
 // roundCall is how workers ask for a round.
 type roundCall struct {
-	arrived chan struct{} // a block has its first row
-	full    chan struct{} // a block has its last row
-	oldest  atomic.Int64  // Unix nanoseconds of the first row since the last round was taken, 0 when none
+	arrived chan time.Time // when the first row came since the last round was taken
+	full    chan struct{}  // a block has its last row
 }
 
 func newRoundCall() *roundCall {
-	return &roundCall{arrived: make(chan struct{}, 1), full: make(chan struct{}, 1)}
+	return &roundCall{arrived: make(chan time.Time, 1), full: make(chan struct{}, 1)}
 }
 
 // firstRow is called by a worker, under its lock, when its block gets its first row.
 func (c *roundCall) firstRow() {
-	c.oldest.CompareAndSwap(0, time.Now().UnixNano())
-	notify(c.arrived)
+	select {
+	case c.arrived <- time.Now():
+	default: // an earlier one waits
+	}
 }
 
 // answered is called before the blocks are taken: a row that comes later asks again.
 func (c *roundCall) answered() {
-	c.oldest.Store(0)
 	drain(c.arrived)
 	drain(c.full)
 }
@@ -85,7 +85,7 @@ func notify(c chan struct{}) {
 	}
 }
 
-func drain(c chan struct{}) {
+func drain[T any](c chan T) {
 	select {
 	case <-c:
 	default:
