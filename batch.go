@@ -28,15 +28,15 @@ type block struct {
 	currency   dictColumn
 
 	columns proto.Input
-	kept    []int         // by filter
+	kept    []int         // scratch of filter
 	records []*kgo.Record // of the rows, for the case that ClickHouse rejects some
 	bytes   int           // of keys and values of the records
 	reread  bool          // some of the rows may have been stored by an owner that died over it
 	offsets []position
 }
 
-// keeper is a column that rows can be taken out of: it leaves these, which ascend. It keeps its memory, and when no row is
-// left, nothing that huge events blew up.
+// keeper is a column that rows can be taken out of: keep leaves these, which ascend. The column keeps its memory, unless no row
+// is left and huge events blew it up.
 type keeper interface{ keep(rows []int) }
 
 // position is how far a partition has been taken in: next is the offset to go on from.

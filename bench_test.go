@@ -97,7 +97,7 @@ func BenchmarkRecordToRow(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		w.cur.reset()
-		w.queue = append(w.queue[:0], fetched{0, records})
+		w.queue = append(w.queue[:0], records)
 		if bad, err := w.takeIn(rows); bad != nil || w.cur.rows() != rows {
 			b.Fatal(err)
 		}

@@ -172,7 +172,7 @@ func (c *consumer) poll(ctx context.Context) {
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 && c.owned.Err() == nil {
 				c.stats.consumed.Add(len(p.Records))
-				c.worker(p.Partition).enqueue(p.Partition, p.Records)
+				c.worker(p.Partition).enqueue(p.Records)
 			}
 		})
 		c.kafka.AllowRebalance()

@@ -197,9 +197,6 @@ func (d *dedupe) load(ctx context.Context) error {
 				spans = append(spans, minuteSpan{minute, minute + 1})
 			}
 		}
-		if room <= 0 {
-			break
-		}
 	}
 	return d.read(ctx, spans)
 }
@@ -219,18 +216,20 @@ func (d *dedupe) countHours(ctx context.Context, hours map[int64]int) (map[int64
 	return counts, err
 }
 
-// read makes sets of all ids in the spans that have none.
+// read makes a set of each minute in the spans that has none. When it fails none of them stays, for they are not complete.
 func (d *dedupe) read(ctx context.Context, spans []minuteSpan) error {
 	if len(spans) == 0 {
 		return nil
 	}
 	var where []string
-	loading := map[int64]*idSet{}
+	var loading []int64
 	for _, s := range spans {
 		where = append(where, fmt.Sprintf("timestamp >= %d AND timestamp < %d", s.from*minuteSeconds, s.end*minuteSeconds))
 		for minute := s.from; minute < s.end; minute++ {
-			if d.minutes[minute] == nil {
-				loading[minute] = &idSet{lastUsed: d.round}
+			if d.minutes[minute] == nil && d.bytes.Load()+setOverhead <= d.budget {
+				d.minutes[minute] = &idSet{lastUsed: d.round}
+				d.bytes.Add(setOverhead)
+				loading = append(loading, minute)
 			}
 		}
 	}
@@ -241,34 +240,25 @@ func (d *dedupe) read(ctx context.Context, spans []minuteSpan) error {
 			minuteSeconds, d.database, strings.Join(where, " OR ")),
 	}, func(i int) {
 		m := int64(minute[i])
-		switch set := loading[m]; {
+		switch set := d.minutes[m]; {
 		case set == nil:
 		case d.makeRoom(set, 1):
-			set.add(max(1, idKey(key[i])))
+			set.add(keyOfBits(key[i]))
 		default:
-			d.bytes.Add(-set.bytes())
 			d.wanted[m] = -loadAgain
-			delete(loading, m)
+			d.drop(m)
 		}
 	}, &minute, &key))
-	if err != nil {
-		for _, set := range loading {
-			d.bytes.Add(-set.bytes())
+	for _, m := range loading {
+		if set := d.minutes[m]; set != nil && err == nil {
+			delete(d.wanted, m)
+		} else if set != nil {
+			d.drop(m)
 		}
-		return err
-	}
-	for m, set := range loading {
-		if d.bytes.Load()+setOverhead > d.budget {
-			d.bytes.Add(-set.bytes())
-			continue
-		}
-		d.bytes.Add(setOverhead)
-		d.minutes[m] = set
-		delete(d.wanted, m)
 	}
 	d.sets.Store(int64(len(d.minutes)))
 	slog.Debug("loaded into the dedupe's memory", "minutes", len(loading), "bytes", d.bytes.Load())
-	return nil
+	return err
 }
 
 // makeRoom lets n more ids fit into the set, for which others may have to go. False when they cannot.
@@ -292,12 +282,7 @@ func (d *dedupe) evict(need int64) bool {
 	if d.stuck == d.round {
 		return false
 	}
-	var old []int64
-	for minute, set := range d.minutes {
-		if set.lastUsed < d.round {
-			old = append(old, minute)
-		}
-	}
+	old := slices.DeleteFunc(slices.Collect(maps.Keys(d.minutes)), func(minute int64) bool { return d.minutes[minute].lastUsed == d.round })
 	slices.SortFunc(old, func(a, b int64) int {
 		return cmp.Or(cmp.Compare(d.minutes[a].lastUsed, d.minutes[b].lastUsed), cmp.Compare(a, b))
 	})

@@ -10,11 +10,20 @@ import (
 	"math/bits"
 )
 
-// idKey is what a set keeps of an id: 64 bits, never 0. A new event is taken for a known one when it shares them with
-// another one of its minute: one in 10^13 when that minute has a million.
+// idKey is what a set keeps of an id: 64 bits. A new event is taken for a known one when it shares them with another one of
+// its minute: one in 10^13 when that minute has a million.
 type idKey uint64
 
-func idKeyOf(id *eventID) idKey { return max(1, idKey(binary.LittleEndian.Uint64(id[:8]))) }
+// What a slot has instead of a key.
+const (
+	freeSlot idKey = iota
+	goneSlot       // its key was removed; what was put behind it is still found
+	leastKey
+)
+
+func idKeyOf(id *eventID) idKey { return keyOfBits(binary.LittleEndian.Uint64(id[:8])) }
+
+func keyOfBits(bits uint64) idKey { return max(leastKey, idKey(bits)) }
 
 // Sizes of an idSet's table.
 const (
@@ -26,8 +35,8 @@ const (
 
 // idSet is an open-addressing table with linear probing. The zero value is an empty set without a table.
 type idSet struct {
-	slots    []idKey // 0 is free
-	used     int
+	slots    []idKey
+	used     int    // slots that are not free
 	lastUsed uint64 // round
 }
 
@@ -40,7 +49,7 @@ func (s *idSet) home(k idKey) int {
 // find returns the slot of k, or the free one where it belongs. The table must have a free slot.
 func (s *idSet) find(k idKey) int {
 	i := s.home(k)
-	for s.slots[i] != k && s.slots[i] != 0 {
+	for s.slots[i] != k && s.slots[i] != freeSlot {
 		if i++; i == len(s.slots) {
 			i = 0
 		}
@@ -60,10 +69,10 @@ func (s *idSet) slotsFor(n int) int {
 // resize moves to a table of that many slots.
 func (s *idSet) resize(slots int) {
 	old := s.slots
-	s.slots = make([]idKey, slots)
+	s.slots, s.used = make([]idKey, slots), 0
 	for _, k := range old {
-		if k != 0 {
-			s.slots[s.find(k)] = k
+		if k >= leastKey {
+			s.add(k)
 		}
 	}
 }
@@ -79,35 +88,14 @@ func (s *idSet) add(k idKey) bool {
 	return true
 }
 
-// remove takes k out. What was put behind it because its slot was taken moves up.
+// remove takes k out.
 func (s *idSet) remove(k idKey) {
-	if s.used == 0 {
+	if len(s.slots) == 0 {
 		return
 	}
-	free := s.find(k)
-	if s.slots[free] == 0 {
-		return
+	if i := s.find(k); s.slots[i] == k {
+		s.slots[i] = goneSlot
 	}
-	for i := free; ; {
-		if i++; i == len(s.slots) {
-			i = 0
-		}
-		k := s.slots[i]
-		if k == 0 {
-			break
-		}
-		home, stays := s.home(k), false // k stays when its home is behind free, going round
-		if free < i {
-			stays = free < home && home <= i
-		} else {
-			stays = free < home || home <= i
-		}
-		if !stays {
-			s.slots[free], free = k, i
-		}
-	}
-	s.slots[free] = 0
-	s.used--
 }
 
 const slotBytes = 8

@@ -110,8 +110,10 @@ func (ins *inserter) run(ctx context.Context, stop <-chan struct{}) {
 	defer mending.Stop()
 	for {
 		select {
-		case <-ins.call.arrived:
-			ins.due = time.After(time.Until(time.Unix(0, ins.call.oldest.Load()).Add(ins.wait)))
+		case first := <-ins.call.arrived:
+			if ins.due == nil {
+				ins.due = time.After(time.Until(first.Add(ins.wait)))
+			}
 		case <-ins.call.full:
 			ins.insertRound(ctx)
 		case <-ins.due:
@@ -171,16 +173,21 @@ func (ins *inserter) insertRound(ctx context.Context) {
 	ins.call.answered()
 	ins.due = nil
 	ins.taken = ins.taken[:0]
+	oldest := time.Now() // when the first record was produced
 	for _, w := range ins.workers {
-		if b := w.takeBlock(); b != nil {
-			ins.taken = append(ins.taken, b)
+		b := w.takeBlock()
+		if b == nil {
+			continue
+		}
+		ins.taken = append(ins.taken, b)
+		if len(b.records) > 0 && b.records[0].Timestamp.Before(oldest) {
+			oldest = b.records[0].Timestamp
 		}
 	}
 	if len(ins.taken) == 0 {
 		return
 	}
 	ins.round = append(ins.round[:0], ins.taken...)
-	oldest := ins.oldestRecord()
 	if ins.persist(ctx, "look for duplicates", func() error { return ins.prepare(ctx) }) != nil {
 		return
 	}
@@ -193,25 +200,15 @@ func (ins *inserter) insertRound(ctx context.Context) {
 	if rows > 0 {
 		ins.stats.inserted(rows, time.Since(started))
 	}
-	for i, b := range ins.taken {
-		ins.hold(b.offsets)
+	for _, b := range ins.taken {
+		for _, p := range b.offsets {
+			ins.held[p.partition] = p
+		}
 		b.reset()
-		ins.taken[i] = nil
 	}
 	ins.stats.freshness.Update(time.Since(oldest).Seconds())
 	ins.rounds++
 	ins.mend(ctx)
-}
-
-// oldestRecord is when the first record of the round was produced.
-func (ins *inserter) oldestRecord() time.Time {
-	oldest := time.Now()
-	for _, b := range ins.taken {
-		if len(b.records) > 0 && b.records[0].Timestamp.Before(oldest) {
-			oldest = b.records[0].Timestamp
-		}
-	}
-	return oldest
 }
 
 // prepare makes the round ready to be checked. After partitions came nothing is known, and nothing is looked up until
@@ -341,7 +338,7 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 		ins.repair(ctx, err)
 		pause := min(minBackoff<<min(attempt-1, 10), maxBackoff)
 		ins.stats.troubles.note(ins.store.name(what), err)
-		if e, ok := ch.AsException(err); ok && e.Code == proto.ErrUnknownTable {
+		if ch.IsErr(err, proto.ErrUnknownTable) {
 			ins.store.attachLeft(ctx)
 		}
 		sleep(ctx, pause/2+rand.N(pause/2))

@@ -34,24 +34,18 @@ const (
 	heldRounds = rereadBlocks - 2
 )
 
-// span is a range of Unix seconds, end excluded.
-type span struct{ from, end int64 }
-
 // torn is the hours to look at.
 type torn struct {
-	hours  map[int64]struct{} // by Unix hour
-	held   map[int32]position // by partition: what may be committed when no hour is left
-	next   time.Time          // of the next look
-	last   []difference       // found by the last look, nil when that does not count
-	rounds int                // that were stored since there is an hour to look at
+	hours   map[int64]struct{} // by Unix hour
+	held    map[int32]position // by partition: what may be committed when no hour is left
+	next    time.Time          // of the next look
+	seen    []string           // differences, by the last look in which nobody inserted
+	trusted bool               // the last look found none
+	rounds  int                // that were stored since there is an hour to look at
 }
 
-// difference is a row of events_hourly that lacks so many events, or has too many.
-type difference struct {
-	name, channel string
-	hour          uint32 // Unix seconds
-	missing       int64
-}
+// difference is the SQL for a row of differences as text: how many events events_hourly lacks, or has too many.
+const difference = "toString((event_name, channel, hour, event_count))"
 
 // noteHours notes the hours of the round: all, or those of blocks with rows that were read again.
 func (ins *inserter) noteHours(all bool) {
@@ -67,14 +61,7 @@ func (ins *inserter) noteHours(all bool) {
 func (t *torn) noteHour(hour int64) {
 	if _, noted := t.hours[hour]; !noted {
 		t.hours[hour] = struct{}{}
-		t.last = nil
-	}
-}
-
-// hold says that the partitions are stored up to here. It is what mend passes on.
-func (t *torn) hold(reached []position) {
-	for _, p := range reached {
-		t.held[p.partition] = p
+		t.trusted = false
 	}
 }
 
@@ -85,7 +72,8 @@ func (ins *inserter) mend(ctx context.Context) {
 	ins.repair(ctx, nil)
 	if len(ins.hours) > 0 && !time.Now().Before(ins.next) {
 		started := time.Now()
-		hours := ins.someHours()
+		hours := slices.Sorted(maps.Keys(ins.hours)) // the oldest first
+		hours = hours[:min(len(hours), lookHours)]
 		agree, err := ins.lookAndMend(ctx, hours)
 		took := time.Since(started)
 		pause := max(mendTick, took)
@@ -130,12 +118,6 @@ func (ins *inserter) catchUp(ctx context.Context) {
 	}
 }
 
-// someHours are the oldest noted ones, in order.
-func (t *torn) someHours() []int64 {
-	hours := slices.Sorted(maps.Keys(t.hours))
-	return hours[:min(len(hours), lookHours)]
-}
-
 // lookAndMend says whether the hours agree. A mending is believed when the next look finds nothing.
 func (ins *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool, err error) {
 	alone := ins.alone()
@@ -155,78 +137,52 @@ func (ins *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool
 		return false, err
 	}
 	quiet := alone || !before && !after
-	certain := alone || ins.last != nil && slices.Equal(seen, ins.last)
-	switch ins.last = seen; {
-	case len(seen) == 0 && (quiet || certain):
-		ins.last = nil // the next look is at other hours
-		return true, nil
-	case len(seen) > 0 && !quiet:
-		ins.last = nil
-		return false, nil
-	case len(seen) == 0 || !certain:
+	if len(seen) == 0 {
+		agree = quiet || ins.trusted
+		ins.seen, ins.trusted = nil, !agree
+		return agree, nil
+	}
+	ins.trusted = false
+	if !quiet {
 		return false, nil
 	}
-	slog.Warn("events_hourly does not agree with events after a fault, mending", "rows", len(seen), "first", fmt.Sprintf("%+v", seen[0]))
+	certain := alone || slices.Equal(seen, ins.seen)
+	if ins.seen = seen; !certain {
+		return false, nil
+	}
+	slog.Warn("events_hourly does not agree with events after a fault, mending", "rows", len(seen), "first", seen[0])
 	ins.stats.mended.Add(len(seen))
-	return false, ins.insertDifferences(ctx, seen)
+	return false, ins.insertDifferences(ctx, hours, seen)
 }
 
-// look counts the hours in both tables and returns where they differ, never nil.
-func (ins *inserter) look(ctx context.Context, hours []int64) (seen []difference, err error) {
-	var (
-		name, channel proto.ColStr
-		hour          proto.ColUInt32
-		missing       proto.ColInt64
-	)
-	seen = []difference{}
+// look counts the hours in both tables and returns where they differ.
+func (ins *inserter) look(ctx context.Context, hours []int64) (seen []string, err error) {
+	var text proto.ColStr
 	err = ins.Do(ctx, eachRow(ch.Query{
-		Body: fmt.Sprintf("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, toUnixTimestamp(hour) AS h, sum(n) AS missing FROM ("+
-			"SELECT event_name, channel, toStartOfHour(timestamp) AS hour, toInt64(count()) AS n FROM %[1]s.events WHERE %[2]s GROUP BY event_name, channel, hour"+
-			" UNION ALL SELECT event_name, channel, hour, -event_count FROM %[1]s.events_hourly WHERE %[3]s"+
-			") GROUP BY event_name, channel, hour HAVING missing != 0 ORDER BY h, name, ch", ins.store.database, within("timestamp", hours), within("hour", hours)),
-	}, func(i int) { seen = append(seen, difference{name.Row(i), channel.Row(i), hour[i], missing[i]}) }, &name, &channel, &hour, &missing))
+		Body: ins.store.sql("SELECT " + difference + " AS text FROM " + differencesIn(hours) + " ORDER BY text"),
+	}, func(i int) { seen = append(seen, text.Row(i)) }, &text))
 	return seen, err
 }
 
-// within is the SQL for a column of times being in these hours, which ascend.
-func within(column string, hours []int64) string {
-	var spans []span
+// differencesIn is a subquery of the hours' differences.
+func differencesIn(hours []int64) string {
+	var list []string
 	for _, hour := range hours {
-		if n := len(spans); n > 0 && spans[n-1].end == hour*hourSeconds {
-			spans[n-1].end += hourSeconds
-		} else {
-			spans = append(spans, span{hour * hourSeconds, (hour + 1) * hourSeconds})
-		}
+		list = append(list, fmt.Sprint(hour*hourSeconds))
 	}
-	var terms []string
-	for _, s := range spans {
-		terms = append(terms, fmt.Sprintf("%[1]s >= %[2]d AND %[1]s <= %[3]d", column, s.from, min(s.end-1, maxUnixSeconds)))
-	}
-	return strings.Join(terms, " OR ")
+	return fmt.Sprintf("("+differences+")", "", "hour IN ("+strings.Join(list, ",")+")", "event_count != 0")
 }
 
-// insertDifferences gives events_hourly what it lacks, and takes back what it has too much of: just what was seen, if that
-// is what it still finds.
-func (ins *inserter) insertDifferences(ctx context.Context, seen []difference) error {
-	var (
-		name, channel proto.ColStr
-		hour          proto.ColUInt32
-		missing       proto.ColInt64
-	)
-	for _, d := range seen {
-		name.Append(d.name)
-		channel.Append(d.channel)
-		hour = append(hour, d.hour)
-		missing = append(missing, d.missing)
-	}
-	from, to := int64(seen[0].hour), int64(seen[len(seen)-1].hour)+hourSeconds
+// insertDifferences gives events_hourly what it lacks, and takes back what it has too much of: just what was seen in the hours,
+// if that is what it still finds.
+func (ins *inserter) insertDifferences(ctx context.Context, hours []int64, seen []string) error {
+	var text proto.ColStr
+	text.AppendArr(seen)
 	return ins.Do(ctx, ch.Query{
-		Body: ins.store.sql("INSERT INTO {database}.events_hourly (event_name, channel, hour, {counts}) SELECT event_name, channel, hour, {counts} FROM (" +
-			fmt.Sprintf(strings.Replace(differences, " FINAL", "", 1), from, min(to, maxUnixSeconds), 0) +
-			") WHERE (CAST(event_name, 'String'), CAST(channel, 'String'), toUnixTimestamp(hour), event_count) IN (SELECT name, ch, h, n FROM seen)"),
+		Body:          ins.store.sql(addDifferences + differencesIn(hours) + " WHERE " + difference + " IN (SELECT text FROM seen)"),
 		QueryID:       ins.queryID(),
 		ExternalTable: "seen",
-		ExternalData:  []proto.InputColumn{{Name: "name", Data: &name}, {Name: "ch", Data: &channel}, {Name: "h", Data: &hour}, {Name: "n", Data: &missing}},
+		ExternalData:  []proto.InputColumn{{Name: "text", Data: &text}},
 		Settings:      []ch.Setting{{Key: "async_insert", Value: "0"}, {Key: "insert_deduplicate", Value: "0"}},
 	})
 }

@@ -24,20 +24,24 @@ import (
 // and the aggregate one after the other, and what is seen in between is no difference.
 const quietSeconds = 10
 
-// differences is a subquery: raw minus aggregate, by hour, for hours that differ. It reads events with FINAL.
+// differences is a subquery: events, read with FINAL or without, minus events_hourly, of the hours and of what differs that two
+// conditions name. What a query over it does not select is not computed.
 const differences = `
 SELECT event_name, channel, hour, {added up}, sum(has) AS aggregated, max(written) AS last_written
 FROM
 (
     SELECT {counted}, toInt64(0) AS has, max(created_at) AS written
-    FROM {database}.events FINAL WHERE timestamp >= %[1]d AND timestamp < %[2]d
+    FROM {database}.events %[1]s WHERE %[2]s
     GROUP BY event_name, channel, hour
     UNION ALL
     SELECT event_name, channel, hour, -event_count, unique_users_state, -revenue, campaigns_state, last_at, event_count, toDateTime64(0, 3, 'UTC')
-    FROM {database}.events_hourly WHERE hour >= %[1]d AND hour < %[2]d
+    FROM {database}.events_hourly WHERE %[2]s
 )
 GROUP BY event_name, channel, hour
-HAVING (event_count != 0 OR revenue != 0) AND last_written <= now64(3) - %[3]d`
+HAVING %[3]s`
+
+// addDifferences is the statement that mends, with differences behind it.
+const addDifferences = "INSERT INTO {database}.events_hourly (event_name, channel, hour, {counts}) SELECT event_name, channel, hour, {counts} FROM "
 
 func reconcileTool(fs *flag.FlagSet) toolRun {
 	var r timeRange
@@ -117,13 +121,14 @@ func reconcileShard(ctx context.Context, st *store, r timeRange, quiet int, dryR
 	if err := st.syncReplica(ctx, c); err != nil {
 		return 0, err
 	}
-	query := fmt.Sprintf(differences, max(from, 0), min(to, maxUnixSeconds), quiet)
+	query := fmt.Sprintf("("+differences+")", "FINAL", fmt.Sprintf("hour >= %d AND hour < %d", max(from, 0), min(to, maxUnixSeconds)),
+		fmt.Sprintf("(event_count != 0 OR revenue != 0) AND last_written <= now64(3) - %d", quiet))
 	var (
 		name, channel, hour proto.ColStr
 		missing, has        proto.ColInt64
 	)
 	err = c.Do(ctx, eachRow(ch.Query{
-		Body: st.sql("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") + ", event_count, aggregated FROM (" + query + ") ORDER BY hour, name, ch"),
+		Body: st.sql("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") + ", event_count, aggregated FROM " + query + " ORDER BY hour, name, ch"),
 	}, func(i int) {
 		rows++
 		each(unequal{hour.Row(i), name.Row(i), channel.Row(i), has[i] + missing[i], has[i]})
@@ -132,7 +137,7 @@ func reconcileShard(ctx context.Context, st *store, r timeRange, quiet int, dryR
 		return rows, err
 	}
 	return rows, c.Do(ctx, ch.Query{
-		Body:     st.sql("INSERT INTO {database}.events_hourly (event_name, channel, hour, {counts}) SELECT event_name, channel, hour, {counts} FROM (" + query + ")"),
+		Body:     st.sql(addDifferences + query),
 		Settings: append(st.byMajority(), ch.Setting{Key: "async_insert", Value: "0"}, ch.Setting{Key: "insert_deduplicate", Value: "0"}),
 	})
 }

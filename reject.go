@@ -1,8 +1,8 @@
 // Rows that ClickHouse rejects, and their neighbours.
 //
 // A rejected insert stores nothing, so the bad rows have to be found. The error for a constraint has its expression, which
-// ClickHouse evaluates over the round: one query finds all rows that break it. For any other error the round is halved until
-// the bad rows stand alone. They go to the retry topic; their neighbours are stored.
+// ClickHouse evaluates: one query a block finds all rows that break it. For any other error the round is halved until the bad
+// rows stand alone. They go to the retry topic; their neighbours are stored.
 
 package main
 
@@ -23,21 +23,26 @@ func (ins *inserter) dropRejected(ctx context.Context, rejection error) error {
 		return err
 	}
 	round := slices.DeleteFunc(slices.Clone(ins.round), func(b *block) bool { return b.rows() == 0 })
-	found := len(round) == 0
+	single := ins.rows() == 1
+	var bad []*kgo.Record
 	for _, b := range round {
-		bad := ins.violators(ctx, b, rejection)
-		if ins.rows() == 1 {
-			bad = []int{0}
-		}
-		if err := ins.reject(ctx, b, bad, rejection); err != nil {
-			return err
-		}
-		found = found || len(bad) > 0
+		rows := ins.violators(ctx, b, rejection)
+		b.filter(func(row int) bool {
+			if _, violates := slices.BinarySearch(rows, row); !violates && !single {
+				return true
+			}
+			bad = append(bad, b.records[row])
+			ins.dedupe.forget(b.id(row), b.at(row)) // because it comes back
+			return false
+		})
 	}
-	if found {
-		return nil
+	switch {
+	case len(bad) > 0:
+		return ins.rejected(ctx, bad, firstLine(rejection.Error()))
+	case len(round) > 0:
+		return ins.halve(ctx, round)
 	}
-	return ins.halve(ctx, round)
+	return nil
 }
 
 // violated finds the expression in ClickHouse's message for error 469, see
@@ -64,28 +69,6 @@ func (ins *inserter) violators(ctx context.Context, b *block, rejection error) (
 		return nil
 	}
 	return bad
-}
-
-// reject puts off rows of the block. The dedupe forgets them, because they come back.
-func (ins *inserter) reject(ctx context.Context, b *block, bad []int, why error) error {
-	if len(bad) == 0 {
-		return nil
-	}
-	var records []*kgo.Record
-	for _, row := range bad {
-		records = append(records, b.records[row])
-	}
-	if err := ins.rejected(ctx, records, firstLine(why.Error())); err != nil {
-		return err
-	}
-	b.filter(func(row int) bool {
-		_, is := slices.BinarySearch(bad, row)
-		if is {
-			ins.dedupe.forget(b.id(row), b.at(row))
-		}
-		return !is
-	})
-	return nil
 }
 
 // halve stores each half of a round by itself and leaves none. A bad row costs two inserts per halving.

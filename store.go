@@ -372,10 +372,7 @@ func (s *store) sql(text string) string {
 var otherStates = []proto.Error{proto.ErrIllegalTypeOfArgument, proto.ErrNoCommonType, proto.ErrCannotConvertType, proto.ErrTypeMismatch}
 
 // saysOtherStates is whether a query failed because events_hourly was made anew since readStates.
-func saysOtherStates(err error) bool {
-	e, ok := ch.AsException(err)
-	return ok && slices.Contains(otherStates, e.Code)
-}
+func saysOtherStates(err error) bool { return ch.IsErr(err, otherStates...) }
 
 // byMajority are the settings of an insert that a majority of a shard's replicas has when it is acknowledged.
 func (s *store) byMajority() []ch.Setting {
@@ -402,10 +399,7 @@ var rejections = []proto.Error{
 	proto.ErrTooLargeStringSize, proto.ErrTooLargeArraySize,
 }
 
-func isRejection(err error) bool {
-	e, ok := ch.AsException(err)
-	return ok && slices.Contains(rejections, e.Code)
-}
+func isRejection(err error) bool { return ch.IsErr(err, rejections...) }
 
 // parameter is a query parameter of type String. The server takes the value for a quoted literal, and what is in the
 // quotes for a field of TSV: each layer has its escapes. ch-go's Parameters knows neither.

@@ -321,11 +321,11 @@ func TestHotPathAllocations(t *testing.T) {
 	for i := range records {
 		records[i] = &kgo.Record{Key: q.records[i].Key, Value: q.records[i].Value, Offset: int64(i)}
 	}
-	w.queue = make([]fetched, 1)
+	w.queue = make([][]*kgo.Record, 1)
 	queue := w.queue
 	toRows := func() {
 		w.cur.reset()
-		queue[0] = fetched{0, records}
+		queue[0] = records
 		w.queue = queue
 		if bad, err := w.takeIn(events); bad != nil {
 			t.Fatal(err)

@@ -11,6 +11,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -53,24 +54,24 @@ func (b *backlog) wait(ctx context.Context) {
 
 // roundCall is how workers ask for a round.
 type roundCall struct {
-	arrived chan struct{} // a block has its first row
-	full    chan struct{} // a block has its last row
-	oldest  atomic.Int64  // Unix nanoseconds of the first row since the last round was taken, 0 when none
+	arrived chan time.Time // when the first row came since the last round was taken
+	full    chan struct{}  // a block has its last row
 }
 
 func newRoundCall() *roundCall {
-	return &roundCall{arrived: make(chan struct{}, 1), full: make(chan struct{}, 1)}
+	return &roundCall{arrived: make(chan time.Time, 1), full: make(chan struct{}, 1)}
 }
 
 // firstRow is called by a worker, under its lock, when its block gets its first row.
 func (c *roundCall) firstRow() {
-	c.oldest.CompareAndSwap(0, time.Now().UnixNano())
-	notify(c.arrived)
+	select {
+	case c.arrived <- time.Now():
+	default: // an earlier one waits
+	}
 }
 
 // answered is called before the blocks are taken: a row that comes later asks again.
 func (c *roundCall) answered() {
-	c.oldest.Store(0)
 	drain(c.arrived)
 	drain(c.full)
 }
@@ -82,7 +83,7 @@ func notify(c chan struct{}) {
 	}
 }
 
-func drain(c chan struct{}) {
+func drain[T any](c chan T) {
 	select {
 	case <-c:
 	default:
@@ -106,15 +107,14 @@ type worker struct {
 	idInput []byte
 	keyed   kgo.Record // for router
 	open    context.Context
-	end     context.CancelFunc // ends open, at close
+	end     context.CancelFunc // ends open, under mu
 
-	mu     sync.Mutex // guards everything below
-	wake   sync.Cond  // queue has records, cur has room, or closed
-	queue  []fetched
-	cur    *block
-	spare  *block // the inserter's, from takeBlock to reset
-	closed bool
-	came   map[int32]*arrival // by partition
+	mu    sync.Mutex      // guards everything below
+	wake  sync.Cond       // queue has records, cur has room, or open has ended
+	queue [][]*kgo.Record // what is left of fetches, each of one partition and never empty
+	cur   *block
+	spare *block             // the inserter's, from takeBlock to reset
+	came  map[int32]*arrival // by partition
 }
 
 // arrival is when a partition came here, and how many of its first records may still have been taken in by an owner
@@ -131,12 +131,6 @@ const (
 	// whose insert had no answer, and what was stored within a few commitIntervals.
 	rereadBlocks = 10
 )
-
-// fetched is what is left of one fetch of one partition.
-type fetched struct {
-	partition int32
-	records   []*kgo.Record
-}
 
 func newWorker(limits blockLimits, partitions int, queued *backlog, call *roundCall, side *sideProducer) *worker {
 	w := &worker{
@@ -155,12 +149,13 @@ func (w *worker) assign(partition int32, at time.Time) {
 	w.came[partition] = &arrival{at.Add(rereadMargin), rereadBlocks * w.limits.rows}
 }
 
-func (w *worker) enqueue(partition int32, records []*kgo.Record) {
+// enqueue takes over records of one partition, at least one.
+func (w *worker) enqueue(records []*kgo.Record) {
 	for _, rec := range records {
 		w.backlog.add(rec)
 	}
 	w.mu.Lock()
-	w.queue = append(w.queue, fetched{partition, records})
+	w.queue = append(w.queue, records)
 	w.mu.Unlock()
 	w.wake.Signal()
 }
@@ -169,24 +164,20 @@ func (w *worker) enqueue(partition int32, records []*kgo.Record) {
 func (w *worker) drop(partition int32) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	kept := w.queue[:0]
-	for _, f := range w.queue {
-		if f.partition == partition {
-			for _, rec := range f.records {
-				w.backlog.remove(rec)
-			}
-		} else {
-			kept = append(kept, f)
+	w.queue = slices.DeleteFunc(w.queue, func(records []*kgo.Record) bool {
+		if records[0].Partition != partition {
+			return false
 		}
-	}
-	clear(w.queue[len(kept):])
-	w.queue = kept
+		for _, rec := range records {
+			w.backlog.remove(rec)
+		}
+		return true
+	})
 }
 
 func (w *worker) close() {
-	w.end()
 	w.mu.Lock()
-	w.closed = true
+	w.end()
 	w.mu.Unlock()
 	w.wake.Broadcast()
 }
@@ -209,10 +200,10 @@ func (w *worker) takeBlock() *block {
 func (w *worker) run() {
 	for {
 		w.mu.Lock()
-		for !w.closed && (len(w.queue) == 0 || w.isFull()) {
+		for w.open.Err() == nil && (len(w.queue) == 0 || w.isFull()) {
 			w.wake.Wait()
 		}
-		if w.closed {
+		if w.open.Err() != nil {
 			w.mu.Unlock()
 			return
 		}
@@ -233,9 +224,10 @@ func (w *worker) isFull() bool {
 // takeIn appends up to n records of the queue's head to the block, under the lock. It stops at a record that is no
 // event, or not under its own key or on its key's partition, which it returns and leaves at the head.
 func (w *worker) takeIn(n int) (bad *kgo.Record, why error) {
-	head := &w.queue[0]
-	for ; n > 0 && len(head.records) > 0 && !w.isFull(); n-- {
-		rec := head.records[0]
+	for _, rec := range w.queue[0][:min(n, len(w.queue[0]))] {
+		if w.isFull() {
+			break
+		}
 		ev, err := w.parser.decode(rec.Value)
 		if err != nil {
 			return rec, err
@@ -244,9 +236,6 @@ func (w *worker) takeIn(n int) (bad *kgo.Record, why error) {
 		id, w.idInput = ev.id(w.idInput)
 		if !id.isKey(rec.Key) || w.home(rec.Key) != rec.Partition {
 			return rec, errMisplaced
-		}
-		if len(w.cur.offsets) == 0 {
-			w.call.firstRow()
 		}
 		w.cur.append(&id, ev, rec)
 		w.pop(rec)
@@ -265,6 +254,9 @@ func (w *worker) home(key []byte) int32 {
 
 // pop moves past the record at the queue's head, under the lock.
 func (w *worker) pop(rec *kgo.Record) {
+	if len(w.cur.offsets) == 0 {
+		w.call.firstRow()
+	}
 	w.cur.advance(rec.Partition, rec.LeaderEpoch, rec.Offset+1)
 	if a := w.came[rec.Partition]; a != nil {
 		if a.left--; a.left > 0 && rec.Timestamp.Before(a.at) {
@@ -273,11 +265,8 @@ func (w *worker) pop(rec *kgo.Record) {
 			delete(w.came, rec.Partition)
 		}
 	}
-	head := &w.queue[0]
-	head.records = head.records[1:]
-	if len(head.records) == 0 {
-		w.queue[0] = fetched{}
-		w.queue = w.queue[1:]
+	if w.queue[0] = w.queue[0][1:]; len(w.queue[0]) == 0 {
+		w.queue[0], w.queue = nil, w.queue[1:]
 	}
 	w.backlog.remove(rec)
 }
@@ -312,10 +301,7 @@ func (w *worker) redirect(rec *kgo.Record, why error) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(w.queue) > 0 && len(w.queue[0].records) > 0 && w.queue[0].records[0] == rec {
-		if len(w.cur.offsets) == 0 {
-			w.call.firstRow()
-		}
+	if len(w.queue) > 0 && w.queue[0][0] == rec {
 		w.pop(rec)
 	}
 }
