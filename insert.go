@@ -16,7 +16,6 @@ import (
 	"log/slog"
 	"math"
 	"math/rand/v2"
-	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -61,12 +60,10 @@ type inserter struct {
 
 	due     <-chan time.Time // when the first waiting row has waited long enough, nil when there is none
 	conn    *ch.Client       // nil when the last attempt failed
-	columns proto.Input
-	empty   *block
-	taken   []*block // of the round, one a worker
-	round   []*block // what is still to be stored: those of taken, or what is left of them
-	queries uint64   // number of the last insert
-	unknown bool     // the last insert has been given rows and got no answer
+	taken   []*block         // of the round, one a worker
+	round   []*block         // what is still to be stored: those of taken, or what is left of them
+	queries uint64           // number of the last insert
+	unknown bool             // the last insert has been given rows and got no answer
 	torn
 	repairs repair
 }
@@ -84,11 +81,9 @@ func newInserter(st *store, cfg *settings, stats *storeStats, workers []*worker,
 		mine:    cfg.kafkaGroup + "-" + strconv.FormatUint(rand.Uint64(), 36) + "-",
 		flushes: make(chan flushRequest),
 		ended:   make(chan struct{}),
-		empty:   newBlock(0),
 		torn:    torn{hours: map[int64]struct{}{}, held: map[int32]position{}},
 		repairs: repair{ranges: map[partName]timeRange{}, aside: map[partName]struct{}{}},
 	}
-	ins.columns = slices.Clone(ins.empty.columns)
 	ins.dedupe = newDedupe(ins, st.database, cfg.dedupeMemory/int64(st.of))
 	return ins
 }
@@ -132,18 +127,17 @@ func (ins *inserter) run(ctx context.Context, stop <-chan struct{}) {
 // partitions is committed by this instance after the commit that follows.
 func (ins *inserter) flush(ctx context.Context, leaving map[int32]struct{}) error {
 	f := flushRequest{leaving, make(chan struct{})}
-	select {
-	case ins.flushes <- f:
-	case <-ins.ended:
-		return nil // run has stored what there was, or said that it could not
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	select {
-	case <-f.done:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
+	for ask := ins.flushes; ; {
+		select {
+		case ask <- f:
+			ask = nil
+		case <-f.done:
+			return nil
+		case <-ins.ended: // run has stored what there was, or said that it could not
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 }
 
@@ -337,16 +331,12 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 // session has lost its partitions and does not know. When ClickHouse asks for the rows, the insert is in system.processes
 // and has none: an instance that is in the group at that moment goes on, and whoever is given its partitions later finds
 // the insert there and waits for its end (awaitInserts). The question costs 0.3 ms.
-//
-// ClickHouse's own deduplication of inserts is off: it remembers a block before the part is in place, so that an insert
-// may be answered "known" and not be there, and what was lost with a broken part could never be stored again.
 func (ins *inserter) insertOnce(ctx context.Context) error {
-	next := 0
-	copy(ins.columns, ins.empty.columns)
+	next, columns, empty := 0, newBlock(0).columns, newBlock(0).columns
 	err := ins.Do(ctx, ch.Query{
-		Body:    "INSERT INTO " + ins.store.database + ".events " + ins.columns.Columns() + " VALUES",
+		Body:    "INSERT INTO " + ins.store.database + ".events " + columns.Columns() + " VALUES",
 		QueryID: ins.queryID(),
-		Input:   ins.columns,
+		Input:   columns,
 		OnInput: func(ctx context.Context) error {
 			if next == 0 {
 				if err := ins.isMember(ctx); err != nil {
@@ -359,18 +349,15 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 				b := ins.round[next]
 				next++
 				if b.rows() > 0 {
-					copy(ins.columns, b.columns)
+					copy(columns, b.columns)
 					return nil
 				}
 			}
-			copy(ins.columns, ins.empty.columns) // rows that still stand here would be sent once more with the EOF
+			copy(columns, empty) // rows that still stand here would be sent once more with the EOF
 			return io.EOF
 		},
 		Settings: []ch.Setting{
-			{Key: "async_insert", Value: "0"},
 			{Key: "optimize_on_insert", Value: "0"}, // merges sort duplicates out anyway; a quarter less CPU
-			{Key: "insert_deduplicate", Value: "0"},
-			{Key: "deduplicate_insert", Value: "disable"}, // where it exists it overrides the one above, and is on
 			{Key: "materialized_views_ignore_errors", Value: "0"},
 			{Key: "max_partitions_per_insert_block", Value: "0"}, // other producers' events may be of any age
 			{Key: "receive_timeout", Value: insertSilence},
@@ -396,7 +383,7 @@ func (ins *inserter) queryID() string {
 func (ins *inserter) Do(ctx context.Context, q ch.Query) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, insertTimeout)
 	defer cancel()
-	q.Settings = append(q.Settings, ins.store.byMajority()...)
+	q.Settings = append(q.Settings, ins.store.inserting()...)
 	if ins.conn == nil || ins.conn.IsClosed() {
 		if ins.conn, err = ins.store.dial(ctx); err != nil {
 			return err

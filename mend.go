@@ -177,6 +177,5 @@ func (ins *inserter) insertDifferences(ctx context.Context, hours []int64, seen 
 		QueryID:       ins.queryID(),
 		ExternalTable: "seen",
 		ExternalData:  []proto.InputColumn{{Name: "text", Data: &text}},
-		Settings:      []ch.Setting{{Key: "async_insert", Value: "0"}, {Key: "insert_deduplicate", Value: "0"}},
 	})
 }

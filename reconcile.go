@@ -132,6 +132,6 @@ func reconcileShard(ctx context.Context, st *store, r timeRange, quiet int, dryR
 	}
 	return rows, c.Do(ctx, ch.Query{
 		Body:     st.sql(addDifferences + query),
-		Settings: append(st.byMajority(), ch.Setting{Key: "async_insert", Value: "0"}, ch.Setting{Key: "insert_deduplicate", Value: "0"}),
+		Settings: st.inserting(),
 	})
 }
