@@ -148,7 +148,7 @@ func (d *dedupe) lookUp(ctx context.Context, round []*block, all bool) error {
 	}, func(i int) { d.found[got[i]] = struct{}{} }, &got))
 }
 
-// span is minutes of event time, end excluded.
+// minuteSpan is minutes of event time, end excluded.
 type minuteSpan struct{ from, end int64 }
 
 // load makes known what the round and those before it asked for in vain, newest first: whole hours, so that the minutes
@@ -178,13 +178,14 @@ func (d *dedupe) load(ctx context.Context) error {
 	if len(hours) == 0 {
 		return nil
 	}
-	counts, err := d.countHours(ctx, hours)
+	sorted := slices.Sorted(maps.Keys(hours))
+	counts, err := d.countHours(ctx, sorted)
 	if err != nil {
 		return err
 	}
 	var spans []minuteSpan
 	room := min(loadIDs, d.budget/4/slotBytes)
-	for _, hour := range slices.Backward(slices.Sorted(maps.Keys(hours))) {
+	for _, hour := range slices.Backward(sorted) {
 		first := hour * hourMinutes
 		if n := counts[hour]; n <= room {
 			room -= n
@@ -202,16 +203,12 @@ func (d *dedupe) load(ctx context.Context) error {
 }
 
 // countHours returns about how many events each hour has. events_hourly answers at once.
-func (d *dedupe) countHours(ctx context.Context, hours map[int64]int) (map[int64]int64, error) {
-	list := []byte("0")
-	for hour := range hours {
-		list = fmt.Appendf(list, ",%d", hour*hourSeconds)
-	}
+func (d *dedupe) countHours(ctx context.Context, hours []int64) (map[int64]int64, error) {
 	counts := map[int64]int64{}
 	var hour proto.ColUInt32
 	var n proto.ColInt64
 	err := d.Do(ctx, eachRow(ch.Query{
-		Body: fmt.Sprintf("SELECT toUnixTimestamp(hour) AS h, sum(event_count) FROM %s.events_hourly WHERE h IN (%s) GROUP BY h", d.database, list),
+		Body: fmt.Sprintf("SELECT toUnixTimestamp(hour) AS h, sum(event_count) FROM %s.events_hourly WHERE %s GROUP BY h", d.database, inHours(hours)),
 	}, func(i int) { counts[int64(hour[i])/hourSeconds] = n[i] }, &hour, &n))
 	return counts, err
 }

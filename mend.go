@@ -160,11 +160,16 @@ func (ins *inserter) look(ctx context.Context, hours []int64) (seen []string, er
 
 // differencesIn is a subquery of the hours' differences.
 func differencesIn(hours []int64) string {
+	return fmt.Sprintf(differences, "", inHours(hours), "event_count != 0")
+}
+
+// inHours is the SQL for hour being one of these.
+func inHours(hours []int64) string {
 	var list []string
 	for _, hour := range hours {
 		list = append(list, fmt.Sprint(hour*hourSeconds))
 	}
-	return fmt.Sprintf("("+differences+")", "", "hour IN ("+strings.Join(list, ",")+")", "event_count != 0")
+	return "hour IN (" + strings.Join(list, ",") + ")"
 }
 
 // insertDifferences gives events_hourly what it lacks, and takes back what it has too much of: just what was seen in the hours,

@@ -294,7 +294,9 @@ func (p *eventParser) decode(value []byte) (*event, error) {
 func (w *worker) redirect(rec *kgo.Record, why error) {
 	var err error
 	if errors.Is(why, errMisplaced) {
-		err = w.side.rekey(w.open, rec, w.ownKey(rec))
+		ev, _ := w.parser.decode(rec.Value) // once more, and again without complaint
+		id, _ := ev.id(nil)
+		err = w.side.rekey(w.open, rec, hex.AppendEncode(nil, id[:]))
 	} else {
 		err = w.side.deadLetter(w.open, rec, errorUnmarshal, why.Error())
 	}
@@ -306,11 +308,4 @@ func (w *worker) redirect(rec *kgo.Record, why error) {
 	if len(w.queue) > 0 && w.queue[0][0] == rec {
 		w.pop(rec)
 	}
-}
-
-// ownKey is the key that the record's event should have.
-func (w *worker) ownKey(rec *kgo.Record) []byte {
-	ev, _ := w.parser.decode(rec.Value) // only this goroutine uses the parser, and it has parsed this before
-	id, _ := ev.id(nil)
-	return hex.AppendEncode(nil, id[:])
 }
