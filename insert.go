@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"strconv"
@@ -39,7 +40,7 @@ const (
 type membership struct {
 	isMember func(context.Context) error                                     // nil when this instance is in the group now
 	alone    func() bool                                                     // it has all partitions
-	stored   func([]position)                                                // these may be committed
+	stored   func(map[int32]kgo.EpochOffset)                                 // these may be committed, by partition
 	rejected func(ctx context.Context, recs []*kgo.Record, why string) error // takes what ClickHouse does not; the error is ctx's
 }
 
@@ -81,7 +82,7 @@ func newInserter(st *store, cfg *settings, stats *storeStats, workers []*worker,
 		mine:    cfg.kafkaGroup + "-" + strconv.FormatUint(rand.Uint64(), 36) + "-",
 		flushes: make(chan flushRequest),
 		ended:   make(chan struct{}),
-		torn:    torn{hours: map[int64]struct{}{}, held: map[int32]position{}},
+		torn:    torn{hours: map[int64]struct{}{}, held: map[int32]kgo.EpochOffset{}},
 		repairs: repair{ranges: map[partName]timeRange{}, aside: map[partName]struct{}{}},
 	}
 	ins.dedupe = newDedupe(ins, st.database, cfg.dedupeMemory/int64(st.of))
@@ -187,9 +188,7 @@ func (ins *inserter) insertRound(ctx context.Context) {
 		ins.stats.inserted(rows, time.Since(started))
 	}
 	for _, b := range ins.taken {
-		for _, p := range b.offsets {
-			ins.held[p.partition] = p
-		}
+		maps.Copy(ins.held, b.offsets)
 		b.reset()
 	}
 	ins.stats.freshness.Update(time.Since(oldest).Seconds())

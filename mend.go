@@ -18,6 +18,7 @@ import (
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
+	"github.com/twmb/franz-go/pkg/kgo"
 )
 
 const (
@@ -36,12 +37,12 @@ const (
 
 // torn is the hours to look at.
 type torn struct {
-	hours   map[int64]struct{} // by Unix hour
-	held    map[int32]position // by partition: what may be committed when no hour is left
-	next    time.Time          // of the next look
-	seen    []string           // differences, by the last look in which nobody inserted
-	trusted bool               // the last look found none
-	rounds  int                // that were stored since there is an hour to look at
+	hours   map[int64]struct{}        // by Unix hour
+	held    map[int32]kgo.EpochOffset // by partition: what may be committed when no hour is left
+	next    time.Time                 // of the next look
+	seen    []string                  // differences, by the last look in which nobody inserted
+	trusted bool                      // the last look found none
+	rounds  int                       // that were stored since there is an hour to look at
 }
 
 // difference is the SQL for a row of differences as text: how many events events_hourly lacks, or has too many.
@@ -95,7 +96,7 @@ func (ins *inserter) mend(ctx context.Context) {
 		ins.next = time.Now().Add(pause)
 	}
 	if len(ins.hours) == 0 && len(ins.held) > 0 {
-		ins.stored(slices.Collect(maps.Values(ins.held)))
+		ins.stored(ins.held)
 		clear(ins.held)
 		ins.rounds = 0
 	}
