@@ -197,8 +197,7 @@ func (w *worker) takeBlock() *block {
 	return w.spare
 }
 
-// run takes in records until close. It holds the lock for lockRecords at a time, so that the inserter and a rebalance
-// find the queue and the block in a state that agrees.
+// run takes in records until close.
 func (w *worker) run() {
 	for {
 		w.mu.Lock()
@@ -296,9 +295,9 @@ func (p *eventParser) decode(value []byte) (*event, error) {
 	return ev, nil
 }
 
-// redirect deals with a record that cannot become a row here: what is no event goes to the dead letters, an event under
-// another key or on another partition goes back to the topic under its own. It moves past the record
-// once that is acknowledged, unless the partition was lost meanwhile: then the next owner does it again.
+// redirect deals with a record that cannot become a row here: what is no event goes to the dead letters, an event under another
+// key or on another partition goes back to the topic under its own. It moves past the record once that is acknowledged, unless
+// the partition was lost meanwhile: then the next owner does it again.
 func (w *worker) redirect(rec *kgo.Record, why error) {
 	var err error
 	if errors.Is(why, errMisplaced) {
