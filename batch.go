@@ -28,23 +28,16 @@ type block struct {
 	currency   dictColumn
 
 	columns proto.Input
-	kept    []int         // scratch of filter
-	records []*kgo.Record // of the rows, for the case that ClickHouse rejects some
-	bytes   int           // of keys and values of the records
-	reread  bool          // some of the rows may have been stored by an owner that died over it
-	offsets []position
+	kept    []int                     // scratch of filter
+	records []*kgo.Record             // of the rows, for the case that ClickHouse rejects some
+	bytes   int                       // of keys and values of the records
+	reread  bool                      // some of the rows may have been stored by an owner that died over it
+	offsets map[int32]kgo.EpochOffset // by partition: how far it has been taken in, where to go on from
 }
 
 // keeper is a column that rows can be taken out of: keep leaves these, which ascend. The column keeps its memory, unless no row
 // is left and huge events blew it up.
 type keeper interface{ keep(rows []int) }
-
-// position is how far a partition has been taken in: next is the offset to go on from.
-type position struct {
-	partition int32
-	epoch     int32
-	next      int64
-}
 
 // Bytes a row is expected to take; a block grows beyond them once and keeps what it grew to.
 const (
@@ -66,6 +59,7 @@ func newBlock(rows int) *block {
 	b.tags.offsets = make(proto.ColUInt64, 0, rows)
 	b.price.ColDecimal64 = make(proto.ColDecimal64, 0, rows)
 	b.records = make([]*kgo.Record, 0, rows)
+	b.offsets = map[int32]kgo.EpochOffset{}
 	for _, d := range []*dictColumn{&b.eventName, &b.channel, &b.campaignID, &b.tags.dictColumn, &b.currency} {
 		d.init(rows)
 	}
@@ -128,23 +122,13 @@ func (b *block) filter(keep func(row int) bool) (gone int) {
 // reset empties the block.
 func (b *block) reset() {
 	b.keep(nil)
-	b.offsets, b.bytes, b.reread = b.offsets[:0], 0, false
+	clear(b.offsets)
+	b.bytes, b.reread = 0, false
 }
 
 // outOfKeys says that a dictionary may not have room for the values of another event.
 func (b *block) outOfKeys() bool {
 	return max(b.eventName.index.Rows(), b.channel.index.Rows(), b.campaignID.index.Rows(), b.tags.index.Rows(), b.currency.index.Rows()) > maxKeys-maxTags
-}
-
-// advance notes that the block takes in the partition up to, not including, next.
-func (b *block) advance(partition, epoch int32, next int64) {
-	for i := range b.offsets {
-		if b.offsets[i].partition == partition {
-			b.offsets[i].epoch, b.offsets[i].next = epoch, next
-			return
-		}
-	}
-	b.offsets = append(b.offsets, position{partition: partition, epoch: epoch, next: next})
 }
 
 // priceScale is the Decimal(18, 4) of the table.

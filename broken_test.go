@@ -238,7 +238,7 @@ func TestBrokenUnread(t *testing.T) {
 	}
 	clickhouseQuery(t, "OPTIMIZE TABLE "+st.database+".events FINAL")
 	name := breakPart(t, st.database, "events")
-	in := newInserter(st, cfg, &newStats().store, nil, newRoundCall(), membership{alone: func() bool { return true }, stored: func([]position) {}})
+	in := newInserter(st, cfg, &newStats().store, nil, newRoundCall(), membership{alone: func() bool { return true }})
 	in.repair(t.Context(), &ch.Exception{Code: proto.ErrNotEnoughSpace})
 	in.repair(t.Context(), nil)
 	for deadline := time.Now().Add(20 * time.Second); len(st.broken.waiting()) == 0; time.Sleep(10 * time.Millisecond) {

@@ -242,14 +242,7 @@ func (c *consumer) partitionsOf(shard int) map[string][]int32 {
 }
 
 // mark tells the client what may be committed.
-func (c *consumer) mark(reached []position) {
-	if len(reached) == 0 {
-		return
-	}
-	offsets := make(map[int32]kgo.EpochOffset, len(reached))
-	for _, p := range reached {
-		offsets[p.partition] = kgo.EpochOffset{Epoch: p.epoch, Offset: p.next}
-	}
+func (c *consumer) mark(offsets map[int32]kgo.EpochOffset) {
 	c.kafka.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{c.topic: offsets})
 }
 

@@ -148,9 +148,6 @@ func (d *dedupe) lookUp(ctx context.Context, round []*block, all bool) error {
 	}, func(i int) { d.found[got[i]] = struct{}{} }, &got))
 }
 
-// span is minutes of event time, end excluded.
-type minuteSpan struct{ from, end int64 }
-
 // load makes known what the round and those before it asked for in vain, newest first: whole hours, so that the minutes
 // to come are known, too, or single minutes of an hour that is too large for that.
 func (d *dedupe) load(ctx context.Context) error {
@@ -178,23 +175,23 @@ func (d *dedupe) load(ctx context.Context) error {
 	if len(hours) == 0 {
 		return nil
 	}
-	counts, err := d.countHours(ctx, hours)
+	sorted := slices.Sorted(maps.Keys(hours))
+	counts, err := d.countHours(ctx, sorted)
 	if err != nil {
 		return err
 	}
-	var spans []minuteSpan
+	var spans []timeRange
 	room := min(loadIDs, d.budget/4/slotBytes)
-	for _, hour := range slices.Backward(slices.Sorted(maps.Keys(hours))) {
-		first := hour * hourMinutes
+	for _, hour := range slices.Backward(sorted) {
 		if n := counts[hour]; n <= room {
 			room -= n
-			spans = append(spans, minuteSpan{first, first + hourMinutes})
+			spans = append(spans, timeRange{hour * hourSeconds, (hour + 1) * hourSeconds})
 			continue
 		}
-		for minute := first; minute < first+hourMinutes && room > 0; minute++ {
+		for minute := hour * hourMinutes; minute < (hour+1)*hourMinutes && room > 0; minute++ {
 			if d.wanted[minute] >= loadRows && d.minutes[minute] == nil {
 				room -= counts[hour] / hourMinutes
-				spans = append(spans, minuteSpan{minute, minute + 1})
+				spans = append(spans, timeRange{minute * minuteSeconds, (minute + 1) * minuteSeconds})
 			}
 		}
 	}
@@ -202,31 +199,27 @@ func (d *dedupe) load(ctx context.Context) error {
 }
 
 // countHours returns about how many events each hour has. events_hourly answers at once.
-func (d *dedupe) countHours(ctx context.Context, hours map[int64]int) (map[int64]int64, error) {
-	list := []byte("0")
-	for hour := range hours {
-		list = fmt.Appendf(list, ",%d", hour*hourSeconds)
-	}
+func (d *dedupe) countHours(ctx context.Context, hours []int64) (map[int64]int64, error) {
 	counts := map[int64]int64{}
 	var hour proto.ColUInt32
 	var n proto.ColInt64
 	err := d.Do(ctx, eachRow(ch.Query{
-		Body: fmt.Sprintf("SELECT toUnixTimestamp(hour) AS h, sum(event_count) FROM %s.events_hourly WHERE h IN (%s) GROUP BY h", d.database, list),
+		Body: fmt.Sprintf("SELECT toUnixTimestamp(hour) AS h, sum(event_count) FROM %s.events_hourly WHERE %s GROUP BY h", d.database, inHours(hours)),
 	}, func(i int) { counts[int64(hour[i])/hourSeconds] = n[i] }, &hour, &n))
 	return counts, err
 }
 
 // read makes a set of each minute in the spans that has none. When it fails none of them stays, for they are not complete.
-func (d *dedupe) read(ctx context.Context, spans []minuteSpan) error {
+func (d *dedupe) read(ctx context.Context, spans []timeRange) error {
 	if len(spans) == 0 {
 		return nil
 	}
 	var where []string
 	var loading []int64
 	for _, s := range spans {
-		where = append(where, fmt.Sprintf("timestamp >= %d AND timestamp < %d", s.from*minuteSeconds, s.end*minuteSeconds))
-		for minute := s.from; minute < s.end; minute++ {
-			if d.minutes[minute] == nil && d.bytes.Load()+setOverhead <= d.budget {
+		where = append(where, fmt.Sprintf("timestamp >= %d AND timestamp < %d", s.from, s.to))
+		for minute := s.from / minuteSeconds; minute < s.to/minuteSeconds; minute++ {
+			if d.minutes[minute] == nil && d.free(setOverhead) {
 				d.minutes[minute] = &idSet{lastUsed: d.round}
 				d.bytes.Add(setOverhead)
 				loading = append(loading, minute)
@@ -268,7 +261,7 @@ func (d *dedupe) makeRoom(set *idSet, n int) bool {
 		return true
 	}
 	need := int64(slots) * slotBytes // the present table stays until the ids have moved
-	if d.bytes.Load()+need > d.budget && !d.evict(need) {
+	if !d.free(need) {
 		return false
 	}
 	before := set.bytes()
@@ -277,26 +270,27 @@ func (d *dedupe) makeRoom(set *idSet, n int) bool {
 	return true
 }
 
-// evict drops the minutes that were used longest ago, never one of this round, until need bytes are free and some more.
-func (d *dedupe) evict(need int64) bool {
-	if d.stuck == d.round {
-		return false
+// free says whether need bytes are free, for which it drops the minutes that were used longest ago, never one of this round,
+// until some more are.
+func (d *dedupe) free(need int64) bool {
+	fits := func(budget int64) bool { return d.bytes.Load()+need <= budget }
+	if fits(d.budget) || d.stuck == d.round {
+		return fits(d.budget)
 	}
 	old := slices.DeleteFunc(slices.Collect(maps.Keys(d.minutes)), func(minute int64) bool { return d.minutes[minute].lastUsed == d.round })
 	slices.SortFunc(old, func(a, b int64) int {
 		return cmp.Or(cmp.Compare(d.minutes[a].lastUsed, d.minutes[b].lastUsed), cmp.Compare(a, b))
 	})
 	for _, minute := range old {
-		if d.bytes.Load()+need <= d.budget*15/16 { // or each set that grows would sort again
+		if fits(d.budget * 15 / 16) { // or each set that grows would sort again
 			break
 		}
 		d.drop(minute)
 	}
-	if d.bytes.Load()+need > d.budget {
+	if !fits(d.budget) {
 		d.stuck = d.round
-		return false
 	}
-	return true
+	return fits(d.budget)
 }
 
 func (d *dedupe) drop(minute int64) {

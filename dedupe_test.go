@@ -212,7 +212,7 @@ func TestAbandonedRound(t *testing.T) {
 	in := newInserter(newStore(cfg), cfg, &newStats().store, []*worker{w}, w.call, membership{
 		isMember: func(context.Context) error { return nil },
 		alone:    func() bool { return true },
-		stored:   func(reached []position) { t.Errorf("%v may be committed", reached) },
+		stored:   func(reached map[int32]kgo.EpochOffset) { t.Errorf("%v may be committed", reached) },
 	})
 	ev := mustParse(t, new(eventParser), sampleEvent)
 	in.dedupe.minutes[ev.timestamp/minuteSeconds] = new(idSet)

@@ -15,9 +15,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"math/rand/v2"
-	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -41,7 +41,7 @@ const (
 type membership struct {
 	isMember func(context.Context) error                                     // nil when this instance is in the group now
 	alone    func() bool                                                     // it has all partitions
-	stored   func([]position)                                                // these may be committed
+	stored   func(map[int32]kgo.EpochOffset)                                 // these may be committed, by partition
 	rejected func(ctx context.Context, recs []*kgo.Record, why string) error // takes what ClickHouse does not; the error is ctx's
 }
 
@@ -65,12 +65,10 @@ type inserter struct {
 	fresh   bool             // nothing was asked on conn yet
 	failing atomic.Bool      // what is tried now has failed before
 	late    time.Time        // of the last look whether a late shard answers
-	columns proto.Input
-	empty   *block
-	taken   []*block // of the round, one a worker
-	round   []*block // what is still to be stored: those of taken, or what is left of them
-	queries uint64   // number of the last insert
-	unknown bool     // the last insert has been given rows and got no answer
+	taken   []*block         // of the round, one a worker
+	round   []*block         // what is still to be stored: those of taken, or what is left of them
+	queries uint64           // number of the last insert
+	unknown bool             // the last insert has been given rows and got no answer
 	torn
 	repairs repair
 }
@@ -88,11 +86,9 @@ func newInserter(st *store, cfg *settings, stats *storeStats, workers []*worker,
 		mine:    cfg.kafkaGroup + "-" + strconv.FormatUint(rand.Uint64(), 36) + "-",
 		flushes: make(chan flushRequest),
 		ended:   make(chan struct{}),
-		empty:   newBlock(0),
-		torn:    torn{hours: map[int64]struct{}{}, held: map[int32]position{}},
+		torn:    torn{hours: map[int64]struct{}{}, held: map[int32]kgo.EpochOffset{}},
 		repairs: repair{ranges: map[partName]timeRange{}, aside: map[partName]struct{}{}},
 	}
-	ins.columns = slices.Clone(ins.empty.columns)
 	ins.dedupe = newDedupe(ins, st.database, cfg.dedupeMemory/int64(st.of))
 	return ins
 }
@@ -140,18 +136,17 @@ func (ins *inserter) run(ctx context.Context, stop <-chan struct{}) {
 // partitions is committed by this instance after the commit that follows.
 func (ins *inserter) flush(ctx context.Context, leaving map[int32]struct{}) error {
 	f := flushRequest{leaving, make(chan struct{})}
-	select {
-	case ins.flushes <- f:
-	case <-ins.ended:
-		return nil // run has stored what there was, or said that it could not
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	select {
-	case <-f.done:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
+	for ask := ins.flushes; ; {
+		select {
+		case ask <- f:
+			ask = nil
+		case <-f.done:
+			return nil
+		case <-ins.ended: // run has stored what there was, or said that it could not
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 }
 
@@ -201,9 +196,7 @@ func (ins *inserter) insertRound(ctx context.Context) {
 		ins.stats.inserted(rows, time.Since(started))
 	}
 	for _, b := range ins.taken {
-		for _, p := range b.offsets {
-			ins.held[p.partition] = p
-		}
+		maps.Copy(ins.held, b.offsets)
 		b.reset()
 	}
 	ins.stats.freshness.Update(time.Since(oldest).Seconds())
@@ -349,16 +342,12 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 // session has lost its partitions and does not know. When ClickHouse asks for the rows, the insert is in system.processes
 // and has none: an instance that is in the group at that moment goes on, and whoever is given its partitions later finds
 // the insert there and waits for its end (awaitInserts). The question costs 0.3 ms.
-//
-// ClickHouse's own deduplication of inserts is off: it remembers a block before the part is in place, so that an insert
-// may be answered "known" and not be there, and what was lost with a broken part could never be stored again.
 func (ins *inserter) insertOnce(ctx context.Context) error {
-	next := 0
-	copy(ins.columns, ins.empty.columns)
+	next, columns, empty := 0, newBlock(0).columns, newBlock(0).columns
 	err := ins.Do(ctx, ch.Query{
-		Body:    "INSERT INTO " + ins.store.database + ".events " + ins.columns.Columns() + " VALUES",
+		Body:    "INSERT INTO " + ins.store.database + ".events " + columns.Columns() + " VALUES",
 		QueryID: ins.queryID(),
-		Input:   ins.columns,
+		Input:   columns,
 		OnInput: func(ctx context.Context) error {
 			if next == 0 {
 				if err := ins.isMember(ctx); err != nil {
@@ -371,18 +360,15 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 				b := ins.round[next]
 				next++
 				if b.rows() > 0 {
-					copy(ins.columns, b.columns)
+					copy(columns, b.columns)
 					return nil
 				}
 			}
-			copy(ins.columns, ins.empty.columns) // rows that still stand here would be sent once more with the EOF
+			copy(columns, empty) // rows that still stand here would be sent once more with the EOF
 			return io.EOF
 		},
 		Settings: []ch.Setting{
-			{Key: "async_insert", Value: "0"},
 			{Key: "optimize_on_insert", Value: "0"}, // merges sort duplicates out anyway; a quarter less CPU
-			{Key: "insert_deduplicate", Value: "0"},
-			{Key: "deduplicate_insert", Value: "disable"}, // where it exists it overrides the one above, and is on
 			{Key: "materialized_views_ignore_errors", Value: "0"},
 			{Key: "max_partitions_per_insert_block", Value: "0"}, // other producers' events may be of any age
 			{Key: "receive_timeout", Value: insertSilence},
@@ -408,7 +394,7 @@ func (ins *inserter) queryID() string {
 func (ins *inserter) Do(ctx context.Context, q ch.Query) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, insertTimeout)
 	defer cancel()
-	q.Settings = append(append(q.Settings, ins.store.byMajority()...), ch.Setting{Key: "send_profile_events", Value: "0"}) // a third of what a round leaves to the garbage collector
+	q.Settings = append(append(q.Settings, ins.store.inserting()...), ch.Setting{Key: "send_profile_events", Value: "0"}) // a third of what a round leaves to the garbage collector
 	if ins.conn == nil || ins.conn.IsClosed() {
 		if ins.conn, err = ins.store.dial(ctx); err != nil {
 			return err

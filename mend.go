@@ -18,6 +18,7 @@ import (
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
+	"github.com/twmb/franz-go/pkg/kgo"
 )
 
 const (
@@ -36,12 +37,12 @@ const (
 
 // torn is the hours to look at.
 type torn struct {
-	hours   map[int64]struct{} // by Unix hour
-	held    map[int32]position // by partition: what may be committed when no hour is left
-	next    time.Time          // of the next look
-	seen    []string           // differences, by the last look in which nobody inserted
-	trusted bool               // the last look found none
-	rounds  int                // that were stored since there is an hour to look at
+	hours   map[int64]struct{}        // by Unix hour
+	held    map[int32]kgo.EpochOffset // by partition: what may be committed when no hour is left
+	next    time.Time                 // of the next look
+	seen    []string                  // differences, by the last look in which nobody inserted
+	trusted bool                      // the last look found none
+	rounds  int                       // that were stored since there is an hour to look at
 }
 
 // difference is the SQL for a row of differences as text: how many events events_hourly lacks, or has too many.
@@ -98,7 +99,7 @@ func (ins *inserter) mend(ctx context.Context) {
 		ins.next = time.Now().Add(pause)
 	}
 	if len(ins.hours) == 0 && len(ins.held) > 0 {
-		ins.stored(slices.Collect(maps.Values(ins.held)))
+		ins.stored(ins.held)
 		clear(ins.held)
 		ins.rounds = 0
 	}
@@ -166,11 +167,16 @@ func (ins *inserter) look(ctx context.Context, hours []int64) (seen []string, er
 
 // differencesIn is a subquery of the hours' differences.
 func differencesIn(hours []int64) string {
+	return fmt.Sprintf(differences, "", inHours(hours), "event_count != 0")
+}
+
+// inHours is the SQL for hour being one of these.
+func inHours(hours []int64) string {
 	var list []string
 	for _, hour := range hours {
 		list = append(list, fmt.Sprint(hour*hourSeconds))
 	}
-	return fmt.Sprintf("("+differences+")", "", "hour IN ("+strings.Join(list, ",")+")", "event_count != 0")
+	return "hour IN (" + strings.Join(list, ",") + ")"
 }
 
 // insertDifferences gives events_hourly what it lacks, and takes back what it has too much of: just what was seen in the hours,
@@ -183,6 +189,5 @@ func (ins *inserter) insertDifferences(ctx context.Context, hours []int64, seen 
 		QueryID:       ins.queryID(),
 		ExternalTable: "seen",
 		ExternalData:  []proto.InputColumn{{Name: "text", Data: &text}},
-		Settings:      []ch.Setting{{Key: "async_insert", Value: "0"}, {Key: "insert_deduplicate", Value: "0"}},
 	})
 }

@@ -185,8 +185,7 @@ func (r *rebuild) fill(ctx context.Context, since int64) error {
 		err := r.conn.Do(ctx, ch.Query{
 			Body: r.store.sql(fmt.Sprintf("INSERT INTO {database}.%s (event_name, channel, hour, {counts}) SELECT {counted} FROM {database}.events FINAL "+
 				"WHERE timestamp >= %d AND timestamp < %d AND created_at < fromUnixTimestamp64Milli(%d) GROUP BY event_name, channel, hour", tableNext, day, int64(day)+daySeconds, since)),
-			Settings: append(r.store.byMajority(), ch.Setting{Key: "async_insert", Value: "0"}, ch.Setting{Key: "insert_deduplicate", Value: "0"},
-				ch.Setting{Key: "max_bytes_before_external_group_by", Value: "1000000000"}),
+			Settings: append(r.store.inserting(), ch.Setting{Key: "max_bytes_before_external_group_by", Value: "1000000000"}),
 		})
 		if err != nil {
 			return fmt.Errorf("count %s: %w", time.Unix(int64(day), 0).UTC().Format(time.DateOnly), err)

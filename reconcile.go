@@ -26,7 +26,7 @@ const quietSeconds = 10
 
 // differences is a subquery: events, read with FINAL or without, minus events_hourly, of the hours and of what differs that two
 // conditions name. What a query over it does not select is not computed.
-const differences = `
+const differences = `(
 SELECT event_name, channel, hour, {added up}, sum(has) AS aggregated, max(written) AS last_written
 FROM
 (
@@ -38,7 +38,7 @@ FROM
     FROM {database}.events_hourly WHERE %[2]s
 )
 GROUP BY event_name, channel, hour
-HAVING %[3]s`
+HAVING %[3]s)`
 
 // addDifferences is the statement that mends, with differences behind it.
 const addDifferences = "INSERT INTO {database}.events_hourly (event_name, channel, hour, {counts}) SELECT event_name, channel, hour, {counts} FROM "
@@ -121,7 +121,7 @@ func reconcileShard(ctx context.Context, st *store, r timeRange, quiet int, dryR
 	if err := st.syncReplica(ctx, c); err != nil {
 		return 0, err
 	}
-	query := fmt.Sprintf("("+differences+")", "FINAL", fmt.Sprintf("hour >= %d AND hour < %d", max(from, 0), min(to, maxUnixSeconds)),
+	query := fmt.Sprintf(differences, "FINAL", fmt.Sprintf("hour >= %d AND hour < %d", max(from, 0), min(to, maxUnixSeconds)),
 		fmt.Sprintf("(event_count != 0 OR revenue != 0) AND last_written <= now64(3) - %d", quiet))
 	var (
 		name, channel, hour proto.ColStr
@@ -138,6 +138,6 @@ func reconcileShard(ctx context.Context, st *store, r timeRange, quiet int, dryR
 	}
 	return rows, c.Do(ctx, ch.Query{
 		Body:     st.sql(addDifferences + query),
-		Settings: append(st.byMajority(), ch.Setting{Key: "async_insert", Value: "0"}, ch.Setting{Key: "insert_deduplicate", Value: "0"}),
+		Settings: st.inserting(),
 	})
 }

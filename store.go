@@ -374,12 +374,20 @@ var otherStates = []proto.Error{proto.ErrIllegalTypeOfArgument, proto.ErrNoCommo
 // saysOtherStates is whether a query failed because events_hourly was made anew since readStates.
 func saysOtherStates(err error) bool { return ch.IsErr(err, otherStates...) }
 
-// byMajority are the settings of an insert that a majority of a shard's replicas has when it is acknowledged.
-func (s *store) byMajority() []ch.Setting {
-	if !s.replicated {
-		return nil
+// inserting are the settings of every insert: it is done when it is acknowledged, and a majority of the shard's replicas has it.
+//
+// ClickHouse's own deduplication of inserts is off: it remembers a block before the part is in place, so that an insert may be
+// answered "known" and not be there, and what was lost with a broken part could never be stored again.
+func (s *store) inserting() []ch.Setting {
+	settings := []ch.Setting{
+		{Key: "async_insert", Value: "0"},
+		{Key: "insert_deduplicate", Value: "0"},
+		{Key: "deduplicate_insert", Value: "disable"}, // where it exists it overrides the one above, and is on
 	}
-	return []ch.Setting{{Key: "insert_quorum", Value: "auto"}, {Key: "insert_quorum_parallel", Value: "1"}}
+	if s.replicated {
+		settings = append(settings, ch.Setting{Key: "insert_quorum", Value: "auto"}, ch.Setting{Key: "insert_quorum_parallel", Value: "1"})
+	}
+	return settings
 }
 
 // processes is the table of running queries, of every replica.

@@ -195,8 +195,7 @@ func (w *worker) takeBlock() *block {
 	return w.spare
 }
 
-// run takes in records until close. It holds the lock for lockRecords at a time, so that the inserter and a rebalance
-// find the queue and the block in a state that agrees.
+// run takes in records until close.
 func (w *worker) run() {
 	for {
 		w.mu.Lock()
@@ -224,26 +223,30 @@ func (w *worker) isFull() bool {
 // takeIn appends up to n records of the queue's head to the block, under the lock. It stops at a record that is no
 // event, or not under its own key or on its key's partition, which it returns and leaves at the head.
 func (w *worker) takeIn(n int) (bad *kgo.Record, why error) {
-	for _, rec := range w.queue[0][:min(n, len(w.queue[0]))] {
-		if w.isFull() {
-			break
-		}
+	head, taken := w.queue[0], 0
+	for taken < min(n, len(head)) && !w.isFull() {
+		rec := head[taken]
 		ev, err := w.parser.decode(rec.Value)
 		if err != nil {
-			return rec, err
+			bad, why = rec, err
+			break
 		}
 		var id eventID
 		id, w.idInput = ev.id(w.idInput)
 		if !id.isKey(rec.Key) || w.home(rec.Key) != rec.Partition {
-			return rec, errMisplaced
+			bad, why = rec, errMisplaced
+			break
 		}
 		w.cur.append(&id, ev, rec)
-		w.pop(rec)
+		taken++
+	}
+	if taken > 0 {
+		w.pass(taken)
 	}
 	if w.isFull() {
 		notify(w.call.full)
 	}
-	return nil, nil
+	return bad, why
 }
 
 // home is the partition that murmur2 gives the key, as every Kafka client computes it.
@@ -252,23 +255,27 @@ func (w *worker) home(key []byte) int32 {
 	return int32(w.router.Partition(&w.keyed, w.parts))
 }
 
-// pop moves past the record at the queue's head, under the lock.
-func (w *worker) pop(rec *kgo.Record) {
+// pass moves past n records at the queue's head, under the lock.
+func (w *worker) pass(n int) {
 	if len(w.cur.offsets) == 0 {
 		w.call.firstRow()
 	}
-	w.cur.advance(rec.Partition, rec.LeaderEpoch, rec.Offset+1)
-	if a := w.came[rec.Partition]; a != nil {
-		if a.left--; a.left > 0 && rec.Timestamp.Before(a.at) {
-			w.cur.reread = true
-		} else {
-			delete(w.came, rec.Partition)
+	head := w.queue[0]
+	last := head[n-1]
+	w.cur.offsets[last.Partition] = kgo.EpochOffset{Epoch: last.LeaderEpoch, Offset: last.Offset + 1}
+	for _, rec := range head[:n] {
+		if a := w.came[rec.Partition]; a != nil {
+			if a.left--; a.left > 0 && rec.Timestamp.Before(a.at) {
+				w.cur.reread = true
+			} else {
+				delete(w.came, rec.Partition)
+			}
 		}
+		w.backlog.remove(rec)
 	}
-	if w.queue[0] = w.queue[0][1:]; len(w.queue[0]) == 0 {
+	if w.queue[0] = head[n:]; n == len(head) {
 		w.queue[0], w.queue = nil, w.queue[1:]
 	}
-	w.backlog.remove(rec)
 }
 
 // decode reads a record's value as an event, which lives until the next call. The API's rules hold for other producers
@@ -286,13 +293,15 @@ func (p *eventParser) decode(value []byte) (*event, error) {
 	return ev, nil
 }
 
-// redirect deals with a record that cannot become a row here: what is no event goes to the dead letters, an event under
-// another key or on another partition goes back to the topic under its own. It moves past the record
-// once that is acknowledged, unless the partition was lost meanwhile: then the next owner does it again.
+// redirect deals with a record that cannot become a row here: what is no event goes to the dead letters, an event under another
+// key or on another partition goes back to the topic under its own. It moves past the record once that is acknowledged, unless
+// the partition was lost meanwhile: then the next owner does it again.
 func (w *worker) redirect(rec *kgo.Record, why error) {
 	var err error
 	if errors.Is(why, errMisplaced) {
-		err = w.side.rekey(w.open, rec, w.ownKey(rec))
+		ev, _ := w.parser.decode(rec.Value) // once more, and again without complaint
+		id, _ := ev.id(nil)
+		err = w.side.rekey(w.open, rec, hex.AppendEncode(nil, id[:]))
 	} else {
 		err = w.side.deadLetter(w.open, rec, errorUnmarshal, why.Error())
 	}
@@ -302,13 +311,6 @@ func (w *worker) redirect(rec *kgo.Record, why error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if len(w.queue) > 0 && w.queue[0][0] == rec {
-		w.pop(rec)
+		w.pass(1)
 	}
-}
-
-// ownKey is the key that the record's event should have.
-func (w *worker) ownKey(rec *kgo.Record) []byte {
-	ev, _ := w.parser.decode(rec.Value) // only this goroutine uses the parser, and it has parsed this before
-	id, _ := ev.id(nil)
-	return hex.AppendEncode(nil, id[:])
 }
