@@ -32,8 +32,8 @@ func testShardsKilled(t *testing.T) {
 	env := faultSpace(t)
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 4000, time.Hour)
-	for i := range 6 * tortureFactor() {
-		target := l.OK.Load() + 2000
+	for i := range 4 * tortureFactor() {
+		target := l.OK.Load() + 1500
 		p.await("under load", 30*time.Second, func() bool { return l.OK.Load() > target })
 		if i%2 == 0 {
 			p = p.killAndRestart()
