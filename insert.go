@@ -316,7 +316,7 @@ func (ins *inserter) awaitInserts(ctx context.Context) (others bool, err error) 
 
 // persist repeats try with backoff until it succeeds. The error is ctx's.
 func (ins *inserter) persist(ctx context.Context, what string, try func() error) error {
-	for attempt := 1; ; attempt++ {
+	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
 		err := try()
 		ins.failing.Store(err != nil)
 		if err == nil {
@@ -329,7 +329,6 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 			return ctx.Err()
 		}
 		ins.repair(ctx, err)
-		pause := min(minBackoff<<min(attempt-1, 10), maxBackoff)
 		ins.stats.troubles.note(ins.store.name(what), err)
 		if ch.IsErr(err, proto.ErrUnknownTable) {
 			ins.store.attachLeft(ctx)
