@@ -203,6 +203,37 @@ func TestReconcile(t *testing.T) {
 	}
 }
 
+// TestRejectedOtherwise: a rejection that does not say which rows are bad, of rows in many blocks.
+func TestRejectedOtherwise(t *testing.T) {
+	t.Parallel()
+	env := faultSpace(t, "MAX_RETRY_ATTEMPTS=0")
+	p := startProgram(t, env)
+	db, topic := space(env, "CLICKHOUSE_DATABASE"), space(env, "KAFKA_TOPIC")
+	clickhouseQuery(t, "ALTER TABLE "+db+".events ADD CONSTRAINT bound CHECK length(range(if(startsWith(user_id, 'bad'), toUInt64(10000000000), 1))) > 0")
+	var body []byte
+	const events, bad = 600, 5
+	for i := range events {
+		user := "good"
+		if i%(events/bad) == 7 {
+			user = "bad"
+		}
+		body = fmt.Appendf(body, `{"event_name":"otherwise","user_id":"%s%d","timestamp":%d}`+"\n", user, i, time.Now().Unix())
+	}
+	if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != http.StatusAccepted {
+		t.Fatal(status, answer)
+	}
+	for _, rec := range readTopic(t, topic+".dlq", bad) {
+		if !strings.Contains(string(rec.Value), `"user_id":"bad`) {
+			t.Errorf("given up: %s", rec.Value)
+		}
+	}
+	drained(p)
+	mustCount(t, env, "otherwise", events-bad)
+	if strings.Contains(p.log.String(), "VIOLATED_CONSTRAINT") {
+		t.Error("ClickHouse said which rows are bad")
+	}
+}
+
 // TestFsync: the setting reaches tables that are there, and is taken back.
 func TestFsync(t *testing.T) {
 	t.Parallel()
