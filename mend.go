@@ -28,8 +28,9 @@ const (
 	lookShare    = 10
 	// mendTick is the least time between two looks of which the first did not settle it.
 	mendTick = 100 * time.Millisecond
-	// lookHours bounds the hours of one look, and with it the time between two rounds.
+	// A look is at lookHours to begin with, and at twice as many after one that took less than lookTime: rounds wait for it.
 	lookHours = 24
+	lookTime  = 200 * time.Millisecond
 	// heldRounds is how many rounds may be stored and not committed: what a next owner takes for read again, see
 	// rereadBlocks, has to reach as far.
 	heldRounds = rereadBlocks - 2
@@ -40,6 +41,7 @@ type torn struct {
 	hours   map[int64]struct{}        // by Unix hour
 	held    map[int32]kgo.EpochOffset // by partition: what may be committed when no hour is left
 	next    time.Time                 // of the next look
+	atOnce  int                       // hours of the next look
 	seen    []string                  // differences, by the last look in which nobody inserted
 	trusted bool                      // the last look found none
 	rounds  int                       // that were stored since there is an hour to look at
@@ -74,7 +76,8 @@ func (ins *inserter) mend(ctx context.Context) {
 	if len(ins.hours) > 0 && !time.Now().Before(ins.next) {
 		started := time.Now()
 		hours := slices.Sorted(maps.Keys(ins.hours)) // the oldest first
-		hours = hours[:min(len(hours), lookHours)]
+		ins.atOnce = max(ins.atOnce, lookHours)
+		hours = hours[:min(len(hours), ins.atOnce)]
 		agree, err := ins.lookAndMend(ctx, hours)
 		took := time.Since(started)
 		pause := max(mendTick, took)
@@ -83,6 +86,9 @@ func (ins *inserter) mend(ctx context.Context) {
 				delete(ins.hours, hour)
 			}
 			pause = lookShare * took
+			if ins.atOnce *= 2; took > lookTime {
+				ins.atOnce = lookHours
+			}
 		}
 		if err != nil {
 			ins.store.broken.note(err)
