@@ -61,9 +61,9 @@ func TestLittleMemory(t *testing.T) {
 		events, hours int
 		settings      []string
 	}{
-		{50_000 * tortureFactor(), 24, []string{"DEDUPE_MEMORY=300000"}},
+		{moreInTorture(25_000, 50_000), 24, []string{"DEDUPE_MEMORY=300000"}},
 		{10_000, 24, []string{"DEDUPE_MEMORY=0", "WORKER_COUNT=1", "KAFKA_PARTITIONS=3"}},
-		{20_000, 29 * 24, []string{"DEDUPE_MEMORY=100000", "WORKER_COUNT=7", "KAFKA_PARTITIONS=13"}},
+		{moreInTorture(8_000, 20_000), 29 * 24, []string{"DEDUPE_MEMORY=100000", "WORKER_COUNT=7", "KAFKA_PARTITIONS=13"}},
 		{10_000, 29 * 24, []string{"CONSUME_MEMORY=4000000"}},
 	} {
 		t.Run(strings.Join(c.settings, ","), func(t *testing.T) {
@@ -177,7 +177,7 @@ func TestLargeEvents(t *testing.T) {
 	p := startBinary(t, binary, env)
 	control(t, "/clickhouse/stop")
 	t.Cleanup(func() { control(t, "/clickhouse/start") })
-	events := 20_000 * tortureFactor()
+	events := moreInTorture(10_000, 20_000)
 	at := time.Now().Unix()
 	rnd := rand.New(rand.NewPCG(7, 8))
 	filler := make([]byte, 64<<10)

@@ -115,13 +115,13 @@ func TestKafkaAway(t *testing.T) {
 // reads again what was not committed: everything is counted once.
 func TestKilledUnderLoad(t *testing.T) {
 	t.Parallel()
-	killUnderLoad(t, 20*tortureFactor(), func() {})
+	killUnderLoad(t, moreInTorture(12, 20), func() {})
 }
 
 // TestPowerCut: the program and ClickHouse die together.
 func TestPowerCut(t *testing.T) {
 	alone(t)
-	killUnderLoad(t, 10*tortureFactor(), func() { control(t, "/clickhouse/kill") })
+	killUnderLoad(t, moreInTorture(8, 10), func() { control(t, "/clickhouse/kill") })
 }
 
 // killUnderLoad kills the program, and first whatever also does, so many times.

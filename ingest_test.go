@@ -316,7 +316,7 @@ func TestNothingAfterTo(t *testing.T) {
 		t.Fatalf("%s, want %d of each", got, len(seen))
 	}
 	ends := []int64{newest + 1, newest, newest - 1, newest - 3, hour + 1, hour, hour - 1, hour - 2, newest - daySeconds, newest - 2*daySeconds - 5*hourSeconds}
-	for _, from := range []int64{newest - 4*daySeconds, hour - hourSeconds, hour, hour - 1, newest - 40} {
+	for i, from := range []int64{newest - 4*daySeconds, hour - 1, hour - hourSeconds, hour, newest - 40} {
 		for _, to := range ends {
 			if to <= from {
 				continue
@@ -327,7 +327,11 @@ func TestNothingAfterTo(t *testing.T) {
 					want++
 				}
 			}
-			for _, groupBy := range []string{"", "channel", "hour", "day", "campaign"} {
+			groupings := []string{"", "hour", "channel", "day", "campaign"}
+			if i > 1 { // the others are asked like the total
+				groupings = groupings[:2]
+			}
+			for _, groupBy := range groupings {
 				path := fmt.Sprintf("%sevent_name=n&from=%d&to=%d&group_by=%s", metricsPath, from, to, groupBy)
 				if _, _, answer := p.do("GET", path, "", "", nil); !strings.HasPrefix(answer, fmt.Sprintf(`{"total_count":%d,"unique_users":%d,`, want, want)) {
 					t.Errorf("%s: %s, want %d", path, answer, want)

@@ -344,6 +344,14 @@ func tortureFactor() int {
 	return max(n, 1)
 }
 
+// moreInTorture is how often make test does a thing that takes seconds, and make torture many times of.
+func moreInTorture(usual, factored int) int {
+	if n := tortureFactor(); n > 1 {
+		return n * factored
+	}
+	return usual
+}
+
 // oneClock skips a test of programs whose clock `make test-clock` cannot shift along with the others.
 func oneClock(t *testing.T) {
 	t.Helper()
