@@ -37,14 +37,14 @@ func TestRewind(t *testing.T) {
 			}
 		}
 	}
-	send(500)
+	send(250)
 	for _, table := range []string{"events", "events_hourly"} { // a backup
 		clickhouseQuery(t, fmt.Sprintf("CREATE TABLE %[1]s.%[2]s_backup AS %[1]s.%[2]s", db, table))
 		each(table, "ALTER TABLE %[1]s."+table+"_backup REPLACE PARTITION ID '%[2]s' FROM %[1]s."+table)
 	}
 	second := time.Now()
 	p.await("another second", 5*time.Second, func() bool { return time.Now().Unix() > second.Unix() })
-	send(500)
+	send(250)
 	for what, lose := range map[string]func(){
 		"nothing":                     func() {},
 		"partitions of events":        func() { each("events", "ALTER TABLE %s.events DROP PARTITION ID '%s'") },
