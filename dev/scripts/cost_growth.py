@@ -74,7 +74,7 @@ def measure(binary, rate, seconds, port, instances):
     name = f"growth_{rate}_{instances}_{os.getpid()}"
     ports = [port + 2 * i for i in range(instances)]
     programs = [subprocess.Popen([binary], stderr=subprocess.DEVNULL, env=dict(
-        os.environ, SERVER_HOST="127.0.0.1", SERVER_PORT=str(p), ADMIN_ADDR=f"127.0.0.1:{p + 1}",
+        os.environ, SERVER_HOST="127.0.0.1", SERVER_PORT=str(p), ADMIN_ADDR=f"127.0.0.1:{p + 1}", MAX_IN_FLIGHT_BYTES_PER_CLIENT="0",
         CLICKHOUSE_DATABASE=name, KAFKA_TOPIC=name, KAFKA_CONSUMER_GROUP=name)) for p in ports]
     pids = [p.pid for p in programs]
     try:
