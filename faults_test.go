@@ -191,13 +191,16 @@ func TestResent(t *testing.T) {
 // TestInstancesComeAndGo: partitions move under load, back and forth, and every event is stored once.
 func TestInstancesComeAndGo(t *testing.T) {
 	t.Parallel()
-	env := faultSpace(t)
+	comeAndGo(t, faultSpace(t))
+}
+
+func comeAndGo(t *testing.T, env []string) {
 	first := startProgram(t, env)
 	l, done := loadInto(t, first.url, 5000, time.Hour)
 	for range 2 {
 		second := startProgram(t, env)
 		target := l.OK.Load() + 4000
-		second.await("shared", 20*time.Second, func() bool { return l.OK.Load() > target })
+		second.await("shared", 30*time.Second, func() bool { return l.OK.Load() > target })
 		second.terminate()
 	}
 	l.Stop()

@@ -107,18 +107,7 @@ func mustAnswerAll(p *program, db, name string, want int64) {
 
 // testShardsInstances: partitions of every shard move between instances under load.
 func testShardsInstances(t *testing.T) {
-	env := faultSpace(t, "WORKER_COUNT=7", "KAFKA_PARTITIONS=13", "DEDUPE_MEMORY=300000")
-	first := startProgram(t, env)
-	l, done := loadInto(t, first.url, 4000, time.Hour)
-	for range 2 {
-		second := startProgram(t, env)
-		target := l.OK.Load() + 4000
-		second.await("shared", 30*time.Second, func() bool { return l.OK.Load() > target })
-		second.terminate()
-	}
-	l.Stop()
-	done()
-	mustHold(first, l)
+	comeAndGo(t, faultSpace(t, "WORKER_COUNT=7", "KAFKA_PARTITIONS=13", "DEDUPE_MEMORY=300000"))
 }
 
 // testShardAway: a shard stops, with queues so small that they fill. The others go on, metrics are refused, and it mends itself.
