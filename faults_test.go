@@ -299,7 +299,7 @@ func TestPausedInstance(t *testing.T) {
 	first := startProgram(t, env)
 	second := startProgram(t, env)
 	l, done := loadInto(t, first.url, 5000, time.Hour)
-	for range 5 * tortureFactor() {
+	for range moreInTorture(4, 5) {
 		target := l.OK.Load() + 2000
 		first.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 		second.cmd.Process.Signal(syscall.SIGSTOP)
@@ -340,7 +340,7 @@ func TestAnswersCut(t *testing.T) {
 	env := faultSpace(t, "CLICKHOUSE_PORT="+cut.port())
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 4000, time.Hour)
-	for range 30 * tortureFactor() {
+	for range moreInTorture(20, 30) {
 		target := l.OK.Load() + 300
 		p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 		cut.cutAnswers()
@@ -360,7 +360,7 @@ func TestKafkaAnswersCut(t *testing.T) {
 	env := faultSpace(t)
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 4000, time.Hour)
-	for range 30 * tortureFactor() {
+	for range moreInTorture(20, 30) {
 		target := l.OK.Load() + 300
 		p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 		control(t, "/kafka/cut")
