@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 )
 
@@ -120,13 +121,18 @@ func kafkaBrokers(t testing.TB) []string { return strings.Split(stackEnv(t, "KAF
 // clickhouseAddress is where the test's ClickHouse speaks its native protocol.
 func clickhouseAddress(t testing.TB) string { return "127.0.0.1:" + stackEnv(t, "CLICKHOUSE_PORT") }
 
+// portsGiven counts what stackPort has tried, from a place of this process's own: no port is given twice.
+var portsGiven atomic.Int64
+
+var firstPort = rand.Int64N(4000)
+
 // stackPort is a free port, and so are the two behind it, which a stack of three shards takes. They are from below the kernels'
 // own ranges: an outgoing connection must not take one while a part of the stack is down.
 func stackPort(t testing.TB) string {
 	t.Helper()
 	for range 100 {
-		port, free := 20000+rand.IntN(12000), 0
-		for i := range 3 {
+		port, free := 20000+(firstPort+portsGiven.Add(1))%4000*3, 0
+		for i := range int64(3) {
 			if l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", port+i)); err == nil {
 				l.Close()
 				free++
