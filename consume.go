@@ -158,7 +158,7 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 
 func (c *consumer) poll(ctx context.Context) {
 	for ctx.Err() == nil {
-		waiting, cancel := context.WithTimeout(ctx, c.pollWait())
+		waiting, cancel := context.WithTimeout(ctx, c.pollLimit())
 		fetches := c.kafka.PollRecords(waiting, pollRecords)
 		cancel()
 		fetches.EachError(func(_ string, _ int32, err error) {
@@ -188,8 +188,8 @@ func (c *consumer) worker(partition int32) *worker {
 	return workers[int(partition)/len(c.lanes)%len(workers)]
 }
 
-// pollWait bounds a poll in which nothing comes, so that a grown topic, or room in a paused lane, is noticed.
-func (c *consumer) pollWait() time.Duration {
+// pollLimit bounds a poll in which nothing comes, so that a grown topic, or room in a paused lane, is noticed.
+func (c *consumer) pollLimit() time.Duration {
 	for _, l := range c.lanes {
 		if l.paused {
 			return fullWait
@@ -203,16 +203,16 @@ func (c *consumer) pollWait() time.Duration {
 // already is fetched again.
 func (c *consumer) makeRoom(ctx context.Context) {
 	for ctx.Err() == nil {
-		var full []int
+		var full []*lane
 		room := false
-		for i, l := range c.lanes {
+		for _, l := range c.lanes {
 			bytes := l.backlog.bytes.Load()
 			if l.paused && bytes <= l.backlog.limit/2 {
 				l.paused = false
-				c.kafka.ResumeFetchPartitions(c.partitionsOf(i))
+				c.kafka.ResumeFetchPartitions(c.partitionsOf(l))
 			}
 			if bytes > l.backlog.limit && !l.paused {
-				full = append(full, i)
+				full = append(full, l)
 			}
 			room = room || bytes <= l.backlog.limit && !l.paused
 		}
@@ -220,23 +220,25 @@ func (c *consumer) makeRoom(ctx context.Context) {
 			return
 		}
 		if room {
-			for _, i := range full {
-				c.lanes[i].paused = true
-				c.kafka.PauseFetchPartitions(c.partitionsOf(i))
+			for _, l := range full {
+				l.paused = true
+				c.kafka.PauseFetchPartitions(c.partitionsOf(l))
 			}
 			return
 		}
 		waiting, cancel := context.WithTimeout(ctx, fullWait)
-		c.lanes[full[0]].backlog.wait(waiting)
+		full[0].backlog.wait(waiting)
 		cancel()
 	}
 }
 
-// partitionsOf are all that a shard, counted from 0, stores.
-func (c *consumer) partitionsOf(shard int) map[string][]int32 {
+// partitionsOf are all of a lane, whoever has them.
+func (c *consumer) partitionsOf(l *lane) map[string][]int32 {
 	var list []int32
-	for p := shard; p < c.parts; p += len(c.lanes) {
-		list = append(list, int32(p))
+	for p := range int32(c.parts) {
+		if c.lane(p) == l {
+			list = append(list, p)
+		}
 	}
 	return map[string][]int32{c.topic: list}
 }
@@ -280,8 +282,8 @@ func (c *consumer) onRevoked(ctx context.Context, kafka *kgo.Client, topics map[
 		return
 	}
 	var flushing sync.WaitGroup
-	for i, l := range c.lanes {
-		if !slices.ContainsFunc(topics[c.topic], func(p int32) bool { return int(p)%len(c.lanes) == i }) {
+	for _, l := range c.lanes {
+		if !slices.ContainsFunc(topics[c.topic], func(p int32) bool { return c.lane(p) == l }) {
 			continue
 		}
 		flushing.Go(func() { // ends with ctx

@@ -18,6 +18,7 @@ import (
 	"maps"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -62,9 +63,8 @@ type inserter struct {
 
 	due     <-chan time.Time // when the first waiting row has waited long enough, nil when there is none
 	conn    *ch.Client       // nil when the last attempt failed
-	fresh   bool             // nothing was asked on conn yet
 	failing atomic.Bool      // what is tried now has failed before
-	late    time.Time        // of the last look whether a late shard answers
+	tried   time.Time        // the last time whether a late shard answers
 	taken   []*block         // of the round, one a worker
 	round   []*block         // what is still to be stored: those of taken, or what is left of them
 	queries uint64           // number of the last insert
@@ -117,8 +117,8 @@ func (ins *inserter) run(ctx context.Context, stop <-chan struct{}) {
 		case f := <-ins.flushes:
 			ins.flushFor(ctx, f)
 		case <-mending.C:
-			if ins.store.late.Load() && time.Since(ins.late) > maxBackoff { // nobody may have an event for it
-				ins.late = time.Now()
+			if ins.store.late.Load() && time.Since(ins.tried) > maxBackoff { // nobody may have an event for it
+				ins.tried = time.Now()
 				ins.Do(ctx, ch.Query{Body: "SELECT 1", Result: proto.Results{{Data: new(proto.ColUInt8)}}})
 			}
 			ins.mend(ctx)
@@ -342,7 +342,8 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 // and has none: an instance that is in the group at that moment goes on, and whoever is given its partitions later finds
 // the insert there and waits for its end (awaitInserts). The question costs 0.3 ms.
 func (ins *inserter) insertOnce(ctx context.Context) error {
-	next, columns, empty := 0, newBlock(0).columns, newBlock(0).columns
+	next, empty := 0, newBlock(0).columns
+	columns := slices.Clone(empty)
 	err := ins.Do(ctx, ch.Query{
 		Body:    "INSERT INTO " + ins.store.database + ".events " + columns.Columns() + " VALUES",
 		QueryID: ins.queryID(),
@@ -394,17 +395,17 @@ func (ins *inserter) Do(ctx context.Context, q ch.Query) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, insertTimeout)
 	defer cancel()
 	q.Settings = append(append(q.Settings, ins.store.inserting()...), ch.Setting{Key: "send_profile_events", Value: "0"}) // a third of what a round leaves to the garbage collector
-	if ins.conn == nil || ins.conn.IsClosed() {
+	fresh := ins.conn == nil || ins.conn.IsClosed()
+	if fresh {
 		if ins.conn, err = ins.store.dial(ctx); err != nil {
 			return err
 		}
-		ins.repairs.dialed, ins.fresh = true, true
+		ins.repairs.dialed = true
 	}
 	conn := ins.conn
 	stop := context.AfterFunc(ctx, func() { conn.Close() }) // ch-go looks at ctx between two packets only
-	if ins.fresh {
+	if fresh {
 		err = errors.Join(ins.store.prepareLate(ctx, conn), ins.store.syncReplica(ctx, conn))
-		ins.fresh = err != nil
 	}
 	if err == nil {
 		err = conn.Do(ctx, q)

@@ -101,9 +101,10 @@ func reconcileEach(ctx context.Context, st *store, r timeRange, quiet int, dryRu
 	failures := []error{err}
 	for _, sh := range shards {
 		n, err := reconcileShard(ctx, sh, r, quiet, dryRun, each)
-		if rows += n; err != nil {
-			failures = append(failures, fmt.Errorf("%s: %w", sh.name("reconcile"), err))
+		if rows += n; err != nil && sh.of > 1 {
+			err = fmt.Errorf("%s: %w", sh.name("ClickHouse"), err)
 		}
+		failures = append(failures, err)
 	}
 	return rows, errors.Join(failures...)
 }

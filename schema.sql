@@ -52,6 +52,13 @@ DEFINE {in whole days} AS toStartOfDay(hour) >= first_day AND toStartOfDay(hour)
 DEFINE {in whole hours} AS hour >= first_hour AND hour < end_hour AND (hour < first_day OR hour >= end_day);
 DEFINE {in seconds} AS timestamp >= {from:UInt32} AND timestamp <= {to:UInt32} AND (timestamp < first_hour OR timestamp >= end_hour);
 
+-- What the seconds have, in the columns of events_hourly.
+DEFINE {cut hours} AS
+    SELECT {counted}
+    FROM {database}.events
+    WHERE {in seconds}
+    GROUP BY event_name, channel, hour;
+
 CREATE DATABASE IF NOT EXISTS {database}{on cluster};
 
 -- One row per event. The sorting key answers "which of these ids are here?" by primary key, and the cut hours of a metrics
@@ -147,10 +154,7 @@ FROM {each shard}
     FROM {database}.events_hourly
     WHERE hour >= first_hour AND hour < end_hour
     UNION ALL
-    SELECT {counted}
-    FROM {database}.events
-    WHERE {in seconds}
-    GROUP BY event_name, channel, hour
+    {cut hours}
 ){/each shard}{from every shard};
 
 -- The same for queries that do not need the hour, ten times as fast over a month: a whole day has its first hour.
@@ -173,10 +177,7 @@ FROM {each shard}
     FROM {database}.events_hourly
     WHERE {in whole hours}
     UNION ALL
-    SELECT {counted}
-    FROM {database}.events
-    WHERE {in seconds}
-    GROUP BY event_name, channel, hour
+    {cut hours}
 ){/each shard}{from every shard};
 
 -- The rows of events on all shards.

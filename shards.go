@@ -132,7 +132,7 @@ func (s *store) place(ctx context.Context) error {
 func (s *store) eachReplica(ctx context.Context, f func(asker) error) error {
 	var failures []error
 	for _, address := range s.replicas {
-		one := &store{options: s.options, replicas: []string{address}, of: s.of}
+		one := &store{options: s.options, replicas: []string{address}}
 		failures = append(failures, one.connected(ctx, f))
 	}
 	return errors.Join(failures...)

@@ -87,9 +87,6 @@ func mustAnswerAll(p *program, db, name string, want int64) {
 	for _, span := range []int64{hourSeconds / 2, daySeconds, 30 * daySeconds} {
 		var o struct {
 			Total int64 `json:"total_count"`
-			Names []struct {
-				Total int64 `json:"total_count"`
-			} `json:"event_names"`
 		}
 		status, _, answer := p.do("GET", fmt.Sprintf("/api/v1/overview?from=%d&to=%d&event_name=%s", now-span, now, name), "", "", nil)
 		stored := clickhouseQuery(t, fmt.Sprintf("SELECT count() FROM cluster('shards', %s, events) WHERE event_name = '%s' AND timestamp >= %d AND timestamp <= %d", db, name, now-span, now))

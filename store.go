@@ -136,12 +136,15 @@ func (s *store) prepare(ctx context.Context, partitions int) (shards []*store, e
 		ctx, cancel = context.WithTimeout(ctx, shardsTimeout)
 		defer cancel()
 	}
+	for _, sh := range shards {
+		sh.partitions = partitions
+	}
 	failed := make([]error, len(shards))
 	// A view of all shards can be made when all have the tables.
 	for _, step := range []func(*store, context.Context, asker) error{(*store).prepareTables, (*store).prepareViews} {
 		var steps sync.WaitGroup
 		for i, sh := range shards {
-			if sh.partitions = partitions; failed[i] == nil {
+			if failed[i] == nil {
 				steps.Go(func() { // ends with ctx
 					failed[i] = sh.connected(ctx, func(c asker) error { return step(sh, ctx, c) })
 				})
