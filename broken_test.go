@@ -46,7 +46,9 @@ func brokenSpace(t *testing.T, merged bool) (p *program, sent func(n int) int64)
 	}
 	for range 4 {
 		want := fmt.Sprint(sent(500))
-		p.await("stored", 20*time.Second, func() bool { return clickhouseQuery(t, "SELECT count() FROM "+db+".events") == want })
+		p.await("stored in both tables", 20*time.Second, func() bool { // which an insert fills one after the other
+			return clickhouseQuery(t, "SELECT (SELECT count() FROM "+db+".events), (SELECT sum(event_count) FROM "+db+".events_hourly)") == want+"\t"+want
+		})
 	}
 	if merged {
 		for _, table := range []string{"events", "events_hourly"} {
