@@ -60,9 +60,10 @@ type brokers struct {
 	dir     string
 	verbose bool
 
-	mu      sync.Mutex // guards cluster
-	cluster *kfake.Cluster
-	clients cuttable
+	mu       sync.Mutex // guards cluster
+	cluster  *kfake.Cluster
+	stopMore func() // what runs beside the cluster
+	clients  cuttable
 }
 
 func (b *brokers) addresses() string { return loopbackAddresses(b.ports) }
@@ -110,6 +111,10 @@ func (b *brokers) start(context.Context) error {
 		c.Close()
 		return errors.New("the Kafka brokers do not listen")
 	}
+	if b.stopMore, err = watchWaiting(c); err != nil {
+		c.Close()
+		return fmt.Errorf("watch the consumer groups: %w", err)
+	}
 	b.cluster = c
 	debug.FreeOSMemory() // what the logs were read into
 	return nil
@@ -120,6 +125,7 @@ func (b *brokers) stop() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.cluster != nil {
+		b.stopMore()
 		b.cluster.Close()
 		b.cluster = nil
 	}
