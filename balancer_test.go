@@ -56,8 +56,7 @@ func TestBalancer(t *testing.T) {
 	if err != nil {
 		t.Skip("haproxy is not installed")
 	}
-	env := newSpace(t, "MAX_IN_FLIGHT_BYTES_PER_CLIENT=0", "SHUTDOWN_DELAY=500ms",
-		"KAFKA_SESSION_TIMEOUT=6s") // a member that was missed in the middle of joining can be left waiting by the embedded brokers
+	env := newSpace(t, "MAX_IN_FLIGHT_BYTES_PER_CLIENT=0", "SHUTDOWN_DELAY=500ms")
 	instances := []*program{startProgram(t, env), startProgram(t, env), startProgram(t, env)}
 	b := startBalancer(t, haproxy, instances, "inter 1s", "inter 100ms")
 
