@@ -269,6 +269,7 @@ func TestTLS(t *testing.T) {
 // TestSecureDependencies: SCRAM and TLS towards Kafka, TLS towards ClickHouse, counted to the last event; and a wrong
 // password is said in words.
 func TestSecureDependencies(t *testing.T) {
+	t.Parallel()
 	certFile, _, pair := newCertificate(t, t.TempDir(), "dependencies")
 	config := &tls.Config{Certificates: []tls.Certificate{pair}}
 	password := "scram-secret-4711"

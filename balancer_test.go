@@ -61,9 +61,9 @@ func TestBalancer(t *testing.T) {
 	b := startBalancer(t, haproxy, instances, "inter 1s", "inter 100ms")
 
 	// A roll-out: each instance is stopped and comes back; the client, which tries everything once, sees no failure.
-	l, done := loadInto(t, b.url, 2000, time.Hour, "-retries", "0")
+	l, done := loadInto(t, b.url, 1000, time.Hour, "-retries", "0")
 	for i, p := range instances {
-		target := l.OK.Load() + 2000
+		target := l.OK.Load() + 1000
 		p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 		p.terminate()
 		instances[i] = startProgram(t, p.env)
@@ -76,11 +76,11 @@ func TestBalancer(t *testing.T) {
 	mustHold(b, l)
 
 	// An instance dies: the balancer sends most of what that had in hand to another, the client the rest once more.
-	l, done = loadInto(t, b.url, 2000, time.Hour)
-	target := l.OK.Load() + 2000
+	l, done = loadInto(t, b.url, 1000, time.Hour)
+	target := l.OK.Load() + 1000
 	b.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 	instances[0] = instances[0].killAndRestart()
-	target = l.OK.Load() + 2000
+	target = l.OK.Load() + 1000
 	b.await("under load again", 20*time.Second, func() bool { return l.OK.Load() > target })
 	l.Stop()
 	done()

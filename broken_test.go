@@ -89,6 +89,7 @@ func askPart(t *testing.T, p *program, name string) (status int, answer string) 
 // TestBrokenMerged: the files of a merged part are empty while the program runs. Whoever meets it first, a lookup, a query
 // or a look at an hour, it is put aside, what was merged into it is back, and nothing is lost.
 func TestBrokenMerged(t *testing.T) {
+	t.Parallel()
 	for _, table := range []string{"events", "events_hourly"} {
 		t.Run(table, func(t *testing.T) {
 			t.Parallel()
@@ -125,12 +126,12 @@ func TestBrokenMerged(t *testing.T) {
 // merged into it. In events_hourly it is counted again; in events the rows are gone, and the log says how to bring them
 // back.
 func TestBrokenGone(t *testing.T) {
+	alone(t)
 	for _, c := range []struct {
 		table  string
 		killed bool
 	}{{"events", true}, {"events", false}, {"events_hourly", true}} {
 		t.Run(fmt.Sprint(c.table, " killed ", c.killed), func(t *testing.T) {
-			alone(t)
 			p, send := brokenSpace(t, false)
 			db := space(p.env, "CLICKHOUSE_DATABASE")
 			name := breakPart(t, db, c.table)
@@ -171,16 +172,17 @@ func TestBrokenGone(t *testing.T) {
 // TestBrokenUnderLoad: a merged part breaks while two instances store and queries run. No insert is counted in one table only
 // while the other one is detached.
 func TestBrokenUnderLoad(t *testing.T) {
+	t.Parallel()
 	for _, table := range []string{"events", "events_hourly"} {
 		t.Run(table, func(t *testing.T) {
 			t.Parallel()
 			env := newSpace(t)
 			db := space(env, "CLICKHOUSE_DATABASE")
 			first, second := startProgram(t, env), startProgram(t, env)
-			l, done := loadInto(t, first.url, 3000, time.Hour)
+			l, done := loadInto(t, first.url, 1500, time.Hour)
 			first.await("stored", 30*time.Second, func() bool {
 				n, _ := strconv.Atoi(clickhouseQuery(t, "SELECT sum(event_count) FROM "+db+".events_hourly"))
-				return n > 3000
+				return n > 1500
 			})
 			clickhouseQuery(t, "OPTIMIZE TABLE "+db+"."+table+" FINAL")
 			name := breakPart(t, db, table)
@@ -188,7 +190,7 @@ func TestBrokenUnderLoad(t *testing.T) {
 			first.await("mended", time.Minute, func() bool {
 				return strings.Contains(first.log.String()+second.log.String(), "is put aside")
 			})
-			target := l.OK.Load() + 3000
+			target := l.OK.Load() + 1500
 			first.await("under load again", 20*time.Second, func() bool { return l.OK.Load() > target })
 			l.Stop()
 			done()

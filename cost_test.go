@@ -14,6 +14,8 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"os/exec"
 	"runtime"
 	"slices"
 	"strings"
@@ -222,9 +224,32 @@ func costShapes(try func(name string, shape func(size int) []byte, single bool, 
 	do("events without end", func(n int) []byte { return []byte(`{"events":[` + strings.Repeat(`{},`, n/3)) }, false, jsonCT)
 }
 
+// asApart is set in the process of a test that calls apart.
+const asApart = "EVENT_INGESTION_TEST_APART"
+
+// apart runs the test again in a process of its own, whose allocations are only its own, beside the others. It says whether
+// this is that process.
+func apart(t *testing.T) bool {
+	t.Helper()
+	if os.Getenv(asApart) != "" {
+		return true
+	}
+	t.Parallel()
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.v", "-test.run", "^"+t.Name()+"$")
+	cmd.Env = append(os.Environ(), asApart+"=1")
+	out, err := cmd.CombinedOutput()
+	if t.Logf("%s", out); err != nil || !bytes.Contains(out, []byte("--- PASS: "+t.Name())) {
+		t.Error("in a process of its own:", err)
+	}
+	return false
+}
+
 // TestCostBounds: nothing that a client may send takes more memory than its bytes are worth. The shapes that take the most
 // at an eighth of a MiB are tried again as large as a body may be, compressed, too.
 func TestCostBounds(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	type tried struct {
 		name    string
 		perByte int
@@ -273,6 +298,9 @@ func TestCostBounds(t *testing.T) {
 
 // TestCostIsLinear: twice the body takes twice the time.
 func TestCostIsLinear(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	costShapes(func(name string, shape func(int) []byte, single bool, media string) {
 		size := 64 << 10
 		if single {
@@ -326,7 +354,7 @@ func FuzzCost(f *testing.F) {
 			media = ndjson
 		}
 		body := func(size int) []byte { return []byte(head + strings.Repeat(piece, size/len(piece)) + tail) }
-		once, twice := body(256<<10), body(512<<10)
+		once, twice := body(64<<10), body(128<<10)
 		if c := costOf(false, media, "", twice); c.allocated > maxAllocBase+maxAllocPerByte*len(twice) || c.answer > maxAnswerBytes {
 			t.Fatalf("%d bytes allocate %d and are answered with %d", len(twice), c.allocated, c.answer)
 		}

@@ -77,9 +77,9 @@ func TestDiskFullKafka(t *testing.T) {
 	s, disk := smallDisk(t, "kafka", 200, 100)
 	env := faultSpace(t, "ACK_TIMEOUT=1s")
 	p := startProgram(t, env)
-	l, done := loadInto(t, p.url, 3000, time.Hour)
+	l, done := loadInto(t, p.url, 1500, time.Hour)
 	for range tortureFactor() {
-		target := l.OK.Load() + 3000
+		target := l.OK.Load() + 1500
 		p.await("under load", time.Minute, func() bool { return l.OK.Load() > target })
 		before := l.Retried.Load()
 		for n := 0; l.Retried.Load() == before; n++ {
@@ -89,7 +89,7 @@ func TestDiskFullKafka(t *testing.T) {
 			fill(t, disk, 3*time.Second)
 		}
 	}
-	target := l.OK.Load() + 3000
+	target := l.OK.Load() + 1500
 	p.await("under load again", time.Minute, func() bool { return l.OK.Load() > target })
 	l.Stop()
 	done()
@@ -110,13 +110,13 @@ func TestDiskFullClickHouse(t *testing.T) {
 	env := newSpace(t)
 	db := space(env, "CLICKHOUSE_DATABASE")
 	p := startProgram(t, env)
-	l, done := loadInto(t, p.url, 5000, time.Hour)
+	l, done := loadInto(t, p.url, 2000, time.Hour)
 	fills, broken, noticed := 1, 0, 0
 	if tortureFactor() > 1 {
 		fills = 5 * tortureFactor()
 	}
 	for range fills {
-		target := l.OK.Load() + 2000
+		target := l.OK.Load() + 1000
 		p.await("under load", time.Minute, func() bool { return l.OK.Load() > target })
 		fill(t, disk, time.Duration(500+rand.IntN(2500))*time.Millisecond)
 		if list := emptyParts(t, db); len(list) > 0 || strings.Count(p.log.String(), "has a broken part") > noticed {
@@ -155,6 +155,7 @@ func emptyParts(t *testing.T, db string) (list []string) {
 
 // TestRefusedForSeconds: ClickHouse refuses each insert for some seconds, and then takes them again.
 func TestRefusedForSeconds(t *testing.T) {
+	t.Parallel()
 	for code, fault := range map[string]struct{ begin, end string }{
 		"TOO_MANY_PARTS": {"ALTER TABLE %s.events MODIFY SETTING parts_to_delay_insert = 1, parts_to_throw_insert = 1",
 			"ALTER TABLE %s.events MODIFY SETTING parts_to_delay_insert = 100000, parts_to_throw_insert = 100000"},
@@ -164,9 +165,9 @@ func TestRefusedForSeconds(t *testing.T) {
 			t.Parallel()
 			env := faultSpace(t)
 			p := startProgram(t, env)
-			l, done := loadInto(t, p.url, 3000, time.Hour)
+			l, done := loadInto(t, p.url, 1500, time.Hour)
 			for range tortureFactor() {
-				target := l.OK.Load() + 2000
+				target := l.OK.Load() + 1000
 				p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 				clickhouseQuery(t, fmt.Sprintf(fault.begin, space(env, "CLICKHOUSE_DATABASE")))
 				p.await("refused", 10*time.Second, func() bool { return strings.Contains(p.log.String(), code) })

@@ -44,7 +44,7 @@ func TestClickHouseAwayUnderLoad(t *testing.T) {
 	env := faultSpace(t)
 	p := startProgram(t, env)
 	away := 10 * time.Second
-	l, done := loadInto(t, p.url, 3000, away+3*time.Second)
+	l, done := loadInto(t, p.url, 1000, away+3*time.Second)
 	p.await("under load", 10*time.Second, func() bool { return l.OK.Load() > 1000 })
 	control(t, "/clickhouse/stop")
 	before := l.OK.Load()
@@ -69,9 +69,9 @@ func TestClickHouseKilledUnderLoad(t *testing.T) {
 	alone(t)
 	env := faultSpace(t)
 	p := startProgram(t, env)
-	l, done := loadInto(t, p.url, 5000, time.Hour)
+	l, done := loadInto(t, p.url, 2000, time.Hour)
 	for range 4 {
-		target := l.OK.Load() + 3000
+		target := l.OK.Load() + 1500
 		p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 		control(t, "/clickhouse/kill")
 	}
@@ -128,7 +128,7 @@ func TestPowerCut(t *testing.T) {
 func killUnderLoad(t *testing.T, times int, also func()) {
 	env := faultSpace(t)
 	p := startProgram(t, env)
-	l, done := loadInto(t, p.url, 4000, time.Hour)
+	l, done := loadInto(t, p.url, 1500, time.Hour)
 	for range times {
 		target := l.OK.Load() + 1 + rand.Int64N(1500)
 		p.await("under load", 20*time.Second, func() bool { return l.OK.Load() >= target })
@@ -196,10 +196,10 @@ func TestInstancesComeAndGo(t *testing.T) {
 
 func comeAndGo(t *testing.T, env []string) {
 	first := startProgram(t, env)
-	l, done := loadInto(t, first.url, 5000, time.Hour)
+	l, done := loadInto(t, first.url, 2000, time.Hour)
 	for range 2 {
 		second := startProgram(t, env)
-		target := l.OK.Load() + 4000
+		target := l.OK.Load() + 2000
 		second.await("shared", 30*time.Second, func() bool { return l.OK.Load() > target })
 		second.terminate()
 	}
@@ -214,10 +214,10 @@ func TestTornBesideOthers(t *testing.T) {
 	t.Parallel()
 	env := faultSpace(t)
 	first, second := startProgram(t, env), startProgram(t, env)
-	l, done := loadInto(t, first.url, 2000, time.Hour)
+	l, done := loadInto(t, first.url, 1500, time.Hour)
 	hourly := space(env, "CLICKHOUSE_DATABASE") + ".events_hourly"
 	for range 2 {
-		target := l.OK.Load() + 3000
+		target := l.OK.Load() + 1500
 		first.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 		clickhouseQuery(t, "INSERT INTO "+hourly+" SELECT * FROM "+hourly+" WHERE event_name = '"+l.Config.Event+"' ORDER BY hour DESC LIMIT 3")
 		mended := func() int {
@@ -298,9 +298,9 @@ func TestPausedInstance(t *testing.T) {
 	env := faultSpace(t)
 	first := startProgram(t, env)
 	second := startProgram(t, env)
-	l, done := loadInto(t, first.url, 5000, time.Hour)
+	l, done := loadInto(t, first.url, 1500, time.Hour)
 	for range moreInTorture(4, 5) {
-		target := l.OK.Load() + 2000
+		target := l.OK.Load() + 1000
 		first.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 		second.cmd.Process.Signal(syscall.SIGSTOP)
 		time.Sleep(2500 * time.Millisecond) // beyond KAFKA_SESSION_TIMEOUT: the fault itself
@@ -317,15 +317,15 @@ func TestKafkaAwayUnderLoad(t *testing.T) {
 	alone(t)
 	env := faultSpace(t, "ACK_TIMEOUT=1s")
 	p := startProgram(t, env)
-	l, done := loadInto(t, p.url, 3000, time.Hour)
+	l, done := loadInto(t, p.url, 1500, time.Hour)
 	for range 3 {
-		target := l.OK.Load() + 2000
+		target := l.OK.Load() + 1000
 		p.await("under load", 40*time.Second, func() bool { return l.OK.Load() > target })
 		control(t, "/kafka/stop")
 		time.Sleep(1500 * time.Millisecond) // beyond ACK_TIMEOUT: the fault itself
 		control(t, "/kafka/start")
 	}
-	target := l.OK.Load() + 2000
+	target := l.OK.Load() + 1000
 	p.await("under load again", 40*time.Second, func() bool { return l.OK.Load() > target })
 	l.Stop()
 	done()
@@ -339,7 +339,7 @@ func TestAnswersCut(t *testing.T) {
 	cut := newProxy(t, clickhouseAddress(t), nil)
 	env := faultSpace(t, "CLICKHOUSE_PORT="+cut.port())
 	p := startProgram(t, env)
-	l, done := loadInto(t, p.url, 4000, time.Hour)
+	l, done := loadInto(t, p.url, 2000, time.Hour)
 	for range moreInTorture(20, 30) {
 		target := l.OK.Load() + 300
 		p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
@@ -359,7 +359,7 @@ func TestKafkaAnswersCut(t *testing.T) {
 	}
 	env := faultSpace(t)
 	p := startProgram(t, env)
-	l, done := loadInto(t, p.url, 4000, time.Hour)
+	l, done := loadInto(t, p.url, 2000, time.Hour)
 	for range moreInTorture(20, 30) {
 		target := l.OK.Load() + 300
 		p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })

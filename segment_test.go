@@ -141,7 +141,7 @@ func TestSegmentHostile(t *testing.T) {
 	t.Parallel()
 	p := startProgram(t, newSpace(t))
 	values := []string{`null`, `true`, `0`, `-1`, `1e400`, `""`, `"x"`, `[]`, `{}`, `[{}]`, `{"a":{"b":[1]}}`, `{"name":{"name":1}}`, `"\u0000"`, `"\ud800"`, "\"\xff\"",
-		`"` + strings.Repeat("x", 500<<10) + `"`, strings.Repeat("[", 400) + strings.Repeat("]", 400), strings.Repeat("[", 1e6), strings.Repeat("7", 1e6), `"2026-11-23T13:52:50Z"`, `1795441970`, `01`, `nul`}
+		`"` + strings.Repeat("x", 70<<10) + `"`, strings.Repeat("[", 400) + strings.Repeat("]", 400), strings.Repeat("[", 1e5), strings.Repeat("7", 1e5), `"2026-11-23T13:52:50Z"`, `1795441970`, `01`, `nul`}
 	fields := []string{"type", "event", "userId", "anonymousId", "timestamp", "originalTimestamp", "channel", "context", "properties", "messageId", "name", "category", "writeKey", "batch", "sentAt", "integrations", "x"}
 	tried, seen := 0, map[int]int{}
 	try := func(path, body string) {
@@ -163,6 +163,9 @@ func TestSegmentHostile(t *testing.T) {
 	try("/v1/batch", `{"batch":[`+strings.Repeat(`{},`, 999)+`{}]}`)
 	try("/v1/batch", `{"batch":[{"type":"track"`+strings.Repeat(`,"userId":0`, 100_000)+`}]}`)
 	try("/v1/batch", "\x00")
+	for _, value := range []string{`"` + strings.Repeat("x", 5<<20) + `"`, strings.Repeat("[", 5<<20), strings.Repeat("7", 5<<20)} {
+		try("/v1/batch", `{"batch":[{"type":"page","userId":"u","properties":`+value+`}]}`)
+	}
 	t.Logf("%d bodies, by status %v", tried, seen)
 	if status, _, answer := p.ask("POST", "/v1/t", []byte(`{"event":"e","userId":"u"}`)); status != http.StatusOK || answer != `{"success":true,"errors":[]}` {
 		t.Errorf("afterwards: %d %s", status, answer)

@@ -415,7 +415,7 @@ func drained(p *program) {
 	p.t.Helper()
 	second := time.Now().Unix()
 	p.await("drained", 2*time.Minute, func() bool {
-		time.Sleep(sampleInterval / 2) // a query is 20 ms of CPU that those who store could use
+		time.Sleep(sampleInterval) // it moves no faster, and a query is 20 ms of CPU that those who store could use
 		return completeThrough(p) >= second
 	})
 }

@@ -80,7 +80,11 @@ func TestCompleteThroughIsHonest(t *testing.T) {
 	defer stop()
 	until := func(what string, fault func(), over func() bool) {
 		fault()
-		p.await(what, time.Minute, func() bool { told.mustBeHonest(p, db); return over() })
+		p.await(what, time.Minute, func() bool {
+			time.Sleep(sampleInterval / 2)
+			told.mustBeHonest(p, db)
+			return over()
+		})
 	}
 	catchesUp := func() func() bool {
 		second := time.Now().Unix() + 1

@@ -112,13 +112,13 @@ func (g *Generator) where(n int64) string { return fmt.Sprintf("event %d", n) }
 
 func (g *Generator) expected() []expectation {
 	e := expectation{event: g.cfg.Event, from: g.base - 1, to: time.Now().Unix() + 1, hours: map[string]int64{}, channels: map[string]int64{}}
-	users := make([]bool, g.cfg.users)
+	users, hours := make([]bool, g.cfg.users), map[int64]int64{}
 	for w, word := range g.seen {
 		for ; word != 0; word &= word - 1 {
 			n := int64(w*64 + bits.TrailingZeros64(word))
 			e.count++
 			users[n%int64(g.cfg.users)] = true
-			e.hours[hourKey(g.second(n))]++
+			hours[g.second(n)/3600]++
 			e.channels[g.channel(n)]++
 		}
 	}
@@ -126,6 +126,9 @@ func (g *Generator) expected() []expectation {
 		if u {
 			e.users++
 		}
+	}
+	for hour, count := range hours {
+		e.hours[hourKey(hour*3600)] = count
 	}
 	return []expectation{e}
 }
