@@ -61,10 +61,10 @@ func TestLittleMemory(t *testing.T) {
 		events, hours int
 		settings      []string
 	}{
-		{moreInTorture(25_000, 50_000), 24, []string{"DEDUPE_MEMORY=300000"}},
-		{10_000, 24, []string{"DEDUPE_MEMORY=0", "WORKER_COUNT=1", "KAFKA_PARTITIONS=3"}},
-		{moreInTorture(8_000, 20_000), 29 * 24, []string{"DEDUPE_MEMORY=100000", "WORKER_COUNT=7", "KAFKA_PARTITIONS=13"}},
-		{10_000, 29 * 24, []string{"CONSUME_MEMORY=4000000"}},
+		{moreInTorture(10_000, 20_000), 24, []string{"DEDUPE_MEMORY=120000"}},
+		{5_000, 24, []string{"DEDUPE_MEMORY=0", "WORKER_COUNT=1", "KAFKA_PARTITIONS=3"}},
+		{moreInTorture(5_000, 20_000), 29 * 24, []string{"DEDUPE_MEMORY=60000", "WORKER_COUNT=7", "KAFKA_PARTITIONS=13"}},
+		{5_000, 29 * 24, []string{"CONSUME_MEMORY=2000000"}},
 	} {
 		t.Run(strings.Join(c.settings, ","), func(t *testing.T) {
 			env := faultSpace(t, c.settings...)
@@ -168,7 +168,7 @@ func TestTopicGrows(t *testing.T) {
 func TestLargeEvents(t *testing.T) {
 	alone(t)
 	binary := filepath.Join(t.TempDir(), "event-ingestion")
-	build := exec.Command("go", "build", "-o", binary, ".")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", binary, ".") // as make build does: most of it is there
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
