@@ -247,6 +247,7 @@ var loads atomic.Int32
 // loadInto sends made-up events to url and returns the loader for its counts. It runs in the background until done.
 func loadInto(tb testing.TB, url string, rate float64, d time.Duration, more ...string) (l *load.Loader, done func()) {
 	tb.Helper()
+	rate *= float64(min(tortureFactor(), 3)) // where there is time, more is in flight when something dies
 	args := []string{"-url", url, "-rate", fmt.Sprint(rate), "-duration", d.String(), "-bulk", "50", "-connections", "16", "-users", "500", "-retries", "100"}
 	t, isTest := tb.(*testing.T)
 	if isTest { // a benchmark measures without
