@@ -146,22 +146,6 @@ func (s *store) name(what string) string {
 	return fmt.Sprintf("%s (shard %d of %d)", what, s.number, s.of)
 }
 
-// fromAll is the table for a query that reads all shards.
-func (s *store) fromAll(table string) string {
-	if s.cluster == "" {
-		return s.database + "." + table
-	}
-	return "cluster('" + s.cluster + "', " + s.database + ", " + table + ")"
-}
-
-// aroundShards is what stands before and behind a subquery that each shard answers for itself, in one look at its tables.
-func (s *store) aroundShards() (before, behind string) {
-	if s.cluster == "" {
-		return "", ""
-	}
-	return "cluster('" + s.cluster + "', view", ")"
-}
-
 // syncReplica waits until the replica that c asks has what others have acknowledged.
 func (s *store) syncReplica(ctx context.Context, c asker) error {
 	if !s.replicated {
@@ -196,14 +180,6 @@ func (s *store) most(ctx context.Context, a asker, q ch.Query) (n uint64, err er
 // everyShard are the settings of a query that reads all shards. A shard that the server itself is would be read in the query's
 // own process, and not from one snapshot; and a number without a shard is wrong, whatever the user's profile says.
 var everyShard = []ch.Setting{{Key: "prefer_localhost_replica", Value: "0"}, {Key: "skip_unavailable_shards", Value: "0"}}
-
-// oneSnapshot is the first of everyShard at the end of a view.
-func (s *store) oneSnapshot() string {
-	if s.cluster == "" {
-		return ""
-	}
-	return "\nSETTINGS prefer_localhost_replica = 0"
-}
 
 // noteBroken lets the shard know that an error of a query over all of them speaks of.
 func noteBroken(shards []*store, err error) {
