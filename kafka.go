@@ -103,6 +103,14 @@ func isHopeless(err error) bool {
 	return errors.Is(err, errPlacement) || errors.Is(err, errNoCluster) || slices.ContainsFunc(hopeless, func(h error) bool { return errors.Is(err, h) })
 }
 
+// whole is what kadm was told, and the first error, if only of one partition, topic or group.
+func whole[T interface{ Error() error }](answer T, err error) (T, error) {
+	if err == nil {
+		err = answer.Error()
+	}
+	return answer, err
+}
+
 // ensureTopics creates the topics that are missing and reports one whose partitions differ from the settings. It
 // returns the number of partitions that the main topic has.
 func ensureTopics(ctx context.Context, kafka *kgo.Client, cfg *settings) (partitions int, err error) {
@@ -122,10 +130,7 @@ func ensureTopics(ctx context.Context, kafka *kgo.Client, cfg *settings) (partit
 		case refused == nil:
 			slog.Info("topic created", "topic", t.name, "partitions", t.partitions)
 		case errors.Is(refused, kerr.TopicAlreadyExists), errors.Is(refused, kerr.TopicAuthorizationFailed), errors.Is(refused, kerr.ClusterAuthorizationFailed):
-			details, err := admin.ListTopics(ctx, t.name)
-			if err == nil {
-				err = details.Error()
-			}
+			details, err := whole(admin.ListTopics(ctx, t.name))
 			if errors.Is(err, kerr.UnknownTopicOrPartition) { // a user that may not create topics need not when they exist
 				err = refused
 			}

@@ -66,8 +66,8 @@ func readLedger(ctx context.Context, cfg *settings, r timeRange, erased map[stri
 	var p eventParser
 	note := func(where place) func(*kgo.Record) {
 		return func(rec *kgo.Record) {
-			ev, problems, err := p.parse(rec.Value)
-			if err != nil || len(problems) > 0 || !ev.storable() {
+			ev, err := p.decode(rec.Value)
+			if err != nil {
 				if where == onTopic {
 					l.junk++
 				}
@@ -191,17 +191,11 @@ func readWhole(ctx context.Context, cfg *settings, topic string, f func(*kgo.Rec
 	}
 	defer kafka.Close()
 	admin := kadm.NewClient(kafka)
-	ends, err := admin.ListEndOffsets(ctx, topic)
-	if err == nil {
-		err = ends.Error()
-	}
+	ends, err := whole(admin.ListEndOffsets(ctx, topic))
 	if err != nil {
 		return fmt.Errorf("ends of topic %s: %w", topic, err)
 	}
-	starts, err := admin.ListStartOffsets(ctx, topic)
-	if err == nil {
-		err = starts.Error()
-	}
+	starts, err := whole(admin.ListStartOffsets(ctx, topic))
 	if err != nil {
 		return fmt.Errorf("starts of topic %s: %w", topic, err)
 	}

@@ -257,10 +257,7 @@ func (w *watermark) settle(ctx context.Context, topic string, committed, ends []
 
 // offsetsOf returns what was listed of one topic, by partition.
 func offsetsOf(listed kadm.ListedOffsets, err error) ([]int64, error) {
-	if err == nil {
-		err = listed.Error()
-	}
-	if err != nil {
+	if listed, err = whole(listed, err); err != nil {
 		return nil, err
 	}
 	var offsets []int64
