@@ -1,6 +1,6 @@
 // Kafka: how clients reach the brokers, what every producer has in common, and the topics.
 //
-// kafka.go owns the options that all clients share, and knows which of Kafka's errors no retry cures.
+// kafka.go owns the options that all clients share and the headers of records, and knows which of Kafka's errors no retry cures.
 
 package main
 
@@ -150,3 +150,36 @@ func ensureTopics(ctx context.Context, kafka *kgo.Client, cfg *settings) (partit
 	}
 	return partitions, nil
 }
+
+// recordBytes is about what a record takes in a batch.
+func recordBytes(rec *kgo.Record) int {
+	n := 64 + len(rec.Key) + len(rec.Value)
+	for _, h := range rec.Headers {
+		n += len(h.Key) + len(h.Value) + 8
+	}
+	return n
+}
+
+// header is the value of a record's header, empty without it.
+func header(rec *kgo.Record, key string) string {
+	for i := range rec.Headers {
+		if rec.Headers[i].Key == key {
+			return string(rec.Headers[i].Value)
+		}
+	}
+	return ""
+}
+
+// setHeaders sets or adds headers: key and value, in turns.
+func setHeaders(headers []kgo.RecordHeader, pairs ...string) []kgo.RecordHeader {
+	for pair := range slices.Chunk(pairs, 2) {
+		i := slices.IndexFunc(headers, func(h kgo.RecordHeader) bool { return h.Key == pair[0] })
+		if i < 0 {
+			i, headers = len(headers), append(headers, kgo.RecordHeader{Key: pair[0]})
+		}
+		headers[i].Value = []byte(pair[1])
+	}
+	return headers
+}
+
+func rfc3339Now() string { return time.Now().UTC().Format(time.RFC3339) }

@@ -336,9 +336,8 @@ func dlqReplayTool(fs *flag.FlagSet) toolRun {
 			}
 			id, _ := ev.id(nil)
 			again := &kgo.Record{Topic: cfg.kafkaTopic, Key: hex.AppendEncode(nil, id[:]), Value: rec.Value, Headers: rec.Headers}
-			again.Headers = setHeader(again.Headers, "retry_count", "0") // it gets all its attempts again
-			again.Headers = setHeader(again.Headers, "replay_count", strconv.Itoa(replays+1))
-			again.Headers = setHeader(again.Headers, "replayed_at", rfc3339Now())
+			again.Headers = setHeaders(again.Headers, "retry_count", "0", // it gets all its attempts again
+				"replay_count", strconv.Itoa(replays+1), "replayed_at", rfc3339Now())
 			letters = append(letters, again)
 			return true
 		})
