@@ -47,6 +47,7 @@ type readiness struct {
 	consumes  bool // ROLE is not api
 
 	mu        sync.Mutex // guards what follows; its holder asks while the others wait for the answer
+	conn      *ch.Client // its own, so that slow queries cannot occupy it; nil when the last attempt failed
 	answered  time.Time
 	kafkaErr  error
 	tablesErr error
@@ -102,15 +103,29 @@ func (rd *readiness) dependencies() (kafkaErr, tablesErr error) {
 	return rd.kafkaErr, rd.tablesErr
 }
 
-// tables says whether ClickHouse answers and has the tables. The connection is its own, so that slow queries cannot occupy it,
-// and a new one, which the server cannot have closed.
-func (rd *readiness) tables(ctx context.Context) error {
-	err := rd.store.connected(ctx, func(c asker) error {
-		_, err := number(ctx, c, ch.Query{Body: "SELECT count() FROM " + rd.store.database + ".events_hourly WHERE event_name = ''"})
-		return err
-	})
-	if err != nil && err == ctx.Err() {
-		return fmt.Errorf("ClickHouse at %s has not answered in %s", rd.store.options.Address, readyTimeout)
+// tables says whether ClickHouse answers and has the tables. The server may have closed an idle connection, so a first
+// failure without an answer is retried on a new one.
+func (rd *readiness) tables(ctx context.Context) (err error) {
+	for attempt := 0; attempt < 2; attempt++ {
+		if rd.conn == nil || rd.conn.IsClosed() {
+			if rd.conn, err = rd.store.dial(ctx); err != nil {
+				return err
+			}
+		}
+		conn := rd.conn
+		stop := context.AfterFunc(ctx, func() { conn.Close() }) // ch-go checks ctx only between two packets
+		_, err = number(ctx, conn, ch.Query{Body: "SELECT count() FROM " + rd.store.database + ".events_hourly WHERE event_name = ''"})
+		if stop() && err == nil {
+			return nil
+		}
+		conn.Close()
+		rd.conn = nil
+		if ctx.Err() != nil {
+			return fmt.Errorf("ClickHouse at %s has not answered in %s", rd.store.options.Address, readyTimeout)
+		}
+		if _, answered := ch.AsException(err); answered {
+			return err
+		}
 	}
 	return err
 }

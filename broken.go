@@ -163,11 +163,8 @@ func (ins *inserter) reattach(ctx context.Context, parts []partName) error {
 		ins.repairs.reattached, ins.repairs.detached = time.Now(), true
 		// SYNC waits for the inserts and queries that still use the table.
 		err := ins.Do(ctx, ch.Query{Body: "DETACH TABLE IF EXISTS " + ins.store.database + "." + table + " SYNC"})
-		if err := ins.attach(ctx); err != nil {
+		if err := errors.Join(err, ins.attach(ctx)); err != nil {
 			return err
-		}
-		if err != nil {
-			return fmt.Errorf("detach %s: %w", table, err)
 		}
 	}
 	ins.store.broken.mended(len(parts))
@@ -184,10 +181,9 @@ func (ins *inserter) tablesOf(ctx context.Context, parts []partName) (tables []s
 	var table, name proto.ColStr
 	var from, to proto.ColUInt32
 	err = ins.Do(ctx, eachRow(ch.Query{
-		Body: "SELECT table, name, toUnixTimestamp(min_time), toUnixTimestamp(max_time) FROM system.parts" +
-			" WHERE active AND database = {database:String} AND (table, name) IN (" + strings.Join(list, ",") + ")" +
-			" AND NOT startsWith(engine, 'Replicated') AND NOT startsWith(engine, 'Shared')",
-		Parameters: []proto.Parameter{parameter("database", ins.store.database)},
+		Body: ins.store.sql("SELECT table, name, toUnixTimestamp(min_time), toUnixTimestamp(max_time) FROM system.parts" +
+			" WHERE active AND database = '{database}' AND (table, name) IN (" + strings.Join(list, ",") + ")" +
+			" AND NOT startsWith(engine, 'Replicated') AND NOT startsWith(engine, 'Shared')"),
 	}, func(i int) {
 		ins.repairs.ranges[partName{table.Row(i), name.Row(i)}] = timeRange{int64(from[i]), int64(to[i])}
 		if !slices.Contains(tables, table.Row(i)) {
@@ -233,21 +229,19 @@ func (s *store) attachLeft(ctx context.Context) {
 // putAside are the parts that ClickHouse has put aside as broken, and whether what was merged into one is back: the first and
 // the last part that were share its outer block numbers. They may have been merged again, and then still exist for some minutes.
 const putAside = `
-WITH present AS (SELECT * FROM system.parts WHERE database = {database:String} AND rows > 0)
+WITH present AS (SELECT * FROM system.parts WHERE database = '{database}' AND rows > 0)
 SELECT table, name, ifNull(reason, ''), ifNull(partition_id, '') AS partition,
     toUInt8((table, partition, assumeNotNull(min_block_number)) IN (SELECT table, partition_id, min_block_number FROM present)
         AND (table, partition, assumeNotNull(max_block_number)) IN (SELECT table, partition_id, max_block_number FROM present))
 FROM system.detached_parts
-WHERE database = {database:String} AND table IN ('events', 'events_hourly') AND startsWith(reason, 'broken')
+WHERE database = '{database}' AND table IN ('events', 'events_hourly') AND startsWith(reason, 'broken')
 ORDER BY table, name`
 
 // lookAside looks at the parts that ClickHouse put aside as broken at its start or when a table was attached.
 func (ins *inserter) lookAside(ctx context.Context) error {
 	var table, dir, reason, partition proto.ColStr
 	var back proto.ColUInt8
-	err := ins.Do(ctx, eachRow(ch.Query{
-		Body: putAside, Parameters: []proto.Parameter{parameter("database", ins.store.database)},
-	}, func(i int) {
+	err := ins.Do(ctx, eachRow(ch.Query{Body: ins.store.sql(putAside)}, func(i int) {
 		p := partName{table.Row(i), strings.TrimPrefix(dir.Row(i), reason.Row(i)+"_")}
 		if _, seen := ins.repairs.aside[p]; !seen {
 			ins.repairs.aside[p] = struct{}{}
@@ -295,9 +289,8 @@ func (s *store) checkParts(ctx context.Context, since time.Time) {
 		var table, name proto.ColStr
 		var parts []partName
 		err := c.Do(ctx, eachRow(ch.Query{
-			Body: fmt.Sprintf("SELECT table, name FROM system.parts WHERE active AND database = {database:String} AND table IN ('events', 'events_hourly')"+
-				" AND modification_time >= now() - %d", int(time.Since(since).Seconds())+minuteSeconds),
-			Parameters: []proto.Parameter{parameter("database", s.database)},
+			Body: s.sql(fmt.Sprintf("SELECT table, name FROM system.parts WHERE active AND database = '{database}'"+
+				" AND table IN ('events', 'events_hourly') AND modification_time >= now() - %d", int(time.Since(since).Seconds())+minuteSeconds)),
 		}, func(i int) { parts = append(parts, partName{table.Row(i), name.Row(i)}) }, &table, &name))
 		if err != nil {
 			return err

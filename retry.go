@@ -290,33 +290,23 @@ func failureHeaders(rec *kgo.Record, retries int, errorType, message string) []k
 		"error_message", message[:min(len(message), maxErrorMessage)], "last_retry_at", rfc3339Now())
 }
 
-// retryWorker is a member of the group that reads events.retry. Each partition has a waiter, so that no record waits for
-// another delay's records, and a rebalance waits for none. While a waiter has records, its partition is not fetched: a million
-// waiting records stay on Kafka, and memory has at most one fetch of each partition.
+// retryWorker is a member of the group that reads events.retry. It holds at most one fetch of each partition, and does not fetch
+// a partition that it holds records of: no record waits for another delay's records, a million waiting records stay on Kafka,
+// and a rebalance waits for none.
 type retryWorker struct {
 	kafka    *kgo.Client
 	side     *sideProducer
 	topic    string
 	troubles *troubles
-	failed   func(error)       // gets every error of a poll
-	waiters  map[int32]*waiter // by partition; the group's callbacks change it, and never while run has records in hand
-}
-
-// waiter holds the records of one partition until they are due, for as long as the partition is this worker's.
-type waiter struct {
-	partition int32
-	records   chan []*kgo.Record // one fetch; the next one comes when all of it is put back
-	ctx       context.Context
-	stop      context.CancelFunc
-	done      chan struct{} // closed at the end
+	failed   func(error)             // gets every error of a poll
+	blocked  chan struct{}           // a rebalance waits for AllowRebalance
+	held     map[int32][]*kgo.Record // by partition, none empty; callbacks change it, but not between a poll and AllowRebalance
 }
 
 const (
 	// A fetch of a partition is at most retryFetch bytes, or one batch of sideProducer, compressed. Snappy expands at most 21
 	// times: in the worst case 10 partitions hold 30 MB, and the client as much again.
 	retryFetch = 128 << 10
-	// requeueRecords bounds what is put back before the next commit, and with it how long a rebalance waits.
-	requeueRecords = 500
 	// retryTick is how exactly a delay is kept.
 	retryTick = 100 * time.Millisecond
 	// retryCommit bounds the commit when partitions leave. What is not committed is put back twice, which the dedupe catches.
@@ -324,7 +314,8 @@ const (
 )
 
 func newRetryWorker(cfg *settings, side *sideProducer, failed func(error)) (*retryWorker, error) {
-	w := &retryWorker{side: side, topic: cfg.kafkaTopic + ".retry", troubles: side.stats.troubles, failed: failed, waiters: map[int32]*waiter{}}
+	w := &retryWorker{side: side, topic: cfg.kafkaTopic + ".retry", troubles: side.stats.troubles, failed: failed,
+		blocked: make(chan struct{}, 1), held: map[int32][]*kgo.Record{}}
 	var err error
 	w.kafka, err = newKafka(cfg, "event-ingestion-retry",
 		kgo.ConsumerGroup(cfg.kafkaGroup+".retry"),
@@ -337,9 +328,13 @@ func newRetryWorker(cfg *settings, side *sideProducer, failed func(error)) (*ret
 		kgo.AutoCommitInterval(commitInterval),
 		kgo.FetchMaxBytes(1<<20),
 		kgo.FetchMaxPartitionBytes(retryFetch),
-		kgo.OnPartitionsAssigned(w.onAssigned),
+		kgo.OnPartitionsCallbackBlocked(func(context.Context, *kgo.Client) { notify(w.blocked) }),
+		kgo.OnPartitionsAssigned(func(_ context.Context, c *kgo.Client, topics map[string][]int32) {
+			w.troubles.clear(readRetries)
+			c.ResumeFetchPartitions(topics) // they may have been paused when they left
+		}),
 		kgo.OnPartitionsRevoked(func(ctx context.Context, c *kgo.Client, topics map[string][]int32) {
-			if w.release(topics) {
+			if w.release(topics); len(topics[w.topic]) > 0 {
 				ctx, cancel := context.WithTimeout(ctx, retryCommit)
 				defer cancel()
 				c.CommitMarkedOffsets(ctx)
@@ -350,93 +345,75 @@ func newRetryWorker(cfg *settings, side *sideProducer, failed func(error)) (*ret
 	return w, err
 }
 
+// release forgets what is held of partitions that leave: the next owner gets it.
+func (w *retryWorker) release(topics map[string][]int32) {
+	for _, p := range topics[w.topic] {
+		delete(w.held, p)
+	}
+}
+
 // run works until ctx is done, and leaves the group within the context that finish returns.
 func (w *retryWorker) run(ctx context.Context, finish func() (context.Context, context.CancelFunc)) {
 	for ctx.Err() == nil {
-		fetches := w.kafka.PollFetches(ctx)
+		waiting, cancel := context.WithTimeout(ctx, retryTick)
+		fetches := w.kafka.PollFetches(waiting)
+		cancel()
 		fetches.EachError(func(_ string, _ int32, err error) {
-			if ctx.Err() == nil {
+			if !errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
 				w.failed(err)
 			}
 		})
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
-			if len(p.Records) == 0 {
-				return
-			}
-			w.troubles.clear(readRetries)
-			w.kafka.PauseFetchPartitions(map[string][]int32{w.topic: {p.Partition}})
-			select {
-			case w.waiters[p.Partition].records <- p.Records: // at once: the fetch before it is put back
-			case <-ctx.Done():
+			if len(p.Records) > 0 {
+				w.troubles.clear(readRetries)
+				w.kafka.PauseFetchPartitions(map[string][]int32{w.topic: {p.Partition}})
+				w.held[p.Partition] = append(w.held[p.Partition], p.Records...)
 			}
 		})
+		w.putBack(ctx)
 		w.kafka.AllowRebalance()
 	}
 	end, cancel := finish()
 	defer cancel()
-	leave(end, w.kafka) // calls release
+	leave(end, w.kafka)
 }
 
 // readRetries is what fails when a poll does.
 const readRetries = "read the retry topic"
 
-// onAssigned may be called before newRetryWorker has its client: the group is joined at once.
-func (w *retryWorker) onAssigned(_ context.Context, kafka *kgo.Client, topics map[string][]int32) {
-	w.troubles.clear(readRetries)
-	for _, p := range topics[w.topic] {
-		a := &waiter{partition: p, records: make(chan []*kgo.Record, 1), done: make(chan struct{})}
-		a.ctx, a.stop = context.WithCancel(context.Background())
-		w.waiters[p] = a
-		go w.wait(a) // ends with a.stop
-	}
-	kafka.ResumeFetchPartitions(topics) // they may have been paused when they left
-}
-
-// release ends the waiters of partitions that leave, and returns once none of them puts back or marks any more. The next owner
-// gets what they hold. It reports whether there were any.
-func (w *retryWorker) release(topics map[string][]int32) bool {
-	for _, p := range topics[w.topic] {
-		if a := w.waiters[p]; a != nil {
-			a.stop()
+// putBack puts back what is due. When a rebalance wants to begin before all of it is acknowledged, it stays held, and is put back
+// twice, which the dedupe catches.
+func (w *retryWorker) putBack(ctx context.Context) {
+	var due []*kgo.Record
+	left := map[int32][]*kgo.Record{}
+	for p, held := range w.held {
+		n := 0
+		for n < len(held) && untilDue(held[n]) <= 0 {
+			n++
 		}
+		due, left[p] = append(due, held[:n]...), held[n:]
 	}
-	for _, p := range topics[w.topic] {
-		if a := w.waiters[p]; a != nil {
-			<-a.done
-			delete(w.waiters, p)
-		}
+	if len(due) == 0 {
+		return
 	}
-	return len(topics[w.topic]) > 0
-}
-
-// wait puts the records of a partition back as they become due.
-func (w *retryWorker) wait(a *waiter) {
-	defer close(a.done)
-	for {
-		var held []*kgo.Record
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() { // ends with ctx
 		select {
-		case held = <-a.records:
-		case <-a.ctx.Done():
-			return
+		case <-w.blocked:
+			cancel()
+		case <-ctx.Done():
 		}
-		for len(held) > 0 {
-			due := 0
-			for due < min(len(held), requeueRecords) && untilDue(held[due]) <= 0 {
-				due++
-			}
-			if due > 0 {
-				if w.side.requeue(a.ctx, held[:due]) != nil {
-					return
-				}
-				w.kafka.MarkCommitRecords(held[due-1])
-				held = held[due:]
-				continue
-			}
-			if sleep(a.ctx, max(retryTick, untilDue(held[0]))) != nil {
-				return
-			}
+	}()
+	if w.side.requeue(ctx, due) != nil {
+		return
+	}
+	w.kafka.MarkCommitRecords(due...)
+	for p, rest := range left {
+		if w.held[p] = rest; len(rest) == 0 {
+			delete(w.held, p)
+			w.kafka.ResumeFetchPartitions(map[string][]int32{w.topic: {p}})
 		}
-		w.kafka.ResumeFetchPartitions(map[string][]int32{w.topic: {a.partition}})
 	}
 }
 

@@ -362,11 +362,11 @@ func (s *store) sql(text string) string {
 	return strings.NewReplacer(fill...).Replace(text)
 }
 
-// otherStates are the codes of a query that says another precision than the table has.
-var otherStates = []proto.Error{proto.ErrIllegalTypeOfArgument, proto.ErrNoCommonType, proto.ErrCannotConvertType, proto.ErrTypeMismatch}
-
-// saysOtherStates is whether a query failed because events_hourly was made anew since readStates.
-func saysOtherStates(err error) bool { return ch.IsErr(err, otherStates...) }
+// saysOtherStates is whether a query failed because events_hourly was made anew since readStates: the query says another
+// precision than the table has.
+func saysOtherStates(err error) bool {
+	return ch.IsErr(err, proto.ErrIllegalTypeOfArgument, proto.ErrNoCommonType, proto.ErrCannotConvertType, proto.ErrTypeMismatch)
+}
 
 // inserting are the settings of every insert: it is done when it is acknowledged, and a majority of the shard's replicas has it.
 //
