@@ -101,14 +101,7 @@ func (w *watermark) stalled() (d time.Duration, waiting int64) {
 // run samples until ctx is done.
 func (w *watermark) run(ctx context.Context, failing *troubles) {
 	const what = "ask Kafka how far everything is stored"
-	tick := time.NewTicker(sampleInterval)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
+	for sleep(ctx, sampleInterval) == nil {
 		if err := w.look(ctx); err == nil {
 			failing.clear(what)
 		} else if ctx.Err() == nil {
