@@ -67,10 +67,14 @@ func newProducer(cfg *settings, more ...kgo.Opt) (*kgo.Client, error) {
 // leaveAtLeast is how long the group has to answer a goodbye, even when the rest took all the time.
 const leaveAtLeast = 500 * time.Millisecond
 
-// leave closes a client that consumes in a group. It waits for the group until ctx is done and leaveAtLeast is over: a broker
+// leave closes a client that consumes in a group. It waits for the group until ctx's deadline, and for leaveAtLeast: a broker
 // that does not answer would hold it up for a minute.
 func leave(ctx context.Context, kafka *kgo.Client) {
-	leaving, giveUp := context.WithCancel(context.Background())
+	by, _ := ctx.Deadline()
+	if soon := time.Now().Add(leaveAtLeast); by.Before(soon) {
+		by = soon
+	}
+	leaving, giveUp := context.WithDeadline(context.Background(), by)
 	defer giveUp()
 	left := make(chan struct{})
 	go func() { // ends when the group has answered, or some time after giveUp
@@ -79,17 +83,11 @@ func leave(ctx context.Context, kafka *kgo.Client) {
 		kafka.LeaveGroupContext(leaving)
 		kafka.Close()
 	}()
-	least := time.After(leaveAtLeast)
-	for range 2 {
-		select {
-		case <-left:
-			return
-		case <-ctx.Done():
-			ctx = context.Background()
-		case <-least:
-		}
+	select {
+	case <-left:
+	case <-leaving.Done():
+		slog.Warn("the consumer group was not left in time; it gives the partitions to others after KAFKA_SESSION_TIMEOUT")
 	}
-	slog.Warn("the consumer group was not left in time; it gives the partitions to others after KAFKA_SESSION_TIMEOUT")
 }
 
 // hopeless are Kafka's errors that no retry cures: these settings do not work with these brokers.

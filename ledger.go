@@ -1,7 +1,6 @@
 // The ledger: what was acknowledged against what is stored.
 //
-// ledger.go owns the subcommand audit, which reads the topics and the tables independently of the
-// program's own bookkeeping; reconcile compares the aggregate with the raw table and inserts the difference.
+// ledger.go owns the subcommand audit, which reads the topics and the tables independently of the program's own bookkeeping.
 
 package main
 

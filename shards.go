@@ -21,7 +21,7 @@ import (
 )
 
 // shards returns a store for each shard of the cluster, in the order of their numbers; the store itself without a cluster.
-func (s *store) shards(ctx context.Context) ([]*store, error) {
+func (s *store) shards(ctx context.Context) (all []*store, err error) {
 	if s.cluster == "" || s.number > 0 {
 		return []*store{s}, nil
 	}
@@ -50,7 +50,6 @@ func (s *store) shards(ctx context.Context) ([]*store, error) {
 		return nil, fmt.Errorf("CLICKHOUSE_CLUSTER=%s: %w at %s", s.cluster, errNoCluster, s.options.Address)
 	}
 	replicated := slices.ContainsFunc(replicas, func(list []string) bool { return len(list) > 1 })
-	var all []*store
 	for i, list := range replicas {
 		shard := &store{options: s.options, database: s.database, cluster: s.cluster, fsync: s.fsync, keepDays: s.keepDays,
 			number: i + 1, of: len(replicas), replicas: list, replicated: replicated}
