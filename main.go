@@ -225,12 +225,9 @@ func (s *system) run(ctx context.Context) error {
 	// Each stage has a context of its own: the next one goes on while the one before it ends.
 	consuming, stopConsuming := context.WithCancel(context.Background())
 	defer stopConsuming()
-	consumed := make(chan struct{})
-	go func() { // ends with stopConsuming
-		defer close(consumed)
-		s.consume(consuming)
-	}()
-	go s.pipeline.run(consuming) // ends with stopConsuming
+	var stages sync.WaitGroup // both end with stopConsuming
+	stages.Go(func() { s.consume(consuming) })
+	stages.Go(func() { s.pipeline.run(consuming) })
 	var err error
 	for running := true; running; {
 		select {
@@ -265,7 +262,7 @@ func (s *system) run(ctx context.Context) error {
 		}
 		hanging.Store("rows and offsets")
 		stopConsuming()
-		<-consumed
+		stages.Wait()
 		hanging.Store("the producer")
 		s.producer.Close()
 		hanging.Store("metrics queries")
