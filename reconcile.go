@@ -363,7 +363,7 @@ func (r *rebuild) takeOver(ctx context.Context) error {
 	return r.mend(ctx, max(rebuilt, hourly))
 }
 
-// exchangeViews gives the new table the view, drops the old table, and with that lets inserts go on.
+// exchangeViews gives the new table the view. Inserts go on when the other view, whose target is gone, is dropped.
 func (r *rebuild) exchangeViews(ctx context.Context) error {
 	fmt.Fprintln(r.out, "the views are made anew")
 	if err := r.change(ctx, "DROP VIEW IF EXISTS {database}.events_hourly_mv{on cluster} SYNC"); err != nil {
