@@ -36,8 +36,8 @@ const (
 	delayPartitions = 2
 	// maxErrorMessage bounds the header error_message, in bytes.
 	maxErrorMessage = 500
-	// maxSideBatch bounds what is sent at once, in bytes before compression. It is below every broker's default limit of a
-	// batch, 1,048,588. A larger record goes alone.
+	// maxSideBatch bounds a record that is sent with others, in bytes before compression. It is below franz-go's own limit of a
+	// batch, 1,000,012, and that one below every broker's default limit, 1,048,588. A larger record goes alone.
 	maxSideBatch = 900 << 10
 	// ackGrace is how long a pending acknowledgement may still take once the move has to end.
 	ackGrace = 500 * time.Millisecond
@@ -131,27 +131,11 @@ func (s *sideProducer) letter(rec *kgo.Record, retries int, errorType, message s
 	return &kgo.Record{Topic: s.topic + ".dlq", Key: rec.Key, Value: rec.Value, Headers: headers}
 }
 
-// produce sends records and returns when all are acknowledged, or ctx is done. It sends at most maxSideBatch bytes at once:
-// franz-go makes one batch of what waits for a partition, and the brokers would refuse a larger one as a whole.
-func (s *sideProducer) produce(ctx context.Context, recs []*kgo.Record) error {
-	for len(recs) > 0 {
-		n, bytes := 0, 0
-		for ; n < len(recs) && (n == 0 || bytes+recordBytes(recs[n]) <= maxSideBatch); n++ {
-			bytes += recordBytes(recs[n])
-		}
-		if err := s.produceBatch(ctx, recs[:n:n]); err != nil {
-			return err
-		}
-		recs = recs[n:]
-	}
-	return nil
-}
-
 // moveAside is what fails when Kafka does not acknowledge a move.
 const moveAside = "move records aside"
 
-// produceBatch is produce for what can be sent at once. It retries what was not acknowledged, after a pause.
-func (s *sideProducer) produceBatch(ctx context.Context, recs []*kgo.Record) error {
+// produce sends records and returns when all are acknowledged, or ctx is done. It retries what was not acknowledged, after a pause.
+func (s *sideProducer) produce(ctx context.Context, recs []*kgo.Record) error {
 	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
 		var done, failed, tooLarge []*kgo.Record
 		var why error
@@ -175,7 +159,7 @@ func (s *sideProducer) produceBatch(ctx context.Context, recs []*kgo.Record) err
 				}
 				rec = smaller
 			}
-			if err := s.produceBatch(ctx, []*kgo.Record{rec}); err != nil {
+			if err := s.produce(ctx, []*kgo.Record{rec}); err != nil {
 				return err
 			}
 		}
@@ -196,8 +180,8 @@ func (s *sideProducer) produceBatch(ctx context.Context, recs []*kgo.Record) err
 // produceOnce is one attempt. Once ctx is done, a record without an answer after ackGrace has failed: franz-go would wait for
 // a silent broker much longer.
 func (s *sideProducer) produceOnce(ctx context.Context, recs []*kgo.Record) (all kgo.ProduceResults) {
-	kafka := s.kafka
-	if recordBytes(recs[0]) > maxSideBatch {
+	kafka := s.kafka // which finds a record itself too large that is above its limit of a batch
+	if len(recs) == 1 && recordBytes(recs[0]) > maxSideBatch {
 		s.alone.Lock()
 		defer s.alone.Unlock()
 		kafka = s.large
