@@ -63,32 +63,28 @@ const (
 func readLedger(ctx context.Context, cfg *settings, r timeRange, erased map[string]bool) (*ledger, error) {
 	l := &ledger{ids: map[eventID]place{}}
 	var p eventParser
-	note := func(where place) func(*kgo.Record) {
-		return func(rec *kgo.Record) {
-			ev, err := p.decode(rec.Value)
-			if err != nil {
-				if where == onTopic {
-					l.junk++
-				}
-				return
-			}
-			if ev.timestamp < r.from || ev.timestamp >= r.to || erased[string(ev.userID)] {
-				return
-			}
-			id, _ := ev.id(nil)
+	note := func(rec *kgo.Record, where place) {
+		ev, err := p.decode(rec.Value)
+		if err != nil {
 			if where == onTopic {
-				l.records++
-			} else if _, known := l.ids[id]; !known {
-				return // older than what the topic still holds
+				l.junk++
 			}
-			l.ids[id] = max(l.ids[id], where)
+			return
 		}
+		if ev.timestamp < r.from || ev.timestamp >= r.to || erased[string(ev.userID)] {
+			return
+		}
+		id, _ := ev.id(nil)
+		if where == onTopic {
+			l.records++
+		} else if _, known := l.ids[id]; !known {
+			return // older than what the topic still holds
+		}
+		l.ids[id] = max(l.ids[id], where)
 	}
-	if err := readWhole(ctx, cfg, cfg.kafkaTopic, note(onTopic)); err != nil {
-		return nil, err
-	}
-	for topic, where := range map[string]place{cfg.kafkaTopic + ".retry": inRetry, cfg.kafkaTopic + ".dlq": inDeadLetters} {
-		if err := readWhole(ctx, cfg, topic, note(where)); err != nil {
+	for where, suffix := range []string{onTopic: "", inDeadLetters: ".dlq", inRetry: ".retry"} {
+		err := readWhole(ctx, cfg, cfg.kafkaTopic+suffix, func(rec *kgo.Record) { note(rec, place(where)) })
+		if err != nil {
 			return nil, err
 		}
 	}
