@@ -260,7 +260,7 @@ func TestBrokenUnread(t *testing.T) {
 	mustCount(t, []string{"CLICKHOUSE_DATABASE=" + st.database}, "unread", 300)
 
 	// The next one within ten minutes waits.
-	in.store.broken.add(partName{"events", clickhouseQuery(t, "SELECT name FROM system.parts WHERE active AND table = 'events' AND database = '"+st.database+"' LIMIT 1")}, "a test")
+	in.store.broken.add(partName{"events", clickhouseQuery(t, "SELECT name FROM system.parts WHERE active AND table = 'events' AND database = '"+st.database+"' LIMIT 1")}, "a test", true)
 	in.mend(t.Context())
 	if len(st.broken.waiting()) != 1 {
 		t.Errorf("waiting %v", st.broken.waiting())

@@ -1,6 +1,6 @@
 // Kafka: how clients reach the brokers, what every producer has in common, and the topics.
 //
-// kafka.go owns the options that all clients share, and knows which of Kafka's errors no retry cures.
+// kafka.go owns the options that all clients share and the headers of records, and knows which of Kafka's errors no retry cures.
 
 package main
 
@@ -67,10 +67,14 @@ func newProducer(cfg *settings, more ...kgo.Opt) (*kgo.Client, error) {
 // leaveAtLeast is how long the group has to answer a goodbye, even when the rest took all the time.
 const leaveAtLeast = 500 * time.Millisecond
 
-// leave closes a client that consumes in a group. It waits for the group until ctx is done and leaveAtLeast is over: a broker
+// leave closes a client that consumes in a group. It waits for the group until ctx's deadline, and for leaveAtLeast: a broker
 // that does not answer would hold it up for a minute.
 func leave(ctx context.Context, kafka *kgo.Client) {
-	leaving, giveUp := context.WithCancel(context.Background())
+	by, _ := ctx.Deadline()
+	if soon := time.Now().Add(leaveAtLeast); by.Before(soon) {
+		by = soon
+	}
+	leaving, giveUp := context.WithDeadline(context.Background(), by)
 	defer giveUp()
 	left := make(chan struct{})
 	go func() { // ends when the group has answered, or some time after giveUp
@@ -79,17 +83,11 @@ func leave(ctx context.Context, kafka *kgo.Client) {
 		kafka.LeaveGroupContext(leaving)
 		kafka.Close()
 	}()
-	least := time.After(leaveAtLeast)
-	for range 2 {
-		select {
-		case <-left:
-			return
-		case <-ctx.Done():
-			ctx = context.Background()
-		case <-least:
-		}
+	select {
+	case <-left:
+	case <-leaving.Done():
+		slog.Warn("the consumer group was not left in time; it gives the partitions to others after KAFKA_SESSION_TIMEOUT")
 	}
-	slog.Warn("the consumer group was not left in time; it gives the partitions to others after KAFKA_SESSION_TIMEOUT")
 }
 
 // hopeless are Kafka's errors that no retry cures: these settings do not work with these brokers.
@@ -101,6 +99,14 @@ var hopeless = []error{
 
 func isHopeless(err error) bool {
 	return errors.Is(err, errPlacement) || errors.Is(err, errNoCluster) || slices.ContainsFunc(hopeless, func(h error) bool { return errors.Is(err, h) })
+}
+
+// whole is what kadm was told, and the first error, if only of one partition, topic or group.
+func whole[T interface{ Error() error }](answer T, err error) (T, error) {
+	if err == nil {
+		err = answer.Error()
+	}
+	return answer, err
 }
 
 // ensureTopics creates the topics that are missing and reports one whose partitions differ from the settings. It
@@ -122,10 +128,7 @@ func ensureTopics(ctx context.Context, kafka *kgo.Client, cfg *settings) (partit
 		case refused == nil:
 			slog.Info("topic created", "topic", t.name, "partitions", t.partitions)
 		case errors.Is(refused, kerr.TopicAlreadyExists), errors.Is(refused, kerr.TopicAuthorizationFailed), errors.Is(refused, kerr.ClusterAuthorizationFailed):
-			details, err := admin.ListTopics(ctx, t.name)
-			if err == nil {
-				err = details.Error()
-			}
+			details, err := whole(admin.ListTopics(ctx, t.name))
 			if errors.Is(err, kerr.UnknownTopicOrPartition) { // a user that may not create topics need not when they exist
 				err = refused
 			}
@@ -145,3 +148,36 @@ func ensureTopics(ctx context.Context, kafka *kgo.Client, cfg *settings) (partit
 	}
 	return partitions, nil
 }
+
+// recordBytes is about what a record takes in a batch.
+func recordBytes(rec *kgo.Record) int {
+	n := 64 + len(rec.Key) + len(rec.Value)
+	for _, h := range rec.Headers {
+		n += len(h.Key) + len(h.Value) + 8
+	}
+	return n
+}
+
+// header is the value of a record's header, empty without it.
+func header(rec *kgo.Record, key string) string {
+	for i := range rec.Headers {
+		if rec.Headers[i].Key == key {
+			return string(rec.Headers[i].Value)
+		}
+	}
+	return ""
+}
+
+// setHeaders sets or adds headers: key and value, in turns.
+func setHeaders(headers []kgo.RecordHeader, pairs ...string) []kgo.RecordHeader {
+	for pair := range slices.Chunk(pairs, 2) {
+		i := slices.IndexFunc(headers, func(h kgo.RecordHeader) bool { return h.Key == pair[0] })
+		if i < 0 {
+			i, headers = len(headers), append(headers, kgo.RecordHeader{Key: pair[0]})
+		}
+		headers[i].Value = []byte(pair[1])
+	}
+	return headers
+}
+
+func rfc3339Now() string { return time.Now().UTC().Format(time.RFC3339) }

@@ -1,7 +1,6 @@
 // The ledger: what was acknowledged against what is stored.
 //
-// ledger.go owns the subcommand audit, which reads the topics and the tables independently of the
-// program's own bookkeeping; reconcile compares the aggregate with the raw table and inserts the difference.
+// ledger.go owns the subcommand audit, which reads the topics and the tables independently of the program's own bookkeeping.
 
 package main
 
@@ -64,32 +63,28 @@ const (
 func readLedger(ctx context.Context, cfg *settings, r timeRange, erased map[string]bool) (*ledger, error) {
 	l := &ledger{ids: map[eventID]place{}}
 	var p eventParser
-	note := func(where place) func(*kgo.Record) {
-		return func(rec *kgo.Record) {
-			ev, problems, err := p.parse(rec.Value)
-			if err != nil || len(problems) > 0 || !ev.storable() {
-				if where == onTopic {
-					l.junk++
-				}
-				return
-			}
-			if ev.timestamp < r.from || ev.timestamp >= r.to || erased[string(ev.userID)] {
-				return
-			}
-			id, _ := ev.id(nil)
+	note := func(rec *kgo.Record, where place) {
+		ev, err := p.decode(rec.Value)
+		if err != nil {
 			if where == onTopic {
-				l.records++
-			} else if _, known := l.ids[id]; !known {
-				return // older than what the topic still holds
+				l.junk++
 			}
-			l.ids[id] = max(l.ids[id], where)
+			return
 		}
+		if ev.timestamp < r.from || ev.timestamp >= r.to || erased[string(ev.userID)] {
+			return
+		}
+		id, _ := ev.id(nil)
+		if where == onTopic {
+			l.records++
+		} else if _, known := l.ids[id]; !known {
+			return // older than what the topic still holds
+		}
+		l.ids[id] = max(l.ids[id], where)
 	}
-	if err := readWhole(ctx, cfg, cfg.kafkaTopic, note(onTopic)); err != nil {
-		return nil, err
-	}
-	for topic, where := range map[string]place{cfg.kafkaTopic + ".retry": inRetry, cfg.kafkaTopic + ".dlq": inDeadLetters} {
-		if err := readWhole(ctx, cfg, topic, note(where)); err != nil {
+	for where, suffix := range []string{onTopic: "", inDeadLetters: ".dlq", inRetry: ".retry"} {
+		err := readWhole(ctx, cfg, cfg.kafkaTopic+suffix, func(rec *kgo.Record) { note(rec, place(where)) })
+		if err != nil {
 			return nil, err
 		}
 	}
@@ -191,17 +186,11 @@ func readWhole(ctx context.Context, cfg *settings, topic string, f func(*kgo.Rec
 	}
 	defer kafka.Close()
 	admin := kadm.NewClient(kafka)
-	ends, err := admin.ListEndOffsets(ctx, topic)
-	if err == nil {
-		err = ends.Error()
-	}
+	ends, err := whole(admin.ListEndOffsets(ctx, topic))
 	if err != nil {
 		return fmt.Errorf("ends of topic %s: %w", topic, err)
 	}
-	starts, err := admin.ListStartOffsets(ctx, topic)
-	if err == nil {
-		err = starts.Error()
-	}
+	starts, err := whole(admin.ListStartOffsets(ctx, topic))
 	if err != nil {
 		return fmt.Errorf("starts of topic %s: %w", topic, err)
 	}

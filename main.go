@@ -225,12 +225,9 @@ func (s *system) run(ctx context.Context) error {
 	// Each stage has a context of its own: the next one goes on while the one before it ends.
 	consuming, stopConsuming := context.WithCancel(context.Background())
 	defer stopConsuming()
-	consumed := make(chan struct{})
-	go func() { // ends with stopConsuming
-		defer close(consumed)
-		s.consume(consuming)
-	}()
-	go s.pipeline.run(consuming) // ends with stopConsuming
+	var stages sync.WaitGroup // both end with stopConsuming
+	stages.Go(func() { s.consume(consuming) })
+	stages.Go(func() { s.pipeline.run(consuming) })
 	var err error
 	for running := true; running; {
 		select {
@@ -249,6 +246,15 @@ func (s *system) run(ctx context.Context) error {
 		slog.Info("not ready any more, still serving", "for", s.cfg.shutdownDelay)
 		time.Sleep(s.cfg.shutdownDelay)
 	}
+	s.stop(func() { stopConsuming(); stages.Wait() })
+	if errors.Is(err, http.ErrServerClosed) {
+		err = nil
+	}
+	return err
+}
+
+// stop ends what run has begun, in the order in which events flow; endConsuming returns when rows and offsets are safe.
+func (s *system) stop(endConsuming func()) {
 	slog.Info("stopping: first requests, then rows, then offsets")
 	by := time.Now().Add(s.cfg.shutdownTimeout)
 	s.stopBy.Store(&by)
@@ -264,8 +270,7 @@ func (s *system) run(ctx context.Context) error {
 			slog.Warn("requests were cut off, their clients have no answer and will send again", "error", e)
 		}
 		hanging.Store("rows and offsets")
-		stopConsuming()
-		<-consumed
+		endConsuming()
 		hanging.Store("the producer")
 		s.producer.Close()
 		hanging.Store("metrics queries")
@@ -278,10 +283,6 @@ func (s *system) run(ctx context.Context) error {
 	case <-time.After(time.Until(by)): // whatever hangs: nothing is lost, what was not committed is read again
 		slog.Warn("stopped at SHUTDOWN_TIMEOUT without waiting for more", "hanging", hanging.Load())
 	}
-	if errors.Is(err, http.ErrServerClosed) {
-		err = nil
-	}
-	return err
 }
 
 // finish is what a stage has to put its things in order: most of what is left of a stop, or, when the consumer starts over,

@@ -1,44 +1,296 @@
-// Waiting on events.retry: a rejected row is tried again when its delay is over.
+// Off the main way: records that wait on events.retry, and those that end on events.dlq.
 //
-// retry.go reads the retry topic and puts each record back on events when it is due, under its own key, so that it meets
-// its own worker and the dedupe. The delays and headers are those of sidetopics.go.
+// A row that ClickHouse rejects goes to the retry topic, and after MAX_RETRY_ATTEMPTS to the dead letters. A record that is no
+// event goes to the dead letters at once. Retry workers put what waits back on events when it is due, under its own key, so
+// that it meets its own worker and the dedupe. retry.go owns the headers of both topics and the choice of the retry partition:
+// two partitions per delay, so that nothing waits behind a longer one. Every move is acknowledged before the offset that the
+// record came from may be committed: a record is in at least one place, and the dedupe counts two copies once.
 
 package main
 
 import (
 	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"strconv"
+	"sync"
 	"time"
 
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
-// retryWorker is a member of the group that reads events.retry. Each partition has a waiter, so that no record waits for
-// another delay's records, and a rebalance waits for none. While a waiter has records, its partition is not fetched: a million
-// waiting records stay on Kafka, and memory has at most one fetch of each partition.
+// The values of the header error_type.
+const (
+	errorUnmarshal    = "unmarshal_error"
+	errorInsertFailed = "insert_failed"
+	errorExhausted    = "max_retries_exhausted"
+)
+
+const (
+	// firstDelay is the wait before the first retry; each further one is twice as long, up to maxDelay.
+	firstDelay = 2 * time.Second
+	maxDelay   = 60 * time.Second
+	// delayPartitions is how many partitions of events.retry each delay has.
+	delayPartitions = 2
+	// maxErrorMessage bounds the header error_message, in bytes.
+	maxErrorMessage = 500
+	// maxSideBatch bounds a record that is sent with others, in bytes before compression. It is below franz-go's own limit of a
+	// batch, 1,000,012, and that one below every broker's default limit, 1,048,588. A larger record goes alone.
+	maxSideBatch = 900 << 10
+	// ackGrace is how long a pending acknowledgement may still take once the move has to end.
+	ackGrace = 500 * time.Millisecond
+	// maxTruncated bounds a value that the brokers refused: it is below every broker's default limit.
+	maxTruncated = 512 << 10
+)
+
+// sideProducer moves records between topics. It has its own clients: another producer may have put a record of any size onto
+// the topic, and brokers refuse a whole batch that is above their default limit of 1 MB.
+type sideProducer struct {
+	kafka       *kgo.Client // for records of up to maxSideBatch
+	large       *kgo.Client // for larger ones, one at a time
+	alone       sync.Mutex  // guards large: two records at once could become one batch
+	topic       string
+	maxAttempts int
+	stats       *sideStats
+}
+
+func newSideProducer(cfg *settings, stats *sideStats) (*sideProducer, error) {
+	partitioner := kgo.RecordPartitioner(kgo.BasicConsistentPartitioner(func(topic string) func(*kgo.Record, int) int {
+		byKey := kgo.StickyKeyPartitioner(nil).ForTopic(topic)
+		return func(r *kgo.Record, n int) int {
+			if topic == cfg.kafkaTopic+".retry" {
+				return int(r.Partition) % n
+			}
+			return byKey.Partition(r, n)
+		}
+	}))
+	s := &sideProducer{topic: cfg.kafkaTopic, maxAttempts: cfg.maxRetryAttempts, stats: stats}
+	var err error
+	snappy := kgo.ProducerBatchCompression(kgo.SnappyCompression()) // whatever the setting: see retryFetch
+	if s.kafka, err = newProducer(cfg, kgo.ProducerLinger(0), snappy, partitioner); err != nil {
+		return nil, err
+	}
+	s.large, err = newProducer(cfg, kgo.ProducerBatchMaxBytes(90<<20), kgo.ProducerLinger(0), snappy, partitioner)
+	return s, err
+}
+
+func (s *sideProducer) close() {
+	s.kafka.Close()
+	s.large.Close()
+}
+
+// refresh makes the clients look at the topics anew: they may have more partitions.
+func (s *sideProducer) refresh() {
+	s.kafka.ForceMetadataRefresh()
+	s.large.ForceMetadataRefresh()
+}
+
+// deadLetter gives rec up. It tries until all in-sync replicas have acknowledged the letter. The error is ctx's; nothing is
+// lost then, because the record's offset is not committed.
+func (s *sideProducer) deadLetter(ctx context.Context, rec *kgo.Record, errorType, message string) error {
+	return s.produce(ctx, []*kgo.Record{s.letter(rec, retryCount(rec), errorType, message)})
+}
+
+// retry puts off records that ClickHouse rejected, and gives up those that had their last attempt. Each record has its own
+// count. They are sent together, so that a round with a thousand bad rows waits for a few acknowledgements. The error is
+// deadLetter's, for all of them.
+func (s *sideProducer) retry(ctx context.Context, recs []*kgo.Record, message string) error {
+	moved := make([]*kgo.Record, len(recs))
+	for i, rec := range recs {
+		attempt := retryCount(rec) + 1
+		if attempt > s.maxAttempts {
+			moved[i] = s.letter(rec, attempt-1, errorExhausted, message)
+			continue
+		}
+		moved[i] = &kgo.Record{Topic: s.topic + ".retry", Key: rec.Key, Value: rec.Value, Headers: failureHeaders(rec, attempt, errorInsertFailed, message)}
+		moved[i].Partition = int32(min(attempt-1, retryPartitions/delayPartitions-1)*delayPartitions + int(rec.Offset)%delayPartitions)
+	}
+	return s.produce(ctx, moved)
+}
+
+// rekey puts a record back on the main topic under another key. The error is deadLetter's.
+func (s *sideProducer) rekey(ctx context.Context, rec *kgo.Record, key []byte) error {
+	return s.requeue(ctx, []*kgo.Record{{Key: key, Value: rec.Value, Headers: rec.Headers}})
+}
+
+// requeue puts records on the main topic, under their keys. The error is deadLetter's.
+func (s *sideProducer) requeue(ctx context.Context, recs []*kgo.Record) error {
+	back := make([]*kgo.Record, len(recs))
+	for i, rec := range recs {
+		back[i] = &kgo.Record{Topic: s.topic, Key: rec.Key, Value: rec.Value, Headers: rec.Headers}
+	}
+	return s.produce(ctx, back)
+}
+
+// letter is rec as a dead letter.
+func (s *sideProducer) letter(rec *kgo.Record, retries int, errorType, message string) *kgo.Record {
+	headers := failureHeaders(rec, retries, errorType, message)
+	headers = setHeaders(headers, "final_retry_count", strconv.Itoa(retries), "sent_to_dlq_at", rfc3339Now())
+	return &kgo.Record{Topic: s.topic + ".dlq", Key: rec.Key, Value: rec.Value, Headers: headers}
+}
+
+// moveAside is what fails when Kafka does not acknowledge a move.
+const moveAside = "move records aside"
+
+// produce sends records and returns when all are acknowledged, or ctx is done. It retries what was not acknowledged, after a pause.
+func (s *sideProducer) produce(ctx context.Context, recs []*kgo.Record) error {
+	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
+		var done, failed, tooLarge []*kgo.Record
+		var why error
+		for _, result := range s.produceOnce(ctx, recs) {
+			switch {
+			case result.Err == nil:
+				done = append(done, result.Record)
+			case errors.Is(result.Err, kerr.MessageTooLarge):
+				tooLarge = append(tooLarge, result.Record)
+			default:
+				failed, why = append(failed, result.Record), result.Err
+			}
+		}
+		s.count(done)
+		for _, rec := range tooLarge {
+			if len(recs) == 1 { // else it may have been the batch
+				smaller := s.shrink(rec)
+				if smaller == nil {
+					failed, why = append(failed, rec), kerr.MessageTooLarge
+					break
+				}
+				rec = smaller
+			}
+			if err := s.produce(ctx, []*kgo.Record{rec}); err != nil {
+				return err
+			}
+		}
+		if len(failed) == 0 {
+			s.stats.troubles.clear(moveAside)
+			return nil
+		}
+		recs = failed
+		if ctx.Err() == nil {
+			s.stats.troubles.note(moveAside, why)
+		}
+		if err := sleep(ctx, pause); err != nil {
+			return err
+		}
+	}
+}
+
+// produceOnce is one attempt. Once ctx is done, a record without an answer after ackGrace has failed: franz-go would wait for
+// a silent broker much longer.
+func (s *sideProducer) produceOnce(ctx context.Context, recs []*kgo.Record) (all kgo.ProduceResults) {
+	kafka := s.kafka // which finds a record itself too large that is above its limit of a batch
+	if len(recs) == 1 && recordBytes(recs[0]) > maxSideBatch {
+		s.alone.Lock()
+		defer s.alone.Unlock()
+		kafka = s.large
+	}
+	sending, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel() // takes back what was not sent yet
+	results := make(chan kgo.ProduceResult, len(recs))
+	for _, rec := range recs {
+		sent := &kgo.Record{Topic: rec.Topic, Partition: rec.Partition, Key: rec.Key, Value: rec.Value, Headers: rec.Headers}
+		kafka.Produce(sending, sent, func(_ *kgo.Record, err error) { results <- kgo.ProduceResult{Record: rec, Err: err} })
+	}
+	ended := ctx.Done()
+	var giveUp <-chan time.Time
+	for len(all) < len(recs) {
+		select {
+		case result := <-results:
+			all = append(all, result)
+		case <-ended:
+			ended, giveUp = nil, time.After(ackGrace)
+		case <-giveUp:
+			return append(all, kgo.ProduceResult{Record: recs[0], Err: ctx.Err()})
+		}
+	}
+	return all
+}
+
+// shrink makes a record smaller that the brokers refuse: it becomes a dead letter, and a dead letter loses the second half of
+// its value, each time. It returns nil when nothing is left to cut.
+func (s *sideProducer) shrink(rec *kgo.Record) *kgo.Record {
+	if rec.Topic != s.topic+".dlq" {
+		return s.letter(rec, retryCount(rec), errorInsertFailed, "the brokers do not take the record: "+kerr.MessageTooLarge.Message)
+	}
+	if len(rec.Value) == 0 {
+		return nil
+	}
+	if header(rec, "value_truncated_from") == "" {
+		rec.Headers = setHeaders(rec.Headers, "value_truncated_from", strconv.Itoa(len(rec.Value)))
+	}
+	for i := range rec.Headers { // another producer's can be of any size
+		rec.Headers[i].Value = rec.Headers[i].Value[:min(len(rec.Headers[i].Value), maxErrorMessage)]
+	}
+	rec.Key = rec.Key[:min(len(rec.Key), maxErrorMessage)]
+	rec.Value = rec.Value[:min(maxTruncated, len(rec.Value)/2)]
+	return rec
+}
+
+// count counts the records that were moved. The dead letters among them get one line in the log, about the first of them.
+func (s *sideProducer) count(recs []*kgo.Record) {
+	var first *kgo.Record
+	dead := 0
+	for _, rec := range recs {
+		switch rec.Topic {
+		case s.topic + ".retry":
+			s.stats.retried.Inc()
+		case s.topic + ".dlq":
+			s.stats.dead(header(rec, "error_type")).Inc()
+			if dead++; first == nil {
+				first = rec
+			}
+		}
+	}
+	if first != nil {
+		slog.Warn("sent to the dead letters", "records", dead, "topic", header(first, "original_topic"), "partition", header(first, "original_partition"),
+			"offset", header(first, "original_offset"), "type", header(first, "error_type"), "error", header(first, "error_message"))
+	}
+}
+
+// delayOf is how long the attempt-th retry waits.
+func delayOf(attempt int) time.Duration {
+	return min(firstDelay<<min(max(attempt-1, 0), 10), maxDelay)
+}
+
+// retryCount is how often a record has been put off; 0 without the header.
+func retryCount(rec *kgo.Record) int {
+	n, err := strconv.Atoi(header(rec, "retry_count"))
+	if err != nil || n < 0 {
+		return 0
+	}
+	return n
+}
+
+// failureHeaders returns rec's headers with what went wrong. Where it came from and when it first failed stay as first set.
+func failureHeaders(rec *kgo.Record, retries int, errorType, message string) []kgo.RecordHeader {
+	headers := slices.Clone(rec.Headers)
+	if header(rec, "original_topic") == "" {
+		headers = setHeaders(headers, "original_topic", rec.Topic, "original_partition", strconv.Itoa(int(rec.Partition)),
+			"original_offset", strconv.FormatInt(rec.Offset, 10), "failed_at", rfc3339Now())
+	}
+	return setHeaders(headers, "retry_count", strconv.Itoa(retries), "error_type", errorType,
+		"error_message", message[:min(len(message), maxErrorMessage)], "last_retry_at", rfc3339Now())
+}
+
+// retryWorker is a member of the group that reads events.retry. It holds at most one fetch of each partition, and does not fetch
+// a partition that it holds records of: no record waits for another delay's records, a million waiting records stay on Kafka,
+// and a rebalance waits for none.
 type retryWorker struct {
 	kafka    *kgo.Client
 	side     *sideProducer
 	topic    string
 	troubles *troubles
-	failed   func(error)       // gets every error of a poll
-	waiters  map[int32]*waiter // by partition; the group's callbacks change it, and never while run has records in hand
-}
-
-// waiter holds the records of one partition until they are due, for as long as the partition is this worker's.
-type waiter struct {
-	partition int32
-	records   chan []*kgo.Record // one fetch; the next one comes when all of it is put back
-	ctx       context.Context
-	stop      context.CancelFunc
-	done      chan struct{} // closed at the end
+	failed   func(error)             // gets every error of a poll
+	blocked  chan struct{}           // a rebalance waits for AllowRebalance
+	held     map[int32][]*kgo.Record // by partition, none empty; callbacks change it, but not between a poll and AllowRebalance
 }
 
 const (
 	// A fetch of a partition is at most retryFetch bytes, or one batch of sideProducer, compressed. Snappy expands at most 21
 	// times: in the worst case 10 partitions hold 30 MB, and the client as much again.
 	retryFetch = 128 << 10
-	// requeueRecords bounds what is put back before the next commit, and with it how long a rebalance waits.
-	requeueRecords = 500
 	// retryTick is how exactly a delay is kept.
 	retryTick = 100 * time.Millisecond
 	// retryCommit bounds the commit when partitions leave. What is not committed is put back twice, which the dedupe catches.
@@ -46,7 +298,8 @@ const (
 )
 
 func newRetryWorker(cfg *settings, side *sideProducer, failed func(error)) (*retryWorker, error) {
-	w := &retryWorker{side: side, topic: cfg.kafkaTopic + ".retry", troubles: side.stats.troubles, failed: failed, waiters: map[int32]*waiter{}}
+	w := &retryWorker{side: side, topic: cfg.kafkaTopic + ".retry", troubles: side.stats.troubles, failed: failed,
+		blocked: make(chan struct{}, 1), held: map[int32][]*kgo.Record{}}
 	var err error
 	w.kafka, err = newKafka(cfg, "event-ingestion-retry",
 		kgo.ConsumerGroup(cfg.kafkaGroup+".retry"),
@@ -59,9 +312,13 @@ func newRetryWorker(cfg *settings, side *sideProducer, failed func(error)) (*ret
 		kgo.AutoCommitInterval(commitInterval),
 		kgo.FetchMaxBytes(1<<20),
 		kgo.FetchMaxPartitionBytes(retryFetch),
-		kgo.OnPartitionsAssigned(w.onAssigned),
+		kgo.OnPartitionsCallbackBlocked(func(context.Context, *kgo.Client) { notify(w.blocked) }),
+		kgo.OnPartitionsAssigned(func(_ context.Context, c *kgo.Client, topics map[string][]int32) {
+			w.troubles.clear(readRetries)
+			c.ResumeFetchPartitions(topics) // they may have been paused when they left
+		}),
 		kgo.OnPartitionsRevoked(func(ctx context.Context, c *kgo.Client, topics map[string][]int32) {
-			if w.release(topics) {
+			if w.release(topics); len(topics[w.topic]) > 0 {
 				ctx, cancel := context.WithTimeout(ctx, retryCommit)
 				defer cancel()
 				c.CommitMarkedOffsets(ctx)
@@ -72,93 +329,75 @@ func newRetryWorker(cfg *settings, side *sideProducer, failed func(error)) (*ret
 	return w, err
 }
 
+// release forgets what is held of partitions that leave: the next owner gets it.
+func (w *retryWorker) release(topics map[string][]int32) {
+	for _, p := range topics[w.topic] {
+		delete(w.held, p)
+	}
+}
+
 // run works until ctx is done, and leaves the group within the context that finish returns.
 func (w *retryWorker) run(ctx context.Context, finish func() (context.Context, context.CancelFunc)) {
 	for ctx.Err() == nil {
-		fetches := w.kafka.PollFetches(ctx)
+		waiting, cancel := context.WithTimeout(ctx, retryTick)
+		fetches := w.kafka.PollFetches(waiting)
+		cancel()
 		fetches.EachError(func(_ string, _ int32, err error) {
-			if ctx.Err() == nil {
+			if !errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
 				w.failed(err)
 			}
 		})
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
-			if len(p.Records) == 0 {
-				return
-			}
-			w.troubles.clear(readRetries)
-			w.kafka.PauseFetchPartitions(map[string][]int32{w.topic: {p.Partition}})
-			select {
-			case w.waiters[p.Partition].records <- p.Records: // at once: the fetch before it is put back
-			case <-ctx.Done():
+			if len(p.Records) > 0 {
+				w.troubles.clear(readRetries)
+				w.kafka.PauseFetchPartitions(map[string][]int32{w.topic: {p.Partition}})
+				w.held[p.Partition] = append(w.held[p.Partition], p.Records...)
 			}
 		})
+		w.putBack(ctx)
 		w.kafka.AllowRebalance()
 	}
 	end, cancel := finish()
 	defer cancel()
-	leave(end, w.kafka) // calls release
+	leave(end, w.kafka)
 }
 
 // readRetries is what fails when a poll does.
 const readRetries = "read the retry topic"
 
-// onAssigned may be called before newRetryWorker has its client: the group is joined at once.
-func (w *retryWorker) onAssigned(_ context.Context, kafka *kgo.Client, topics map[string][]int32) {
-	w.troubles.clear(readRetries)
-	for _, p := range topics[w.topic] {
-		a := &waiter{partition: p, records: make(chan []*kgo.Record, 1), done: make(chan struct{})}
-		a.ctx, a.stop = context.WithCancel(context.Background())
-		w.waiters[p] = a
-		go w.wait(a) // ends with a.stop
-	}
-	kafka.ResumeFetchPartitions(topics) // they may have been paused when they left
-}
-
-// release ends the waiters of partitions that leave, and returns once none of them puts back or marks any more. The next owner
-// gets what they hold. It reports whether there were any.
-func (w *retryWorker) release(topics map[string][]int32) bool {
-	for _, p := range topics[w.topic] {
-		if a := w.waiters[p]; a != nil {
-			a.stop()
+// putBack puts back what is due. When a rebalance wants to begin before all of it is acknowledged, it stays held, and is put back
+// twice, which the dedupe catches.
+func (w *retryWorker) putBack(ctx context.Context) {
+	var due []*kgo.Record
+	left := map[int32][]*kgo.Record{}
+	for p, held := range w.held {
+		n := 0
+		for n < len(held) && untilDue(held[n]) <= 0 {
+			n++
 		}
+		due, left[p] = append(due, held[:n]...), held[n:]
 	}
-	for _, p := range topics[w.topic] {
-		if a := w.waiters[p]; a != nil {
-			<-a.done
-			delete(w.waiters, p)
-		}
+	if len(due) == 0 {
+		return
 	}
-	return len(topics[w.topic]) > 0
-}
-
-// wait puts the records of a partition back as they become due.
-func (w *retryWorker) wait(a *waiter) {
-	defer close(a.done)
-	for {
-		var held []*kgo.Record
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() { // ends with ctx
 		select {
-		case held = <-a.records:
-		case <-a.ctx.Done():
-			return
+		case <-w.blocked:
+			cancel()
+		case <-ctx.Done():
 		}
-		for len(held) > 0 {
-			due := 0
-			for due < min(len(held), requeueRecords) && untilDue(held[due]) <= 0 {
-				due++
-			}
-			if due > 0 {
-				if w.side.requeue(a.ctx, held[:due]) != nil {
-					return
-				}
-				w.kafka.MarkCommitRecords(held[due-1])
-				held = held[due:]
-				continue
-			}
-			if sleep(a.ctx, max(retryTick, untilDue(held[0]))) != nil {
-				return
-			}
+	}()
+	if w.side.requeue(ctx, due) != nil {
+		return
+	}
+	w.kafka.MarkCommitRecords(due...)
+	for p, rest := range left {
+		if w.held[p] = rest; len(rest) == 0 {
+			delete(w.held, p)
+			w.kafka.ResumeFetchPartitions(map[string][]int32{w.topic: {p}})
 		}
-		w.kafka.ResumeFetchPartitions(map[string][]int32{w.topic: {a.partition}})
 	}
 }
 

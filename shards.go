@@ -21,7 +21,7 @@ import (
 )
 
 // shards returns a store for each shard of the cluster, in the order of their numbers; the store itself without a cluster.
-func (s *store) shards(ctx context.Context) ([]*store, error) {
+func (s *store) shards(ctx context.Context) (all []*store, err error) {
 	if s.cluster == "" || s.number > 0 {
 		return []*store{s}, nil
 	}
@@ -50,7 +50,6 @@ func (s *store) shards(ctx context.Context) ([]*store, error) {
 		return nil, fmt.Errorf("CLICKHOUSE_CLUSTER=%s: %w at %s", s.cluster, errNoCluster, s.options.Address)
 	}
 	replicated := slices.ContainsFunc(replicas, func(list []string) bool { return len(list) > 1 })
-	var all []*store
 	for i, list := range replicas {
 		shard := &store{options: s.options, database: s.database, cluster: s.cluster, fsync: s.fsync, keepDays: s.keepDays,
 			number: i + 1, of: len(replicas), replicas: list, replicated: replicated}
@@ -146,22 +145,6 @@ func (s *store) name(what string) string {
 	return fmt.Sprintf("%s (shard %d of %d)", what, s.number, s.of)
 }
 
-// fromAll is the table for a query that reads all shards.
-func (s *store) fromAll(table string) string {
-	if s.cluster == "" {
-		return s.database + "." + table
-	}
-	return "cluster('" + s.cluster + "', " + s.database + ", " + table + ")"
-}
-
-// aroundShards is what stands before and behind a subquery that each shard answers for itself, in one look at its tables.
-func (s *store) aroundShards() (before, behind string) {
-	if s.cluster == "" {
-		return "", ""
-	}
-	return "cluster('" + s.cluster + "', view", ")"
-}
-
 // syncReplica waits until the replica that c asks has what others have acknowledged.
 func (s *store) syncReplica(ctx context.Context, c asker) error {
 	if !s.replicated {
@@ -196,14 +179,6 @@ func (s *store) most(ctx context.Context, a asker, q ch.Query) (n uint64, err er
 // everyShard are the settings of a query that reads all shards. A shard that the server itself is would be read in the query's
 // own process, and not from one snapshot; and a number without a shard is wrong, whatever the user's profile says.
 var everyShard = []ch.Setting{{Key: "prefer_localhost_replica", Value: "0"}, {Key: "skip_unavailable_shards", Value: "0"}}
-
-// oneSnapshot is the first of everyShard at the end of a view.
-func (s *store) oneSnapshot() string {
-	if s.cluster == "" {
-		return ""
-	}
-	return "\nSETTINGS prefer_localhost_replica = 0"
-}
 
 // noteBroken lets the shard know that an error of a query over all of them speaks of.
 func noteBroken(shards []*store, err error) {

@@ -190,19 +190,19 @@ func (s *store) prepareLate(ctx context.Context, c asker) error {
 	if !s.late.Load() {
 		return nil
 	}
-	if err := s.prepareTables(ctx, c); err != nil {
-		return err
+	err := s.prepareTables(ctx, c)
+	if err == nil {
+		err = s.prepareViews(ctx, c)
 	}
-	if err := s.prepareViews(ctx, c); err != nil {
-		return err
-	}
-	s.late.Store(false)
-	return nil
+	s.late.Store(err != nil)
+	return err
 }
 
 // prepareTables is prepare for all but the views and the placement of one shard.
 func (s *store) prepareTables(ctx context.Context, c asker) (err error) {
-	s.attachAll(ctx, c)
+	if err := s.attach(ctx, c); err != nil { // a real fault shows in the next query
+		slog.Debug("attach tables", "error", err)
+	}
 	if s.rebuilding, err = s.readStates(ctx, c); err != nil {
 		return err
 	}
@@ -213,7 +213,7 @@ func (s *store) prepareTables(ctx context.Context, c asker) (err error) {
 		slog.Warn("events_hourly is being made anew, tables stay as they are; when no `event-ingestion reconcile -rebuild` runs, run it: it finishes what one has begun")
 		return nil
 	}
-	if err := s.applyTables(ctx, c); err != nil {
+	if err := s.apply(ctx, c, false); err != nil {
 		return err
 	}
 	if bits := s.userBits.Load(); bits != wantedUserBits {
@@ -234,31 +234,24 @@ func (s *store) prepareViews(ctx context.Context, c asker) error {
 	if s.rebuilding {
 		return nil
 	}
-	return s.applyViews(ctx, c)
+	return s.apply(ctx, c, true)
 }
 
-// applyTables runs the statements of schema.sql but for the views that read all shards, and sees to the retention.
-func (s *store) applyTables(ctx context.Context, c asker) error {
-	if err := s.apply(ctx, c, false); err != nil {
-		return err
+// apply runs the statements of schema.sql: those of the views that read all shards, or all others, and sees to the retention.
+func (s *store) apply(ctx context.Context, c asker, views bool) error {
+	for _, stmt := range schemaStatements {
+		if strings.Contains(stmt, "CREATE OR REPLACE VIEW") == views {
+			if err := s.change(ctx, c, stmt); err != nil {
+				return fmt.Errorf("apply schema.sql: %w", err)
+			}
+		}
+	}
+	if views {
+		return nil
 	}
 	for table, column := range map[string]string{"events": "timestamp", "events_hourly": "hour"} {
 		if err := s.applyRetention(ctx, c, table, column); err != nil {
 			return fmt.Errorf("apply RETENTION_DAYS to %s: %w", table, err)
-		}
-	}
-	return nil
-}
-
-func (s *store) applyViews(ctx context.Context, c asker) error { return s.apply(ctx, c, true) }
-
-func (s *store) apply(ctx context.Context, c asker, views bool) error {
-	for _, stmt := range s.schema() {
-		if strings.Contains(stmt, "CREATE OR REPLACE VIEW") != views {
-			continue
-		}
-		if err := s.change(ctx, c, stmt); err != nil {
-			return fmt.Errorf("apply schema.sql: %w", err)
 		}
 	}
 	return nil
@@ -278,21 +271,19 @@ func (s *store) applyRetention(ctx context.Context, c asker, table, column strin
 	if err != nil || made.Rows() == 0 {
 		return err
 	}
-	has, wanted := "", ""
+	has, wanted, change := "", "", "REMOVE TTL"
 	if m := ttlOf.FindStringSubmatch(made.First()); m != nil {
 		has = m[1]
 	}
 	if s.keepDays > 0 {
 		wanted = fmt.Sprintf("%s + toIntervalDay(%d)", column, s.keepDays)
+		change = "MODIFY TTL " + wanted
 	}
-	switch {
-	case has == wanted:
+	if has == wanted {
 		return nil
-	case wanted == "":
-		return s.change(ctx, c, "ALTER TABLE {database}."+table+"{on cluster} REMOVE TTL")
 	}
 	slog.Info("a table's retention changes", "table", table, "ttl", wanted)
-	return s.change(ctx, c, "ALTER TABLE {database}."+table+"{on cluster} MODIFY TTL "+wanted)
+	return s.change(ctx, c, "ALTER TABLE {database}."+table+"{on cluster} "+change)
 }
 
 // change runs a statement that answers nothing: with replicas, when every one has done it.
@@ -325,14 +316,6 @@ func (s *store) readStates(ctx context.Context, c asker) (rebuilding bool, err e
 	return len(tables) == 1 && tables[0] > 0, nil
 }
 
-// schema returns the statements of schema.sql, for one server or for one of a cluster.
-func (s *store) schema() (statements []string) {
-	for _, stmt := range schemaStatements {
-		statements = append(statements, s.sql(stmt))
-	}
-	return statements
-}
-
 // schemaStatements are those of schema.sql, definitions its DEFINEs: name and text, in turns.
 var schemaStatements, definitions = cutSchema(schemaSQL)
 
@@ -361,21 +344,29 @@ func statementsOf(table, name string) (statements []string) {
 // sql fills in the braces of schema.sql, which the program's own queries have, too. A replicated table finds its place in
 // Keeper by the server's default_replica_path and default_replica_name.
 func (s *store) sql(text string) string {
+	text = strings.NewReplacer(definitions...).Replace(text) // what is defined may name {database}
 	onCluster, replicated := "", ""
 	if s.replicated {
 		onCluster, replicated = " ON CLUSTER '"+s.cluster+"'", "Replicated"
 	}
-	text = strings.NewReplacer(definitions...).Replace(text) // what is defined may name {database}
-	before, behind := s.aroundShards()
-	return strings.NewReplacer("{events}", s.fromAll("events"), "{events_hourly}", s.fromAll("events_hourly"), "{each shard}", before, "{/each shard}", behind, "{from every shard}", s.oneSnapshot(), "{database}", s.database, "{on cluster}", onCluster, "{replicated}", replicated, "{fsync}", s.fsync,
-		"{user bits}", strconv.Itoa(int(s.userBits.Load()))).Replace(text)
+	fill := []string{"{database}", s.database, "{on cluster}", onCluster, "{replicated}", replicated, "{fsync}", s.fsync,
+		"{user bits}", strconv.Itoa(int(s.userBits.Load()))}
+	if s.cluster == "" {
+		fill = append(fill, "{events}", s.database+".events", "{events_hourly}", s.database+".events_hourly",
+			"{each shard}", "", "{/each shard}", "", "{from every shard}", "")
+	} else { // the setting is the first of everyShard
+		each := "cluster('" + s.cluster + "', "
+		fill = append(fill, "{events}", each+s.database+", events)", "{events_hourly}", each+s.database+", events_hourly)",
+			"{each shard}", each+"view", "{/each shard}", ")", "{from every shard}", "\nSETTINGS prefer_localhost_replica = 0")
+	}
+	return strings.NewReplacer(fill...).Replace(text)
 }
 
-// otherStates are the codes of a query that says another precision than the table has.
-var otherStates = []proto.Error{proto.ErrIllegalTypeOfArgument, proto.ErrNoCommonType, proto.ErrCannotConvertType, proto.ErrTypeMismatch}
-
-// saysOtherStates is whether a query failed because events_hourly was made anew since readStates.
-func saysOtherStates(err error) bool { return ch.IsErr(err, otherStates...) }
+// saysOtherStates is whether a query failed because events_hourly was made anew since readStates: the query says another
+// precision than the table has.
+func saysOtherStates(err error) bool {
+	return ch.IsErr(err, proto.ErrIllegalTypeOfArgument, proto.ErrNoCommonType, proto.ErrCannotConvertType, proto.ErrTypeMismatch)
+}
 
 // inserting are the settings of every insert: it is done when it is acknowledged, and a majority of the shard's replicas has it.
 //
@@ -391,14 +382,6 @@ func (s *store) inserting() []ch.Setting {
 		settings = append(settings, ch.Setting{Key: "insert_quorum", Value: "auto"}, ch.Setting{Key: "insert_quorum_parallel", Value: "1"})
 	}
 	return settings
-}
-
-// processes is the table of running queries, of every replica.
-func (s *store) processes() string {
-	if !s.replicated {
-		return "system.processes"
-	}
-	return "clusterAllReplicas('" + s.cluster + "', system.processes)"
 }
 
 // rejections are ClickHouse's codes for "this data, never", by

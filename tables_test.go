@@ -261,16 +261,15 @@ func TestClusterSchema(t *testing.T) {
 	cfg := settingsFrom(t, newSpace(t, "CLICKHOUSE_CLUSTER=main"))
 	st := newStore(cfg)
 	st.replicated = true
-	statements := st.schema()
 	replicated := 0
-	for _, stmt := range statements {
-		formatted := clickhouseQuery(t, "SELECT formatQuery('"+literalEscapes.Replace(stmt)+"')")
+	for _, stmt := range schemaStatements {
+		formatted := clickhouseQuery(t, "SELECT formatQuery('"+literalEscapes.Replace(st.sql(stmt))+"')")
 		if !strings.Contains(formatted, "ON CLUSTER main") {
 			t.Errorf("not on the cluster: %s", formatted)
 		}
 		replicated += strings.Count(formatted, "ENGINE = Replicated")
 	}
-	if len(statements) != 13 || replicated != 2 {
-		t.Errorf("%d statements, %d replicated tables", len(statements), replicated)
+	if len(schemaStatements) != 13 || replicated != 2 {
+		t.Errorf("%d statements, %d replicated tables", len(schemaStatements), replicated)
 	}
 }

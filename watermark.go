@@ -26,8 +26,7 @@ const (
 	maxSamples = 3600
 )
 
-// watermark knows the newest moment up to which everything that Kafka acknowledged is stored in ClickHouse, and how
-// many records are not.
+// watermark knows the newest moment up to which everything that Kafka acknowledged is stored, and how many records are not.
 //
 // A record goes from the main topic into ClickHouse or to the dead letters, or onto events.retry and from there back onto
 // the main topic, perhaps several times. It is acknowledged at each place before the offset that it came from is committed.
@@ -52,20 +51,18 @@ type watermark struct {
 	topic, group string
 	through      atomic.Int64 // Unix seconds, 0 while unknown
 	stored       storedSignal
-	samples      []sample    // oldest first; only run touches it, and what follows
-	retried      []int64     // (2) of the last look, nil before the first
-	moved        []time.Time // by partition: when its committed offset moved last, or it had no lag
-	last         []int64     // committed offsets of the last look, as the brokers say
-	gone         map[string]map[int32]int64
+	samples      []sample           // oldest first; only run touches it, and what follows
+	retried      []int64            // (2) of the last look, nil before the first
+	gone         map[string][]int64 // committed offsets that belong to a deleted topic of the same name
 	progress     atomic.Pointer[progress]
 }
 
-// progress is what a look found: the lag of each partition, since when one with a lag has made no progress, and how many
-// records wait on events.retry.
+// progress is what a look found.
 type progress struct {
-	lags    []int64
-	since   []time.Time
-	retries int64
+	committed []int64     // by partition, as the brokers say
+	lags      []int64     // by partition
+	since     []time.Time // by partition: when its committed offset moved last, or it had no lag
+	retries   int64       // records on events.retry
 }
 
 // sample is where the partitions ended at a moment.
@@ -75,7 +72,7 @@ type sample struct {
 }
 
 func newWatermark(kafka *kgo.Client, cfg *settings) *watermark {
-	return &watermark{kafka: kafka, admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup, gone: map[string]map[int32]int64{}}
+	return &watermark{kafka: kafka, admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup, gone: map[string][]int64{}}
 }
 
 // partitionLags is the lag of each partition, nil while unknown.
@@ -104,14 +101,7 @@ func (w *watermark) stalled() (d time.Duration, waiting int64) {
 // run samples until ctx is done.
 func (w *watermark) run(ctx context.Context, failing *troubles) {
 	const what = "ask Kafka how far everything is stored"
-	tick := time.NewTicker(sampleInterval)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
+	for sleep(ctx, sampleInterval) == nil {
 		if err := w.look(ctx); err == nil {
 			failing.clear(what)
 		} else if ctx.Err() == nil {
@@ -142,26 +132,24 @@ func (w *watermark) look(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if len(w.last) > 0 && len(ends) > len(w.last) {
-		slog.Warn("the topic has more partitions than before", "topic", w.topic, "partitions", len(ends), "before", len(w.last))
+	if before := len(w.partitionLags()); before > 0 && len(ends) > before {
+		slog.Warn("the topic has more partitions than before", "topic", w.topic, "partitions", len(ends), "before", before)
 		w.kafka.ForceMetadataRefresh() // or it would place keys by the old number for minutes
 	}
-	w.watch(now, stored, ends)
+	found := &progress{committed: stored, lags: make([]int64, len(ends)), since: w.standing(now, stored, ends)}
 	if stored, err = w.settle(ctx, w.topic, stored, ends); err != nil {
 		return err
 	}
 	if retried, err = w.settle(ctx, retryTopic, retried, retryEnds); err != nil {
 		return err
 	}
-	lags := make([]int64, len(ends))
 	for p := range ends {
-		lags[p] = max(0, ends[p]-stored[p])
+		found.lags[p] = max(0, ends[p]-stored[p])
 	}
-	waiting := int64(0)
 	for p := range retryEnds {
-		waiting += max(0, retryEnds[p]-retried[p])
+		found.retries += max(0, retryEnds[p]-retried[p])
 	}
-	w.progress.Store(&progress{lags, slices.Clone(w.moved), waiting})
+	w.progress.Store(found)
 	w.advance(now, stored, ends, slices.Equal(w.retried, retryEnds))
 	w.retried = retried
 	return nil
@@ -194,16 +182,17 @@ func (w *watermark) advance(now time.Time, stored, ends []int64, quiet bool) {
 	w.samples = append(w.samples[:0], w.samples[reached:]...)
 }
 
-// watch notes which partitions make progress.
-func (w *watermark) watch(now time.Time, stored, ends []int64) {
-	moved := make([]time.Time, len(ends))
-	for p := range ends {
-		moved[p] = now
-		if p < len(w.last) && p < len(stored) && stored[p] == w.last[p] && stored[p] < ends[p] {
-			moved[p] = w.moved[p]
+// standing is since when each partition has made no progress, now when it has, or has no lag.
+func (w *watermark) standing(now time.Time, committed, ends []int64) []time.Time {
+	since := slices.Repeat([]time.Time{now}, len(ends))
+	if before := w.progress.Load(); before != nil {
+		for p := range min(len(before.since), len(before.committed), len(committed), len(ends)) {
+			if committed[p] == before.committed[p] && committed[p] < ends[p] {
+				since[p] = before.since[p]
+			}
 		}
 	}
-	w.moved, w.last = moved, stored
+	return since
 }
 
 // committed returns the group's committed offsets of a topic, by partition: 0 where there is none.
@@ -225,23 +214,17 @@ func (w *watermark) committed(ctx context.Context, topic, group string) ([]int64
 // deleted topic of the same name, as long as it does not change. Records below the start of the log have expired, and nobody
 // can store them any more. The result is as long as ends.
 func (w *watermark) settle(ctx context.Context, topic string, committed, ends []int64) ([]int64, error) {
-	settled := make([]int64, len(ends))
+	settled, gone := make([]int64, len(ends)), make([]int64, len(ends))
 	copy(settled, committed)
-	if w.gone[topic] == nil {
-		w.gone[topic] = map[int32]int64{}
-	}
+	copy(gone, w.gone[topic])
 	for p := range settled {
-		of, was := w.gone[topic][int32(p)]
-		switch {
-		case settled[p] > ends[p]:
-			w.gone[topic][int32(p)] = settled[p]
-			settled[p] = 0
-		case was && settled[p] == of:
-			settled[p] = 0
-		default:
-			delete(w.gone[topic], int32(p))
+		if settled[p] > ends[p] || settled[p] == gone[p] {
+			gone[p], settled[p] = settled[p], 0
+		} else {
+			gone[p] = 0
 		}
 	}
+	w.gone[topic] = gone
 	if atLeast(settled, ends) {
 		return settled, nil
 	}
@@ -257,10 +240,7 @@ func (w *watermark) settle(ctx context.Context, topic string, committed, ends []
 
 // offsetsOf returns what was listed of one topic, by partition.
 func offsetsOf(listed kadm.ListedOffsets, err error) ([]int64, error) {
-	if err == nil {
-		err = listed.Error()
-	}
-	if err != nil {
+	if listed, err = whole(listed, err); err != nil {
 		return nil, err
 	}
 	var offsets []int64
