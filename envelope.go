@@ -22,70 +22,54 @@ var errTooManyEvents = errors.New("more than 1000 events: split the request")
 // eachEvent calls do with r at each element of the array that list names, as in {"events":[…]}; do reads one value. The other
 // members go to other, which may be nil.
 func eachEvent(r *jsonReader, list string, other func(k, v jsonValue), do func(*jsonReader) error) error {
-	if r.peek() != '{' {
+	if !r.eat('{') {
 		return errNotEnvelope(list)
 	}
-	r.eat('{')
+	var k jsonValue
 	events, found := 0, false
-	for n := 0; ; n++ {
-		if more, err := r.more(n, '}'); err != nil {
-			return err
-		} else if !more {
-			break
-		}
-		k, err := r.key()
-		if err != nil {
-			return err
-		}
-		if !k.is(list) {
-			v, err := r.value()
-			if err != nil {
-				return err
-			}
-			if other != nil {
+	for n := 0; r.key(n, &k); n++ {
+		switch {
+		case !k.is(list):
+			if v := r.value(); other != nil && r.err == nil {
 				other(k, v)
 			}
-			continue
-		}
-		if found {
+		case found:
 			return fmt.Errorf("%q appears more than once", list)
-		}
-		found = true
-		if r.peek() != '[' {
+		case !r.eat('['):
 			return errNotEnvelope(list)
-		}
-		if events, err = eachElement(r, do); err != nil {
-			return err
+		default:
+			found = true
+			for ; r.more(events, ']'); events++ {
+				if events == maxBulkEvents {
+					return errTooManyEvents
+				}
+				if err := do(r); err != nil {
+					return err
+				}
+			}
 		}
 	}
-	if err := r.end(); err != nil {
-		return err
-	}
-	if events == 0 {
+	if r.end() == nil && events == 0 {
 		return errNoEvents(list)
 	}
-	return nil
+	return r.err
 }
 
 // isEnvelope says whether a body is {"events":…} rather than an event a line, judging by its first object. A body that is not
 // JSON but begins like an envelope counts as one: the error is then about the body, not about its lines.
 func isEnvelope(body []byte) bool {
+	var k jsonValue
 	r := jsonReader{b: body}
 	if !r.eat('{') {
 		return false
 	}
-	for n := 0; ; n++ {
-		if more, err := r.more(n, '}'); err != nil || !more {
-			return err != nil
-		}
-		k, err := r.key()
-		if err != nil || k.is("events") {
+	for n := 0; r.key(n, &k); n++ {
+		if k.is("events") {
 			return true
 		}
-		if _, err := r.value(); err != nil {
-			return true
-		}
+		r.value()
 	}
+	return r.err != nil
 }
 
 func errNoEvents(list string) error {
@@ -94,22 +78,6 @@ func errNoEvents(list string) error {
 
 func errNotEnvelope(list string) error {
 	return fmt.Errorf("the body must be a JSON object with an %q array", list)
-}
-
-// eachElement calls do with r at each of the array's elements, of which it allows maxBulkEvents.
-func eachElement(r *jsonReader, do func(*jsonReader) error) (n int, err error) {
-	r.eat('[')
-	for ; ; n++ {
-		if more, err := r.more(n, ']'); err != nil || !more {
-			return n, err
-		}
-		if n == maxBulkEvents {
-			return n, errTooManyEvents
-		}
-		if err := do(r); err != nil {
-			return n, err
-		}
-	}
 }
 
 // eachLine calls do with each line of an NDJSON body; blank lines are skipped.

@@ -160,11 +160,11 @@ func (q *ingestRequest) encode(ctx context.Context, media string, now int64) err
 	})
 }
 
-// outcome decides what becomes of the current event, size bytes from the middle of a body. An error that is not the event's
-// own fails the whole body.
+// outcome decides what becomes of the current event, size bytes from the middle of a body. An error of the reader
+// fails the whole body.
 func (q *ingestRequest) outcome(ev *event, size int, err error, now int64) error {
 	switch {
-	case err != nil && !isEventsOwn(err):
+	case q.parser.json.err != nil:
 		return fmt.Errorf("events[%d]: %w", q.index, err)
 	case size > maxEventBytes:
 		return q.refuse(errEventTooLarge)

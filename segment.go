@@ -7,6 +7,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"net/http"
 	"strconv"
@@ -73,22 +74,23 @@ func (q *ingestRequest) encodeSegment(ctx context.Context, kind string, now int6
 	r := &q.parser.json
 	r.reset(q.body.b)
 	var scratch []byte
-	note := func(v jsonValue) {
+	note := func(v *jsonValue) {
 		if key == nil && v.kind == '"' && len(v.raw) <= maxTextBytes {
 			key = v.text(&scratch)
 		}
 	}
-	var m message // reused for each item
+	m := new(message) // reused for each item
+	fields := m.fields()
 	do := func(r *jsonReader) error {
 		if err := q.step(ctx); err != nil {
 			return err
 		}
 		r.space()
 		start := r.i
-		m = message{}
-		err := m.read(r, &q.parser)
-		note(m.writeKey)
-		ev := q.parser.fromMessage(&m, kind, now)
+		*m = message{}
+		err := m.read(r, fields, &q.parser)
+		note(&m.writeKey)
+		ev := q.parser.fromMessage(m, kind, now)
 		if err == nil && ev == nil {
 			return nil // of a kind that is not stored
 		}
@@ -98,7 +100,7 @@ func (q *ingestRequest) encodeSegment(ctx context.Context, kind string, now int6
 	case kind == "batch":
 		err = eachEvent(r, "batch", func(k, v jsonValue) {
 			if k.is("writeKey") {
-				note(v)
+				note(&v)
 			}
 		}, do)
 	case r.peek() != '{':
@@ -117,46 +119,27 @@ type message struct {
 	channel, properties, messageID, writeKey, library, campaign                    jsonValue
 }
 
-// field returns where the member of that name goes, nil when it is not used.
-func (m *message) field(name []byte) *jsonValue {
-	switch string(name) { // no copy
-	case "type":
-		return &m.kind
-	case "event":
-		return &m.event
-	case "name":
-		return &m.name
-	case "category":
-		return &m.category
-	case "userId":
-		return &m.userID
-	case "anonymousId":
-		return &m.anonymousID
-	case "timestamp":
-		return &m.timestamp
-	case "originalTimestamp":
-		return &m.originalTimestamp
-	case "channel":
-		return &m.channel
-	case "properties":
-		return &m.properties
-	case "messageId":
-		return &m.messageID
-	case "writeKey":
-		return &m.writeKey
+// fields says where a message's members go; the library's and the campaign's name are in the member context.
+func (m *message) fields() map[string]*jsonValue {
+	return map[string]*jsonValue{
+		"type": &m.kind, "event": &m.event, "name": &m.name, "category": &m.category, "properties": &m.properties,
+		"userId": &m.userID, "anonymousId": &m.anonymousID, "messageId": &m.messageID, "writeKey": &m.writeKey,
+		"timestamp": &m.timestamp, "originalTimestamp": &m.originalTimestamp, "channel": &m.channel,
 	}
-	return nil
 }
 
-// read reads one message and notes in p what is wrong with its form.
-func (m *message) read(r *jsonReader, p *eventParser) error {
+// read takes the fields out of one message. Its errors are those of eventParser.read; the problems go to p.
+func (m *message) read(r *jsonReader, fields map[string]*jsonValue, p *eventParser) error {
 	p.begin()
-	depth, err := eachMember(r, func(k, v jsonValue) {
+	var k, v jsonValue
+	deepest, err := 0, r.object()
+	for n := 0; err == nil && r.member(n, &k, &v); n++ {
+		deepest = max(deepest, v.depth)
 		if len(k.raw) > maxNameBytes {
-			return
+			continue
 		}
 		name := p.word(&k)
-		to := m.field(name)
+		to := fields[string(name)] // no copy
 		switch {
 		case k.badText || v.badText:
 			p.addf(clip(name), codeInvalidFormat, "is not valid UTF-8 text")
@@ -168,57 +151,25 @@ func (m *message) read(r *jsonReader, p *eventParser) error {
 		default:
 			*to = v
 		}
-	})
-	if err == nil && depth >= maxDepth {
-		err = errEventTooDeep
 	}
-	return err
+	return cmp.Or(r.err, err, tooDeep(deepest))
 }
 
 // context takes the names of the library and of the campaign out of a message's context.
 func (m *message) context(v *jsonValue) {
-	nameIn := func(v jsonValue, to *jsonValue) {
-		eachMember(&jsonReader{b: v.raw}, func(k, v jsonValue) { // an error has been seen before
+	v.each(func(k, part jsonValue) {
+		to := &m.library
+		if k.is("campaign") {
+			to = &m.campaign
+		} else if !k.is("library") {
+			return
+		}
+		part.each(func(k, v jsonValue) {
 			if k.is("name") && v.kind != 'n' {
 				*to = v
 			}
 		})
-	}
-	eachMember(&jsonReader{b: v.raw}, func(k, v jsonValue) {
-		switch {
-		case k.is("library"):
-			nameIn(v, &m.library)
-		case k.is("campaign"):
-			nameIn(v, &m.campaign)
-		}
 	})
-}
-
-// eachMember reads an object and calls do with each of its members; depth is how deep the deepest is nested. Any other value
-// is errNotObject.
-func eachMember(r *jsonReader, do func(k, v jsonValue)) (depth int, err error) {
-	if r.peek() != '{' {
-		if _, err := r.value(); err != nil {
-			return 0, err
-		}
-		return 0, errNotObject
-	}
-	r.eat('{')
-	for n := 0; ; n++ {
-		if more, err := r.more(n, '}'); err != nil || !more {
-			return depth, err
-		}
-		k, err := r.key()
-		if err != nil {
-			return depth, err
-		}
-		v, err := r.value()
-		if err != nil {
-			return depth, err
-		}
-		depth = max(depth, v.depth)
-		do(k, v)
-	}
 }
 
 // fromMessage fills the event from the message and adds to its problems; nil for a kind that is not stored. kind is the
@@ -286,22 +237,16 @@ func (p *eventParser) titled(m *message) {
 	if p.seen&fieldMetadata != 0 && len(p.ev.metadata) == 0 {
 		return // which are refused
 	}
-	has := map[string]bool{}
-	if len(m.properties.raw) > 0 {
-		eachMember(&jsonReader{b: m.properties.raw}, func(k, _ jsonValue) {
-			for _, name := range []string{"name", "category"} {
-				has[name] = has[name] || k.is(name)
-			}
-		})
-	}
-	b := make([]byte, 0, 256)
+	var b []byte
 	for _, title := range []struct {
 		name string
 		v    *jsonValue
 	}{{"name", &m.name}, {"category", &m.category}} {
+		has := false
+		m.properties.each(func(k, _ jsonValue) { has = has || k.is(title.name) })
 		if size := len(title.v.raw); size > maxMetadataBytes {
 			p.addf("metadata", codeMaxLength, "would have %d bytes of %s, the limit is %d", size, title.name, maxMetadataBytes)
-		} else if size > 0 && title.v.kind == '"' && !has[title.name] {
+		} else if size > 0 && title.v.kind == '"' && !has {
 			b = append(b, `,"`+title.name+`":`...)
 			b = title.v.appendCompact(b)
 		}

@@ -7,6 +7,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
@@ -84,56 +85,47 @@ var fieldNames = map[fieldSet]string{
 // parse reads one event from raw and checks every rule that does not need a clock. A good event has no problems. The error
 // means that raw is no JSON object. Event and problems are valid until the next parse, or until raw changes.
 func (p *eventParser) parse(raw []byte) (*event, []problem, error) {
-	p.json.reset(raw)
-	if p.json.peek() == 0 && p.json.end() == nil {
+	r := &p.json
+	r.reset(raw)
+	if r.space(); r.i == len(raw) {
 		return nil, nil, errNoEvent
 	}
-	ev, problems, err := p.read(&p.json)
-	if end := p.json.end(); end != nil && (err == nil || isEventsOwn(err)) {
-		err = end
-	}
-	return ev, problems, err
+	ev, problems, err := p.read(r)
+	return ev, problems, cmp.Or(r.end(), err)
 }
 
-// isEventsOwn says whether an error of read is about one event: the reader has got past it, and what follows can be read.
-func isEventsOwn(err error) bool {
-	return errors.Is(err, errNotObject) || errors.Is(err, errEventTooDeep)
-}
-
-// read is parse for an event in the middle of a text. A member that is no field of an event only has to be JSON. The loop is
-// eachMember's, written out: a call for each member would cost 4 %.
+// read is parse for an event in the middle of a text. A member that is no field of an event only has to be JSON. An error that
+// the reader does not have, too, is about this one event: the reader has got past it, and what follows can be read.
 func (p *eventParser) read(r *jsonReader) (*event, []problem, error) {
 	p.begin()
-	if r.peek() != '{' {
-		if _, err := r.value(); err != nil {
-			return nil, nil, err
-		}
-		return nil, nil, errNotObject
-	}
-	deepest := 0
-	r.eat('{')
-	for n := 0; ; n++ {
-		if more, err := r.more(n, '}'); err != nil {
-			return nil, nil, err
-		} else if !more {
-			break
-		}
-		k, err := r.key()
-		if err != nil {
-			return nil, nil, err
-		}
-		v, err := r.value()
-		if err != nil {
-			return nil, nil, err
-		}
+	var k, v jsonValue
+	deepest, err := 0, r.object()
+	for n := 0; err == nil && r.member(n, &k, &v); n++ {
 		p.member(&k, &v)
 		deepest = max(deepest, v.depth)
 	}
-	if deepest >= maxDepth { // and the event is a bracket itself
-		return nil, nil, errEventTooDeep
+	if err = cmp.Or(r.err, err, tooDeep(deepest)); err != nil {
+		return nil, nil, err
 	}
 	p.finish()
 	return &p.ev, p.problems, nil
+}
+
+// object steps into an object; another value is read and errNotObject.
+func (r *jsonReader) object() error {
+	if r.eat('{') {
+		return nil
+	}
+	r.value()
+	return cmp.Or(r.err, errNotObject)
+}
+
+// tooDeep is an error when an event's values are nested so deep that it would be too deep itself.
+func tooDeep(depth int) error {
+	if depth >= maxDepth {
+		return errEventTooDeep
+	}
+	return nil
 }
 
 func (p *eventParser) begin() {
@@ -337,11 +329,8 @@ func (p *eventParser) tags(v *jsonValue) {
 	}
 	r := jsonReader{b: v.raw, i: len(`[`)} // it has been read without an error before
 	n := 0
-	for ; ; n++ {
-		if more, _ := r.more(n, ']'); !more {
-			break
-		}
-		t, _ := r.value()
+	for ; r.more(n, ']'); n++ {
+		t := r.value()
 		if n >= maxTags {
 			continue
 		}

@@ -249,9 +249,9 @@ func FuzzSplitBulk(f *testing.F) {
 		var pieces [][]byte
 		r := jsonReader{b: body}
 		if err := eachEvent(&r, "events", nil, func(r *jsonReader) error {
-			v, err := r.value()
+			v := r.value()
 			pieces = append(pieces, v.raw)
-			return err
+			return r.err
 		}); err != nil {
 			return
 		}
