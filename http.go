@@ -210,13 +210,20 @@ func appendProblems(dst []byte, problems []problem) []byte {
 		if i > 0 {
 			dst = append(dst, ',')
 		}
-		dst = append(dst, `{"field":`...)
-		dst = appendString(dst, p.field)
-		dst = append(dst, `,"code":"`...)
-		dst = append(dst, p.code...)
-		dst = append(dst, `","message":`...)
-		dst = appendString(dst, p.message)
-		dst = append(dst, '}')
+		dst = p.append(append(dst, '{'), "message")
 	}
 	return append(dst, ']')
+}
+
+// append appends the members of a problem's object, the message under this name, and the end of the object.
+func (p *problem) append(dst []byte, message string) []byte {
+	dst = append(dst, `"field":`...)
+	dst = appendString(dst, p.field)
+	dst = append(dst, `,"code":"`...)
+	dst = append(dst, p.code...)
+	dst = append(dst, `","`...)
+	dst = append(dst, message...)
+	dst = append(dst, `":`...)
+	dst = appendString(dst, p.message)
+	return append(dst, '}')
 }

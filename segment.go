@@ -35,17 +35,15 @@ func (s *segment) routes() (routes []route) {
 }
 
 func (s *segment) serve(w http.ResponseWriter, r *http.Request, kind string) {
-	if media := mediaType(r); media != typeJSON && media != typeText {
-		writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send application/json")
+	if takes(w, r, typeJSON) == "" {
 		return
 	}
 	limit := maxSingleBody
 	if kind == "batch" {
 		limit = maxBulkBody
 	}
-	q, err := s.in.receive(w, r, &s.in.bulks, limit)
-	if err != nil {
-		writeReadError(w, err)
+	q := s.in.receive(w, r, &s.in.bulks, limit)
+	if q == nil {
 		return
 	}
 	defer s.in.release(q)
@@ -312,12 +310,7 @@ func (p *eventParser) isoTime(v *jsonValue) {
 
 // answer says 200 only when Kafka has every valid item.
 func (s *segment) answer(w http.ResponseWriter, q *ingestRequest) {
-	success := 0
-	for i := range q.records {
-		if q.records[i].state.Load() == stateAcked {
-			success++
-		}
-	}
+	success := q.acknowledged()
 	s.in.stats.accepted.Add(success)
 	s.in.stats.refused.Add(q.failed)
 	if late := len(q.records) - success; late > 0 {
@@ -336,13 +329,7 @@ func appendItemEntries(dst []byte, index int, problems []problem) []byte {
 		}
 		dst = append(dst, `{"index":`...)
 		dst = strconv.AppendInt(dst, int64(index), 10)
-		dst = append(dst, `,"field":`...)
-		dst = appendString(dst, p.field)
-		dst = append(dst, `,"code":"`...)
-		dst = append(dst, p.code...)
-		dst = append(dst, `","error":`...)
-		dst = appendString(dst, p.message)
-		dst = append(dst, '}')
+		dst = p.append(append(dst, ','), "error")
 	}
 	return dst
 }
