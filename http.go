@@ -7,8 +7,10 @@
 package main
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/hex"
+	"encoding/json"
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
@@ -59,9 +61,6 @@ func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats
 			w.Header().Set("Allow", allow)
 			writeError(w, http.StatusMethodNotAllowed, "method not allowed", r.URL.Path+" takes "+allow)
 		})
-	}
-	notFound := func(w http.ResponseWriter, r *http.Request) {
-		writeError(w, http.StatusNotFound, "not found", "nothing is at "+r.URL.Path)
 	}
 	mux.HandleFunc("/", notFound)
 	other := st.route("other")
@@ -169,6 +168,19 @@ func writeJSON(w http.ResponseWriter, status int, parts ...[]byte) {
 	for _, part := range parts {
 		w.Write(part) // an error here means that the client is gone: nobody is left to tell
 	}
+}
+
+// jsonOf is v as JSON, with characters of HTML as they are.
+func jsonOf(v any) []byte {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	e.Encode(v) // to memory, of types that can be encoded
+	return bytes.TrimSpace(b.Bytes())
+}
+
+func notFound(w http.ResponseWriter, r *http.Request) {
+	writeError(w, http.StatusNotFound, "not found", "nothing is at "+r.URL.Path)
 }
 
 // writeError answers {"error":…,"detail":…}.
