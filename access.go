@@ -260,12 +260,6 @@ func isAmong(hash *[sha256.Size]byte, hashes [][sha256.Size]byte) bool {
 
 func (k *keyring) isEmpty() bool { return len(k.all)+len(k.writing) == 0 }
 
-// knows says whether a key lets its sender send events.
-func (a *access) knows(given string) bool {
-	may, _ := a.rightsOf(given)
-	return may != mayNothing
-}
-
 // refuse answers a request whose key is not known.
 func (a *access) refuse(w http.ResponseWriter, given string) {
 	w.Header().Set("WWW-Authenticate", `Bearer realm="event-ingestion"`)

@@ -53,18 +53,21 @@ func (s *segment) serve(w http.ResponseWriter, r *http.Request, kind string) {
 		return appendItemEntries(dst, index, problems)
 	}
 	key, err := q.encodeSegment(r.Context(), kind, time.Now().Unix())
-	switch {
-	case err != nil:
+	if err != nil {
 		writeReadError(w, err)
-	case keyOf(r) == "" && !s.access.knows(string(key)): // a key in the header was checked before the body was read
-		s.access.refuse(w, string(key))
-	default:
-		for code, n := range refused {
-			s.in.stats.refusedItems(code).Add(n)
-		}
-		s.in.produce(q)
-		s.answer(w, q)
+		return
 	}
+	if keyOf(r) == "" { // one in the header was checked before the body was read
+		if may, _ := s.access.rightsOf(string(key)); may == mayNothing {
+			s.access.refuse(w, string(key))
+			return
+		}
+	}
+	for code, n := range refused {
+		s.in.stats.refusedItems(code).Add(n)
+	}
+	s.in.produce(q)
+	s.answer(w, q)
 }
 
 // encodeSegment is encode for Segment's messages. key is the body's writeKey, which points into the body.
@@ -263,15 +266,13 @@ func (p *eventParser) titled(m *message) {
 	}
 }
 
-// Channels of an event, by where a message says that it comes from.
 var (
-	channelWeb    = []byte("web")
-	channelMobile = []byte("mobile_app")
-	channelAPI    = []byte("api")
+	channelWeb, channelMobile, channelAPI = []byte("web"), []byte("mobile_app"), []byte("api")
 
-	mobileLibraries = [][]byte{[]byte("-ios"), []byte("-android"), []byte("-swift"), []byte("-kotlin"), []byte("react-native"), []byte("flutter")}
+	mobileLibraries = []string{"-ios", "-android", "-swift", "-kotlin", "react-native", "flutter"} // in their names
 )
 
+// channelOf returns an event's channel, by where the message says that it comes from.
 func (p *eventParser) channelOf(m *message) []byte {
 	switch string(p.word(&m.channel)) {
 	case "browser":
@@ -286,7 +287,7 @@ func (p *eventParser) channelOf(m *message) []byte {
 		return channelWeb
 	}
 	for _, mobile := range mobileLibraries {
-		if bytes.Contains(library, mobile) {
+		if bytes.Contains(library, []byte(mobile)) { // no copy: it is short
 			return channelMobile
 		}
 	}

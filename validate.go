@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"math/bits"
 	"slices"
 	"strconv"
 	"unicode/utf8"
@@ -76,11 +77,10 @@ const (
 	fieldInsertID
 )
 
-// fieldNames are the fields of an event by bit.
-var fieldNames = map[fieldSet]string{
-	fieldName: "event_name", fieldUserID: "user_id", fieldTimestamp: "timestamp", fieldChannel: "channel",
-	fieldCampaignID: "campaign_id", fieldTags: "tags", fieldMetadata: "metadata", fieldInsertID: "insert_id",
-}
+// fieldNames are the fields of an event, in the order of their bits.
+var fieldNames = [...]string{"event_name", "user_id", "timestamp", "channel", "campaign_id", "tags", "metadata", "insert_id"}
+
+func (f fieldSet) name() string { return fieldNames[bits.TrailingZeros16(uint16(f))] }
 
 // parse reads one event from raw and checks every rule that does not need a clock. A good event has no problems. The error
 // means that raw is no JSON object. Event and problems are valid until the next parse, or until raw changes.
@@ -154,7 +154,7 @@ func (p *eventParser) member(k, v *jsonValue) {
 			p.addf(clip(k.raw[1:len(k.raw)-1]), codeInvalidFormat, "is not valid UTF-8 text")
 		}
 	case p.named&f != 0:
-		p.addf(fieldNames[f], codeInvalidFormat, "appears more than once")
+		p.addf(f.name(), codeInvalidFormat, "appears more than once")
 	case f != 0:
 		p.field(f, v)
 	}
@@ -177,23 +177,10 @@ func clip(name []byte) string {
 }
 
 func fieldByName(key []byte) fieldSet {
-	switch string(key) { // no copy: the compiler compares in place
-	case "event_name":
-		return fieldName
-	case "user_id":
-		return fieldUserID
-	case "timestamp":
-		return fieldTimestamp
-	case "channel":
-		return fieldChannel
-	case "campaign_id":
-		return fieldCampaignID
-	case "tags":
-		return fieldTags
-	case "metadata":
-		return fieldMetadata
-	case "insert_id":
-		return fieldInsertID
+	for bit, name := range fieldNames {
+		if string(key) == name { // no copy: the compiler compares in place
+			return 1 << bit
+		}
 	}
 	return 0
 }
@@ -235,13 +222,13 @@ func (p *eventParser) required(f fieldSet, v *jsonValue) []byte {
 
 func (p *eventParser) require(f fieldSet) {
 	if p.seen&f == 0 {
-		p.addf(fieldNames[f], codeRequired, "is required")
+		p.addf(f.name(), codeRequired, "is required")
 	}
 }
 
 func (p *eventParser) text(f fieldSet, v *jsonValue) []byte {
 	if v.kind != '"' {
-		p.addf(fieldNames[f], codeInvalidFormat, "must be a string, not %s", v.kindName())
+		p.addf(f.name(), codeInvalidFormat, "must be a string, not %s", v.kindName())
 		return nil
 	}
 	return p.checked(f, codeMaxLength, v)
@@ -250,18 +237,18 @@ func (p *eventParser) text(f fieldSet, v *jsonValue) []byte {
 // checked is the string's text, with its problems noted under f.
 func (p *eventParser) checked(f fieldSet, tooLong string, v *jsonValue) []byte {
 	if len(v.raw) > maxTextBytes { // whatever is in it: not worth unescaping
-		p.addf(fieldNames[f], tooLong, "has %d bytes, the limit is %d characters", len(v.raw)-len(`""`), maxTextChars)
+		p.addf(f.name(), tooLong, "has %d bytes, the limit is %d characters", len(v.raw)-len(`""`), maxTextChars)
 		return nil
 	}
 	b := v.text(&p.scratch)
 	if len(b) > maxTextChars {
 		if n := utf8.RuneCount(b); n > maxTextChars {
-			p.addf(fieldNames[f], tooLong, "has %d characters, the limit is %d", n, maxTextChars)
+			p.addf(f.name(), tooLong, "has %d characters, the limit is %d", n, maxTextChars)
 		}
 	}
 	for _, c := range b {
 		if c < 0x20 || c == 0x7f {
-			p.addf(fieldNames[f], codeInvalidFormat, "contains the control character U+%04X", c)
+			p.addf(f.name(), codeInvalidFormat, "contains the control character U+%04X", c)
 			break
 		}
 	}
