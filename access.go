@@ -162,8 +162,14 @@ func (a *access) crosses(w http.ResponseWriter, r *http.Request) bool {
 	if len(a.origins) > 0 {
 		h.Add("Vary", "Origin") // also without an Origin: a cache must not give this answer to a page
 	}
+	if origin == "" {
+		return true
+	}
+	_, host, _ := strings.Cut(origin, "://")
+	isOwnPage := host != "" && host == r.Host // under the name that the client used
+	// A browser sends these from any page without asking first: of the types that a form can have, this API takes only text.
+	unasked := r.Header.Get("Content-Type") == "" || mediaType(r) == typeText
 	switch method := r.Header.Get("Access-Control-Request-Method"); {
-	case origin == "":
 	case slices.Contains(a.origins, "*") || slices.Contains(a.origins, origin):
 		h.Set("Access-Control-Allow-Origin", origin)
 		h.Set("Access-Control-Expose-Headers", "Retry-After, X-Request-Id")
@@ -178,24 +184,11 @@ func (a *access) crosses(w http.ResponseWriter, r *http.Request) bool {
 			w.WriteHeader(http.StatusNoContent)
 			return false
 		}
-	case r.Method == http.MethodPost && needsNoPreflight(r) && !isOwnPage(r, origin):
+	case r.Method == http.MethodPost && unasked && !isOwnPage:
 		writeError(w, http.StatusForbidden, "forbidden", "pages of this origin may not send events: it is not in CORS_ORIGINS")
 		return false
 	}
 	return true
-}
-
-// needsNoPreflight says whether a browser sends such a request from any page without asking first. Of the types that a form
-// can have, this API takes only text/plain.
-func needsNoPreflight(r *http.Request) bool {
-	media := r.Header.Get("Content-Type")
-	return media == "" || mediaType(r) == typeText
-}
-
-// isOwnPage says whether origin is this server, under the name that the client used.
-func isOwnPage(r *http.Request, origin string) bool {
-	_, host, _ := strings.Cut(origin, "://")
-	return host != "" && host == r.Host
 }
 
 // takesEvents says whether a request goes to a route that takes events.

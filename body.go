@@ -220,8 +220,6 @@ type account struct {
 	requests atomic.Int32
 }
 
-var accounts = sync.Pool{New: func() any { return new(account) }}
-
 // buffer is bytes with an owner, who gives them back.
 type buffer struct{ b []byte }
 
@@ -242,8 +240,7 @@ func (b *byteBudget) open(c client) *account {
 		if b.accounts == nil {
 			b.accounts = map[client]*account{}
 		}
-		a = accounts.Get().(*account)
-		a.budget, a.client = b, c
+		a = &account{budget: b, client: c}
 		b.accounts[c] = a
 	}
 	a.requests.Add(1)
@@ -257,8 +254,6 @@ func (a *account) close() {
 	defer b.mu.Unlock()
 	if a.requests.Add(-1) == 0 {
 		delete(b.accounts, a.client)
-		a.budget = nil
-		accounts.Put(a)
 	}
 }
 

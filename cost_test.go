@@ -91,7 +91,7 @@ func costOf(single bool, media, encoding string, body []byte) (c cost) {
 			writeReadError(w, err)
 		} else {
 			q.records = q.records[:0]
-			in.answerBulk(w, q)
+			in.answerBulk(w, q, false)
 		}
 		c.held = in.bodies.used.Load()
 		in.release(q)

@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -137,10 +136,9 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	in.produce(q)
-	if n := q.acknowledged(); wait && n > 0 && n == len(q.records) {
-		q.stored = in.awaitStored(w, r, q)
-	}
-	in.answerBulk(w, q)
+	n := q.acknowledged()
+	stored := wait && n > 0 && n == len(q.records) && in.awaitStored(w, r, q)
+	in.answerBulk(w, q, stored)
 }
 
 // encode checks every event of the request and appends the good ones as records, the bad ones as entries of the answer's
@@ -214,7 +212,8 @@ func (q *ingestRequest) take(ev *event, now int64) error {
 	return q.add(q.index, ev)
 }
 
-func (in *ingester) answerBulk(w http.ResponseWriter, q *ingestRequest) {
+// answerBulk says what became of the events. stored is that all accepted ones can be queried.
+func (in *ingester) answerBulk(w http.ResponseWriter, q *ingestRequest, stored bool) {
 	success := 0
 	for i := range q.records {
 		if rec := &q.records[i]; rec.state.Load() == stateAcked {
@@ -227,17 +226,13 @@ func (in *ingester) answerBulk(w http.ResponseWriter, q *ingestRequest) {
 	in.stats.accepted.Add(success)
 	in.stats.unavailable.Add(late)
 	in.stats.refused.Add(q.failed - late)
-	q.answer = append(q.answer[:0], `{"success_count":`...)
-	q.answer = strconv.AppendInt(q.answer, int64(success), 10)
-	q.answer = append(q.answer, `,"failed_count":`...)
-	q.answer = strconv.AppendInt(q.answer, int64(q.failed), 10)
-	q.answer = append(q.answer, `,"errors":[`...)
+	q.answer = fmt.Appendf(q.answer[:0], `{"success_count":%d,"failed_count":%d,"errors":[`, success, q.failed)
 	status, end := http.StatusMultiStatus, `]}`
-	if q.stored {
+	if stored {
 		end = `],"status":"stored"}`
 	}
 	switch {
-	case q.failed == 0 && q.stored:
+	case q.failed == 0 && stored:
 		status = http.StatusOK
 	case q.failed == 0:
 		status = http.StatusAccepted

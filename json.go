@@ -10,6 +10,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"strconv"
+	"strings"
 	"unicode/utf16"
 	"unicode/utf8"
 )
@@ -38,23 +39,9 @@ type jsonValue struct {
 	depth   int  // of its brackets
 }
 
-// kindName is what a message calls a value.
-func (v *jsonValue) kindName() string {
-	switch v.kind {
-	case '{':
-		return "object"
-	case '[':
-		return "array"
-	case '"':
-		return "string"
-	case 't':
-		return "true"
-	case 'f':
-		return "false"
-	case 'n':
-		return "null"
-	}
-	return "number"
+// kindNames are what messages call a value, by its kind.
+var kindNames = map[byte]string{
+	'{': "object", '[': "array", '"': "string", 't': "true", 'f': "false", 'n': "null", 0: "number",
 }
 
 // text is a string's text. It points into v.raw, or, when it has escapes, to the end of *scratch.
@@ -343,31 +330,24 @@ func hexRune(b []byte) rune {
 // appendUnescaped appends the text that the inside of a string stands for.
 func appendUnescaped(dst, s []byte) []byte {
 	for len(s) > 0 {
-		n, c := 1, s[0]
-		if c == '\\' {
-			n, _ = escape(s)
-			switch c = s[1]; c {
-			case 'b':
-				c = '\b'
-			case 'f':
-				c = '\f'
-			case 'n':
-				c = '\n'
-			case 'r':
-				c = '\r'
-			case 't':
-				c = '\t'
-			case 'u':
-				r := hexRune(s)
-				if n == 12 {
-					r = utf16.DecodeRune(r, hexRune(s[6:]))
-				}
-				dst = utf8.AppendRune(dst, r)
-				s = s[n:]
-				continue
-			}
+		if s[0] != '\\' {
+			dst = append(dst, s[0])
+			s = s[1:]
+			continue
 		}
-		dst = append(dst, c)
+		n, _ := escape(s)
+		switch c := s[1]; c {
+		case '"', '\\', '/':
+			dst = append(dst, c)
+		case 'u':
+			r := hexRune(s)
+			if n == 12 {
+				r = utf16.DecodeRune(r, hexRune(s[6:]))
+			}
+			dst = utf8.AppendRune(dst, r)
+		default:
+			dst = append(dst, "\b\f\n\r\t"[strings.IndexByte("bfnrt", c)])
+		}
 		s = s[n:]
 	}
 	return dst

@@ -83,7 +83,7 @@ func newMetricsAPI(st *store, wm *watermark, failed func(error)) *metricsAPI {
 		return chpool.New(context.Background(), chpool.Options{ClientOptions: st.options, MaxConns: queryConns})
 	})
 	m := &metricsAPI{store: st, watermark: wm, failed: failed, pool: pool}
-	m.shared.all = map[metricsQuery]*sharedAnswer{}
+	m.shared.all = map[metricsQuery]sharedAnswer{}
 	return m
 }
 

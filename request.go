@@ -10,8 +10,8 @@ package main
 import (
 	"context"
 	"encoding/hex"
+	"fmt"
 	"net/http"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -51,7 +51,6 @@ type ingestRequest struct {
 	idInput []byte
 	errors  *buffer // entries of the bulk answer's errors, JSON; nil while there are none
 	failed  int     // how many events are in errors
-	stored  bool    // all accepted events can be queried
 	answer  []byte  // the part before errors
 
 	holders  atomic.Int32 // the handler, and Kafka while records are in flight
@@ -189,14 +188,11 @@ func (q *ingestRequest) addError(index int, problems []problem, owed bool) error
 
 // appendBulkEntry is the entry of a bulk's answer: the first problem in full, all of them in a list.
 func appendBulkEntry(dst []byte, index int, problems []problem) []byte {
-	dst = append(dst, `{"index":`...)
-	dst = strconv.AppendInt(dst, int64(index), 10)
-	dst = append(dst, `,"error":`...)
 	text := problems[0].message
 	for _, p := range problems[1:] {
 		text += "; " + p.message
 	}
-	dst = appendString(dst, text)
+	dst = appendString(fmt.Appendf(dst, `{"index":%d,"error":`, index), text)
 	dst = append(dst, `,"code":"`...)
 	dst = append(dst, problems[0].code...)
 	dst = append(dst, `","field":`...)
@@ -249,7 +245,6 @@ func (q *ingestRequest) reset() {
 	}
 	q.firstErr.Store(nil)
 	q.failed, q.index, q.entry = 0, -1, appendBulkEntry
-	q.stored = false
 	q.records, q.answer = q.records[:0], q.answer[:0]
 }
 

@@ -9,8 +9,8 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"fmt"
 	"net/http"
-	"strconv"
 	"time"
 )
 
@@ -328,9 +328,7 @@ func appendItemEntries(dst []byte, index int, problems []problem) []byte {
 		if i > 0 {
 			dst = append(dst, ',')
 		}
-		dst = append(dst, `{"index":`...)
-		dst = strconv.AppendInt(dst, int64(index), 10)
-		dst = p.append(append(dst, ','), "error")
+		dst = p.append(fmt.Appendf(dst, `{"index":%d,`, index), "error")
 	}
 	return dst
 }

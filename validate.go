@@ -228,7 +228,7 @@ func (p *eventParser) require(f fieldSet) {
 
 func (p *eventParser) text(f fieldSet, v *jsonValue) []byte {
 	if v.kind != '"' {
-		p.addf(f.name(), codeInvalidFormat, "must be a string, not %s", v.kindName())
+		p.addf(f.name(), codeInvalidFormat, "must be a string, not %s", kindNames[v.kind])
 		return nil
 	}
 	return p.checked(f, codeMaxLength, v)
@@ -257,7 +257,7 @@ func (p *eventParser) checked(f fieldSet, tooLong string, v *jsonValue) []byte {
 
 func (p *eventParser) channel(v *jsonValue) {
 	if v.kind != '"' {
-		p.addf("channel", codeInvalidFormat, "must be a string, not %s", v.kindName())
+		p.addf("channel", codeInvalidFormat, "must be a string, not %s", kindNames[v.kind])
 		return
 	}
 	if len(v.raw) <= maxTextBytes {
@@ -278,7 +278,7 @@ func validChannel(b []byte) bool {
 
 func (p *eventParser) timestamp(v *jsonValue) {
 	if v.kind != 0 {
-		p.addf("timestamp", codeInvalidFormat, "must be an integer of Unix seconds, not %s", v.kindName())
+		p.addf("timestamp", codeInvalidFormat, "must be an integer of Unix seconds, not %s", kindNames[v.kind])
 		return
 	}
 	n, err := integer64(v.raw)
@@ -311,7 +311,7 @@ func integer64(raw []byte) (int64, error) {
 
 func (p *eventParser) tags(v *jsonValue) {
 	if v.kind != '[' {
-		p.addf("tags", codeInvalidFormat, "must be an array of strings, not %s", v.kindName())
+		p.addf("tags", codeInvalidFormat, "must be an array of strings, not %s", kindNames[v.kind])
 		return
 	}
 	r := jsonReader{b: v.raw, i: len(`[`)} // it has been read without an error before
@@ -322,7 +322,7 @@ func (p *eventParser) tags(v *jsonValue) {
 			continue
 		}
 		if t.kind != '"' {
-			p.addf("tags", codeInvalidFormat, "tags[%d] must be a string, not %s", n, t.kindName())
+			p.addf("tags", codeInvalidFormat, "tags[%d] must be a string, not %s", n, kindNames[t.kind])
 			continue
 		}
 		before := len(p.problems)
@@ -339,7 +339,7 @@ func (p *eventParser) tags(v *jsonValue) {
 
 func (p *eventParser) meta(v *jsonValue) {
 	if v.kind != '{' {
-		p.addf("metadata", codeInvalidFormat, "must be an object, not %s", v.kindName())
+		p.addf("metadata", codeInvalidFormat, "must be an object, not %s", kindNames[v.kind])
 		return
 	}
 	if len(v.raw) > maxMetadataBytes {

@@ -9,6 +9,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"embed"
@@ -61,10 +62,7 @@ func pages() []route {
 }
 
 func servePage(w http.ResponseWriter, r *http.Request) {
-	name := r.PathValue("file")
-	if name == "" {
-		name = "index.html"
-	}
+	name := cmp.Or(r.PathValue("file"), "index.html")
 	body, err := webFiles.ReadFile("web/" + name)
 	if err != nil {
 		notFound(w, r)
@@ -167,7 +165,7 @@ type overviewResult struct {
 func (m *metricsAPI) serveOverview(w http.ResponseWriter, r *http.Request) {
 	q, problems := parseOverviewQuery(r.URL.RawQuery, time.Now().Unix())
 	m.answer(w, r, problems, func(ctx context.Context, through *int64) ([]byte, error) {
-		return m.shared.get(ctx, *q, func() ([]byte, error) {
+		return m.shared.get(*q, func() ([]byte, error) {
 			a, err := m.overview(ctx, q)
 			a.Through = through
 			return jsonOf(a), err
@@ -300,43 +298,31 @@ func (m *metricsAPI) topCampaigns(ctx context.Context, q *metricsQuery) (top []g
 // sharedAnswers gives everybody who asks the same within a second one answer: a page with many viewers costs as one.
 type sharedAnswers struct {
 	mu  sync.Mutex // guards all
-	all map[metricsQuery]*sharedAnswer
+	all map[metricsQuery]sharedAnswer
 }
 
-// sharedAnswer is what the first to ask gets, or is about to get. body and err are set when done is closed.
+// sharedAnswer is what the first to ask gets, or is about to get.
 type sharedAnswer struct {
 	asked time.Time
-	done  chan struct{}
-	body  []byte
-	err   error
+	wait  func() ([]byte, error)
 }
 
 // get returns the answer to q: a shared one, or what ask returns. An error is not shared: perhaps only the first client left.
-func (s *sharedAnswers) get(ctx context.Context, q metricsQuery, ask func() ([]byte, error)) ([]byte, error) {
+func (s *sharedAnswers) get(q metricsQuery, ask func() ([]byte, error)) ([]byte, error) {
 	now := time.Now()
 	s.mu.Lock()
-	maps.DeleteFunc(s.all, func(_ metricsQuery, a *sharedAnswer) bool { return now.Sub(a.asked) > sharedFor })
-	a := s.all[q]
-	mine := a == nil
-	if mine {
-		a = &sharedAnswer{asked: now, done: make(chan struct{})}
+	maps.DeleteFunc(s.all, func(_ metricsQuery, a sharedAnswer) bool { return now.Sub(a.asked) > sharedFor })
+	a, shared := s.all[q]
+	if !shared {
+		a = sharedAnswer{now, sync.OnceValues(ask)}
 		s.all[q] = a
 	}
 	s.mu.Unlock()
-	if mine {
-		a.body, a.err = ask()
-		close(a.done)
-		return a.body, a.err
+	body, err := a.wait()
+	if shared && err != nil {
+		return ask()
 	}
-	select {
-	case <-a.done:
-		if a.err != nil {
-			return ask()
-		}
-		return a.body, nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
+	return body, err
 }
 
 const (
