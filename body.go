@@ -14,6 +14,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"math/bits"
 	"net/http"
@@ -47,13 +48,8 @@ var (
 	errTimeUp       = errors.New("the time for this request is up")
 )
 
-// errBadStream is a body that could not be read to its end.
-type errBadStream struct{ err error }
-
-func (e errBadStream) Error() string { return e.err.Error() }
-
 // readBody reads r's body. The caller puts the buffer back. The errors are errBodyTooLarge, errOverBudget, errOverShare,
-// errEncoding, errTimeUp, errBadStream, and the context's when the client is gone.
+// errEncoding, errTimeUp, the context's when the client is gone, and others of a body that cannot be read to its end.
 func (in *ingester) readBody(acc *account, r *http.Request, limit int) (*buffer, error) {
 	if r.ContentLength > int64(limit) {
 		return nil, errBodyTooLarge
@@ -71,50 +67,41 @@ func (in *ingester) readBody(acc *account, r *http.Request, limit int) (*buffer,
 	return in.decompress(acc, r.Context(), encoding, body.b, limit)
 }
 
-// readAll reads src to its end. hint is its length, or -1; limit is the most it may have.
+// readAll reads src to its end. hint is its length, or -1; limit is the most it may have. A full buffer is replaced by a bigger
+// one.
 func (a *account) readAll(ctx context.Context, src io.Reader, hint, limit int) (*buffer, error) {
 	if hint < 0 {
 		hint = firstRead
 	}
 	// One byte more than expected, so that the end is seen without growing again.
 	body, err := a.get(min(hint, firstClaim) + 1)
-	if err != nil {
-		return nil, err
+	for err == nil {
+		var n int
+		n, err = src.Read(body.b[len(body.b):cap(body.b)])
+		body.b = body.b[:len(body.b)+n]
+		switch {
+		case len(body.b) > limit:
+			err = errBodyTooLarge
+		case err == io.EOF:
+			return body, nil
+		case ctx.Err() != nil: // the client is gone
+			err = ctx.Err()
+		case err != nil:
+			err = badStream(err)
+		case len(body.b) == cap(body.b):
+			var bigger *buffer
+			if bigger, err = a.get(min(2*cap(body.b), limit+1)); err == nil {
+				bigger.b = append(bigger.b, body.b...)
+				a.put(body)
+				body = bigger
+			}
+		}
 	}
-	if err := a.readInto(&body, ctx, src, limit); err != nil {
-		a.put(body)
-		return nil, err
-	}
-	return body, nil
+	a.put(body)
+	return nil, err
 }
 
-// readInto appends src to *body, and replaces it by a bigger buffer when it is full.
-func (a *account) readInto(body **buffer, ctx context.Context, src io.Reader, limit int) error {
-	for {
-		b := *body
-		if len(b.b) == cap(b.b) {
-			bigger, err := a.get(min(2*cap(b.b), limit+1))
-			if err != nil {
-				return err
-			}
-			bigger.b = append(bigger.b, b.b...)
-			a.put(b)
-			b, *body = bigger, bigger
-		}
-		n, err := src.Read(b.b[len(b.b):cap(b.b)])
-		b.b = b.b[:len(b.b)+n]
-		switch {
-		case len(b.b) > limit:
-			return errBodyTooLarge
-		case err == io.EOF:
-			return nil
-		case ctx.Err() != nil: // the client is gone
-			return ctx.Err()
-		case err != nil:
-			return errBadStream{err}
-		}
-	}
-}
+func badStream(err error) error { return fmt.Errorf("the body could not be read: %v", err) }
 
 func (in *ingester) decompress(acc *account, ctx context.Context, encoding string, raw []byte, limit int) (*buffer, error) {
 	waiting, cancel := context.WithTimeoutCause(ctx, in.ackTimeout, errTimeUp)
@@ -128,7 +115,7 @@ func (in *ingester) decompress(acc *account, ctx context.Context, encoding strin
 	defer func() { decompressors <- d }()
 	src, err := d.open(encoding, raw)
 	if err != nil {
-		return nil, errBadStream{err}
+		return nil, badStream(err)
 	}
 	return acc.readAll(ctx, src, min(4*len(raw), limit), limit)
 }
@@ -172,7 +159,6 @@ func (d *decompressor) open(encoding string, raw []byte) (io.Reader, error) {
 
 // writeReadError answers a request whose body could not be read.
 func writeReadError(w http.ResponseWriter, err error) {
-	var bad errBadStream
 	switch {
 	case errors.Is(err, errBodyTooLarge):
 		// The rest of the body is not read: the connection ends with this answer.
@@ -187,9 +173,7 @@ func writeReadError(w http.ResponseWriter, err error) {
 	case errors.Is(err, context.Canceled): // the client is gone: nobody is left to tell
 	case errors.Is(err, errEncoding):
 		writeError(w, http.StatusUnsupportedMediaType, "unsupported content encoding", err.Error())
-	case errors.As(err, &bad):
-		writeError(w, http.StatusBadRequest, "invalid request body", "the body could not be read: "+err.Error())
-	default: // it is not JSON, or not in the form of a bulk
+	default: // it could not be read, is not JSON, or not in the form of a bulk
 		writeError(w, http.StatusBadRequest, "invalid request body", err.Error())
 	}
 }
