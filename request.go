@@ -288,13 +288,20 @@ type storedSignal struct {
 	ended   bool
 }
 
-// advance wakes whoever waits.
-func (s *storedSignal) advance(through time.Time) {
+// change wakes whoever waits.
+func (s *storedSignal) change(do func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.through = through
-	s.wake()
+	if do(); s.moved != nil {
+		close(s.moved)
+		s.moved = nil
+	}
 }
+
+func (s *storedSignal) advance(through time.Time) { s.change(func() { s.through = through }) }
+
+// end ends all waiting, so that a stop does not take longer for it.
+func (s *storedSignal) end() { s.change(func() { s.ended = true }) }
 
 // age is how long ago through was; 0 while unknown.
 func (s *storedSignal) age() time.Duration {
@@ -304,22 +311,6 @@ func (s *storedSignal) age() time.Duration {
 		return 0
 	}
 	return time.Since(s.through)
-}
-
-// end ends all waiting, so that a stop does not take longer for it.
-func (s *storedSignal) end() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.ended = true
-	s.wake()
-}
-
-// wake is called under mu.
-func (s *storedSignal) wake() {
-	if s.moved != nil {
-		close(s.moved)
-		s.moved = nil
-	}
 }
 
 // wait returns true once what was acknowledged by then is stored, false when ctx is done or the program stops first.

@@ -187,15 +187,15 @@ func fieldByName(key []byte) fieldSet {
 
 // field checks a field's value and puts it into the event.
 func (p *eventParser) field(f fieldSet, v *jsonValue) {
-	if v.kind == 'n' {
+	if v.kind == 'n' || f&(fieldName|fieldUserID) != 0 && string(v.raw) == `""` {
 		return // absent
 	}
 	p.seen |= f
 	switch f {
 	case fieldName:
-		p.ev.name = p.required(f, v)
+		p.ev.name = p.text(f, v)
 	case fieldUserID:
-		p.ev.userID = p.required(f, v)
+		p.ev.userID = p.text(f, v)
 	case fieldCampaignID:
 		p.ev.campaignID = p.text(f, v)
 	case fieldInsertID:
@@ -209,15 +209,6 @@ func (p *eventParser) field(f fieldSet, v *jsonValue) {
 	case fieldMetadata:
 		p.meta(v)
 	}
-}
-
-// required is text for a field that must not be empty: an empty string counts as absent.
-func (p *eventParser) required(f fieldSet, v *jsonValue) []byte {
-	if v.kind == '"' && len(v.raw) == len(`""`) {
-		p.seen &^= f
-		return nil
-	}
-	return p.text(f, v)
 }
 
 func (p *eventParser) require(f fieldSet) {

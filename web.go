@@ -374,15 +374,8 @@ func newPipeline(cfg *settings, instance string, st *stats, wm *watermark, ready
 
 // run takes samples until ctx is done.
 func (p *pipeline) run(ctx context.Context) {
-	tick := time.NewTicker(pipelineInterval)
-	defer tick.Stop()
-	for {
-		select {
-		case now := <-tick.C:
-			p.sample(now)
-		case <-ctx.Done():
-			return
-		}
+	for sleep(ctx, pipelineInterval) == nil {
+		p.sample(time.Now())
 	}
 }
 
