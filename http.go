@@ -8,9 +8,8 @@ package main
 
 import (
 	"bytes"
-	"encoding/binary"
-	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
@@ -111,8 +110,7 @@ func (x *exchange) begin(r *http.Request) {
 	if given := r.Header["X-Request-Id"]; len(given) == 1 && requestID.MatchString(given[0]) {
 		x.id = given[0]
 	} else {
-		var b [16]byte
-		x.id = string(hex.AppendEncode(b[:0], binary.BigEndian.AppendUint64(make([]byte, 0, 8), rand.Uint64())))
+		x.id = fmt.Sprintf("%016x", rand.Uint64())
 	}
 	x.Header()["X-Request-Id"] = []string{x.id}
 }

@@ -161,29 +161,30 @@ func (q *ingestRequest) encode(ctx context.Context, media string, now int64) err
 		})
 	}
 	q.parser.json.reset(q.body.b)
-	return eachEvent(&q.parser.json, "events", nil, func(r *jsonReader) error {
-		if err := q.step(ctx); err != nil {
-			return err
-		}
-		r.space()
-		start := r.i
-		ev, _, err := q.parser.read(r)
-		return q.outcome(ev, r.i-start, err, now)
-	})
+	return eachEvent(&q.parser.json, "events", nil, func(*jsonReader) error { return q.next(ctx, q.parser.read, now) })
 }
 
-// outcome decides what becomes of the current event, size bytes from the middle of a body. An error of the reader
-// fails the whole body.
-func (q *ingestRequest) outcome(ev *event, size int, err error, now int64) error {
-	switch {
-	case q.parser.json.err != nil:
-		return fmt.Errorf("events[%d]: %w", q.index, err)
-	case size > maxEventBytes:
+// next has read read an event from the middle of the body, and decides what becomes of it: nothing, when it is nil. An error of
+// the reader fails the whole body.
+func (q *ingestRequest) next(ctx context.Context, read func(*jsonReader) (*event, error), now int64) error {
+	if err := q.step(ctx); err != nil {
+		return err
+	}
+	r := &q.parser.json
+	r.space()
+	start := r.i
+	switch ev, err := read(r); {
+	case r.err != nil:
+		return fmt.Errorf("events[%d]: %w", q.index, r.err)
+	case ev == nil && err == nil:
+		return nil
+	case r.i-start > maxEventBytes:
 		return q.refuse(errEventTooLarge)
 	case err != nil:
 		return q.refuse(err)
+	default:
+		return q.take(ev, now)
 	}
-	return q.take(ev, now)
 }
 
 // step goes on to the next event.

@@ -82,21 +82,16 @@ func (q *ingestRequest) encodeSegment(ctx context.Context, kind string, now int6
 	}
 	m := new(message) // reused for each item
 	fields := m.fields()
-	do := func(r *jsonReader) error {
-		if err := q.step(ctx); err != nil {
-			return err
-		}
-		r.space()
-		start := r.i
+	read := func(r *jsonReader) (*event, error) {
 		*m = message{}
 		err := m.read(r, fields, &q.parser)
 		note(&m.writeKey)
-		ev := q.parser.fromMessage(m, kind, now)
-		if err == nil && ev == nil {
-			return nil // of a kind that is not stored
+		if err != nil {
+			return nil, err
 		}
-		return q.outcome(ev, r.i-start, err, now)
+		return q.parser.fromMessage(m, kind, now), nil // nil for a kind that is not stored
 	}
+	do := func(*jsonReader) error { return q.next(ctx, read, now) }
 	switch {
 	case kind == "batch":
 		err = eachEvent(r, "batch", func(k, v jsonValue) {

@@ -80,6 +80,19 @@ const (
 // fieldNames are the fields of an event, in the order of their bits.
 var fieldNames = [...]string{"event_name", "user_id", "timestamp", "channel", "campaign_id", "tags", "metadata", "insert_id"}
 
+// form is what a field's value has to be.
+func (f fieldSet) form() (kind byte, text string) {
+	switch f {
+	case fieldTimestamp:
+		return 0, "an integer of Unix seconds"
+	case fieldTags:
+		return '[', "an array of strings"
+	case fieldMetadata:
+		return '{', "an object"
+	}
+	return '"', "a string"
+}
+
 func (f fieldSet) name() string { return fieldNames[bits.TrailingZeros16(uint16(f))] }
 
 // parse reads one event from raw and checks every rule that does not need a clock. A good event has no problems. The error
@@ -90,13 +103,13 @@ func (p *eventParser) parse(raw []byte) (*event, []problem, error) {
 	if r.space(); r.i == len(raw) {
 		return nil, nil, errNoEvent
 	}
-	ev, problems, err := p.read(r)
-	return ev, problems, cmp.Or(r.end(), err)
+	ev, err := p.read(r)
+	return ev, p.problems, cmp.Or(r.end(), err)
 }
 
-// read is parse for an event in the middle of a text. A member that is no field of an event only has to be JSON. An error that
+// read is parse for an event in the middle of a text, whose problems it leaves in p. A member that is no field of an event only has to be JSON. An error that
 // the reader does not have, too, is about this one event: the reader has got past it, and what follows can be read.
-func (p *eventParser) read(r *jsonReader) (*event, []problem, error) {
+func (p *eventParser) read(r *jsonReader) (*event, error) {
 	p.begin()
 	var k, v jsonValue
 	deepest, err := 0, r.object()
@@ -105,10 +118,10 @@ func (p *eventParser) read(r *jsonReader) (*event, []problem, error) {
 		deepest = max(deepest, v.depth)
 	}
 	if err = cmp.Or(r.err, err, tooDeep(deepest)); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	p.finish()
-	return &p.ev, p.problems, nil
+	return &p.ev, nil
 }
 
 // object steps into an object; another value is read and errNotObject.
@@ -191,15 +204,19 @@ func (p *eventParser) field(f fieldSet, v *jsonValue) {
 		return // absent
 	}
 	p.seen |= f
+	if kind, form := f.form(); v.kind != kind {
+		p.addf(f.name(), codeInvalidFormat, "must be %s, not %s", form, kindNames[v.kind])
+		return
+	}
 	switch f {
 	case fieldName:
-		p.ev.name = p.text(f, v)
+		p.ev.name = p.text(f, codeMaxLength, v)
 	case fieldUserID:
-		p.ev.userID = p.text(f, v)
+		p.ev.userID = p.text(f, codeMaxLength, v)
 	case fieldCampaignID:
-		p.ev.campaignID = p.text(f, v)
+		p.ev.campaignID = p.text(f, codeMaxLength, v)
 	case fieldInsertID:
-		p.ev.insertID = p.text(f, v)
+		p.ev.insertID = p.text(f, codeMaxLength, v)
 	case fieldChannel:
 		p.channel(v)
 	case fieldTimestamp:
@@ -217,16 +234,8 @@ func (p *eventParser) require(f fieldSet) {
 	}
 }
 
-func (p *eventParser) text(f fieldSet, v *jsonValue) []byte {
-	if v.kind != '"' {
-		p.addf(f.name(), codeInvalidFormat, "must be a string, not %s", kindNames[v.kind])
-		return nil
-	}
-	return p.checked(f, codeMaxLength, v)
-}
-
-// checked is the string's text, with its problems noted under f.
-func (p *eventParser) checked(f fieldSet, tooLong string, v *jsonValue) []byte {
+// text is a string's text, with its problems noted under f.
+func (p *eventParser) text(f fieldSet, tooLong string, v *jsonValue) []byte {
 	if len(v.raw) > maxTextBytes { // whatever is in it: not worth unescaping
 		p.addf(f.name(), tooLong, "has %d bytes, the limit is %d characters", len(v.raw)-len(`""`), maxTextChars)
 		return nil
@@ -247,10 +256,6 @@ func (p *eventParser) checked(f fieldSet, tooLong string, v *jsonValue) []byte {
 }
 
 func (p *eventParser) channel(v *jsonValue) {
-	if v.kind != '"' {
-		p.addf("channel", codeInvalidFormat, "must be a string, not %s", kindNames[v.kind])
-		return
-	}
 	if len(v.raw) <= maxTextBytes {
 		p.ev.channel = v.text(&p.scratch)
 	}
@@ -268,10 +273,6 @@ func validChannel(b []byte) bool {
 }
 
 func (p *eventParser) timestamp(v *jsonValue) {
-	if v.kind != 0 {
-		p.addf("timestamp", codeInvalidFormat, "must be an integer of Unix seconds, not %s", kindNames[v.kind])
-		return
-	}
 	n, err := integer64(v.raw)
 	if err != nil {
 		p.addf("timestamp", codeInvalidFormat, "must be an integer of Unix seconds")
@@ -301,10 +302,6 @@ func integer64(raw []byte) (int64, error) {
 }
 
 func (p *eventParser) tags(v *jsonValue) {
-	if v.kind != '[' {
-		p.addf("tags", codeInvalidFormat, "must be an array of strings, not %s", kindNames[v.kind])
-		return
-	}
 	r := jsonReader{b: v.raw, i: len(`[`)} // it has been read without an error before
 	n := 0
 	for ; r.more(n, ']'); n++ {
@@ -317,7 +314,7 @@ func (p *eventParser) tags(v *jsonValue) {
 			continue
 		}
 		before := len(p.problems)
-		b := p.checked(fieldTags, codeTagTooLong, &t)
+		b := p.text(fieldTags, codeTagTooLong, &t)
 		for j := before; j < len(p.problems); j++ {
 			p.problems[j].message = fmt.Sprintf("tags[%d] %s", n, p.problems[j].message[len("tags "):])
 		}
@@ -329,10 +326,6 @@ func (p *eventParser) tags(v *jsonValue) {
 }
 
 func (p *eventParser) meta(v *jsonValue) {
-	if v.kind != '{' {
-		p.addf("metadata", codeInvalidFormat, "must be an object, not %s", kindNames[v.kind])
-		return
-	}
 	if len(v.raw) > maxMetadataBytes {
 		p.addf("metadata", codeMaxLength, "has %d bytes, the limit is %d", len(v.raw), maxMetadataBytes)
 		return
