@@ -164,8 +164,8 @@ func (q *ingestRequest) encode(ctx context.Context, media string, now int64) err
 	return eachEvent(&q.parser.json, "events", nil, func(*jsonReader) error { return q.next(ctx, q.parser.read, now) })
 }
 
-// next has read read an event from the middle of the body, and decides what becomes of it: nothing, when it is nil. An error of
-// the reader fails the whole body.
+// next reads an event in the middle of the body by read, and decides what becomes of it: nothing, when it is nil. An error of the
+// reader fails the whole body.
 func (q *ingestRequest) next(ctx context.Context, read func(*jsonReader) (*event, error), now int64) error {
 	if err := q.step(ctx); err != nil {
 		return err

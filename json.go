@@ -362,32 +362,31 @@ func (r *jsonReader) literal(word string) error {
 }
 
 func (r *jsonReader) number() error {
-	start := r.i
-	if r.i < len(r.b) && r.b[r.i] == '-' {
-		r.i++
-	}
-	if r.i < len(r.b) && r.b[r.i] == '0' {
-		r.i++
-	} else if !r.digits() {
-		if r.i == start {
-			return r.unexpected("a value")
-		}
-		return r.unexpected("a digit")
-	}
-	if r.i < len(r.b) && r.b[r.i] == '.' {
-		if r.i++; !r.digits() {
+	minus := r.skip('-', '-')
+	if !r.skip('0', '0') && !r.digits() {
+		if minus {
 			return r.unexpected("a digit")
 		}
+		return r.unexpected("a value")
 	}
-	if r.i < len(r.b) && r.b[r.i]|0x20 == 'e' {
-		if r.i++; r.i < len(r.b) && (r.b[r.i] == '+' || r.b[r.i] == '-') {
-			r.i++
-		}
-		if !r.digits() {
+	if r.skip('.', '.') && !r.digits() {
+		return r.unexpected("a digit")
+	}
+	if r.skip('e', 'E') {
+		if r.skip('+', '-'); !r.digits() {
 			return r.unexpected("a digit")
 		}
 	}
 	return nil
+}
+
+// skip steps over one of two bytes, and says whether one was there.
+func (r *jsonReader) skip(one, other byte) bool {
+	is := r.i < len(r.b) && (r.b[r.i] == one || r.b[r.i] == other)
+	if is {
+		r.i++
+	}
+	return is
 }
 
 // digits steps over digits and says whether there were any.

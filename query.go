@@ -121,12 +121,9 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 // parseMetricsQuery checks the parameters; all problems come back at once.
 func parseMetricsQuery(rawQuery string) (*metricsQuery, []problem) {
 	c := newQueryCheck(rawQuery, "event_name", "from", "to", "channel", "group_by")
-	v := c.values
-	q := &metricsQuery{eventName: v.Get("event_name"), channel: v.Get("channel"), groupBy: v.Get("group_by")}
+	q := c.filters()
 	if q.eventName == "" {
 		c.fail("event_name", codeRequired, "is required")
-	} else if !utf8.ValidString(q.eventName) {
-		c.fail("event_name", codeInvalidFormat, "is not valid UTF-8 text")
 	}
 	q.from, q.to = c.seconds("from"), c.seconds("to")
 	c.rangeAndChannel(q)
@@ -166,6 +163,16 @@ func newQueryCheck(rawQuery string, known ...string) *queryCheck {
 
 func (c *queryCheck) fail(field, code, message string) {
 	c.problems = append(c.problems, problem{field, code, field + " " + message})
+}
+
+// filters reads what metrics and overview have in common, but for the range.
+func (c *queryCheck) filters() *metricsQuery {
+	v := c.values
+	q := &metricsQuery{eventName: v.Get("event_name"), channel: v.Get("channel"), groupBy: v.Get("group_by")}
+	if !utf8.ValidString(q.eventName) {
+		c.fail("event_name", codeInvalidFormat, "is not valid UTF-8 text")
+	}
+	return q
 }
 
 // seconds reads a required parameter.

@@ -107,8 +107,9 @@ func (p *eventParser) parse(raw []byte) (*event, []problem, error) {
 	return ev, p.problems, cmp.Or(r.end(), err)
 }
 
-// read is parse for an event in the middle of a text, whose problems it leaves in p. A member that is no field of an event only has to be JSON. An error that
-// the reader does not have, too, is about this one event: the reader has got past it, and what follows can be read.
+// read is parse for an event in the middle of a text, whose problems it leaves in p. A member that is no field of an event only
+// has to be JSON. An error that the reader does not have, too, is about this one event: the reader has got past it, and what
+// follows can be read.
 func (p *eventParser) read(r *jsonReader) (*event, error) {
 	p.begin()
 	var k, v jsonValue

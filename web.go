@@ -26,7 +26,6 @@ import (
 	"strconv"
 	"sync"
 	"time"
-	"unicode/utf8"
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
@@ -176,16 +175,11 @@ func (m *metricsAPI) serveOverview(w http.ResponseWriter, r *http.Request) {
 // parseOverviewQuery checks the parameters, all of which may be absent: the last 24 hours, every event name and channel.
 func parseOverviewQuery(rawQuery string, now int64) (*metricsQuery, []problem) {
 	c := newQueryCheck(rawQuery, "from", "to", "channel", "event_name")
-	v := c.values
-	q := &metricsQuery{eventName: v.Get("event_name"), channel: v.Get("channel"), from: now - daySeconds, to: now}
-	if !utf8.ValidString(q.eventName) {
-		c.fail("event_name", codeInvalidFormat, "is not valid UTF-8 text")
-	}
-	if v.Has("to") {
+	q := c.filters()
+	if q.to = now; c.values.Has("to") {
 		q.to = c.seconds("to")
-		q.from = q.to - daySeconds
 	}
-	if v.Has("from") {
+	if q.from = q.to - daySeconds; c.values.Has("from") {
 		q.from = c.seconds("from")
 	}
 	c.rangeAndChannel(q)
