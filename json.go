@@ -151,7 +151,7 @@ func (r *jsonReader) member(n int, k, v *jsonValue) bool {
 	if !r.key(n, k) {
 		return false
 	}
-	*v = r.value()
+	r.read(v)
 	return r.err == nil
 }
 
@@ -169,7 +169,14 @@ func (v *jsonValue) each(do func(k, v jsonValue)) {
 
 // value reads the next value, whatever is in it.
 func (r *jsonReader) value() (v jsonValue) {
+	r.read(&v)
+	return v
+}
+
+// read is value without a copy.
+func (r *jsonReader) read(v *jsonValue) {
 	var err error
+	*v = jsonValue{}
 	if v.kind = r.peek(); v.kind == '-' || v.kind >= '0' && v.kind <= '9' {
 		v.kind = 0
 	}
@@ -187,13 +194,13 @@ func (r *jsonReader) value() (v jsonValue) {
 				break
 			}
 			if c == '{' {
-				_, err = r.name(&v)
+				_, err = r.name(v)
 			}
 			if err == nil {
 				continue
 			}
 		case '"':
-			err = r.str(&v)
+			err = r.str(v)
 		case 't':
 			err = r.literal("true")
 		case 'f':
@@ -212,18 +219,18 @@ func (r *jsonReader) value() (v jsonValue) {
 		case depth == 0:
 			v.raw = r.b[start:r.i]
 			v.spaced = r.spaces > spaces
-			return v
+			return
 		case !r.eat(','):
 			err = r.unexpected("',' or '" + string(rune(r.closing(depth))) + "'")
 		case r.closing(depth) == '}':
-			_, err = r.name(&v)
+			_, err = r.name(v)
 		}
 		if err != nil && v.depth >= maxDepth { // which the text's author may not see
 			err = fmt.Errorf("%w; values are nested more than %d deep", err, maxDepth)
 		}
 		if err != nil {
 			r.fail(err)
-			return v
+			return
 		}
 	}
 }

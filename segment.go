@@ -148,7 +148,10 @@ func (m *message) read(r *jsonReader, fields map[string]*jsonValue, p *eventPars
 			*to = v
 		}
 	}
-	return cmp.Or(r.err, err, tooDeep(deepest))
+	if deepest >= maxDepth {
+		err = errEventTooDeep
+	}
+	return cmp.Or(r.err, err)
 }
 
 // context takes the names of the library and of the campaign out of a message's context.

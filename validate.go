@@ -104,7 +104,10 @@ func (p *eventParser) parse(raw []byte) (*event, []problem, error) {
 		return nil, nil, errNoEvent
 	}
 	ev, err := p.read(r)
-	return ev, p.problems, cmp.Or(r.end(), err)
+	if end := r.end(); end != nil {
+		err = end
+	}
+	return ev, p.problems, err
 }
 
 // read is parse for an event in the middle of a text, whose problems it leaves in p. A member that is no field of an event only
@@ -118,8 +121,11 @@ func (p *eventParser) read(r *jsonReader) (*event, error) {
 		p.member(&k, &v)
 		deepest = max(deepest, v.depth)
 	}
-	if err = cmp.Or(r.err, err, tooDeep(deepest)); err != nil {
-		return nil, err
+	switch {
+	case err != nil || r.err != nil:
+		return nil, cmp.Or(r.err, err)
+	case deepest >= maxDepth: // and the event is a bracket itself
+		return nil, errEventTooDeep
 	}
 	p.finish()
 	return &p.ev, nil
@@ -132,14 +138,6 @@ func (r *jsonReader) object() error {
 	}
 	r.value()
 	return cmp.Or(r.err, errNotObject)
-}
-
-// tooDeep is an error when an event's values are nested so deep that it would be too deep itself.
-func tooDeep(depth int) error {
-	if depth >= maxDepth {
-		return errEventTooDeep
-	}
-	return nil
 }
 
 func (p *eventParser) begin() {
@@ -190,11 +188,25 @@ func clip(name []byte) string {
 	return string(bytes.ToValidUTF8(name[:most], []byte("�"))) + "…"
 }
 
+// fieldByName is a switch, whose texts the compiler compares in place; a loop over fieldNames is slower.
 func fieldByName(key []byte) fieldSet {
-	for bit, name := range fieldNames {
-		if string(key) == name { // no copy: the compiler compares in place
-			return 1 << bit
-		}
+	switch string(key) {
+	case "event_name":
+		return fieldName
+	case "user_id":
+		return fieldUserID
+	case "timestamp":
+		return fieldTimestamp
+	case "channel":
+		return fieldChannel
+	case "campaign_id":
+		return fieldCampaignID
+	case "tags":
+		return fieldTags
+	case "metadata":
+		return fieldMetadata
+	case "insert_id":
+		return fieldInsertID
 	}
 	return 0
 }
