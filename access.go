@@ -6,7 +6,6 @@ package main
 
 import (
 	"crypto/sha256"
-	"crypto/subtle"
 	"crypto/tls"
 	"fmt"
 	"log/slog"
@@ -24,19 +23,13 @@ import (
 
 // access decides about requests before they reach a handler.
 type access struct {
-	keys      atomic.Pointer[keyring]
+	keys      atomic.Pointer[map[client]rights] // by the key's hash; empty lets everybody do everything
 	origins   []string
 	cert      atomic.Pointer[tls.Certificate]
 	tls       *tls.Config // nil without TLS
 	logShare  float64     // ACCESS_LOG
 	faultLogs atomic.Int64
 	second    atomic.Int64 // whose failures faultLogs counts
-}
-
-// keyring holds the hashes of the keys. All are equally long, so that comparing them gives nothing away.
-type keyring struct {
-	all     [][sha256.Size]byte // API_KEYS
-	writing [][sha256.Size]byte // WRITE_KEYS
 }
 
 // rights is what a key allows.
@@ -100,22 +93,21 @@ func (a *access) load(cfg *settings) error {
 		}
 	}
 	a.cert.Store(&cert)
-	a.keys.Store(&keyring{hashesOf(cfg.apiKeys), hashesOf(cfg.writeKeys)})
-	return nil
-}
-
-func hashesOf(keys []string) [][sha256.Size]byte {
-	hashes := make([][sha256.Size]byte, len(keys))
-	for i, k := range keys {
-		hashes[i] = sha256.Sum256([]byte(k))
+	keys := map[client]rights{}
+	for _, k := range cfg.writeKeys {
+		keys[sha256.Sum256([]byte(k))] = maySend
 	}
-	return hashes
+	for _, k := range cfg.apiKeys {
+		keys[sha256.Sum256([]byte(k))] = mayAll
+	}
+	a.keys.Store(&keys)
+	return nil
 }
 
 // reload is what SIGHUP does: it reads the keys and the certificate again. Everything else needs a restart.
 func (a *access) reload() {
 	cfg, err := loadSettings(os.Getenv)
-	if err == nil && cfg.isOpen() && !a.keys.Load().isEmpty() {
+	if err == nil && cfg.isOpen() && len(*a.keys.Load()) > 0 {
 		err = fmt.Errorf("there are no keys any more; opening the API needs a restart")
 	}
 	if err == nil {
@@ -162,8 +154,14 @@ func (a *access) crosses(w http.ResponseWriter, r *http.Request) bool {
 	if len(a.origins) > 0 {
 		h.Add("Vary", "Origin") // also without an Origin: a cache must not give this answer to a page
 	}
+	if origin == "" {
+		return true
+	}
+	_, host, _ := strings.Cut(origin, "://")
+	isOwnPage := host != "" && host == r.Host // under the name that the client used
+	// A browser sends these from any page without asking first: of the types that a form can have, this API takes only text.
+	unasked := r.Header.Get("Content-Type") == "" || mediaType(r) == typeText
 	switch method := r.Header.Get("Access-Control-Request-Method"); {
-	case origin == "":
 	case slices.Contains(a.origins, "*") || slices.Contains(a.origins, origin):
 		h.Set("Access-Control-Allow-Origin", origin)
 		h.Set("Access-Control-Expose-Headers", "Retry-After, X-Request-Id")
@@ -178,29 +176,17 @@ func (a *access) crosses(w http.ResponseWriter, r *http.Request) bool {
 			w.WriteHeader(http.StatusNoContent)
 			return false
 		}
-	case r.Method == http.MethodPost && needsNoPreflight(r) && !isOwnPage(r, origin):
+	case r.Method == http.MethodPost && unasked && !isOwnPage:
 		writeError(w, http.StatusForbidden, "forbidden", "pages of this origin may not send events: it is not in CORS_ORIGINS")
 		return false
 	}
 	return true
 }
 
-// needsNoPreflight says whether a browser sends such a request from any page without asking first. Of the types that a form
-// can have, this API takes only text/plain.
-func needsNoPreflight(r *http.Request) bool {
-	media := r.Header.Get("Content-Type")
-	return media == "" || mediaType(r) == typeText
-}
-
-// isOwnPage says whether origin is this server, under the name that the client used.
-func isOwnPage(r *http.Request, origin string) bool {
-	_, host, _ := strings.Cut(origin, "://")
-	return host != "" && host == r.Host
-}
-
 // takesEvents says whether a request goes to a route that takes events.
 func takesEvents(r *http.Request) bool {
-	return r.Method == http.MethodPost && (r.URL.Path == "/api/v1/events" || r.URL.Path == "/api/v1/events/bulk" || strings.HasPrefix(r.URL.Path, "/v1/"))
+	p := r.URL.Path
+	return r.Method == http.MethodPost && (p == "/api/v1/events" || p == "/api/v1/events/bulk" || strings.HasPrefix(p, "/v1/"))
 }
 
 // keyOf returns the request's key, empty without one. Segment's clients send it as a user name without a password. A key in
@@ -233,37 +219,18 @@ func queryValue(rawQuery, name string) (value string, is bool) {
 	return "", false
 }
 
-// rightsOf says what a key allows and whose it is. When no keys are set, everybody may do everything, and a key is nobody's.
+// rightsOf says what a key allows and whose it is. When no keys are set, everybody may do everything, and a key is nobody's. The
+// time that looking up a hash takes tells nothing of the keys.
 func (a *access) rightsOf(given string) (rights, client) {
-	keys := a.keys.Load()
-	if keys.isEmpty() {
+	keys := *a.keys.Load()
+	if len(keys) == 0 {
 		return mayAll, client{}
 	}
-	hash := sha256.Sum256([]byte(given))
-	switch all, writing := isAmong(&hash, keys.all), isAmong(&hash, keys.writing); {
-	case all:
-		return mayAll, hash
-	case writing:
-		return maySend, hash
+	hash := client(sha256.Sum256([]byte(given)))
+	if may := keys[hash]; may != mayNothing {
+		return may, hash
 	}
 	return mayNothing, client{}
-}
-
-// isAmong compares with every hash, so that the time it takes does not tell which one matched.
-func isAmong(hash *[sha256.Size]byte, hashes [][sha256.Size]byte) bool {
-	found := 0
-	for i := range hashes {
-		found |= subtle.ConstantTimeCompare(hash[:], hashes[i][:])
-	}
-	return found == 1
-}
-
-func (k *keyring) isEmpty() bool { return len(k.all)+len(k.writing) == 0 }
-
-// knows says whether a key lets its sender send events.
-func (a *access) knows(given string) bool {
-	may, _ := a.rightsOf(given)
-	return may != mayNothing
 }
 
 // refuse answers a request whose key is not known.

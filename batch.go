@@ -141,16 +141,9 @@ func priceOf(metadata []byte) (price proto.Decimal64, currency []byte) {
 		return 0, nil // before the reader makes an error of it, which is garbage
 	}
 	r := jsonReader{b: metadata}
+	var k, v jsonValue
 	r.eat('{')
-	for n := 0; ; n++ {
-		if more, err := r.more(n, '}'); err != nil || !more {
-			return price, currency
-		}
-		k, _ := r.key()
-		v, err := r.value()
-		if err != nil {
-			return price, currency
-		}
+	for n := 0; r.member(n, &k, &v); n++ {
 		switch string(k.raw) {
 		case `"price"`:
 			if f := fastfloat.ParseBestEffort(string(v.raw)); v.kind == 0 && math.Abs(f) < 1e13 {
@@ -162,6 +155,7 @@ func priceOf(metadata []byte) (price proto.Decimal64, currency []byte) {
 			}
 		}
 	}
+	return price, currency
 }
 
 // idColumn is FixedString(32).

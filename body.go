@@ -1,19 +1,27 @@
-// Request bodies: read whole, decompressed, bounded three ways.
+// Request bodies, and the memory of requests.
 //
 // body.go reads a body from the wire into a buffer. A body is bounded by its own limit (counted after decompression, so
 // that a small bomb is a large body), by the server's read timeout, and by the budget of bytes that all requests together
 // and those of one client may hold, from the first byte read until Kafka has acknowledged the last record.
+//
+// It owns that budget, each client's part of it, and the pools that buffers come from. A request takes what it needs when it
+// needs it, and is charged for the whole buffer: a client that claims much and sends little, or is slow, holds little. One
+// that sends much and never finishes holds its share, the others the rest.
 
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"math/bits"
 	"net/http"
 	"runtime"
 	"strings"
-	"time"
+	"sync"
+	"sync/atomic"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -33,108 +41,88 @@ const (
 )
 
 var (
+	errOverBudget   = errors.New("too much is in flight")
+	errOverShare    = errors.New("too much of this key, or of this address without a key, is in flight")
 	errBodyTooLarge = errors.New("the body is larger than the limit")
 	errEncoding     = errors.New("unsupported content encoding: send gzip, zstd or none")
 	errTimeUp       = errors.New("the time for this request is up")
 )
 
-// errBadStream is a body that could not be read to its end.
-type errBadStream struct{ err error }
-
-func (e errBadStream) Error() string { return e.err.Error() }
-
 // readBody reads r's body. The caller puts the buffer back. The errors are errBodyTooLarge, errOverBudget, errOverShare,
-// errEncoding, errTimeUp, errBadStream, and the context's when the client is gone.
+// errEncoding, errTimeUp, the context's when the client is gone, and others of a body that cannot be read to its end.
 func (in *ingester) readBody(acc *account, r *http.Request, limit int) (*buffer, error) {
 	if r.ContentLength > int64(limit) {
 		return nil, errBodyTooLarge
 	}
-	switch encoding := strings.ToLower(r.Header.Get("Content-Encoding")); encoding {
-	case "", "identity":
-		return acc.readAll(r.Context(), r.Body, int(r.ContentLength), limit)
-	case "gzip", "zstd":
-		raw, err := acc.readAll(r.Context(), r.Body, int(r.ContentLength), limit)
-		if err != nil {
-			return nil, err
-		}
-		defer acc.put(raw)
-		return in.decompress(acc, r.Context(), encoding, raw.b, limit)
-	default:
+	encoding := strings.ToLower(r.Header.Get("Content-Encoding"))
+	plain := encoding == "" || encoding == "identity"
+	if !plain && encoding != "gzip" && encoding != "zstd" {
 		return nil, errEncoding
 	}
+	body, err := acc.readAll(r.Context(), r.Body, int(r.ContentLength), limit)
+	if plain || err != nil {
+		return body, err
+	}
+	defer acc.put(body)
+	return in.decompress(acc, r.Context(), encoding, body.b, limit)
 }
 
-// readAll reads src to its end. hint is its length, or -1; limit is the most it may have.
+// readAll reads src to its end. hint is its length, or -1; limit is the most it may have. A full buffer is replaced by a bigger
+// one.
 func (a *account) readAll(ctx context.Context, src io.Reader, hint, limit int) (*buffer, error) {
 	if hint < 0 {
 		hint = firstRead
 	}
 	// One byte more than expected, so that the end is seen without growing again.
 	body, err := a.get(min(hint, firstClaim) + 1)
-	if err != nil {
-		return nil, err
+	for err == nil {
+		var n int
+		n, err = src.Read(body.b[len(body.b):cap(body.b)])
+		body.b = body.b[:len(body.b)+n]
+		switch {
+		case len(body.b) > limit:
+			err = errBodyTooLarge
+		case err == io.EOF:
+			return body, nil
+		case ctx.Err() != nil: // the client is gone
+			err = ctx.Err()
+		case err != nil:
+			err = badStream(err)
+		case len(body.b) == cap(body.b):
+			var bigger *buffer
+			if bigger, err = a.get(min(2*cap(body.b), limit+1)); err == nil {
+				bigger.b = append(bigger.b, body.b...)
+				a.put(body)
+				body = bigger
+			}
+		}
 	}
-	if err := a.readInto(&body, ctx, src, limit); err != nil {
-		a.put(body)
-		return nil, err
-	}
-	return body, nil
+	a.put(body)
+	return nil, err
 }
 
-// readInto appends src to *body, and replaces it by a bigger buffer when it is full.
-func (a *account) readInto(body **buffer, ctx context.Context, src io.Reader, limit int) error {
-	for {
-		b := *body
-		if len(b.b) == cap(b.b) {
-			bigger, err := a.get(min(2*cap(b.b), limit+1))
-			if err != nil {
-				return err
-			}
-			bigger.b = append(bigger.b, b.b...)
-			a.put(b)
-			b, *body = bigger, bigger
-		}
-		n, err := src.Read(b.b[len(b.b):cap(b.b)])
-		b.b = b.b[:len(b.b)+n]
-		switch {
-		case len(b.b) > limit:
-			return errBodyTooLarge
-		case err == io.EOF:
-			return nil
-		case ctx.Err() != nil: // the client is gone
-			return ctx.Err()
-		case err != nil:
-			return errBadStream{err}
-		}
-	}
-}
+func badStream(err error) error { return fmt.Errorf("the body could not be read: %v", err) }
 
 func (in *ingester) decompress(acc *account, ctx context.Context, encoding string, raw []byte, limit int) (*buffer, error) {
+	waiting, cancel := context.WithTimeoutCause(ctx, in.ackTimeout, errTimeUp)
+	defer cancel()
 	var d *decompressor
-	select { // Fast path
+	select {
 	case d = <-decompressors:
-	default:
-		timeout := time.NewTimer(in.ackTimeout)
-		defer timeout.Stop()
-		select {
-		case d = <-decompressors:
-		case <-timeout.C:
-			return nil, errTimeUp
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
+	case <-waiting.Done():
+		return nil, context.Cause(waiting)
 	}
 	defer func() { decompressors <- d }()
 	src, err := d.open(encoding, raw)
 	if err != nil {
-		return nil, errBadStream{err}
+		return nil, badStream(err)
 	}
 	return acc.readAll(ctx, src, min(4*len(raw), limit), limit)
 }
 
 // decompressor keeps the state of both decoders for the next body: about 40 KiB, and up to twice maxZstdWindow.
 type decompressor struct {
-	src  byteReader
+	src  bytes.Reader // no bytes.Buffer: zstd would decode the whole of it at once, past the limit
 	gzip *gzip.Reader
 	zstd *zstd.Decoder
 }
@@ -150,7 +138,7 @@ var decompressors = func() chan *decompressor {
 }()
 
 func (d *decompressor) open(encoding string, raw []byte) (io.Reader, error) {
-	d.src = byteReader{raw}
+	d.src.Reset(raw)
 	if encoding == "gzip" {
 		if d.gzip == nil {
 			z, err := gzip.NewReader(&d.src)
@@ -161,42 +149,22 @@ func (d *decompressor) open(encoding string, raw []byte) (io.Reader, error) {
 	}
 	if d.zstd == nil {
 		// Concurrency 1 decodes in the caller: no goroutines to leak from a pool.
-		z, err := zstd.NewReader(&d.src, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxZstdWindow))
+		z, err := zstd.NewReader(&d.src, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+			zstd.WithDecoderMaxWindow(maxZstdWindow))
 		d.zstd = z
 		return z, err
 	}
 	return d.zstd, d.zstd.Reset(&d.src)
 }
 
-// byteReader is bytes.Reader without the parts that make zstd decode the whole input at once, past the limit.
-type byteReader struct{ b []byte }
-
-func (r *byteReader) Read(p []byte) (int, error) {
-	if len(r.b) == 0 {
-		return 0, io.EOF
-	}
-	n := copy(p, r.b)
-	r.b = r.b[n:]
-	return n, nil
-}
-
-func (r *byteReader) ReadByte() (byte, error) {
-	if len(r.b) == 0 {
-		return 0, io.EOF
-	}
-	c := r.b[0]
-	r.b = r.b[1:]
-	return c, nil
-}
-
 // writeReadError answers a request whose body could not be read.
 func writeReadError(w http.ResponseWriter, err error) {
-	var bad errBadStream
 	switch {
 	case errors.Is(err, errBodyTooLarge):
 		// The rest of the body is not read: the connection ends with this answer.
 		w.Header().Set("Connection", "close")
-		writeError(w, http.StatusRequestEntityTooLarge, "request body too large", "the limit is 64 KiB for one event, 8 MiB for a bulk, after decompression")
+		writeError(w, http.StatusRequestEntityTooLarge, "request body too large",
+			"the limit is 64 KiB for one event, 8 MiB for a bulk, after decompression")
 	case errors.Is(err, errOverShare):
 		w.Header().Set("Retry-After", retryAfterSeconds)
 		writeError(w, http.StatusTooManyRequests, "too many requests", err.Error())
@@ -205,9 +173,151 @@ func writeReadError(w http.ResponseWriter, err error) {
 	case errors.Is(err, context.Canceled): // the client is gone: nobody is left to tell
 	case errors.Is(err, errEncoding):
 		writeError(w, http.StatusUnsupportedMediaType, "unsupported content encoding", err.Error())
-	case errors.As(err, &bad):
-		writeError(w, http.StatusBadRequest, "invalid request body", "the body could not be read: "+err.Error())
-	default: // it is not JSON, or not in the form of a bulk
+	default: // it could not be read, is not JSON, or not in the form of a bulk
 		writeError(w, http.StatusBadRequest, "invalid request body", err.Error())
 	}
 }
+
+// Sizes of pooled buffers, each twice the one before: 1 KiB to 1 MiB. A larger one is made to measure and left to the garbage
+// collector: one huge request must not keep its memory for ever.
+const (
+	minBuffer   = 1 << 10
+	bufferSizes = 11
+)
+
+// byteBudget bounds the bytes that requests hold. The zero limit refuses everything.
+type byteBudget struct {
+	limit     int64
+	perClient int64 // of it, the most that one client may hold; 0 is no limit
+	used      atomic.Int64
+	pools     [bufferSizes]sync.Pool // of *buffer, by size
+
+	mu       sync.Mutex          // guards accounts, and the requests of each
+	accounts map[client]*account // only of clients with a request in flight
+}
+
+// account is what the requests of one client hold. Each request opens it, takes and gives back through it, and closes it.
+type account struct {
+	budget   *byteBudget
+	client   client
+	used     atomic.Int64
+	requests atomic.Int32
+}
+
+// buffer is bytes with an owner, who gives them back.
+type buffer struct{ b []byte }
+
+// bytes returns what is in the buffer; nil is empty.
+func (b *buffer) bytes() []byte {
+	if b == nil {
+		return nil
+	}
+	return b.b
+}
+
+// open returns the client's account for one more request.
+func (b *byteBudget) open(c client) *account {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	a := b.accounts[c]
+	if a == nil {
+		if b.accounts == nil {
+			b.accounts = map[client]*account{}
+		}
+		a = &account{budget: b, client: c}
+		b.accounts[c] = a
+	}
+	a.requests.Add(1)
+	return a
+}
+
+// close ends a request that has given back all it took. The client's last one removes the account.
+func (a *account) close() {
+	b := a.budget
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if a.requests.Add(-1) == 0 {
+		delete(b.accounts, a.client)
+	}
+}
+
+// take charges n bytes. A client's only request may exceed its share: a body larger than the share would otherwise be
+// refused for ever.
+func (a *account) take(n int) error {
+	b := a.budget
+	if used := a.used.Add(int64(n)); b.perClient > 0 && used > b.perClient && a.requests.Load() > 1 {
+		a.used.Add(int64(-n))
+		return errOverShare
+	}
+	if b.used.Add(int64(n)) > b.limit {
+		a.give(n)
+		return errOverBudget
+	}
+	return nil
+}
+
+func (a *account) give(n int) {
+	a.used.Add(int64(-n))
+	a.budget.used.Add(int64(-n))
+}
+
+// get returns an empty buffer with room for n bytes. The errors are errOverBudget and errOverShare.
+func (a *account) get(n int) (*buffer, error) {
+	if err := a.take(bufferSize(n)); err != nil {
+		return nil, err
+	}
+	return a.budget.taken(bufferSize(n)), nil
+}
+
+// grow replaces *buf by a bigger buffer with the same bytes, unless it has room for n more. On an error, one of get's, *buf
+// stays as it was. An answer that is owed ignores the limits.
+func (a *account) grow(buf **buffer, n int, owed bool) error {
+	b := (*buf).bytes()
+	if cap(b)-len(b) >= n { // Fast path
+		return nil
+	}
+	size := bufferSize(max(len(b)+n, 2*cap(b)))
+	if owed {
+		a.give(-size)
+	} else if err := a.take(size); err != nil {
+		return err
+	}
+	bigger := a.budget.taken(size)
+	bigger.b = append(bigger.b, b...)
+	a.put(*buf)
+	*buf = bigger
+	return nil
+}
+
+// taken returns a buffer of a size that is already charged.
+func (b *byteBudget) taken(size int) *buffer {
+	if pool := bufferPool(size); pool < bufferSizes {
+		if buf, ok := b.pools[pool].Get().(*buffer); ok {
+			return buf
+		}
+	}
+	return &buffer{make([]byte, 0, size)}
+}
+
+// put takes a buffer back; nobody may look at its bytes any more. nil is fine.
+func (a *account) put(buf *buffer) {
+	if buf == nil {
+		return
+	}
+	a.give(cap(buf.b))
+	if pool := bufferPool(cap(buf.b)); cap(buf.b) >= minBuffer && pool < bufferSizes {
+		buf.b = buf.b[:0]
+		a.budget.pools[pool].Put(buf)
+	}
+}
+
+// bufferSize is the size of a buffer with room for n bytes.
+func bufferSize(n int) int {
+	if pool := bufferPool(n); pool < bufferSizes {
+		return minBuffer << pool
+	}
+	return n
+}
+
+// bufferPool is the index of the smallest size that holds n bytes; bufferSizes or more when none does.
+func bufferPool(n int) int { return bits.Len(uint(max(n, 1)-1) / minBuffer) }

@@ -71,8 +71,8 @@ func costOf(single bool, media, encoding string, body []byte) (c cost) {
 	if single {
 		limit, pool = maxSingleBody, &in.singles
 	}
-	if q, err := in.receive(w, r, pool, limit); err != nil {
-		writeReadError(w, err)
+	if q := in.receive(w, r, pool, limit); q == nil {
+		// and has answered
 	} else if single {
 		if _, problems, err := q.parser.parse(q.body.b); err != nil {
 			writeReadError(w, err)
@@ -93,7 +93,7 @@ func costOf(single bool, media, encoding string, body []byte) (c cost) {
 			writeReadError(w, err)
 		} else {
 			q.records = q.records[:0]
-			in.answerBulk(w, q)
+			in.answerBulk(w, q, false)
 		}
 		c.held = in.bodies.used.Load()
 		in.release(q)
@@ -445,18 +445,19 @@ func TestBudget(t *testing.T) {
 	for _, limit := range []int64{1 << 10, 16 << 10, 100 << 10, 300 << 10} {
 		in := newIngester(nil, &settings{maxInFlightBytes: limit, ackTimeout: time.Minute}, &newStats().ingest)
 		c := cost{}
-		q, err := in.receive(nil, httptest.NewRequest("POST", bulkPath, bytes.NewReader(body)), &in.bulks, maxBulkBody)
-		if err == nil {
-			err = q.encode(t.Context(), typeNDJSON, 1795441976)
+		w := discard{http.Header{}, &c}
+		q := in.receive(w, httptest.NewRequest("POST", bulkPath, bytes.NewReader(body)), &in.bulks, maxBulkBody)
+		if q != nil {
+			err := q.encode(t.Context(), typeNDJSON, 1795441976)
 			if used := in.bodies.used.Load(); used > limit || used < int64(len(q.body.b)) {
 				t.Errorf("%d of %d bytes used", used, limit)
 			}
-			in.release(q)
+			if in.release(q); !errors.Is(err, errOverBudget) {
+				t.Errorf("limit %d: %v", limit, err)
+			}
+			writeReadError(w, err)
 		}
-		if !errors.Is(err, errOverBudget) {
-			t.Errorf("limit %d: %v", limit, err)
-		}
-		if writeReadError(discard{http.Header{}, &c}, err); c.status != http.StatusServiceUnavailable {
+		if c.status != http.StatusServiceUnavailable {
 			t.Errorf("limit %d: status %d", limit, c.status)
 		}
 		if used := in.bodies.used.Load(); used != 0 {

@@ -70,24 +70,13 @@ func appendEscapedPipes(dst, s []byte) []byte {
 
 // appendEvent appends the canonical JSON of e: fixed field order, no spaces, absent fields left out.
 func appendEvent(dst []byte, e *event) []byte {
-	dst = append(dst, `{"event_name":`...)
-	dst = appendString(dst, e.name)
-	dst = append(dst, `,"user_id":`...)
-	dst = appendString(dst, e.userID)
+	dst = appendString(append(dst, `{"event_name":`...), e.name)
+	dst = appendString(append(dst, `,"user_id":`...), e.userID)
 	dst = append(dst, `,"timestamp":`...)
 	dst = strconv.AppendInt(dst, e.timestamp, 10)
-	if len(e.channel) > 0 {
-		dst = append(dst, `,"channel":`...)
-		dst = appendString(dst, e.channel)
-	}
-	if len(e.campaignID) > 0 {
-		dst = append(dst, `,"campaign_id":`...)
-		dst = appendString(dst, e.campaignID)
-	}
-	if len(e.insertID) > 0 {
-		dst = append(dst, `,"insert_id":`...)
-		dst = appendString(dst, e.insertID)
-	}
+	dst = appendText(dst, `,"channel":`, e.channel)
+	dst = appendText(dst, `,"campaign_id":`, e.campaignID)
+	dst = appendText(dst, `,"insert_id":`, e.insertID)
 	if len(e.tags) > 0 {
 		dst = append(dst, `,"tags":[`...)
 		for i, t := range e.tags {
@@ -105,9 +94,18 @@ func appendEvent(dst []byte, e *event) []byte {
 	return append(dst, '}')
 }
 
+// appendText appends a field that is not empty.
+func appendText(dst []byte, name string, text []byte) []byte {
+	if len(text) == 0 {
+		return dst
+	}
+	return appendString(append(dst, name...), text)
+}
+
 // maxEncoded is the most that appendEvent appends for e.
 func (e *event) maxEncoded() int {
-	const frame = len(`{"event_name":"","user_id":"","timestamp":-9223372036854775808,"channel":"","campaign_id":"","insert_id":"","tags":[],"metadata":}`)
+	const frame = len(`{"event_name":"","user_id":"","timestamp":-9223372036854775808,"channel":"",` +
+		`"campaign_id":"","insert_id":"","tags":[],"metadata":}`)
 	n := len(e.name) + len(e.userID) + len(e.channel) + len(e.campaignID) + len(e.insertID)
 	for _, t := range e.tags {
 		n += len(t) + 2 // quotes, a comma and, as the sum is doubled, one byte too many

@@ -7,12 +7,14 @@
 package main
 
 import (
-	"encoding/binary"
-	"encoding/hex"
+	"bytes"
+	"encoding/json"
+	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
 	"path"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -60,9 +62,6 @@ func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats
 			writeError(w, http.StatusMethodNotAllowed, "method not allowed", r.URL.Path+" takes "+allow)
 		})
 	}
-	notFound := func(w http.ResponseWriter, r *http.Request) {
-		writeError(w, http.StatusNotFound, "not found", "nothing is at "+r.URL.Path)
-	}
 	mux.HandleFunc("/", notFound)
 	other := st.route("other")
 	return &http.Server{
@@ -103,35 +102,25 @@ type exchange struct {
 
 var exchanges = sync.Pool{New: func() any { return new(exchange) }}
 
-// maxRequestID is the longest X-Request-Id that is taken from a client.
-const maxRequestID = 64
+// requestID is what is taken from a client as X-Request-Id: nothing that could forge a line of the log.
+var requestID = regexp.MustCompile(`^[0-9A-Za-z._-]{1,64}$`)
 
 // begin names the request: as the client did, or at random.
 func (x *exchange) begin(r *http.Request) {
-	if given := r.Header["X-Request-Id"]; len(given) == 1 && isRequestID(given[0]) {
+	if given := r.Header["X-Request-Id"]; len(given) == 1 && requestID.MatchString(given[0]) {
 		x.id = given[0]
 	} else {
-		var b [16]byte
-		x.id = string(hex.AppendEncode(b[:0], binary.BigEndian.AppendUint64(make([]byte, 0, 8), rand.Uint64())))
+		x.id = fmt.Sprintf("%016x", rand.Uint64())
 	}
 	x.Header()["X-Request-Id"] = []string{x.id}
-}
-
-// isRequestID refuses what could forge a line of the log.
-func isRequestID(s string) bool {
-	for _, c := range []byte(s) {
-		if (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && c != '-' && c != '_' && c != '.' {
-			return false
-		}
-	}
-	return s != "" && len(s) <= maxRequestID
 }
 
 func (x *exchange) end(r *http.Request, ac *access) {
 	took := time.Since(x.started)
 	x.route.count(x.status, took)
 	if ac.logs(x.status) && x.route.name != "ready" { // which answers 503 until it is
-		slog.Info("request", "id", x.id, "method", r.Method, "path", r.URL.Path, "status", x.status, "ms", float64(took.Microseconds())/1000, "from", r.RemoteAddr)
+		slog.Info("request", "id", x.id, "method", r.Method, "path", r.URL.Path, "status", x.status,
+			"ms", float64(took.Microseconds())/1000, "from", r.RemoteAddr)
 	}
 	x.ResponseWriter = nil
 }
@@ -169,6 +158,19 @@ func writeJSON(w http.ResponseWriter, status int, parts ...[]byte) {
 	for _, part := range parts {
 		w.Write(part) // an error here means that the client is gone: nobody is left to tell
 	}
+}
+
+// jsonOf is v as JSON, with characters of HTML as they are.
+func jsonOf(v any) []byte {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	e.Encode(v) // to memory, of types that can be encoded
+	return bytes.TrimSpace(b.Bytes())
+}
+
+func notFound(w http.ResponseWriter, r *http.Request) {
+	writeError(w, http.StatusNotFound, "not found", "nothing is at "+r.URL.Path)
 }
 
 // writeError answers {"error":…,"detail":…}.
@@ -210,13 +212,20 @@ func appendProblems(dst []byte, problems []problem) []byte {
 		if i > 0 {
 			dst = append(dst, ',')
 		}
-		dst = append(dst, `{"field":`...)
-		dst = appendString(dst, p.field)
-		dst = append(dst, `,"code":"`...)
-		dst = append(dst, p.code...)
-		dst = append(dst, `","message":`...)
-		dst = appendString(dst, p.message)
-		dst = append(dst, '}')
+		dst = p.append(append(dst, '{'), "message")
 	}
 	return append(dst, ']')
+}
+
+// append appends the members of a problem's object, the message under this name, and the end of the object.
+func (p *problem) append(dst []byte, message string) []byte {
+	dst = append(dst, `"field":`...)
+	dst = appendString(dst, p.field)
+	dst = append(dst, `,"code":"`...)
+	dst = append(dst, p.code...)
+	dst = append(dst, `","`...)
+	dst = append(dst, message...)
+	dst = append(dst, `":`...)
+	dst = appendString(dst, p.message)
+	return append(dst, '}')
 }

@@ -1,20 +1,34 @@
 // The HTTP write path: read a body, cut it into events, check them, hand them to Kafka, answer when Kafka has them.
 //
-// ingest.go owns the handlers of single events and of bulks, and hands their records to the producer. request.go owns what a
-// request holds meanwhile.
+// ingest.go owns the handlers of single events and of bulks, and the shapes that events arrive in: one object, {"events":[…]},
+// or one event a line. It has each event read in place, so that a body is read once, from front to back; whatever surrounds
+// the events must be JSON and is otherwise ignored. request.go owns what a request holds meanwhile.
 
 package main
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
-	"strconv"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// Limits of a bulk request, as the OpenAPI document has them.
+const (
+	maxBulkEvents = 1000
+	maxEventBytes = maxSingleBody // of one event in it, as sent
+)
+
+var (
+	errTooManyEvents = errors.New("more than 1000 events: split the request")
+	errEventTooLarge = fmt.Errorf("the event is larger than %d KiB", maxEventBytes>>10)
 )
 
 // codeUnavailable is the code of a good event that Kafka did not acknowledge in time.
@@ -38,7 +52,10 @@ type ingester struct {
 }
 
 func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats) *ingester {
-	in := &ingester{kafka: kafka, topic: cfg.kafkaTopic, ackTimeout: cfg.ackTimeout, writeTimeout: cfg.writeTimeout, clockSkew: int64(cfg.clockSkew / time.Second), stats: stats}
+	in := &ingester{
+		kafka: kafka, topic: cfg.kafkaTopic, ackTimeout: cfg.ackTimeout, writeTimeout: cfg.writeTimeout,
+		clockSkew: int64(cfg.clockSkew / time.Second), stats: stats,
+	}
 	in.bodies.limit, in.bodies.perClient = cfg.maxInFlightBytes, cfg.maxInFlightPerClient
 	for _, pool := range []*sync.Pool{&in.singles, &in.bulks} {
 		pool.New = func() any {
@@ -50,18 +67,15 @@ func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats) *ingester
 
 // serveOne answers POST /api/v1/events: 202 once all in-sync replicas have the event, 503 when they do not in time.
 func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
-	if media := mediaType(r); media != typeJSON && media != typeText {
-		writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send application/json")
+	if takes(w, r, typeJSON) == "" {
 		return
 	}
-	wait, problems := wantsStored(r)
-	if len(problems) > 0 {
-		writeProblems(w, problems)
+	wait, ok := wantsStored(w, r)
+	if !ok {
 		return
 	}
-	q, err := in.receive(w, r, &in.singles, maxSingleBody)
-	if err != nil {
-		writeReadError(w, err)
+	q := in.receive(w, r, &in.singles, maxSingleBody)
+	if q == nil {
 		return
 	}
 	defer in.release(q)
@@ -80,7 +94,7 @@ func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 		writeReadError(w, err)
 		return
 	}
-	if in.produce(q); q.records[0].state.Load() != stateAcked {
+	if in.produce(q); q.acknowledged() == 0 {
 		in.stats.unavailable.Add(1)
 		writeUnavailable(w, q.failure())
 		return
@@ -99,19 +113,16 @@ func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 
 // serveBulk answers POST /api/v1/events/bulk.
 func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
-	media := mediaType(r)
+	media := takes(w, r, typeJSON, typeNDJSON)
 	if media == "" {
-		writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send application/json or application/x-ndjson")
 		return
 	}
-	wait, problems := wantsStored(r)
-	if len(problems) > 0 {
-		writeProblems(w, problems)
+	wait, ok := wantsStored(w, r)
+	if !ok {
 		return
 	}
-	q, err := in.receive(w, r, &in.bulks, maxBulkBody)
-	if err != nil {
-		writeReadError(w, err)
+	q := in.receive(w, r, &in.bulks, maxBulkBody)
+	if q == nil {
 		return
 	}
 	defer in.release(q)
@@ -125,8 +136,9 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	in.produce(q)
-	q.stored = wait && q.isAcked() && in.awaitStored(w, r, q)
-	in.answerBulk(w, q)
+	n := q.acknowledged()
+	stored := wait && n > 0 && n == len(q.records) && in.awaitStored(w, r, q)
+	in.answerBulk(w, q, stored)
 }
 
 // encode checks every event of the request and appends the good ones as records, the bad ones as entries of the answer's
@@ -149,29 +161,30 @@ func (q *ingestRequest) encode(ctx context.Context, media string, now int64) err
 		})
 	}
 	q.parser.json.reset(q.body.b)
-	return eachEvent(&q.parser.json, "events", nil, func(r *jsonReader) error {
-		if err := q.step(ctx); err != nil {
-			return err
-		}
-		r.space()
-		start := r.i
-		ev, _, err := q.parser.read(r)
-		return q.outcome(ev, r.i-start, err, now)
-	})
+	return eachEvent(&q.parser.json, "events", nil, func(*jsonReader) error { return q.next(ctx, q.parser.read, now) })
 }
 
-// outcome decides what becomes of the current event, size bytes from the middle of a body. An error that is not the event's
-// own fails the whole body.
-func (q *ingestRequest) outcome(ev *event, size int, err error, now int64) error {
-	switch {
-	case err != nil && !isEventsOwn(err):
-		return fmt.Errorf("events[%d]: %w", q.index, err)
-	case size > maxEventBytes:
+// next reads an event in the middle of the body by read, and decides what becomes of it: nothing, when it is nil. An error of the
+// reader fails the whole body.
+func (q *ingestRequest) next(ctx context.Context, read func(*jsonReader) (*event, error), now int64) error {
+	if err := q.step(ctx); err != nil {
+		return err
+	}
+	r := &q.parser.json
+	r.space()
+	start := r.i
+	switch ev, err := read(r); {
+	case r.err != nil:
+		return fmt.Errorf("events[%d]: %w", q.index, r.err)
+	case ev == nil && err == nil:
+		return nil
+	case r.i-start > maxEventBytes:
 		return q.refuse(errEventTooLarge)
 	case err != nil:
 		return q.refuse(err)
+	default:
+		return q.take(ev, now)
 	}
-	return q.take(ev, now)
 }
 
 // step goes on to the next event.
@@ -200,30 +213,27 @@ func (q *ingestRequest) take(ev *event, now int64) error {
 	return q.add(q.index, ev)
 }
 
-func (in *ingester) answerBulk(w http.ResponseWriter, q *ingestRequest) {
-	success, late := 0, 0
+// answerBulk says what became of the events. stored is that all accepted ones can be queried.
+func (in *ingester) answerBulk(w http.ResponseWriter, q *ingestRequest, stored bool) {
+	success := 0
 	for i := range q.records {
 		if rec := &q.records[i]; rec.state.Load() == stateAcked {
 			success++
 		} else {
-			late++
 			q.addError(rec.index, []problem{{"", codeUnavailable, "Kafka did not acknowledge the event; it is safe to send it again"}}, true)
 		}
 	}
+	late := len(q.records) - success
 	in.stats.accepted.Add(success)
 	in.stats.unavailable.Add(late)
 	in.stats.refused.Add(q.failed - late)
-	q.answer = append(q.answer[:0], `{"success_count":`...)
-	q.answer = strconv.AppendInt(q.answer, int64(success), 10)
-	q.answer = append(q.answer, `,"failed_count":`...)
-	q.answer = strconv.AppendInt(q.answer, int64(q.failed), 10)
-	q.answer = append(q.answer, `,"errors":[`...)
+	q.answer = fmt.Appendf(q.answer[:0], `{"success_count":%d,"failed_count":%d,"errors":[`, success, q.failed)
 	status, end := http.StatusMultiStatus, `]}`
-	if q.stored {
+	if stored {
 		end = `],"status":"stored"}`
 	}
 	switch {
-	case q.failed == 0 && q.stored:
+	case q.failed == 0 && stored:
 		status = http.StatusOK
 	case q.failed == 0:
 		status = http.StatusAccepted
@@ -265,18 +275,103 @@ func (in *ingester) produce(q *ingestRequest) {
 // mediaType returns typeJSON, typeNDJSON, typeText or "" for a Content-Type that is none of them. An absent one means JSON. Text
 // is what a page may send to another origin, or as its last beacon, without asking.
 func mediaType(r *http.Request) string {
-	header := r.Header["Content-Type"]
-	if len(header) == 0 {
+	media, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
+	switch media = strings.ToLower(strings.TrimSpace(media)); media {
+	case "":
 		return typeJSON
-	}
-	media, _, _ := strings.Cut(header[0], ";")
-	switch media = strings.TrimSpace(media); {
-	case strings.EqualFold(media, typeJSON), media == "":
-		return typeJSON
-	case strings.EqualFold(media, typeNDJSON):
-		return typeNDJSON
-	case strings.EqualFold(media, typeText):
-		return typeText
+	case typeJSON, typeNDJSON, typeText:
+		return media
 	}
 	return ""
+}
+
+// takes returns the media type of a request, which has to be one of these or text; otherwise it answers 415 and returns "".
+func takes(w http.ResponseWriter, r *http.Request, forms ...string) string {
+	media := mediaType(r)
+	if media == typeText || slices.Contains(forms, media) {
+		return media
+	}
+	writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send "+strings.Join(forms, " or "))
+	return ""
+}
+
+// eachEvent calls do with r at each element of the array that list names, as in {"events":[…]}; do reads one value. The other
+// members go to other, which may be nil.
+func eachEvent(r *jsonReader, list string, other func(k, v jsonValue), do func(*jsonReader) error) error {
+	if !r.eat('{') {
+		return errNotEnvelope(list)
+	}
+	var k jsonValue
+	events, found := 0, false
+	for n := 0; r.key(n, &k); n++ {
+		switch {
+		case !k.is(list):
+			if v := r.value(); other != nil && r.err == nil {
+				other(k, v)
+			}
+		case found:
+			return fmt.Errorf("%q appears more than once", list)
+		case !r.eat('['):
+			return errNotEnvelope(list)
+		default:
+			found = true
+			for ; r.more(events, ']'); events++ {
+				if events == maxBulkEvents {
+					return errTooManyEvents
+				}
+				if err := do(r); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	if r.end() == nil && events == 0 {
+		return errNoEvents(list)
+	}
+	return r.err
+}
+
+// isEnvelope says whether a body is {"events":…} rather than an event a line, judging by its first object. A body that is not
+// JSON but begins like an envelope counts as one: the error is then about the body, not about its lines.
+func isEnvelope(body []byte) bool {
+	var k jsonValue
+	r := jsonReader{b: body}
+	if !r.eat('{') {
+		return false
+	}
+	for n := 0; r.key(n, &k); n++ {
+		if k.is("events") {
+			return true
+		}
+		r.value()
+	}
+	return r.err != nil
+}
+
+func errNoEvents(list string) error {
+	return fmt.Errorf("%q is missing or empty: send 1 to 1000 events", list)
+}
+
+func errNotEnvelope(list string) error {
+	return fmt.Errorf("the body must be a JSON object with an %q array", list)
+}
+
+// eachLine calls do with each line of an NDJSON body; blank lines are skipped.
+func eachLine(body []byte, do func(line []byte) error) error {
+	n := 0
+	for line := range bytes.SplitSeq(body, []byte("\n")) {
+		if line = bytes.TrimSpace(line); len(line) == 0 {
+			continue
+		}
+		if n++; n > maxBulkEvents {
+			return errTooManyEvents
+		}
+		if err := do(line); err != nil {
+			return err
+		}
+	}
+	if n == 0 {
+		return errNoEvents("events")
+	}
+	return nil
 }

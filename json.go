@@ -10,6 +10,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"strconv"
+	"strings"
 	"unicode/utf16"
 	"unicode/utf8"
 )
@@ -21,7 +22,8 @@ const maxDepth = 300
 type jsonReader struct {
 	b      []byte
 	i      int
-	spaces int // bytes of white space so far
+	spaces int   // bytes of white space so far
+	err    error // the first one; after it nothing is left to read
 	// The brackets open within value, one bit each: 1 is an object. Those deeper than maxDepth cost memory.
 	kinds  [maxDepth/64 + 1]uint64
 	deeper []uint64
@@ -37,23 +39,9 @@ type jsonValue struct {
 	depth   int  // of its brackets
 }
 
-// kindName is what a message calls a value.
-func (v *jsonValue) kindName() string {
-	switch v.kind {
-	case '{':
-		return "object"
-	case '[':
-		return "array"
-	case '"':
-		return "string"
-	case 't':
-		return "true"
-	case 'f':
-		return "false"
-	case 'n':
-		return "null"
-	}
-	return "number"
+// kindNames are what messages call a value, by its kind.
+var kindNames = map[byte]string{
+	'{': "object", '[': "array", '"': "string", 't': "true", 'f': "false", 'n': "null", 0: "number",
 }
 
 // text is a string's text. It points into v.raw, or, when it has escapes, to the end of *scratch.
@@ -117,42 +105,78 @@ func (r *jsonReader) eat(c byte) bool {
 	return true
 }
 
-// end is an error unless nothing but white space is left.
+// end is the reader's error, which it is, too, when more than white space is left.
 func (r *jsonReader) end() error {
 	if r.space(); r.i < len(r.b) {
-		return r.unexpected("the end")
+		r.fail(r.unexpected("the end"))
 	}
-	return nil
+	return r.err
+}
+
+// fail ends the reading.
+func (r *jsonReader) fail(err error) {
+	if r.err == nil {
+		r.err = err
+	}
+	r.i = len(r.b)
 }
 
 // more says whether an n-th element or member follows, counted from 0, before closing. It steps over the comma in front of it,
 // or over closing.
-func (r *jsonReader) more(n int, closing byte) (bool, error) {
+func (r *jsonReader) more(n int, closing byte) bool {
 	if r.eat(closing) {
-		return false, nil
+		return false
 	}
 	if n > 0 && !r.eat(',') {
-		return false, r.unexpected("',' or '" + string(rune(closing)) + "'")
+		r.fail(r.unexpected("',' or '" + string(rune(closing)) + "'"))
 	}
-	return true, nil
+	return r.err == nil
 }
 
-// key reads a member's name and the colon behind it.
-func (r *jsonReader) key() (k jsonValue, err error) {
-	k.kind = r.peek()
-	start := r.i
-	if err = r.str(&k); err != nil {
-		return k, err
+// key reads the name of an object's n-th member, and the colon behind it; false when there is none, or an error.
+func (r *jsonReader) key(n int, k *jsonValue) bool {
+	if !r.more(n, '}') {
+		return false
 	}
-	k.raw = r.b[start:r.i]
-	if !r.eat(':') {
-		err = r.unexpected("':'")
+	*k = jsonValue{kind: '"'}
+	raw, err := r.name(k)
+	if k.raw = raw; err != nil {
+		r.fail(err)
 	}
-	return k, err
+	return err == nil
+}
+
+// member reads an object's n-th member; false when there is none, or an error.
+func (r *jsonReader) member(n int, k, v *jsonValue) bool {
+	if !r.key(n, k) {
+		return false
+	}
+	r.read(v)
+	return r.err == nil
+}
+
+// each calls do with each member of v, which has been read before; a value that is no object has none.
+func (v *jsonValue) each(do func(k, v jsonValue)) {
+	var name, value jsonValue
+	r := jsonReader{b: v.raw}
+	if !r.eat('{') {
+		return
+	}
+	for n := 0; r.member(n, &name, &value); n++ {
+		do(name, value)
+	}
 }
 
 // value reads the next value, whatever is in it.
-func (r *jsonReader) value() (v jsonValue, err error) {
+func (r *jsonReader) value() (v jsonValue) {
+	r.read(&v)
+	return v
+}
+
+// read is value without a copy.
+func (r *jsonReader) read(v *jsonValue) {
+	var err error
+	*v = jsonValue{}
 	if v.kind = r.peek(); v.kind == '-' || v.kind >= '0' && v.kind <= '9' {
 		v.kind = 0
 	}
@@ -165,18 +189,18 @@ func (r *jsonReader) value() (v jsonValue, err error) {
 			r.open(depth, c)
 			depth++
 			v.depth = max(v.depth, depth)
-			if closing := c + 2; !r.eat(closing) { // in ASCII } is { + 2, and ] is [ + 2
-				if c == '{' {
-					err = r.name(&v)
-				}
-				if err == nil {
-					continue
-				}
-				return v, v.explain(err)
+			if closing := c + 2; r.eat(closing) { // in ASCII } is { + 2, and ] is [ + 2
+				depth--
+				break
 			}
-			depth--
+			if c == '{' {
+				_, err = r.name(v)
+			}
+			if err == nil {
+				continue
+			}
 		case '"':
-			err = r.str(&v)
+			err = r.str(v)
 		case 't':
 			err = r.literal("true")
 		case 'f':
@@ -195,26 +219,31 @@ func (r *jsonReader) value() (v jsonValue, err error) {
 		case depth == 0:
 			v.raw = r.b[start:r.i]
 			v.spaced = r.spaces > spaces
-			return v, nil
+			return
 		case !r.eat(','):
 			err = r.unexpected("',' or '" + string(rune(r.closing(depth))) + "'")
 		case r.closing(depth) == '}':
-			err = r.name(&v)
+			_, err = r.name(v)
+		}
+		if err != nil && v.depth >= maxDepth { // which the text's author may not see
+			err = fmt.Errorf("%w; values are nested more than %d deep", err, maxDepth)
 		}
 		if err != nil {
-			return v, v.explain(err)
+			r.fail(err)
+			return
 		}
 	}
 }
 
-// name reads a member's name and colon within v.
-func (r *jsonReader) name(v *jsonValue) error {
+// name reads a member's name, which it returns as sent, and the colon behind it. It notes in v what is in the name.
+func (r *jsonReader) name(v *jsonValue) (raw []byte, err error) {
 	r.space()
-	err := r.str(v)
-	if err == nil && !r.eat(':') {
+	start := r.i
+	err = r.str(v)
+	if raw = r.b[start:r.i]; err == nil && !r.eat(':') {
 		err = r.unexpected("':'")
 	}
-	return err
+	return raw, err
 }
 
 // str reads a string and notes in v what is in it.
@@ -308,31 +337,24 @@ func hexRune(b []byte) rune {
 // appendUnescaped appends the text that the inside of a string stands for.
 func appendUnescaped(dst, s []byte) []byte {
 	for len(s) > 0 {
-		n, c := 1, s[0]
-		if c == '\\' {
-			n, _ = escape(s)
-			switch c = s[1]; c {
-			case 'b':
-				c = '\b'
-			case 'f':
-				c = '\f'
-			case 'n':
-				c = '\n'
-			case 'r':
-				c = '\r'
-			case 't':
-				c = '\t'
-			case 'u':
-				r := hexRune(s)
-				if n == 12 {
-					r = utf16.DecodeRune(r, hexRune(s[6:]))
-				}
-				dst = utf8.AppendRune(dst, r)
-				s = s[n:]
-				continue
-			}
+		if s[0] != '\\' {
+			dst = append(dst, s[0])
+			s = s[1:]
+			continue
 		}
-		dst = append(dst, c)
+		n, _ := escape(s)
+		switch c := s[1]; c {
+		case '"', '\\', '/':
+			dst = append(dst, c)
+		case 'u':
+			r := hexRune(s)
+			if n == 12 {
+				r = utf16.DecodeRune(r, hexRune(s[6:]))
+			}
+			dst = utf8.AppendRune(dst, r)
+		default:
+			dst = append(dst, "\b\f\n\r\t"[strings.IndexByte("bfnrt", c)])
+		}
 		s = s[n:]
 	}
 	return dst
@@ -347,32 +369,31 @@ func (r *jsonReader) literal(word string) error {
 }
 
 func (r *jsonReader) number() error {
-	start := r.i
-	if r.i < len(r.b) && r.b[r.i] == '-' {
-		r.i++
-	}
-	if r.i < len(r.b) && r.b[r.i] == '0' {
-		r.i++
-	} else if !r.digits() {
-		if r.i == start {
-			return r.unexpected("a value")
-		}
-		return r.unexpected("a digit")
-	}
-	if r.i < len(r.b) && r.b[r.i] == '.' {
-		if r.i++; !r.digits() {
+	minus := r.skip('-', '-')
+	if !r.skip('0', '0') && !r.digits() {
+		if minus {
 			return r.unexpected("a digit")
 		}
+		return r.unexpected("a value")
 	}
-	if r.i < len(r.b) && r.b[r.i]|0x20 == 'e' {
-		if r.i++; r.i < len(r.b) && (r.b[r.i] == '+' || r.b[r.i] == '-') {
-			r.i++
-		}
-		if !r.digits() {
+	if r.skip('.', '.') && !r.digits() {
+		return r.unexpected("a digit")
+	}
+	if r.skip('e', 'E') {
+		if r.skip('+', '-'); !r.digits() {
 			return r.unexpected("a digit")
 		}
 	}
 	return nil
+}
+
+// skip steps over one of two bytes, and says whether one was there.
+func (r *jsonReader) skip(one, other byte) bool {
+	is := r.i < len(r.b) && (r.b[r.i] == one || r.b[r.i] == other)
+	if is {
+		r.i++
+	}
+	return is
 }
 
 // digits steps over digits and says whether there were any.
@@ -419,15 +440,7 @@ func (r *jsonReader) unexpected(want string) error {
 	return fmt.Errorf("expected %s at byte %d, found %q", want, r.i, r.b[r.i])
 }
 
-// explain adds to an error what the text's author may not see.
-func (v *jsonValue) explain(err error) error {
-	if v.depth >= maxDepth {
-		return fmt.Errorf("%w; values are nested more than %d deep", err, maxDepth)
-	}
-	return err
-}
-
 // reset points the reader at the start of b.
 func (r *jsonReader) reset(b []byte) {
-	r.b, r.i, r.spaces, r.deeper = b, 0, 0, nil
+	r.b, r.i, r.spaces, r.err, r.deeper = b, 0, 0, nil, nil
 }

@@ -8,14 +8,14 @@ package main
 import (
 	"cmp"
 	"context"
-	"errors"
-	"fmt"
+	"encoding/json"
 	"maps"
 	"net/http"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 	"unicode/utf8"
 
@@ -44,50 +44,72 @@ const (
 	statesPause = 50 * time.Millisecond
 )
 
-// metricsAPI serves GET /api/v1/metrics.
+// metricsAPI serves GET /api/v1/metrics, and /api/v1/overview, which web.go adds.
 type metricsAPI struct {
 	store     *store
 	watermark *watermark
-	failed    func(error)       // told what a query says
-	conns     chan *chpool.Pool // holds the one pool; empty while somebody opens it
-	shared    sharedAnswers     // of the overview
+	failed    func(error)                  // told what a query says
+	pool      func() (*chpool.Pool, error) // made when first used
+	shared    sharedAnswers                // of the overview
 }
 
-// metricsQuery is a parsed request. from and to are Unix seconds, both inclusive.
+// metricsQuery is a parsed request. Empty texts are no filter. from and to are Unix seconds, both inclusive.
 type metricsQuery struct {
 	eventName, channel, groupBy string
 	from, to                    int64
 }
 
-type metricsGroup struct {
-	key          string
-	total, users uint64
+// metricsResult is the JSON of an answer. Groups is nil unless they were asked for, and Through while it is not known: a
+// backlog from before the start is being worked off.
+type metricsResult struct {
+	Count     uint64  `json:"total_count"`
+	Users     uint64  `json:"unique_users"`
+	Groups    []group `json:"grouped_data,omitzero"`
+	Truncated bool    `json:"truncated,omitempty"`
+	Through   *int64  `json:"complete_through"`
+}
+
+// group is a line of an answer. Users and Revenue are only in some of them. Revenue is in TRY, as ClickHouse writes it: it may
+// exceed 64 bits.
+type group struct {
+	Key     string      `json:"key"`
+	Count   int64       `json:"total_count"`
+	Users   *uint64     `json:"unique_users,omitempty"`
+	Revenue json.Number `json:"revenue,omitempty"`
 }
 
 func newMetricsAPI(st *store, wm *watermark, failed func(error)) *metricsAPI {
-	m := &metricsAPI{store: st, watermark: wm, failed: failed, conns: make(chan *chpool.Pool, 1)}
-	m.conns <- nil
+	pool := sync.OnceValues(func() (*chpool.Pool, error) {
+		return chpool.New(context.Background(), chpool.Options{ClientOptions: st.options, MaxConns: queryConns})
+	})
+	m := &metricsAPI{store: st, watermark: wm, failed: failed, pool: pool}
+	m.shared.all = map[metricsQuery]sharedAnswer{}
 	return m
 }
 
 func (m *metricsAPI) serve(w http.ResponseWriter, r *http.Request) {
 	q, problems := parseMetricsQuery(r.URL.RawQuery)
-	m.answer(w, r, problems, func(ctx context.Context, through int64) ([]byte, error) {
-		total, groups, err := m.query(ctx, q)
-		return metricsJSON(q, total, groups, through), err
+	m.answer(w, r, problems, func(ctx context.Context, through *int64) ([]byte, error) {
+		a, err := m.query(ctx, q)
+		a.Through = through
+		return jsonOf(a), err
 	})
 }
 
 // answer writes what ask returns, or why it cannot.
-func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []problem, ask func(ctx context.Context, through int64) ([]byte, error)) {
+func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []problem,
+	ask func(ctx context.Context, through *int64) ([]byte, error)) {
 	if len(problems) > 0 {
 		writeProblems(w, problems)
 		return
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
 	defer cancel()
-	through := m.watermark.through.Load() // before the query, which then sees at least that much
-	body, err := ask(ctx, through)
+	var known *int64
+	if through := m.watermark.through.Load(); through != 0 { // before the query, which then sees at least that much
+		known = &through
+	}
+	body, err := ask(ctx, known)
 	if err != nil {
 		m.failed(err)
 		writeUnavailable(w, "ClickHouse does not answer the query: "+firstLine(err.Error()))
@@ -96,49 +118,15 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 	writeJSON(w, http.StatusOK, body)
 }
 
-func metricsJSON(q *metricsQuery, total metricsGroup, groups []metricsGroup, through int64) []byte {
-	b := fmt.Appendf(nil, `{"total_count":%d,"unique_users":%d`, total.total, total.users)
-	if q.groupBy != "" {
-		truncated := q.groupBy == "campaign" && len(groups) > maxCampaigns
-		if truncated {
-			groups = groups[:maxCampaigns]
-		}
-		b = append(b, `,"grouped_data":[`...)
-		for i, g := range groups {
-			if i > 0 {
-				b = append(b, ',')
-			}
-			b = appendString(append(b, `{"key":`...), g.key)
-			b = fmt.Appendf(b, `,"total_count":%d,"unique_users":%d}`, g.total, g.users)
-		}
-		b = append(b, ']')
-		if truncated {
-			b = append(b, `,"truncated":true`...)
-		}
-	}
-	return append(appendThrough(b, through), '}')
-}
-
-func appendThrough(b []byte, through int64) []byte {
-	b = append(b, `,"complete_through":`...)
-	if through == 0 { // not known yet: a backlog from before the start is being worked off
-		return append(b, "null"...)
-	}
-	return strconv.AppendInt(b, through, 10)
-}
-
 // parseMetricsQuery checks the parameters; all problems come back at once.
 func parseMetricsQuery(rawQuery string) (*metricsQuery, []problem) {
 	c := newQueryCheck(rawQuery, "event_name", "from", "to", "channel", "group_by")
-	v := c.values
-	q := &metricsQuery{eventName: v.Get("event_name"), channel: v.Get("channel"), groupBy: v.Get("group_by")}
+	q := c.filters()
 	if q.eventName == "" {
 		c.fail("event_name", codeRequired, "is required")
-	} else if !utf8.ValidString(q.eventName) {
-		c.fail("event_name", codeInvalidFormat, "is not valid UTF-8 text")
 	}
 	q.from, q.to = c.seconds("from"), c.seconds("to")
-	c.rangeAndChannel(q.from, q.to, q.channel)
+	c.rangeAndChannel(q)
 	switch q.groupBy {
 	case "", "channel", "hour", "day", "campaign":
 	default:
@@ -177,6 +165,16 @@ func (c *queryCheck) fail(field, code, message string) {
 	c.problems = append(c.problems, problem{field, code, field + " " + message})
 }
 
+// filters reads what metrics and overview have in common, but for the range.
+func (c *queryCheck) filters() *metricsQuery {
+	v := c.values
+	q := &metricsQuery{eventName: v.Get("event_name"), channel: v.Get("channel"), groupBy: v.Get("group_by")}
+	if !utf8.ValidString(q.eventName) {
+		c.fail("event_name", codeInvalidFormat, "is not valid UTF-8 text")
+	}
+	return q
+}
+
 // seconds reads a required parameter.
 func (c *queryCheck) seconds(name string) int64 {
 	s := c.values.Get(name)
@@ -195,11 +193,11 @@ func (c *queryCheck) seconds(name string) int64 {
 	return 0
 }
 
-func (c *queryCheck) rangeAndChannel(from, to int64, channel string) {
-	if !c.noRange && to <= from {
+func (c *queryCheck) rangeAndChannel(q *metricsQuery) {
+	if !c.noRange && q.to <= q.from {
 		c.fail("to", codeInvalidRange, "must be after from")
 	}
-	if !validChannel([]byte(channel)) {
+	if !validChannel([]byte(q.channel)) {
 		c.fail("channel", codeInvalidChannel, "must be one of web, mobile_app, api")
 	}
 }
@@ -209,9 +207,11 @@ func (c *queryCheck) rangeAndChannel(from, to int64, channel string) {
 // the most time, and here each is merged once.
 func byDay(key, where string) string {
 	return strings.NewReplacer("{key}", key, "{where}", where).Replace(
-		"{each shard}(WITH {whole days} SELECT {key} AS key, {added up} FROM {database}.events_hourly WHERE {in whole days} AND {where} GROUP BY key" +
+		"{each shard}(WITH {whole days} SELECT {key} AS key, {added up} FROM {database}.events_hourly" +
+			" WHERE {in whole days} AND {where} GROUP BY key" +
 			" UNION ALL SELECT {key} AS key, {added up} FROM {database}.events_hourly WHERE {in whole hours} AND {where} GROUP BY key" +
-			" UNION ALL SELECT {key} AS key, {counts of events} FROM (SELECT *, toStartOfHour(timestamp) AS hour FROM {database}.events) WHERE {in seconds} AND {where} GROUP BY key){/each shard}")
+			" UNION ALL SELECT {key} AS key, {counts of events} FROM (SELECT *, toStartOfHour(timestamp) AS hour FROM {database}.events)" +
+			" WHERE {in seconds} AND {where} GROUP BY key){/each shard}")
 }
 
 // byHour is byDay for a key that needs the hour.
@@ -219,25 +219,42 @@ func byHour(key, where string) string {
 	return "(SELECT " + key + " AS key, {counts} FROM {database}.events_between(from = {from:UInt32}, to = {to:UInt32}) WHERE " + where + ")"
 }
 
-// rangeParameters are {from} and {to}, in Unix seconds. No event lies outside what the column can hold.
-func rangeParameters(from, to int64) []proto.Parameter {
+// inRange are the events of the raw table in the range.
+const inRange = "timestamp >= {from:UInt32} AND timestamp <= {to:UInt32}"
+
+// where is the filter, in terms of parameters.
+func (q *metricsQuery) where() string {
+	terms := []string{"1"}
+	if q.channel != "" {
+		terms = append(terms, "channel = {channel:String}")
+	}
+	if q.eventName != "" {
+		terms = append(terms, "event_name = {event_name:String}")
+	}
+	return strings.Join(terms, " AND ")
+}
+
+// parameters are what where and the range need. No event lies outside what the column can hold.
+func (q *metricsQuery) parameters() []proto.Parameter {
 	second := func(n int64) string { return strconv.FormatInt(min(max(n, 0), maxUnixSeconds), 10) }
-	return []proto.Parameter{parameter("from", second(from)), parameter("to", second(to))}
+	return []proto.Parameter{
+		parameter("from", second(q.from)), parameter("to", second(q.to)),
+		parameter("event_name", q.eventName), parameter("channel", q.channel),
+	}
 }
 
 // sql writes the query: one row per key, and one over all keys, marked by is_total, because a user in two groups counts once
 // in the total.
 func (q *metricsQuery) sql() string {
 	const figures = " AS key, toUInt64(sum(event_count)) AS total, uniqCombined64Merge({user bits})(unique_users_state) AS users, "
-	where := "event_name = {event_name:String}"
-	if q.channel != "" {
-		where += " AND channel = {channel:String}"
-	}
+	where := q.where()
 	withTotal := func(key, order string) string {
-		return "SELECT key" + figures + "toUInt8(grouping(key) = 1) AS is_total FROM " + byDay(key, where) + " GROUP BY GROUPING SETS ((key), ()) ORDER BY " + order
+		return "SELECT key" + figures + "toUInt8(grouping(key) = 1) AS is_total FROM " + byDay(key, where) +
+			" GROUP BY GROUPING SETS ((key), ()) ORDER BY " + order
 	}
 	besideTotal := func(groups, order string) string {
-		return "SELECT * FROM (SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + byDay("''", where) + " UNION ALL " + groups + ") ORDER BY " + order
+		return "SELECT * FROM (SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + byDay("''", where) +
+			" UNION ALL " + groups + ") ORDER BY " + order
 	}
 	switch q.groupBy {
 	case "channel":
@@ -247,43 +264,51 @@ func (q *metricsQuery) sql() string {
 	case "hour":
 		return besideTotal("SELECT key"+figures+"toUInt8(0) AS is_total FROM "+byHour(isoHour("hour"), where)+" GROUP BY key", "key")
 	case "campaign": // only the raw table knows campaigns
-		return besideTotal(fmt.Sprintf("SELECT * FROM (SELECT CAST(campaign_id, 'String') AS key, count() AS total, uniqCombined64({user bits})(user_id) AS users, toUInt8(0) AS is_total FROM {events} "+
-			"WHERE %s AND timestamp >= {from:UInt32} AND timestamp <= {to:UInt32} GROUP BY campaign_id ORDER BY total DESC, key LIMIT %d)", where, maxCampaigns+1), "total DESC, key") // one more shows that there are more
+		return besideTotal("SELECT * FROM (SELECT CAST(campaign_id, 'String') AS key, count() AS total,"+
+			" uniqCombined64({user bits})(user_id) AS users, toUInt8(0) AS is_total FROM {events} WHERE "+where+" AND "+inRange+
+			" GROUP BY campaign_id ORDER BY total DESC, key LIMIT "+
+			strconv.Itoa(maxCampaigns+1)+")", "total DESC, key") // one more shows that there are more
 	}
 	return "SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + byDay("''", where)
 }
 
 func isoHour(expr string) string { return "formatDateTime(" + expr + ", '%Y-%m-%dT%H:00:00Z', 'UTC')" }
 
-func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (total metricsGroup, groups []metricsGroup, err error) {
+func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResult, err error) {
 	var (
 		key          proto.ColStr
 		count, users proto.ColUInt64
 		isTotal      proto.ColUInt8
 	)
-	err = m.do(ctx, func() { total, groups = metricsGroup{}, groups[:0] }, eachRow(ch.Query{
-		Body:       q.sql(),
-		Parameters: append(rangeParameters(q.from, q.to), parameter("event_name", q.eventName), parameter("channel", q.channel)),
-	}, func(i int) {
-		if g := (metricsGroup{key.Row(i), count[i], users[i]}); isTotal[i] == 1 {
-			total = g
+	reset := func() {
+		if a = (metricsResult{}); q.groupBy != "" {
+			a.Groups = []group{}
+		}
+	}
+	err = m.do(ctx, reset, eachRow(ch.Query{Body: q.sql(), Parameters: q.parameters()}, func(i int) {
+		if isTotal[i] == 1 {
+			a.Count, a.Users = count[i], users[i]
 		} else {
-			groups = append(groups, g)
+			a.Groups = append(a.Groups, group{Key: key.Row(i), Count: int64(count[i]), Users: new(users[i])})
 		}
 	}, &key, &count, &users, &isTotal))
-	return total, groups, err
+	if q.groupBy == "campaign" && len(a.Groups) > maxCampaigns {
+		a.Groups, a.Truncated = a.Groups[:maxCampaigns], true
+	}
+	return a, err
 }
 
 // do runs a query on a pooled connection. The server may have closed it, so a first failure without an answer is retried,
 // after reset; a second one is returned. While events_hourly is exchanged for a table with other states, the query is retried
 // with their precision.
 func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error {
-	pool, err := m.pool(ctx)
+	pool, err := m.pool()
 	if err != nil {
 		return err
 	}
 	body := query.Body
-	query.Settings = append(slices.Clone(everyShard), ch.Setting{Key: "max_execution_time", Value: "10"}, ch.Setting{Key: "enable_positional_arguments", Value: "0"})
+	query.Settings = append(slices.Clone(everyShard),
+		ch.Setting{Key: "max_execution_time", Value: "10"}, ch.Setting{Key: "enable_positional_arguments", Value: "0"})
 	for attempt := 0; ; attempt++ {
 		reset()
 		query.Body = m.store.sql(body)
@@ -303,24 +328,8 @@ func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error
 	}
 }
 
-// pool opens the connections on first use, so that the API starts without ClickHouse.
-func (m *metricsAPI) pool(ctx context.Context) (*chpool.Pool, error) {
-	select {
-	case p := <-m.conns:
-		var err error
-		if p == nil {
-			p, err = chpool.New(ctx, chpool.Options{ClientOptions: m.store.options, MaxConns: queryConns})
-		}
-		m.conns <- p
-		return p, err
-	case <-ctx.Done():
-		return nil, errors.New("no connection in time")
-	}
-}
-
 func (m *metricsAPI) close() {
-	if p := <-m.conns; p != nil {
-		p.Close()
+	if pool, err := m.pool(); err == nil {
+		pool.Close()
 	}
-	m.conns <- nil
 }

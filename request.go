@@ -1,17 +1,20 @@
 // One request on its way: the events of a body, their records, and what became of them.
 //
 // request.go owns the memory of a request, which its records point into. It is pooled, and goes back only when both the
-// handler and Kafka's last acknowledgement are done with it.
+// handler and Kafka's last acknowledgement are done with it. For ?wait=stored it also owns the one wake-up that all waiting
+// requests share: each compares the moment of its own acknowledgement with the watermark, up to which everything is stored.
+// Waiting asks nothing of Kafka or ClickHouse.
 
 package main
 
 import (
+	"context"
 	"encoding/hex"
 	"fmt"
 	"net/http"
-	"strconv"
 	"sync"
 	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"github.com/twmb/franz-go/pkg/kgo"
@@ -48,7 +51,6 @@ type ingestRequest struct {
 	idInput []byte
 	errors  *buffer // entries of the bulk answer's errors, JSON; nil while there are none
 	failed  int     // how many events are in errors
-	stored  bool    // all accepted events can be queried
 	answer  []byte  // the part before errors
 
 	holders  atomic.Int32 // the handler, and Kafka while records are in flight
@@ -59,8 +61,6 @@ type ingestRequest struct {
 
 // outgoingBytes is what a record of the slab takes.
 const outgoingBytes = int(unsafe.Sizeof(outgoing{}))
-
-var errEventTooLarge = fmt.Errorf("the event is larger than %d KiB", maxEventBytes>>10)
 
 // add encodes one event: its key and its value go into the arena, a slot of records remembers where.
 func (q *ingestRequest) add(index int, ev *event) error {
@@ -139,14 +139,14 @@ func (q *ingestRequest) onAck(rec *outgoing, err error) {
 	}
 }
 
-// isAcked says whether there are records and Kafka has all of them. It then needs their bytes no more.
-func (q *ingestRequest) isAcked() bool {
+// acknowledged is how many of the records Kafka has. It needs the bytes of these no more.
+func (q *ingestRequest) acknowledged() (n int) {
 	for i := range q.records {
-		if q.records[i].state.Load() != stateAcked {
-			return false
+		if q.records[i].state.Load() == stateAcked {
+			n++
 		}
 	}
-	return len(q.records) > 0
+	return n
 }
 
 // failure says why the request's records are not acknowledged.
@@ -188,14 +188,11 @@ func (q *ingestRequest) addError(index int, problems []problem, owed bool) error
 
 // appendBulkEntry is the entry of a bulk's answer: the first problem in full, all of them in a list.
 func appendBulkEntry(dst []byte, index int, problems []problem) []byte {
-	dst = append(dst, `{"index":`...)
-	dst = strconv.AppendInt(dst, int64(index), 10)
-	dst = append(dst, `,"error":`...)
 	text := problems[0].message
 	for _, p := range problems[1:] {
 		text += "; " + p.message
 	}
-	dst = appendString(dst, text)
+	dst = appendString(fmt.Appendf(dst, `{"index":%d,"error":`, index), text)
 	dst = append(dst, `,"code":"`...)
 	dst = append(dst, problems[0].code...)
 	dst = append(dst, `","field":`...)
@@ -207,25 +204,25 @@ func appendBulkEntry(dst []byte, index int, problems []problem) []byte {
 	return append(dst, '}')
 }
 
-// receive reads r's body and returns a request with it, which the caller releases. While the client takes its time, only the
-// body's buffer is held. The errors are readBody's.
-func (in *ingester) receive(w http.ResponseWriter, r *http.Request, pool *sync.Pool, limit int) (*ingestRequest, error) {
+// receive reads r's body and returns a request with it, which the caller releases; nil when it has answered why not. While the
+// client takes its time, only the body's buffer is held.
+func (in *ingester) receive(w http.ResponseWriter, r *http.Request, pool *sync.Pool, limit int) *ingestRequest {
 	acc := in.bodies.open(clientOf(w, r))
 	body, err := in.readBody(acc, r, limit)
-	if err != nil {
-		acc.close()
-		return nil, err
-	}
 	q := pool.Get().(*ingestRequest)
-	if err := acc.take(cap(q.records) * outgoingBytes); err != nil {
+	if err == nil {
+		err = acc.take(cap(q.records) * outgoingBytes)
+	}
+	if err != nil {
 		acc.put(body)
 		acc.close()
 		pool.Put(q)
-		return nil, err
+		writeReadError(w, err)
+		return nil
 	}
 	q.account, q.body = acc, body
 	q.holders.Store(1)
-	return q, nil
+	return q
 }
 
 // release is called by each holder once; the last one resets the request and puts it back.
@@ -248,6 +245,91 @@ func (q *ingestRequest) reset() {
 	}
 	q.firstErr.Store(nil)
 	q.failed, q.index, q.entry = 0, -1, appendBulkEntry
-	q.stored = false
 	q.records, q.answer = q.records[:0], q.answer[:0]
+}
+
+// wantsStored says whether to answer only once the events are stored, ?wait=stored; ok is false when it has answered another
+// value.
+func wantsStored(w http.ResponseWriter, r *http.Request) (wait, ok bool) {
+	value, is := queryValue(r.URL.RawQuery, "wait")
+	if is && value != "stored" {
+		writeProblems(w, []problem{{"wait", codeInvalidFormat, "wait must be stored, or absent"}})
+	}
+	return is, !is || value == "stored"
+}
+
+// awaitStored waits until the request's events, all acknowledged, are stored; false when that takes too long. It first gives
+// back the body and the records' bytes. What the request keeps still counts as in flight, which bounds how many can wait.
+func (in *ingester) awaitStored(w http.ResponseWriter, r *http.Request, q *ingestRequest) bool {
+	now := time.Now()
+	q.account.put(q.body)
+	q.account.put(q.arena)
+	q.body, q.arena = nil, nil
+	until := now.Add(storedTimeout)
+	if x, ok := w.(*exchange); ok { // the answer has to be written before SERVER_WRITE_TIMEOUT
+		if last := x.started.Add(in.writeTimeout - in.writeTimeout/8); last.Before(until) {
+			until = last
+		}
+	}
+	ctx, cancel := context.WithDeadline(r.Context(), until)
+	defer cancel()
+	return in.stored.wait(ctx, now)
+}
+
+// storedTimeout is how long an answer waits for ?wait=stored.
+const storedTimeout = 5 * time.Second
+
+// storedSignal says how far everything is stored, to the nanosecond where complete_through has seconds. The zero value knows
+// nothing yet.
+type storedSignal struct {
+	mu      sync.Mutex    // guards what follows
+	through time.Time     // everything acknowledged before it is stored
+	moved   chan struct{} // closed when through moves or waiting ends; nil while nobody waits
+	ended   bool
+}
+
+// change wakes whoever waits.
+func (s *storedSignal) change(do func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if do(); s.moved != nil {
+		close(s.moved)
+		s.moved = nil
+	}
+}
+
+func (s *storedSignal) advance(through time.Time) { s.change(func() { s.through = through }) }
+
+// end ends all waiting, so that a stop does not take longer for it.
+func (s *storedSignal) end() { s.change(func() { s.ended = true }) }
+
+// age is how long ago through was; 0 while unknown.
+func (s *storedSignal) age() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.through.IsZero() {
+		return 0
+	}
+	return time.Since(s.through)
+}
+
+// wait returns true once what was acknowledged by then is stored, false when ctx is done or the program stops first.
+func (s *storedSignal) wait(ctx context.Context, then time.Time) bool {
+	for {
+		s.mu.Lock()
+		stored, ended := s.through.After(then), s.ended
+		if s.moved == nil && !stored {
+			s.moved = make(chan struct{})
+		}
+		moved := s.moved
+		s.mu.Unlock()
+		if stored || ended {
+			return stored
+		}
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return false
+		}
+	}
 }

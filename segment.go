@@ -7,9 +7,10 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"fmt"
 	"net/http"
-	"strconv"
 	"time"
 )
 
@@ -34,17 +35,15 @@ func (s *segment) routes() (routes []route) {
 }
 
 func (s *segment) serve(w http.ResponseWriter, r *http.Request, kind string) {
-	if media := mediaType(r); media != typeJSON && media != typeText {
-		writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send application/json")
+	if takes(w, r, typeJSON) == "" {
 		return
 	}
 	limit := maxSingleBody
 	if kind == "batch" {
 		limit = maxBulkBody
 	}
-	q, err := s.in.receive(w, r, &s.in.bulks, limit)
-	if err != nil {
-		writeReadError(w, err)
+	q := s.in.receive(w, r, &s.in.bulks, limit)
+	if q == nil {
 		return
 	}
 	defer s.in.release(q)
@@ -54,18 +53,21 @@ func (s *segment) serve(w http.ResponseWriter, r *http.Request, kind string) {
 		return appendItemEntries(dst, index, problems)
 	}
 	key, err := q.encodeSegment(r.Context(), kind, time.Now().Unix())
-	switch {
-	case err != nil:
+	if err != nil {
 		writeReadError(w, err)
-	case keyOf(r) == "" && !s.access.knows(string(key)): // a key in the header was checked before the body was read
-		s.access.refuse(w, string(key))
-	default:
-		for code, n := range refused {
-			s.in.stats.refusedItems(code).Add(n)
-		}
-		s.in.produce(q)
-		s.answer(w, q)
+		return
 	}
+	if keyOf(r) == "" { // one in the header was checked before the body was read
+		if may, _ := s.access.rightsOf(string(key)); may == mayNothing {
+			s.access.refuse(w, string(key))
+			return
+		}
+	}
+	for code, n := range refused {
+		s.in.stats.refusedItems(code).Add(n)
+	}
+	s.in.produce(q)
+	s.answer(w, q)
 }
 
 // encodeSegment is encode for Segment's messages. key is the body's writeKey, which points into the body.
@@ -73,32 +75,28 @@ func (q *ingestRequest) encodeSegment(ctx context.Context, kind string, now int6
 	r := &q.parser.json
 	r.reset(q.body.b)
 	var scratch []byte
-	note := func(v jsonValue) {
+	note := func(v *jsonValue) {
 		if key == nil && v.kind == '"' && len(v.raw) <= maxTextBytes {
 			key = v.text(&scratch)
 		}
 	}
-	var m message // reused for each item
-	do := func(r *jsonReader) error {
-		if err := q.step(ctx); err != nil {
-			return err
+	m := new(message) // reused for each item
+	fields := m.fields()
+	read := func(r *jsonReader) (*event, error) {
+		*m = message{}
+		err := m.read(r, fields, &q.parser)
+		note(&m.writeKey)
+		if err != nil {
+			return nil, err
 		}
-		r.space()
-		start := r.i
-		m = message{}
-		err := m.read(r, &q.parser)
-		note(m.writeKey)
-		ev := q.parser.fromMessage(&m, kind, now)
-		if err == nil && ev == nil {
-			return nil // of a kind that is not stored
-		}
-		return q.outcome(ev, r.i-start, err, now)
+		return q.parser.fromMessage(m, kind, now), nil // nil for a kind that is not stored
 	}
+	do := func(*jsonReader) error { return q.next(ctx, read, now) }
 	switch {
 	case kind == "batch":
 		err = eachEvent(r, "batch", func(k, v jsonValue) {
 			if k.is("writeKey") {
-				note(v)
+				note(&v)
 			}
 		}, do)
 	case r.peek() != '{':
@@ -117,46 +115,27 @@ type message struct {
 	channel, properties, messageID, writeKey, library, campaign                    jsonValue
 }
 
-// field returns where the member of that name goes, nil when it is not used.
-func (m *message) field(name []byte) *jsonValue {
-	switch string(name) { // no copy
-	case "type":
-		return &m.kind
-	case "event":
-		return &m.event
-	case "name":
-		return &m.name
-	case "category":
-		return &m.category
-	case "userId":
-		return &m.userID
-	case "anonymousId":
-		return &m.anonymousID
-	case "timestamp":
-		return &m.timestamp
-	case "originalTimestamp":
-		return &m.originalTimestamp
-	case "channel":
-		return &m.channel
-	case "properties":
-		return &m.properties
-	case "messageId":
-		return &m.messageID
-	case "writeKey":
-		return &m.writeKey
+// fields says where a message's members go; the library's and the campaign's name are in the member context.
+func (m *message) fields() map[string]*jsonValue {
+	return map[string]*jsonValue{
+		"type": &m.kind, "event": &m.event, "name": &m.name, "category": &m.category, "properties": &m.properties,
+		"userId": &m.userID, "anonymousId": &m.anonymousID, "messageId": &m.messageID, "writeKey": &m.writeKey,
+		"timestamp": &m.timestamp, "originalTimestamp": &m.originalTimestamp, "channel": &m.channel,
 	}
-	return nil
 }
 
-// read reads one message and notes in p what is wrong with its form.
-func (m *message) read(r *jsonReader, p *eventParser) error {
+// read takes the fields out of one message. Its errors are those of eventParser.read; the problems go to p.
+func (m *message) read(r *jsonReader, fields map[string]*jsonValue, p *eventParser) error {
 	p.begin()
-	depth, err := eachMember(r, func(k, v jsonValue) {
+	var k, v jsonValue
+	deepest, err := 0, r.object()
+	for n := 0; err == nil && r.member(n, &k, &v); n++ {
+		deepest = max(deepest, v.depth)
 		if len(k.raw) > maxNameBytes {
-			return
+			continue
 		}
 		name := p.word(&k)
-		to := m.field(name)
+		to := fields[string(name)] // no copy
 		switch {
 		case k.badText || v.badText:
 			p.addf(clip(name), codeInvalidFormat, "is not valid UTF-8 text")
@@ -168,57 +147,28 @@ func (m *message) read(r *jsonReader, p *eventParser) error {
 		default:
 			*to = v
 		}
-	})
-	if err == nil && depth >= maxDepth {
+	}
+	if deepest >= maxDepth {
 		err = errEventTooDeep
 	}
-	return err
+	return cmp.Or(r.err, err)
 }
 
 // context takes the names of the library and of the campaign out of a message's context.
 func (m *message) context(v *jsonValue) {
-	nameIn := func(v jsonValue, to *jsonValue) {
-		eachMember(&jsonReader{b: v.raw}, func(k, v jsonValue) { // an error has been seen before
+	v.each(func(k, part jsonValue) {
+		to := &m.library
+		if k.is("campaign") {
+			to = &m.campaign
+		} else if !k.is("library") {
+			return
+		}
+		part.each(func(k, v jsonValue) {
 			if k.is("name") && v.kind != 'n' {
 				*to = v
 			}
 		})
-	}
-	eachMember(&jsonReader{b: v.raw}, func(k, v jsonValue) {
-		switch {
-		case k.is("library"):
-			nameIn(v, &m.library)
-		case k.is("campaign"):
-			nameIn(v, &m.campaign)
-		}
 	})
-}
-
-// eachMember reads an object and calls do with each of its members; depth is how deep the deepest is nested. Any other value
-// is errNotObject.
-func eachMember(r *jsonReader, do func(k, v jsonValue)) (depth int, err error) {
-	if r.peek() != '{' {
-		if _, err := r.value(); err != nil {
-			return 0, err
-		}
-		return 0, errNotObject
-	}
-	r.eat('{')
-	for n := 0; ; n++ {
-		if more, err := r.more(n, '}'); err != nil || !more {
-			return depth, err
-		}
-		k, err := r.key()
-		if err != nil {
-			return depth, err
-		}
-		v, err := r.value()
-		if err != nil {
-			return depth, err
-		}
-		depth = max(depth, v.depth)
-		do(k, v)
-	}
 }
 
 // fromMessage fills the event from the message and adds to its problems; nil for a kind that is not stored. kind is the
@@ -286,22 +236,16 @@ func (p *eventParser) titled(m *message) {
 	if p.seen&fieldMetadata != 0 && len(p.ev.metadata) == 0 {
 		return // which are refused
 	}
-	has := map[string]bool{}
-	if len(m.properties.raw) > 0 {
-		eachMember(&jsonReader{b: m.properties.raw}, func(k, _ jsonValue) {
-			for _, name := range []string{"name", "category"} {
-				has[name] = has[name] || k.is(name)
-			}
-		})
-	}
-	b := make([]byte, 0, 256)
+	var b []byte
 	for _, title := range []struct {
 		name string
 		v    *jsonValue
 	}{{"name", &m.name}, {"category", &m.category}} {
+		has := false
+		m.properties.each(func(k, _ jsonValue) { has = has || k.is(title.name) })
 		if size := len(title.v.raw); size > maxMetadataBytes {
 			p.addf("metadata", codeMaxLength, "would have %d bytes of %s, the limit is %d", size, title.name, maxMetadataBytes)
-		} else if size > 0 && title.v.kind == '"' && !has[title.name] {
+		} else if size > 0 && title.v.kind == '"' && !has {
 			b = append(b, `,"`+title.name+`":`...)
 			b = title.v.appendCompact(b)
 		}
@@ -320,15 +264,13 @@ func (p *eventParser) titled(m *message) {
 	}
 }
 
-// Channels of an event, by where a message says that it comes from.
 var (
-	channelWeb    = []byte("web")
-	channelMobile = []byte("mobile_app")
-	channelAPI    = []byte("api")
+	channelWeb, channelMobile, channelAPI = []byte("web"), []byte("mobile_app"), []byte("api")
 
-	mobileLibraries = [][]byte{[]byte("-ios"), []byte("-android"), []byte("-swift"), []byte("-kotlin"), []byte("react-native"), []byte("flutter")}
+	mobileLibraries = []string{"-ios", "-android", "-swift", "-kotlin", "react-native", "flutter"} // in their names
 )
 
+// channelOf returns an event's channel, by where the message says that it comes from.
 func (p *eventParser) channelOf(m *message) []byte {
 	switch string(p.word(&m.channel)) {
 	case "browser":
@@ -343,7 +285,7 @@ func (p *eventParser) channelOf(m *message) []byte {
 		return channelWeb
 	}
 	for _, mobile := range mobileLibraries {
-		if bytes.Contains(library, mobile) {
+		if bytes.Contains(library, []byte(mobile)) { // no copy: it is short
 			return channelMobile
 		}
 	}
@@ -367,12 +309,7 @@ func (p *eventParser) isoTime(v *jsonValue) {
 
 // answer says 200 only when Kafka has every valid item.
 func (s *segment) answer(w http.ResponseWriter, q *ingestRequest) {
-	success := 0
-	for i := range q.records {
-		if q.records[i].state.Load() == stateAcked {
-			success++
-		}
-	}
+	success := q.acknowledged()
 	s.in.stats.accepted.Add(success)
 	s.in.stats.refused.Add(q.failed)
 	if late := len(q.records) - success; late > 0 {
@@ -389,15 +326,7 @@ func appendItemEntries(dst []byte, index int, problems []problem) []byte {
 		if i > 0 {
 			dst = append(dst, ',')
 		}
-		dst = append(dst, `{"index":`...)
-		dst = strconv.AppendInt(dst, int64(index), 10)
-		dst = append(dst, `,"field":`...)
-		dst = appendString(dst, p.field)
-		dst = append(dst, `,"code":"`...)
-		dst = append(dst, p.code...)
-		dst = append(dst, `","error":`...)
-		dst = appendString(dst, p.message)
-		dst = append(dst, '}')
+		dst = p.append(fmt.Appendf(dst, `{"index":%d,`, index), "error")
 	}
 	return dst
 }

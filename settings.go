@@ -25,62 +25,41 @@ import (
 
 // settings is what the environment says; see settingsTable for units and defaults.
 type settings struct {
-	serverHost           string
-	serverPort           int
-	readTimeout          time.Duration
-	writeTimeout         time.Duration
-	ackTimeout           time.Duration
-	maxInFlightBytes     int64
-	maxInFlightPerClient int64
-	clockSkew            time.Duration
-	adminAddr            string
-	role                 string
-	apiKeys              []string
-	writeKeys            []string
-	corsOrigins          []string
-	tlsCertFile          string
-	tlsKeyFile           string
-	logLevel             slog.Level
-	logFormat            string
-	accessLog            float64
-	grafanaURL           string
-	kafkaUIURL           string
+	serverHost                             string
+	serverPort                             int
+	readTimeout, writeTimeout, ackTimeout  time.Duration
+	maxInFlightBytes, maxInFlightPerClient int64
+	clockSkew                              time.Duration
+	adminAddr, role                        string
+	apiKeys, writeKeys, corsOrigins        []string
+	tlsCertFile, tlsKeyFile                string
+	logLevel                               slog.Level
+	logFormat                              string
+	accessLog                              float64
+	grafanaURL, kafkaUIURL                 string
 
-	kafkaBrokers     []string
-	kafkaTopic       string
-	kafkaGroup       string
-	kafkaPartitions  int
-	kafkaReplication int
-	kafkaMinISR      int
-	kafkaLinger      time.Duration
-	kafkaCompression string
-	kafkaSession     time.Duration
-	kafkaTLS         bool
-	kafkaCA          *x509.CertPool // nil means the system's
-	kafkaSASL        string
-	kafkaUsername    string
-	kafkaPassword    string
+	kafkaBrokers                                   []string
+	kafkaTopic, kafkaGroup                         string
+	kafkaPartitions, kafkaReplication, kafkaMinISR int
+	kafkaLinger, kafkaSession                      time.Duration
+	kafkaCompression                               string
+	kafkaTLS                                       bool
+	kafkaCA                                        *x509.CertPool // nil means the system's
+	kafkaSASL, kafkaUsername, kafkaPassword        string
 
-	clickhouseHost     string
-	clickhousePort     int
-	clickhouseDatabase string
-	clickhouseUsername string
-	clickhousePassword string
-	clickhouseTLS      bool
-	clickhouseCA       *x509.CertPool // nil means the system's
-	clickhouseCluster  string
-	clickhouseFsync    bool
-	retentionDays      int
+	clickhouseHost                         string
+	clickhousePort                         int
+	clickhouseDatabase, clickhouseCluster  string
+	clickhouseUsername, clickhousePassword string
+	clickhouseTLS, clickhouseFsync         bool
+	clickhouseCA                           *x509.CertPool // nil means the system's
+	retentionDays                          int
 
-	workerCount        int
-	workerBatchSize    int
-	workerBatchTimeout time.Duration
-	dedupeMemory       int64
-	consumeMemory      int64
-	retryWorkers       int
-	maxRetryAttempts   int
-	shutdownTimeout    time.Duration
-	shutdownDelay      time.Duration
+	workerCount, workerBatchSize   int
+	workerBatchTimeout             time.Duration
+	dedupeMemory, consumeMemory    int64
+	retryWorkers, maxRetryAttempts int
+	shutdownTimeout, shutdownDelay time.Duration
 }
 
 type setting struct {
@@ -104,9 +83,9 @@ func (c *settings) settingsTable() []setting {
 		{"CLOCK_SKEW", "1s", "a timestamp may be so far in the future, in whole seconds: senders' clocks are ahead of this one", duration(&c.clockSkew, 0, 5*time.Minute)},
 		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", as(&c.adminAddr, "host:port or off", address)},
 		{"ROLE", "all", "all; api serves HTTP and leaves consuming to others; consumer only consumes, and answers /health and /ready", oneOf(&c.role, "all", "api", "consumer")},
-		{"API_KEYS", "", "comma-separated keys, one of which a request to /api/ or /v1/ has to bring; none, and no WRITE_KEYS, lets everybody in", keys(&c.apiKeys)},
-		{"WRITE_KEYS", "", "comma-separated keys that may only send events, for pages and apps, whose keys are public", keys(&c.writeKeys)},
-		{"CORS_ORIGINS", "", "comma-separated origins whose pages may call the API, such as https://shop.example; * is all of them", origins(&c.corsOrigins)},
+		{"API_KEYS", "", "comma-separated keys, one of which a request to /api/ or /v1/ has to bring; none, and no WRITE_KEYS, lets everybody in", to(&c.apiKeys, keys)},
+		{"WRITE_KEYS", "", "comma-separated keys that may only send events, for pages and apps, whose keys are public", to(&c.writeKeys, keys)},
+		{"CORS_ORIGINS", "", "comma-separated origins whose pages may call the API, such as https://shop.example; * is all of them", to(&c.corsOrigins, origins)},
 		{"TLS_CERT_FILE", "", "certificate chain in PEM; with TLS_KEY_FILE the API speaks HTTPS", text(&c.tlsCertFile)},
 		{"TLS_KEY_FILE", "", "its private key in PEM; both are read again on SIGHUP", text(&c.tlsKeyFile)},
 		{"LOG_LEVEL", "info", "debug, info, warn or error", as(&c.logLevel, "debug, info, warn or error", level)},
@@ -125,7 +104,7 @@ func (c *settings) settingsTable() []setting {
 		{"KAFKA_COMPRESSION", "snappy", "of produced batches: none, snappy, lz4 or zstd", oneOf(&c.kafkaCompression, "none", "snappy", "lz4", "zstd")},
 		{"KAFKA_SESSION_TIMEOUT", "10s", "the group gives the partitions of an instance that died without a word to others after this", duration(&c.kafkaSession, time.Second, time.Hour)},
 		{"KAFKA_TLS", "false", "true speaks TLS to the brokers", as(&c.kafkaTLS, "true or false", boolean)},
-		{"KAFKA_TLS_CA_FILE", "", "certificates in PEM that sign those of the brokers; empty means the system's", certificates(&c.kafkaCA)},
+		{"KAFKA_TLS_CA_FILE", "", "certificates in PEM that sign those of the brokers; empty means the system's", to(&c.kafkaCA, certificates)},
 		{"KAFKA_SASL_MECHANISM", "none", "none, PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512", oneOf(&c.kafkaSASL, "none", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")},
 		{"KAFKA_SASL_USERNAME", "", "user of SASL", text(&c.kafkaUsername)},
 		{"KAFKA_SASL_PASSWORD", "", "its password", text(&c.kafkaPassword)},
@@ -136,10 +115,10 @@ func (c *settings) settingsTable() []setting {
 		{"CLICKHOUSE_USERNAME", "default", "user", text(&c.clickhouseUsername)},
 		{"CLICKHOUSE_PASSWORD", "", "password", text(&c.clickhousePassword)},
 		{"CLICKHOUSE_TLS", "false", "true speaks TLS to ClickHouse, whose port for it is usually 9440", as(&c.clickhouseTLS, "true or false", boolean)},
-		{"CLICKHOUSE_TLS_CA_FILE", "", "certificates in PEM that sign that of ClickHouse; empty means the system's", certificates(&c.clickhouseCA)},
+		{"CLICKHOUSE_TLS_CA_FILE", "", "certificates in PEM that sign that of ClickHouse; empty means the system's", to(&c.clickhouseCA, certificates)},
 		{"CLICKHOUSE_CLUSTER", "", "name of a cluster that the server knows: Kafka partition p is stored by its shard p mod shards; the number of shards cannot change", as(&c.clickhouseCluster, "a name without quotes and backslashes", clusterName)},
 		{"CLICKHOUSE_FSYNC", "false", "true has each insert wait for ClickHouse's disk, so that a power cut loses nothing of it; about an eighth of the highest rate", as(&c.clickhouseFsync, "true or false", boolean)},
-		{"RETENTION_DAYS", "0", "ClickHouse drops events, and what was counted of them, after so many days, a month at a time; at least 31, 0 keeps all", retention(&c.retentionDays)},
+		{"RETENTION_DAYS", "0", "ClickHouse drops events, and what was counted of them, after so many days, a month at a time; at least 31, 0 keeps all", to(&c.retentionDays, retention)},
 
 		{"WORKER_COUNT", "20", "workers; partition p belongs to worker p mod WORKER_COUNT", integer(&c.workerCount, 1, 1000)},
 		{"WORKER_BATCH_SIZE", "2000", "rows of a worker's block; a full block starts an insert", integer(&c.workerBatchSize, 1, 100000)},
@@ -223,62 +202,60 @@ func orFile(getenv func(string) string, name string) (string, error) {
 const minKeyLength = 16
 
 // keys takes API keys, separated by commas or the ends of lines.
-func keys(dst *[]string) func(string) error {
-	return func(s string) error {
-		*dst = strings.FieldsFunc(s, func(r rune) bool { return r == ',' || unicode.IsSpace(r) })
-		for i, k := range *dst {
-			if len(k) < minKeyLength {
-				return fmt.Errorf("key %d of %d is shorter than %d characters", i+1, len(*dst), minKeyLength)
-			}
+func keys(s string) ([]string, error) {
+	list := strings.FieldsFunc(s, func(r rune) bool { return r == ',' || unicode.IsSpace(r) })
+	for i, k := range list {
+		if len(k) < minKeyLength {
+			return nil, fmt.Errorf("key %d of %d is shorter than %d characters", i+1, len(list), minKeyLength)
 		}
-		return nil
 	}
+	return list, nil
 }
 
-func origins(dst *[]string) func(string) error {
-	return func(s string) error {
-		*dst = strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
-		for _, o := range *dst {
-			_, ok := link(o)
-			if u, _ := url.Parse(o); o != "*" && !(ok && u.Scheme+"://"+u.Host == o) {
-				return fmt.Errorf("%q has to be scheme://host or scheme://host:port, or *", o)
-			}
+func origins(s string) ([]string, error) {
+	list := strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
+	for _, o := range list {
+		_, ok := link(o)
+		if u, _ := url.Parse(o); o != "*" && !(ok && u.Scheme+"://"+u.Host == o) {
+			return nil, fmt.Errorf("%q has to be scheme://host or scheme://host:port, or *", o)
 		}
-		return nil
 	}
+	return list, nil
 }
 
 // certificates reads a file of them.
-func certificates(dst **x509.CertPool) func(string) error {
-	return func(path string) error {
-		if path == "" {
-			return nil
-		}
-		b, err := os.ReadFile(path)
-		if err != nil {
-			return err
-		}
-		if *dst = x509.NewCertPool(); !(*dst).AppendCertsFromPEM(b) {
-			return errors.New("has no certificate in PEM")
-		}
-		return nil
+func certificates(path string) (*x509.CertPool, error) {
+	if path == "" {
+		return nil, nil
 	}
+	b, err := os.ReadFile(path)
+	pool := x509.NewCertPool()
+	if err == nil && !pool.AppendCertsFromPEM(b) {
+		err = errors.New("has no certificate in PEM")
+	}
+	return pool, err
 }
 
 // retention takes 0, or more days than an event may be old when it is accepted.
-func retention(dst *int) func(string) error {
-	return func(s string) error {
-		if s == "0" {
-			return nil
-		}
-		return integer(dst, maxAgeSeconds/daySeconds+1, 100*365)(s)
+func retention(s string) (days int, err error) {
+	if s != "0" {
+		err = integer(&days, maxAgeSeconds/daySeconds+1, 100*365)(s)
 	}
+	return days, err
 }
 
 // eighth takes a number of bytes, or nothing for an eighth of the whole, which has been set before.
 func eighth(dst, whole *int64) func(string) error {
 	return func(s string) error {
 		return integer(dst, 0, 1<<40)(cmp.Or(s, strconv.FormatInt(*whole/8, 10)))
+	}
+}
+
+// to sets dst to what parse reads.
+func to[T any](dst *T, parse func(string) (T, error)) func(string) error {
+	return func(s string) (err error) {
+		*dst, err = parse(s)
+		return err
 	}
 }
 

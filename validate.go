@@ -7,9 +7,11 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
+	"math/bits"
 	"slices"
 	"strconv"
 	"unicode/utf8"
@@ -75,65 +77,67 @@ const (
 	fieldInsertID
 )
 
-// fieldNames are the fields of an event by bit.
-var fieldNames = map[fieldSet]string{
-	fieldName: "event_name", fieldUserID: "user_id", fieldTimestamp: "timestamp", fieldChannel: "channel",
-	fieldCampaignID: "campaign_id", fieldTags: "tags", fieldMetadata: "metadata", fieldInsertID: "insert_id",
+// fieldNames are the fields of an event, in the order of their bits.
+var fieldNames = [...]string{"event_name", "user_id", "timestamp", "channel", "campaign_id", "tags", "metadata", "insert_id"}
+
+// form is what a field's value has to be.
+func (f fieldSet) form() (kind byte, text string) {
+	switch f {
+	case fieldTimestamp:
+		return 0, "an integer of Unix seconds"
+	case fieldTags:
+		return '[', "an array of strings"
+	case fieldMetadata:
+		return '{', "an object"
+	}
+	return '"', "a string"
 }
+
+func (f fieldSet) name() string { return fieldNames[bits.TrailingZeros16(uint16(f))] }
 
 // parse reads one event from raw and checks every rule that does not need a clock. A good event has no problems. The error
 // means that raw is no JSON object. Event and problems are valid until the next parse, or until raw changes.
 func (p *eventParser) parse(raw []byte) (*event, []problem, error) {
-	p.json.reset(raw)
-	if p.json.peek() == 0 && p.json.end() == nil {
+	r := &p.json
+	r.reset(raw)
+	if r.space(); r.i == len(raw) {
 		return nil, nil, errNoEvent
 	}
-	ev, problems, err := p.read(&p.json)
-	if end := p.json.end(); end != nil && (err == nil || isEventsOwn(err)) {
+	ev, err := p.read(r)
+	if end := r.end(); end != nil {
 		err = end
 	}
-	return ev, problems, err
+	return ev, p.problems, err
 }
 
-// isEventsOwn says whether an error of read is about one event: the reader has got past it, and what follows can be read.
-func isEventsOwn(err error) bool {
-	return errors.Is(err, errNotObject) || errors.Is(err, errEventTooDeep)
-}
-
-// read is parse for an event in the middle of a text. A member that is no field of an event only has to be JSON. The loop is
-// eachMember's, written out: a call for each member would cost 4 %.
-func (p *eventParser) read(r *jsonReader) (*event, []problem, error) {
+// read is parse for an event in the middle of a text, whose problems it leaves in p. A member that is no field of an event only
+// has to be JSON. An error that the reader does not have, too, is about this one event: the reader has got past it, and what
+// follows can be read.
+func (p *eventParser) read(r *jsonReader) (*event, error) {
 	p.begin()
-	if r.peek() != '{' {
-		if _, err := r.value(); err != nil {
-			return nil, nil, err
-		}
-		return nil, nil, errNotObject
-	}
-	deepest := 0
-	r.eat('{')
-	for n := 0; ; n++ {
-		if more, err := r.more(n, '}'); err != nil {
-			return nil, nil, err
-		} else if !more {
-			break
-		}
-		k, err := r.key()
-		if err != nil {
-			return nil, nil, err
-		}
-		v, err := r.value()
-		if err != nil {
-			return nil, nil, err
-		}
+	var k, v jsonValue
+	deepest, err := 0, r.object()
+	for n := 0; err == nil && r.member(n, &k, &v); n++ {
 		p.member(&k, &v)
 		deepest = max(deepest, v.depth)
 	}
-	if deepest >= maxDepth { // and the event is a bracket itself
-		return nil, nil, errEventTooDeep
+	switch {
+	case err != nil || r.err != nil:
+		return nil, cmp.Or(r.err, err)
+	case deepest >= maxDepth: // and the event is a bracket itself
+		return nil, errEventTooDeep
 	}
 	p.finish()
-	return &p.ev, p.problems, nil
+	return &p.ev, nil
+}
+
+// object steps into an object; another value is read and errNotObject.
+func (r *jsonReader) object() error {
+	if r.eat('{') {
+		return nil
+	}
+	r.value()
+	return cmp.Or(r.err, errNotObject)
 }
 
 func (p *eventParser) begin() {
@@ -162,7 +166,7 @@ func (p *eventParser) member(k, v *jsonValue) {
 			p.addf(clip(k.raw[1:len(k.raw)-1]), codeInvalidFormat, "is not valid UTF-8 text")
 		}
 	case p.named&f != 0:
-		p.addf(fieldNames[f], codeInvalidFormat, "appears more than once")
+		p.addf(f.name(), codeInvalidFormat, "appears more than once")
 	case f != 0:
 		p.field(f, v)
 	}
@@ -184,8 +188,9 @@ func clip(name []byte) string {
 	return string(bytes.ToValidUTF8(name[:most], []byte("�"))) + "…"
 }
 
+// fieldByName is a switch, whose texts the compiler compares in place; a loop over fieldNames is slower.
 func fieldByName(key []byte) fieldSet {
-	switch string(key) { // no copy: the compiler compares in place
+	switch string(key) {
 	case "event_name":
 		return fieldName
 	case "user_id":
@@ -208,19 +213,23 @@ func fieldByName(key []byte) fieldSet {
 
 // field checks a field's value and puts it into the event.
 func (p *eventParser) field(f fieldSet, v *jsonValue) {
-	if v.kind == 'n' {
+	if v.kind == 'n' || f&(fieldName|fieldUserID) != 0 && string(v.raw) == `""` {
 		return // absent
 	}
 	p.seen |= f
+	if kind, form := f.form(); v.kind != kind {
+		p.addf(f.name(), codeInvalidFormat, "must be %s, not %s", form, kindNames[v.kind])
+		return
+	}
 	switch f {
 	case fieldName:
-		p.ev.name = p.required(f, v)
+		p.ev.name = p.text(f, codeMaxLength, v)
 	case fieldUserID:
-		p.ev.userID = p.required(f, v)
+		p.ev.userID = p.text(f, codeMaxLength, v)
 	case fieldCampaignID:
-		p.ev.campaignID = p.text(f, v)
+		p.ev.campaignID = p.text(f, codeMaxLength, v)
 	case fieldInsertID:
-		p.ev.insertID = p.text(f, v)
+		p.ev.insertID = p.text(f, codeMaxLength, v)
 	case fieldChannel:
 		p.channel(v)
 	case fieldTimestamp:
@@ -232,44 +241,27 @@ func (p *eventParser) field(f fieldSet, v *jsonValue) {
 	}
 }
 
-// required is text for a field that must not be empty: an empty string counts as absent.
-func (p *eventParser) required(f fieldSet, v *jsonValue) []byte {
-	if v.kind == '"' && len(v.raw) == len(`""`) {
-		p.seen &^= f
-		return nil
-	}
-	return p.text(f, v)
-}
-
 func (p *eventParser) require(f fieldSet) {
 	if p.seen&f == 0 {
-		p.addf(fieldNames[f], codeRequired, "is required")
+		p.addf(f.name(), codeRequired, "is required")
 	}
 }
 
-func (p *eventParser) text(f fieldSet, v *jsonValue) []byte {
-	if v.kind != '"' {
-		p.addf(fieldNames[f], codeInvalidFormat, "must be a string, not %s", v.kindName())
-		return nil
-	}
-	return p.checked(f, codeMaxLength, v)
-}
-
-// checked is the string's text, with its problems noted under f.
-func (p *eventParser) checked(f fieldSet, tooLong string, v *jsonValue) []byte {
+// text is a string's text, with its problems noted under f.
+func (p *eventParser) text(f fieldSet, tooLong string, v *jsonValue) []byte {
 	if len(v.raw) > maxTextBytes { // whatever is in it: not worth unescaping
-		p.addf(fieldNames[f], tooLong, "has %d bytes, the limit is %d characters", len(v.raw)-len(`""`), maxTextChars)
+		p.addf(f.name(), tooLong, "has %d bytes, the limit is %d characters", len(v.raw)-len(`""`), maxTextChars)
 		return nil
 	}
 	b := v.text(&p.scratch)
 	if len(b) > maxTextChars {
 		if n := utf8.RuneCount(b); n > maxTextChars {
-			p.addf(fieldNames[f], tooLong, "has %d characters, the limit is %d", n, maxTextChars)
+			p.addf(f.name(), tooLong, "has %d characters, the limit is %d", n, maxTextChars)
 		}
 	}
 	for _, c := range b {
 		if c < 0x20 || c == 0x7f {
-			p.addf(fieldNames[f], codeInvalidFormat, "contains the control character U+%04X", c)
+			p.addf(f.name(), codeInvalidFormat, "contains the control character U+%04X", c)
 			break
 		}
 	}
@@ -277,10 +269,6 @@ func (p *eventParser) checked(f fieldSet, tooLong string, v *jsonValue) []byte {
 }
 
 func (p *eventParser) channel(v *jsonValue) {
-	if v.kind != '"' {
-		p.addf("channel", codeInvalidFormat, "must be a string, not %s", v.kindName())
-		return
-	}
 	if len(v.raw) <= maxTextBytes {
 		p.ev.channel = v.text(&p.scratch)
 	}
@@ -298,10 +286,6 @@ func validChannel(b []byte) bool {
 }
 
 func (p *eventParser) timestamp(v *jsonValue) {
-	if v.kind != 0 {
-		p.addf("timestamp", codeInvalidFormat, "must be an integer of Unix seconds, not %s", v.kindName())
-		return
-	}
 	n, err := integer64(v.raw)
 	if err != nil {
 		p.addf("timestamp", codeInvalidFormat, "must be an integer of Unix seconds")
@@ -331,26 +315,19 @@ func integer64(raw []byte) (int64, error) {
 }
 
 func (p *eventParser) tags(v *jsonValue) {
-	if v.kind != '[' {
-		p.addf("tags", codeInvalidFormat, "must be an array of strings, not %s", v.kindName())
-		return
-	}
 	r := jsonReader{b: v.raw, i: len(`[`)} // it has been read without an error before
 	n := 0
-	for ; ; n++ {
-		if more, _ := r.more(n, ']'); !more {
-			break
-		}
-		t, _ := r.value()
+	for ; r.more(n, ']'); n++ {
+		t := r.value()
 		if n >= maxTags {
 			continue
 		}
 		if t.kind != '"' {
-			p.addf("tags", codeInvalidFormat, "tags[%d] must be a string, not %s", n, t.kindName())
+			p.addf("tags", codeInvalidFormat, "tags[%d] must be a string, not %s", n, kindNames[t.kind])
 			continue
 		}
 		before := len(p.problems)
-		b := p.checked(fieldTags, codeTagTooLong, &t)
+		b := p.text(fieldTags, codeTagTooLong, &t)
 		for j := before; j < len(p.problems); j++ {
 			p.problems[j].message = fmt.Sprintf("tags[%d] %s", n, p.problems[j].message[len("tags "):])
 		}
@@ -362,10 +339,6 @@ func (p *eventParser) tags(v *jsonValue) {
 }
 
 func (p *eventParser) meta(v *jsonValue) {
-	if v.kind != '{' {
-		p.addf("metadata", codeInvalidFormat, "must be an object, not %s", v.kindName())
-		return
-	}
 	if len(v.raw) > maxMetadataBytes {
 		p.addf("metadata", codeMaxLength, "has %d bytes, the limit is %d", len(v.raw), maxMetadataBytes)
 		return
