@@ -156,6 +156,36 @@ func TestRejectedRows(t *testing.T) {
 	}
 }
 
+// TestReplayOfMuch: letters of one partition that together are more than the brokers take at once, and one that is more than
+// they take by default.
+func TestReplayOfMuch(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t, "KAFKA_COMPRESSION=none")
+	p := startProgram(t, env)
+	topic := space(env, "KAFKA_TOPIC")
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...), kgo.ProducerBatchMaxBytes(10_000_000), kgo.ProducerBatchCompression(kgo.NoCompression()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	for i := range 15 {
+		size := 700 << 10
+		if i == 0 {
+			size = 2 << 20
+		}
+		letter := fmt.Sprintf(`{"event_name":"much","user_id":"u","timestamp":%d,"unread":"%s"}`, time.Now().Unix()/3600*3600, strings.Repeat("x", size))
+		if err := kafka.ProduceSync(t.Context(), &kgo.Record{Topic: topic + ".dlq", Value: []byte(letter)}).FirstErr(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out, code := subcommand(t, env, "dlq replay"); code != 0 || !strings.Contains(out, "15 letters put back") {
+		t.Errorf("dlq replay: %d %s", code, out)
+	}
+	p.await("stored once", 20*time.Second, func() bool {
+		return clickhouseQuery(t, "SELECT count(), sum(event_count) FROM "+space(env, "CLICKHOUSE_DATABASE")+".events_hourly") == "1\t1"
+	})
+}
+
 // TestReconcile: an aggregate that lost an hour and counted another twice is mended, once.
 func TestReconcile(t *testing.T) {
 	t.Parallel()

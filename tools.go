@@ -28,6 +28,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
@@ -347,13 +348,18 @@ func dlqReplayTool(fs *flag.FlagSet) toolRun {
 		verb := "would be put back"
 		if !*dryRun {
 			verb = "put back"
-			kafka, err := newProducer(cfg, kgo.ProducerBatchMaxBytes(90<<20))
+			side, err := newSideProducer(cfg, nil)
 			if err != nil {
 				return err
 			}
-			defer kafka.Close()
-			if err := kafka.ProduceSync(ctx, letters...).FirstErr(); err != nil {
-				return fmt.Errorf("some letters were not acknowledged, it is safe to run this again: %w", err)
+			defer side.close()
+			for _, result := range side.produceOnce(ctx, letters) {
+				if errors.Is(result.Err, kerr.MessageTooLarge) {
+					result = side.produceOnce(ctx, []*kgo.Record{result.Record})[0]
+				}
+				if result.Err != nil {
+					return fmt.Errorf("some letters were not acknowledged, it is safe to run this again: %w", result.Err)
+				}
 			}
 		}
 		fmt.Fprintf(w, "%d letters %s; left out: %d that are no event, %d replayed %d times already\n", len(letters), verb, noEvent, tired, maxReplays)
