@@ -11,6 +11,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"os"
 	"runtime"
 	"strings"
 	"time"
@@ -101,6 +102,8 @@ func (a *account) readInto(body **buffer, ctx context.Context, src io.Reader, li
 			return errBodyTooLarge
 		case err == io.EOF:
 			return nil
+		case errors.Is(err, os.ErrDeadlineExceeded): // the client may still be there, although the context is canceled
+			return errTimeUp
 		case ctx.Err() != nil: // the client is gone
 			return ctx.Err()
 		case err != nil:

@@ -156,3 +156,33 @@ func TestOneClient(t *testing.T) {
 		})
 	}
 }
+
+// TestCutBody: a body that does not arrive whole is never answered as if it had been taken, 200 above all. A client that is
+// still there is told to send again.
+func TestCutBody(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, newSpace(t, "SERVER_READ_TIMEOUT=1s"))
+	for _, path := range []string{onePath, bulkPath, "/v1/batch"} {
+		for _, leaves := range []bool{false, true} {
+			conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(20 * time.Second))
+			fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{", path)
+			if leaves {
+				conn.(*net.TCPConn).CloseWrite()
+			}
+			answer, err := io.ReadAll(conn)
+			switch text := string(answer); {
+			case err != nil:
+				t.Errorf("%s: %v", path, err)
+			case leaves && text != "":
+				t.Errorf("%s: a client that left got %s", path, text)
+			case !leaves && (!strings.HasPrefix(text, "HTTP/1.1 503 ") || !strings.Contains(text, "\r\nRetry-After: ")):
+				t.Errorf("%s: a client that was too slow got %s", path, text)
+			}
+		}
+	}
+}
