@@ -24,6 +24,8 @@ import (
 const (
 	maxSingleBody = 64 << 10
 	maxBulkBody   = 8 << 20
+	// maxDropped is how much of a body that is too large is still taken from the wire, and dropped.
+	maxDropped = 4 * maxBulkBody
 	// maxZstdWindow bounds what a zstd frame may make the decoder allocate, whatever it claims.
 	maxZstdWindow = 8 << 20
 	// firstRead is the size of the first buffer for a body without a length.
@@ -197,7 +199,7 @@ func writeReadError(w http.ResponseWriter, err error) {
 	var bad errBadStream
 	switch {
 	case errors.Is(err, errBodyTooLarge):
-		// The rest of the body is not read: the connection ends with this answer.
+		// There may be more of the body than was read: the connection ends with this answer.
 		w.Header().Set("Connection", "close")
 		writeError(w, http.StatusRequestEntityTooLarge, "request body too large", "the limit is 64 KiB for one event, 8 MiB for a bulk, after decompression")
 	case errors.Is(err, errOverShare):

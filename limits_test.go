@@ -186,3 +186,23 @@ func TestCutBody(t *testing.T) {
 		}
 	}
 }
+
+// TestBodyTooLarge: a client that looks for the answer only when it has sent everything finds that its body was too large, and not
+// a broken connection, after which it would send the same again.
+func TestBodyTooLarge(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, newSpace(t))
+	for path, size := range map[string]int{onePath: maxSingleBody + 1, bulkPath: 2 * maxBulkBody, "/v1/batch": 2 * maxBulkBody} {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(20 * time.Second))
+		_, err = fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", path, size, strings.Repeat(" ", size))
+		answer, _ := io.ReadAll(conn)
+		if err != nil || !bytes.HasPrefix(answer, []byte("HTTP/1.1 413 ")) {
+			t.Errorf("%s: sent: %v, answer: %s", path, err, answer)
+		}
+	}
+}

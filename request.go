@@ -8,6 +8,7 @@ package main
 import (
 	"encoding/hex"
 	"fmt"
+	"io"
 	"net/http"
 	"strconv"
 	"sync"
@@ -214,6 +215,9 @@ func (in *ingester) receive(w http.ResponseWriter, r *http.Request, pool *sync.P
 	body, err := in.readBody(acc, r, limit)
 	if err != nil {
 		acc.close()
+		if err == errBodyTooLarge && r.Header.Get("Expect") == "" {
+			io.CopyN(io.Discard, r.Body, maxDropped) // else a client that sends all before it looks finds a broken connection, no 413
+		}
 		return nil, err
 	}
 	q := pool.Get().(*ingestRequest)
