@@ -231,6 +231,9 @@ func keys(dst *[]string) func(string) error {
 				return fmt.Errorf("key %d of %d is shorter than %d characters", i+1, len(*dst), minKeyLength)
 			}
 		}
+		if s != "" && len(*dst) == 0 { // no key would let everybody in
+			return errors.New("there is no key in it")
+		}
 		return nil
 	}
 }
