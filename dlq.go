@@ -110,7 +110,7 @@ func dlqShowTool(*flag.FlagSet) toolRun {
 		var partition int32
 		var offset int64
 		which := strings.Join(args, " ")
-		if n, err := fmt.Sscanf(which, "%d:%d", &partition, &offset); n != 2 || err != nil {
+		if n, err := fmt.Sscanf(which, "%d:%d", &partition, &offset); n != 2 || err != nil || fmt.Sprintf("%d:%d", partition, offset) != which {
 			return badArgument{fmt.Errorf("%q is not PARTITION:OFFSET", which)}
 		}
 		found := false

@@ -49,6 +49,10 @@ func runTool(name string, args []string, stdout, stderr io.Writer) int {
 	} else if err != nil {
 		return 2
 	}
+	if fs.NArg() > 0 && name != "dlq show" { // "dlq replay 0:17" would put all letters back
+		fmt.Fprintf(stderr, "%s: unexpected argument %q\n", name, fs.Arg(0))
+		return 2
+	}
 	cfg, err := loadSettings(os.Getenv)
 	if err != nil {
 		fmt.Fprintln(stderr, err)
