@@ -18,6 +18,7 @@ import (
 	"io"
 	"math/bits"
 	"net/http"
+	"os"
 	"runtime"
 	"strings"
 	"sync"
@@ -31,6 +32,8 @@ import (
 const (
 	maxSingleBody = 64 << 10
 	maxBulkBody   = 8 << 20
+	// maxDropped is how much of a body that is too large is still taken from the wire, and dropped.
+	maxDropped = 4 * maxBulkBody
 	// maxZstdWindow bounds what a zstd frame may make the decoder allocate, whatever it claims.
 	maxZstdWindow = 8 << 20
 	// firstRead is the size of the first buffer for a body without a length.
@@ -84,6 +87,8 @@ func (a *account) readAll(ctx context.Context, src io.Reader, hint, limit int) (
 			err = errBodyTooLarge
 		case err == io.EOF:
 			return body, nil
+		case errors.Is(err, os.ErrDeadlineExceeded): // the client may still be there, although the context is canceled
+			err = errTimeUp
 		case ctx.Err() != nil: // the client is gone
 			err = ctx.Err()
 		case err != nil:
@@ -161,7 +166,7 @@ func (d *decompressor) open(encoding string, raw []byte) (io.Reader, error) {
 func writeReadError(w http.ResponseWriter, err error) {
 	switch {
 	case errors.Is(err, errBodyTooLarge):
-		// The rest of the body is not read: the connection ends with this answer.
+		// There may be more of the body than was read: the connection ends with this answer.
 		w.Header().Set("Connection", "close")
 		writeError(w, http.StatusRequestEntityTooLarge, "request body too large",
 			"the limit is 64 KiB for one event, 8 MiB for a bulk, after decompression")

@@ -78,7 +78,11 @@ func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats
 				mux.ServeHTTP(x, r)
 			}
 			x.end(r, ac)
+			silent := x.status == 0
 			exchanges.Put(x)
+			if silent { // the client seems gone: the server would tell it 200
+				panic(http.ErrAbortHandler)
+			}
 		}),
 		ReadHeaderTimeout: readHeaderTimeout,
 		ReadTimeout:       cfg.readTimeout,

@@ -156,3 +156,53 @@ func TestOneClient(t *testing.T) {
 		})
 	}
 }
+
+// TestCutBody: a body that does not arrive whole is never answered as if it had been taken, 200 above all. A client that is
+// still there is told to send again.
+func TestCutBody(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, newSpace(t, "SERVER_READ_TIMEOUT=1s"))
+	for _, path := range []string{onePath, bulkPath, "/v1/batch"} {
+		for _, leaves := range []bool{false, true} {
+			conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(20 * time.Second))
+			fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{", path)
+			if leaves {
+				conn.(*net.TCPConn).CloseWrite()
+			}
+			answer, err := io.ReadAll(conn)
+			switch text := string(answer); {
+			case err != nil:
+				t.Errorf("%s: %v", path, err)
+			case leaves && text != "":
+				t.Errorf("%s: a client that left got %s", path, text)
+			case !leaves && (!strings.HasPrefix(text, "HTTP/1.1 503 ") || !strings.Contains(text, "\r\nRetry-After: ")):
+				t.Errorf("%s: a client that was too slow got %s", path, text)
+			}
+		}
+	}
+}
+
+// TestBodyTooLarge: a client that looks for the answer only when it has sent everything finds that its body was too large, and not
+// a broken connection, after which it would send the same again.
+func TestBodyTooLarge(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, newSpace(t))
+	for path, size := range map[string]int{onePath: maxSingleBody + 1, bulkPath: 2 * maxBulkBody, "/v1/batch": 2 * maxBulkBody} {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(20 * time.Second))
+		_, err = fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", path, size, strings.Repeat(" ", size))
+		answer, _ := io.ReadAll(conn)
+		if err != nil || !bytes.HasPrefix(answer, []byte("HTTP/1.1 413 ")) {
+			t.Errorf("%s: sent: %v, answer: %s", path, err, answer)
+		}
+	}
+}

@@ -298,8 +298,8 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResul
 	return a, err
 }
 
-// do runs a query on a pooled connection. The server may have closed it, so a first failure without an answer is retried,
-// after reset; a second one is returned. While events_hourly is exchanged for a table with other states, the query is retried
+// do runs a query on a pooled connection. The server may have closed it, and with a restart all of the pool, of which ch-go puts
+// one back now and then, so a failure without an answer is retried, after reset, on each. While events_hourly is exchanged for a table with other states, the query is retried
 // with their precision.
 func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error {
 	pool, err := m.pool()
@@ -322,7 +322,7 @@ func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error
 			if _, e := m.store.readStates(ctx, pool); e != nil {
 				return err
 			}
-		case err == nil || answered || attempt > 0 || ctx.Err() != nil:
+		case err == nil || answered || attempt >= 2*queryConns || ctx.Err() != nil:
 			return err
 		}
 	}

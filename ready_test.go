@@ -169,6 +169,24 @@ func TestReadyBesideSlowQueries(t *testing.T) {
 	}
 }
 
+// TestMetricsAfterRestart: a restart of ClickHouse closes every connection of the metrics pool. Whoever asks next is answered.
+func TestMetricsAfterRestart(t *testing.T) {
+	t.Parallel()
+	between := newProxy(t, clickhouseAddress(t), nil)
+	p := startProgram(t, newSpace(t, "CLICKHOUSE_PORT="+between.port(), "ROLE=api"))
+	const question = metricsPath + "event_name=x&from=1&to=2"
+	p.await("tables", 20*time.Second, func() bool { return p.status(question) == http.StatusOK })
+	var asking sync.WaitGroup
+	for range 8 * queryConns {
+		asking.Go(func() { p.status(question) })
+	}
+	asking.Wait()
+	between.cutAnswers()
+	if status, _, answer := p.do("GET", question, "", "", nil); status != http.StatusOK {
+		t.Errorf("%d %s", status, answer)
+	}
+}
+
 // TestReadyWithOneBroker: a broker that hangs does not make Kafka as a whole unready.
 func TestReadyWithOneBroker(t *testing.T) {
 	t.Parallel()

@@ -60,6 +60,9 @@ func reconcileTool(fs *flag.FlagSet) toolRun {
 	asJSON := fs.Bool("json", false, "what differs as a JSON object a line, and nothing else")
 	anew := fs.Bool("rebuild", false, "make the whole table anew from events, as schema.sql says it now, while events go on coming in")
 	return func(ctx context.Context, cfg *settings, _ []string, w io.Writer) error {
+		if *anew && fs.NFlag() > 1 {
+			return badArgument{errors.New("-rebuild takes no other flag")}
+		}
 		if *anew {
 			if err := rebuildHourly(ctx, cfg, w); err != nil {
 				return fmt.Errorf("-rebuild: %w (run it again: it finishes, or begins anew)", err)

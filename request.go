@@ -11,6 +11,7 @@ import (
 	"context"
 	"encoding/hex"
 	"fmt"
+	"io"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -217,6 +218,9 @@ func (in *ingester) receive(w http.ResponseWriter, r *http.Request, pool *sync.P
 		acc.put(body)
 		acc.close()
 		pool.Put(q)
+		if err == errBodyTooLarge && r.Header.Get("Expect") == "" {
+			io.CopyN(io.Discard, r.Body, maxDropped) // else a client that sends all before it looks finds a broken connection, no 413
+		}
 		writeReadError(w, err)
 		return nil
 	}

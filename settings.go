@@ -209,6 +209,9 @@ func keys(s string) ([]string, error) {
 			return nil, fmt.Errorf("key %d of %d is shorter than %d characters", i+1, len(list), minKeyLength)
 		}
 	}
+	if s != "" && len(list) == 0 { // no key would let everybody in
+		return nil, errors.New("there is no key in it")
+	}
 	return list, nil
 }
 

@@ -303,3 +303,14 @@ func TestClusterSchema(t *testing.T) {
 		t.Errorf("%d statements, %d replicated tables", len(schemaStatements), replicated)
 	}
 }
+
+// TestToolArguments: what a subcommand does not understand is no reason to do something else.
+func TestToolArguments(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t)
+	for _, args := range []string{"audit x", "reconcile dry-run", "reconcile -rebuild -dry-run", "rewind -to start x", "dlq list x", "dlq replay 0:17", "dlq show 0:17x", "dlq show 0:17 0:18"} {
+		if out, code := subcommand(t, env, args); code != 2 || !strings.Contains(out, ": ") {
+			t.Errorf("%s: %d %s", args, code, out)
+		}
+	}
+}

@@ -66,6 +66,10 @@ func runTool(name string, args []string, stdout, stderr io.Writer) int {
 	} else if err != nil {
 		return 2
 	}
+	if fs.NArg() > 0 && name != "dlq show" { // "dlq replay 0:17" would put all letters back
+		fmt.Fprintf(stderr, "%s: unexpected argument %q\n", name, fs.Arg(0))
+		return 2
+	}
 	cfg, err := loadSettings(os.Getenv)
 	if err != nil {
 		fmt.Fprintln(stderr, err)
@@ -297,7 +301,7 @@ func dlqShowTool(*flag.FlagSet) toolRun {
 		var partition int32
 		var offset int64
 		which := strings.Join(args, " ")
-		if n, err := fmt.Sscanf(which, "%d:%d", &partition, &offset); n != 2 || err != nil {
+		if n, err := fmt.Sscanf(which, "%d:%d", &partition, &offset); n != 2 || err != nil || fmt.Sprintf("%d:%d", partition, offset) != which {
 			return badArgument{fmt.Errorf("%q is not PARTITION:OFFSET", which)}
 		}
 		found := false

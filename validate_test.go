@@ -373,6 +373,11 @@ func TestSettings(t *testing.T) {
 	if _, err := loadSettings(func(k string) string { return map[string]string{"KAFKA_MIN_ISR": "3"}[k] }); err == nil {
 		t.Error("more in-sync replicas than replicas were taken")
 	}
+	for _, name := range []string{"API_KEYS", "WRITE_KEYS"} {
+		if _, err := loadSettings(func(k string) string { return map[string]string{name: " , "}[k] }); err == nil {
+			t.Errorf("%s without a key was taken, which lets everybody in", name)
+		}
+	}
 	readme, err := os.ReadFile("deploy/README.md")
 	if err != nil {
 		t.Fatal(err)

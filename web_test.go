@@ -346,3 +346,21 @@ func (s *sum) add(user string, revenue float64) {
 	s.users[user] = true
 	s.revenue += revenue
 }
+
+// TestStalledOnThePage: the page says what /ready says of consumers, without the seconds, with a cause and without.
+func TestStalledOnThePage(t *testing.T) {
+	script, err := os.ReadFile("web/app.js")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := regexp.MustCompile(`consumers\.replace\(/(.*?)/,`).FindSubmatch(script)
+	if found == nil {
+		t.Fatal("app.js does not cut anything off")
+	}
+	cut := regexp.MustCompile(string(found[1]))
+	for text, want := range map[string]string{"stalled 7 s, 14 waiting": "14 waiting", "stalled 7 s: insert: no, 14 waiting": "insert: no, 14 waiting", "not started yet": "not started yet"} {
+		if got := cut.ReplaceAllString(text, ""); got != want {
+			t.Errorf("%s: %q", text, got)
+		}
+	}
+}

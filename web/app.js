@@ -91,7 +91,7 @@ function tell(error, consumers) {
     if (error.status === 503) text += ' Events are still accepted; they are counted when it is over.'
   } else {
     $('login').hidden = true
-    if (consumers && consumers !== 'ok') text = `Storing stands still: ${consumers.replace(/^stalled \d+ s:? ?/, '')}. Events are accepted and wait on Kafka.`
+    if (consumers && consumers !== 'ok') text = `Storing stands still, at least in part: ${consumers.replace(/^stalled \d+ s(: |, )/, '')}. Events are accepted and wait on Kafka.`
   }
   const steady = text.replace(/[\d,]+ waiting/, 'records waiting') // a count that moves is no news
   if ($('banner').dataset.said !== steady) {
