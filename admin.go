@@ -33,6 +33,8 @@ const (
 	readyAge = time.Second
 	// stalledAfter is how long a consumer may store nothing before it is called stalled. A slow insert takes a second or two.
 	stalledAfter = 3 * time.Second
+	// aloneAfter is the same for single partitions, for which no cause is known.
+	aloneAfter = time.Minute
 )
 
 // readiness answers GET /ready.
@@ -173,7 +175,10 @@ func (rd *readiness) consuming() (text string, running bool) {
 	case c.assigned.Load() == 0:
 		return "no partitions assigned yet" + because, false
 	}
-	d, waiting := rd.watermark.stalled()
+	d, all, waiting := rd.watermark.stalled()
+	if because == "" && d < aloneAfter {
+		d = all // in a catch-up the partitions take turns
+	}
 	if d < stalledAfter {
 		return "ok", true
 	}

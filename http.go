@@ -88,7 +88,7 @@ func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats
 		ReadTimeout:       cfg.readTimeout,
 		WriteTimeout:      cfg.writeTimeout,
 		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    maxHeaderBytes,
+		MaxHeaderBytes:    maxHeaderBytes - 4<<10, // net/http adds as much
 		TLSConfig:         ac.tls,
 		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug), // what clients do wrong
 	}

@@ -13,6 +13,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/ClickHouse/ch-go"
+	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
@@ -97,8 +99,9 @@ var hopeless = []error{
 	kerr.InvalidConfig, kerr.InvalidTopicException, kerr.InvalidPartitions, kerr.PolicyViolation,
 }
 
+// isHopeless says so of ClickHouse's errors, too.
 func isHopeless(err error) bool {
-	return errors.Is(err, errPlacement) || errors.Is(err, errNoCluster) || slices.ContainsFunc(hopeless, func(h error) bool { return errors.Is(err, h) })
+	return errors.Is(err, errPlacement) || errors.Is(err, errNoCluster) || ch.IsErr(err, proto.ErrAuthenticationFailed) || slices.ContainsFunc(hopeless, func(h error) bool { return errors.Is(err, h) })
 }
 
 // whole is what kadm was told, and the first error, if only of one partition, topic or group.

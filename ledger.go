@@ -25,6 +25,9 @@ func auditTool(fs *flag.FlagSet) toolRun {
 	erased := map[string]bool{}
 	fs.Func("erased", "user_id that was erased from the tables: its events are left out; may be given several times", func(s string) error { erased[s] = true; return nil })
 	return func(ctx context.Context, cfg *settings, _ []string, w io.Writer) error {
+		if err := r.check(); err != nil {
+			return err
+		}
 		l, err := readLedger(ctx, cfg, r, erased)
 		if err != nil {
 			return err
@@ -83,7 +86,11 @@ func readLedger(ctx context.Context, cfg *settings, r timeRange, erased map[stri
 		l.ids[id] = max(l.ids[id], where)
 	}
 	for where, suffix := range []string{onTopic: "", inDeadLetters: ".dlq", inRetry: ".retry"} {
-		err := readWhole(ctx, cfg, cfg.kafkaTopic+suffix, func(rec *kgo.Record) { note(rec, place(where)) })
+		group := ""
+		if place(where) == inRetry { // what is committed has been put back, or is dead
+			group = cfg.kafkaGroup + suffix
+		}
+		err := readRecords(ctx, cfg, cfg.kafkaTopic+suffix, group, func(rec *kgo.Record) { note(rec, place(where)) })
 		if err != nil {
 			return nil, err
 		}
@@ -178,8 +185,9 @@ func (l *ledger) printJSON(w io.Writer) {
 	})
 }
 
-// readWhole hands each record of a topic to f, up to where the partitions end when it starts.
-func readWhole(ctx context.Context, cfg *settings, topic string, f func(*kgo.Record)) error {
+// readRecords hands each record of a topic to f that the group has not committed, all of them without a group, up to where the
+// partitions end when it starts.
+func readRecords(ctx context.Context, cfg *settings, topic, group string, f func(*kgo.Record)) error {
 	kafka, err := newKafka(cfg, "event-ingestion-audit", kgo.FetchMaxWait(fetchWait))
 	if err != nil {
 		return err
@@ -194,12 +202,22 @@ func readWhole(ctx context.Context, cfg *settings, topic string, f func(*kgo.Rec
 	if err != nil {
 		return fmt.Errorf("starts of topic %s: %w", topic, err)
 	}
+	var committed kadm.OffsetResponses
+	if group != "" {
+		if committed, err = admin.FetchOffsetsForTopics(ctx, group, topic); err != nil {
+			return fmt.Errorf("offsets of group %s: %w", group, err)
+		}
+	}
 	left := map[int32]int64{} // end offsets of the partitions that are not read that far yet
 	from := map[int32]kgo.Offset{}
 	for p, end := range ends[topic] {
-		if start := starts[topic][p]; start.Offset < end.Offset {
+		start := starts[topic][p].Offset
+		if done, ok := committed.Lookup(topic, p); ok {
+			start = max(start, done.At)
+		}
+		if start < end.Offset {
 			left[p] = end.Offset
-			from[p] = kgo.NewOffset().At(start.Offset)
+			from[p] = kgo.NewOffset().At(start)
 		}
 	}
 	kafka.AddConsumePartitions(map[string]map[int32]kgo.Offset{topic: from})

@@ -132,7 +132,7 @@ func newSystem(cfg *settings) (*system, error) {
 		return nil, err
 	}
 	if s.listener, err = net.Listen("tcp", addr); err != nil {
-		return nil, fmt.Errorf("listen for the API (SERVER_PORT): %w", err)
+		return nil, fmt.Errorf("listen for the API (SERVER_HOST, SERVER_PORT): %w", err)
 	}
 	if cfg.adminAddr != "" {
 		if s.adminL, err = net.Listen("tcp", cfg.adminAddr); err != nil {

@@ -69,6 +69,9 @@ func reconcileTool(fs *flag.FlagSet) toolRun {
 			}
 			return nil
 		}
+		if err := r.check(); err != nil {
+			return err
+		}
 		ctx, cancel := context.WithTimeout(ctx, time.Hour)
 		defer cancel()
 		if *asJSON {

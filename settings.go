@@ -80,7 +80,7 @@ func (c *settings) settingsTable() []setting {
 		{"ACK_TIMEOUT", "10s", "Kafka has to acknowledge a request's events within this, else 503; below SERVER_WRITE_TIMEOUT", duration(&c.ackTimeout, time.Second, time.Hour)},
 		{"MAX_IN_FLIGHT_BYTES", "67108864", "bytes that requests hold at once, bodies, records and answers, else 503", integer(&c.maxInFlightBytes, 4*maxBulkBody, 1<<40)},
 		{"MAX_IN_FLIGHT_BYTES_PER_CLIENT", "", "of these, what those of one key hold, or of one address without a key, else 429 to it alone; empty is an eighth, 0 no limit", eighth(&c.maxInFlightPerClient, &c.maxInFlightBytes)},
-		{"CLOCK_SKEW", "1s", "a timestamp may be so far in the future, in whole seconds: senders' clocks are ahead of this one", duration(&c.clockSkew, 0, 5*time.Minute)},
+		{"CLOCK_SKEW", "1s", "a timestamp may be so far in the future, such as 5s: senders' clocks are ahead of this one", wholeSeconds(&c.clockSkew, 5*time.Minute)},
 		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", as(&c.adminAddr, "host:port or off", address)},
 		{"ROLE", "all", "all; api serves HTTP and leaves consuming to others; consumer only consumes, and answers /health and /ready", oneOf(&c.role, "all", "api", "consumer")},
 		{"API_KEYS", "", "comma-separated keys, one of which a request to /api/ or /v1/ has to bring; none, and no WRITE_KEYS, lets everybody in", to(&c.apiKeys, keys)},
@@ -95,7 +95,7 @@ func (c *settings) settingsTable() []setting {
 		{"KAFKA_UI_URL", "", "the same for Kafka UI", as(&c.kafkaUIURL, "an address such as http://localhost:3000", link)},
 
 		{"KAFKA_BROKERS", "localhost:29092,localhost:29093", "comma-separated host:port of the first brokers to ask", as(&c.kafkaBrokers, "host:port,host:port,…", addresses)},
-		{"KAFKA_TOPIC", "events", "main topic; retries go to TOPIC.retry, dead letters to TOPIC.dlq", text(&c.kafkaTopic)},
+		{"KAFKA_TOPIC", "events", "main topic; retries go to TOPIC.retry, dead letters to TOPIC.dlq", as(&c.kafkaTopic, "a topic's name: letters, digits, '.', '_' and '-', at most 243 of them", topicName)},
 		{"KAFKA_CONSUMER_GROUP", "event-consumers", "consumer group, shared by all instances of the program", text(&c.kafkaGroup)},
 		{"KAFKA_PARTITIONS", "20", "partitions of the main topic when it is created", integer(&c.kafkaPartitions, 1, 10000)},
 		{"KAFKA_REPLICATION_FACTOR", "2", "replicas of each partition of topics that are created", integer(&c.kafkaReplication, 1, 100)},
@@ -285,6 +285,19 @@ func duration(dst *time.Duration, least, most time.Duration) func(string) error 
 		d, err := time.ParseDuration(s)
 		return d, err == nil && d >= least && d <= most
 	})
+}
+
+func wholeSeconds(dst *time.Duration, most time.Duration) func(string) error {
+	return as(dst, fmt.Sprintf("whole seconds such as 5s, at most %s", most), func(s string) (d time.Duration, ok bool) {
+		err := duration(&d, 0, most)(s)
+		return d, err == nil && d%time.Second == 0
+	})
+}
+
+// topicName is what Kafka takes, and leaves room for ".retry" in the 249 characters that it allows.
+func topicName(s string) (string, bool) {
+	other := strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+	return s, other == "" && strings.Trim(s, ".") != "" && len(s) <= 249-len(".retry")
 }
 
 // as sets dst to what parse reads. When parse cannot read the text, the error says what the setting has to be.

@@ -158,7 +158,7 @@ func (s *stats) watch(current *atomic.Pointer[consumer], wm *watermark, bodies *
 	s.set.RegisterMetricsWriter(metrics.WriteProcessMetrics)
 	s.set.NewGauge("event_ingestion_in_flight_bytes", func() float64 { return float64(bodies.used.Load()) })
 	s.set.NewGauge("event_ingestion_complete_through_timestamp_seconds", func() float64 { return float64(wm.through.Load()) })
-	s.set.NewGauge("event_ingestion_stored_behind_seconds", func() float64 { d, _ := wm.stalled(); return d.Seconds() })
+	s.set.NewGauge("event_ingestion_stored_behind_seconds", func() float64 { worst, _, _ := wm.stalled(); return worst.Seconds() })
 	gauge := func(name string, value func(*consumer) float64) {
 		s.set.NewGauge(name, func() float64 {
 			if c := current.Load(); c != nil {

@@ -130,6 +130,10 @@ func TestRejectedRows(t *testing.T) {
 			t.Errorf("dead letter %s: %v", rec.Value, rec.Headers)
 		}
 	}
+	p.await("audited as dead", 10*time.Second, func() bool { // when the retries are committed
+		out, code := subcommand(t, env, "audit -json")
+		return code == 0 && strings.Contains(out, fmt.Sprintf(`"dead_letters":%d,`, bad)) && strings.Contains(out, `"waiting":0}`)
+	})
 	// Once the reason is gone the letters are replayed, twice to no harm, and everything is where it should be.
 	clickhouseQuery(t, "ALTER TABLE "+db+".events DROP CONSTRAINT never")
 	for _, c := range []struct{ args, want string }{
@@ -308,7 +312,7 @@ func TestClusterSchema(t *testing.T) {
 func TestToolArguments(t *testing.T) {
 	t.Parallel()
 	env := newSpace(t)
-	for _, args := range []string{"audit x", "reconcile dry-run", "reconcile -rebuild -dry-run", "rewind -to start x", "dlq list x", "dlq replay 0:17", "dlq show 0:17x", "dlq show 0:17 0:18"} {
+	for _, args := range []string{"audit x", "reconcile dry-run", "reconcile -rebuild -dry-run", "rewind -to start x", "dlq list x", "dlq replay 0:17", "dlq show 0:17x", "dlq show 0:17 0:18", "audit -from 20 -to 10", "reconcile -from 20 -to 20", "audit -from 1795x"} {
 		if out, code := subcommand(t, env, args); code != 2 || !strings.Contains(out, ": ") {
 			t.Errorf("%s: %d %s", args, code, out)
 		}

@@ -97,16 +97,25 @@ func (r *timeRange) flags(fs *flag.FlagSet) {
 	r.from, r.to = now-maxAgeSeconds-86400, now+hourSeconds
 	at := func(dst *int64) func(string) error {
 		return func(s string) error {
-			if _, err := fmt.Sscan(s, dst); err == nil && !strings.ContainsAny(s, "-:T") {
-				return nil
+			n, err := strconv.ParseInt(s, 10, 64)
+			if err != nil {
+				var t time.Time
+				t, err = time.Parse(time.RFC3339, s)
+				n = t.Unix()
 			}
-			t, err := time.Parse(time.RFC3339, s)
-			*dst = t.Unix()
+			*dst = n
 			return err
 		}
 	}
 	fs.Func("from", "first second of event time, Unix or RFC 3339 (default 31 days ago)", at(&r.from))
 	fs.Func("to", "second after the last (default in an hour)", at(&r.to))
+}
+
+func (r *timeRange) check() error {
+	if r.from >= r.to {
+		return badArgument{fmt.Errorf("-to %d has to be after -from %d", r.to, r.from)}
+	}
+	return nil
 }
 
 func rewindTool(fs *flag.FlagSet) toolRun {
@@ -249,7 +258,7 @@ func (f *dlqFlags) each(ctx context.Context, cfg *settings, take func(*kgo.Recor
 		return badArgument{fmt.Errorf("-type %s: has to be one of%s", f.kind, strings.Join(kinds, " "))}
 	}
 	n := 0
-	return readWhole(ctx, cfg, cfg.kafkaTopic+".dlq", func(rec *kgo.Record) {
+	return readRecords(ctx, cfg, cfg.kafkaTopic+".dlq", "", func(rec *kgo.Record) {
 		if f.matches(rec) && (f.limit <= 0 || n < f.limit) && take(rec) {
 			n++
 		}
@@ -305,7 +314,7 @@ func dlqShowTool(*flag.FlagSet) toolRun {
 			return badArgument{fmt.Errorf("%q is not PARTITION:OFFSET", which)}
 		}
 		found := false
-		err := readWhole(ctx, cfg, cfg.kafkaTopic+".dlq", func(rec *kgo.Record) {
+		err := readRecords(ctx, cfg, cfg.kafkaTopic+".dlq", "", func(rec *kgo.Record) {
 			if rec.Partition == partition && rec.Offset == offset {
 				found = true
 				e := json.NewEncoder(w)

@@ -322,16 +322,15 @@ func (p *eventParser) tags(v *jsonValue) {
 		if n >= maxTags {
 			continue
 		}
-		if t.kind != '"' {
-			p.addf("tags", codeInvalidFormat, "tags[%d] must be a string, not %s", n, kindNames[t.kind])
-			continue
-		}
 		before := len(p.problems)
-		b := p.text(fieldTags, codeTagTooLong, &t)
+		if t.kind == '"' {
+			p.ev.tags = append(p.ev.tags, p.text(fieldTags, codeTagTooLong, &t))
+		} else {
+			p.addf("tags", codeInvalidFormat, "must be a string, not %s", kindNames[t.kind])
+		}
 		for j := before; j < len(p.problems); j++ {
 			p.problems[j].message = fmt.Sprintf("tags[%d] %s", n, p.problems[j].message[len("tags "):])
 		}
-		p.ev.tags = append(p.ev.tags, b)
 	}
 	if n > maxTags {
 		p.addf("tags", codeMaxTags, "has %d items, the limit is %d", n, maxTags)

@@ -373,9 +373,13 @@ func TestSettings(t *testing.T) {
 	if _, err := loadSettings(func(k string) string { return map[string]string{"KAFKA_MIN_ISR": "3"}[k] }); err == nil {
 		t.Error("more in-sync replicas than replicas were taken")
 	}
-	for _, name := range []string{"API_KEYS", "WRITE_KEYS"} {
-		if _, err := loadSettings(func(k string) string { return map[string]string{name: " , "}[k] }); err == nil {
-			t.Errorf("%s without a key was taken, which lets everybody in", name)
+	for _, c := range []struct{ name, value string }{
+		{"API_KEYS", " , "}, {"WRITE_KEYS", ","}, // no key lets everybody in
+		{"CLOCK_SKEW", "1.5s"}, {"KAFKA_TOPIC", "a b"}, {"KAFKA_TOPIC", ".."}, {"KAFKA_TOPIC", strings.Repeat("t", 244)},
+	} {
+		_, err := loadSettings(func(k string) string { return map[string]string{c.name: c.value}[k] })
+		if err == nil || !strings.Contains(err.Error(), c.name) {
+			t.Errorf("%s=%q: %v", c.name, c.value, err)
 		}
 	}
 	readme, err := os.ReadFile("deploy/README.md")

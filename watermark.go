@@ -83,19 +83,24 @@ func (w *watermark) partitionLags() []int64 {
 	return nil
 }
 
-// stalled returns for how long nothing was stored of the worst partition with waiting records, and how many records wait in
-// all. It is 0 while every such partition makes progress.
-func (w *watermark) stalled() (d time.Duration, waiting int64) {
+// stalled returns for how long nothing was stored of the worst partition with waiting records, and of any such partition, and
+// how many records wait in all.
+func (w *watermark) stalled() (worst, all time.Duration, waiting int64) {
 	p := w.progress.Load()
 	if p == nil {
-		return 0, 0
+		return 0, 0, 0
 	}
 	for i, lag := range p.lags {
-		if waiting += lag; lag > 0 {
-			d = max(d, time.Since(p.since[i]))
+		if lag > 0 {
+			d := time.Since(p.since[i])
+			if worst = max(worst, d); waiting == 0 {
+				all = d
+			}
+			all = min(all, d)
+			waiting += lag
 		}
 	}
-	return d, waiting
+	return worst, all, waiting
 }
 
 // run samples until ctx is done.

@@ -112,6 +112,35 @@ func TestCompleteThroughIsHonest(t *testing.T) {
 	}
 }
 
+// TestStalled: partitions that take turns are not stalled; one that stands by itself is, after a while.
+func TestStalled(t *testing.T) {
+	t.Parallel()
+	w := new(watermark)
+	rd := &readiness{watermark: w, troubles: newTroubles()}
+	c := new(consumer)
+	c.assigned.Store(3)
+	rd.consumer.Store(c)
+	for _, c := range []struct {
+		lags  []int64
+		since []int // seconds ago
+		want  string
+	}{
+		{[]int64{0, 0, 0}, []int{0, 0, 0}, "ok"},
+		{[]int64{5, 7, 0}, []int{1, 20, 0}, "ok"},
+		{[]int64{5, 7, 0}, []int{5, 20, 0}, "stalled 5 s, 12 waiting"},
+		{[]int64{5, 7, 0}, []int{1, 90, 0}, "stalled 90 s, 12 waiting"},
+	} {
+		p := &progress{lags: c.lags}
+		for _, s := range c.since {
+			p.since = append(p.since, time.Now().Add(-time.Duration(s)*time.Second))
+		}
+		w.progress.Store(p)
+		if got, _ := rd.consuming(); got != c.want {
+			t.Errorf("lags %v, standing for %v s: %q, want %q", c.lags, c.since, got, c.want)
+		}
+	}
+}
+
 func readTopicEnds(t *testing.T, env []string, suffix string) []int64 {
 	t.Helper()
 	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))

@@ -379,7 +379,10 @@ func (p *pipeline) sample(now time.Time) {
 		"accepted": p.stats.ingest.accepted.Get(), "stored": p.stats.store.rows.Get(),
 		"duplicates": p.stats.store.duplicates.Get(), "dead_letters": p.stats.side.deadLetters(),
 	}
-	values := map[string]float64{"lag": 0, "retries": 0, "freshness_seconds": p.watermark.stored.age().Seconds()}
+	values := map[string]float64{"lag": 0, "retries": 0}
+	if age := p.watermark.stored.age(); age > 0 { // else it is not known yet
+		values["freshness_seconds"] = age.Seconds()
+	}
 	if found := p.watermark.progress.Load(); found != nil {
 		values["retries"] = float64(found.retries)
 		for _, lag := range found.lags {

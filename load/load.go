@@ -17,7 +17,9 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
+	"net/url"
 	"os"
 	"os/signal"
 	"strconv"
@@ -99,10 +101,13 @@ func Parse(args []string, stderr io.Writer) (*Config, error) {
 		return nil, fmt.Errorf("unexpected argument %q", fs.Arg(0))
 	case c.bulk < 1 || c.bulk > maxBulkEvents:
 		return nil, fmt.Errorf("-bulk %d: has to be 1 to %d", c.bulk, maxBulkEvents)
-	case c.rate < 0 || c.connections < 1 || c.users < 1 || c.duration <= 0:
+	case !(c.rate >= 0) || math.IsInf(c.rate, 1) || c.connections < 1 || c.users < 1 || c.duration <= 0:
 		return nil, errors.New("-rate, -connections, -users and -duration have to be positive")
 	case c.dup < 0 || c.dup >= 1:
 		return nil, fmt.Errorf("-dup %g: has to be from 0 to below 1", c.dup)
+	}
+	if u, err := url.Parse(c.URL); err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+		return nil, fmt.Errorf("-url %s: has to be an address such as http://127.0.0.1:8080", c.URL)
 	}
 	if c.file != "" && c.demo {
 		return nil, errors.New("-file and -demo: only one of them can be sent")

@@ -411,7 +411,8 @@ func TestLoadFile(t *testing.T) {
 		}
 		return ""
 	}}
-	code, r, stderr := runLoadAgainst(t, p, "-file "+path+" -rate 0 -connections 2 -verify -verify-timeout 5s")
+	// The other connections would wait for a minute for times at which nothing is left.
+	code, r, stderr := runLoadAgainst(t, p, "-file "+path+" -rate 2000 -connections 64 -verify -verify-timeout 5s")
 	if code != 0 || r.Sent != 3000 || r.Accepted != 2998 || r.Refused["validation.required.error"] != 2 || len(r.Checks) != 9 || fmt.Sprint(p.sizes) != "[1000 1000 1000]" {
 		t.Errorf("code %d, %+v, requests %v %s", code, r, p.sizes, stderr)
 	}
@@ -420,6 +421,17 @@ func TestLoadFile(t *testing.T) {
 	for _, want := range []string{"line 42: ", "line 2501: "} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the report has no %q:\n%s", want, &out)
+		}
+	}
+}
+
+// TestLoadFlags: what cannot be meant is said at once.
+func TestLoadFlags(t *testing.T) {
+	for args, want := range map[string]string{
+		"-rate NaN": "-rate", "-rate +Inf": "-rate", "-url foo": "-url foo", "-url localhost:8080": "-url", "-bulk 0": "-bulk", "-dup 1": "-dup", "x": `"x"`,
+	} {
+		if _, err := Parse(strings.Fields(args), io.Discard); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", args, err)
 		}
 	}
 }

@@ -98,6 +98,9 @@ func (s *sender) run(sending, interrupted context.Context) {
 			return
 		}
 		more := s.fill()
+		if !more {
+			l.Stop() // the others wait for times at which there will be nothing to send
+		}
 		if len(s.tickets) == 0 {
 			return
 		}
