@@ -124,10 +124,15 @@ func (r *jsonReader) fail(err error) {
 // more says whether an n-th element or member follows, counted from 0, before closing. It steps over the comma in front of it,
 // or over closing.
 func (r *jsonReader) more(n int, closing byte) bool {
-	if r.eat(closing) {
+	c := r.peek()
+	switch {
+	case c == closing:
+		r.i++
 		return false
-	}
-	if n > 0 && !r.eat(',') {
+	case n == 0:
+	case c == ',':
+		r.i++
+	default:
 		r.fail(r.unexpected("',' or '" + string(rune(closing)) + "'"))
 	}
 	return r.err == nil
@@ -139,8 +144,14 @@ func (r *jsonReader) key(n int, k *jsonValue) bool {
 		return false
 	}
 	*k = jsonValue{kind: '"'}
-	raw, err := r.name(k)
-	if k.raw = raw; err != nil {
+	r.space()
+	start := r.i
+	err := r.str(k)
+	k.raw = r.b[start:r.i]
+	if err == nil && !r.eat(':') {
+		err = r.unexpected("':'")
+	}
+	if err != nil {
 		r.fail(err)
 	}
 	return err == nil
@@ -194,7 +205,7 @@ func (r *jsonReader) read(v *jsonValue) {
 				break
 			}
 			if c == '{' {
-				_, err = r.name(v)
+				err = r.name(v)
 			}
 			if err == nil {
 				continue
@@ -223,7 +234,7 @@ func (r *jsonReader) read(v *jsonValue) {
 		case !r.eat(','):
 			err = r.unexpected("',' or '" + string(rune(r.closing(depth))) + "'")
 		case r.closing(depth) == '}':
-			_, err = r.name(v)
+			err = r.name(v)
 		}
 		if err != nil && v.depth >= maxDepth { // which the text's author may not see
 			err = fmt.Errorf("%w; values are nested more than %d deep", err, maxDepth)
@@ -235,15 +246,14 @@ func (r *jsonReader) read(v *jsonValue) {
 	}
 }
 
-// name reads a member's name, which it returns as sent, and the colon behind it. It notes in v what is in the name.
-func (r *jsonReader) name(v *jsonValue) (raw []byte, err error) {
+// name reads a member's name and colon within v.
+func (r *jsonReader) name(v *jsonValue) error {
 	r.space()
-	start := r.i
-	err = r.str(v)
-	if raw = r.b[start:r.i]; err == nil && !r.eat(':') {
+	err := r.str(v)
+	if err == nil && !r.eat(':') {
 		err = r.unexpected("':'")
 	}
-	return raw, err
+	return err
 }
 
 // str reads a string and notes in v what is in it.
