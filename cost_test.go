@@ -32,7 +32,7 @@ const (
 	maxAllocBeside  = 64 << 20 // the goal
 	maxAnswerBytes  = 2 << 20
 	maxTimeRatio    = 3                      // of twice the body: 2 is linear, 4 is quadratic
-	maxJSONRatio    = 8                      // of encoding/json's time for the same, and
+	maxJSONRatio    = 12                     // of encoding/json's time for the same, and
 	slackTime       = 100 * time.Millisecond // for 20,000 messages, with the race detector
 )
 
