@@ -276,17 +276,21 @@ func loadInto(tb testing.TB, url string, rate float64, d time.Duration, more ...
 	return l, func() { <-finished }
 }
 
-// mustBeHonest fails the test when complete_through says that something is counted which is not, at any time until done.
+// mustBeHonest fails the test when complete_through says that something is counted which is not, or groups that are not what the
+// total is, at any time until done.
 func mustBeHonest(t *testing.T, l *load.Loader, url string, done <-chan struct{}) {
 	type note struct{ second, acknowledged int64 }
 	var notes []note
 	var a struct {
 		Total   int64 `json:"total_count"`
 		Through int64 `json:"complete_through"`
+		Groups  []struct {
+			Total int64 `json:"total_count"`
+		} `json:"grouped_data"`
 	}
 	tick := time.NewTicker(sampleInterval) // complete_through moves no faster, and a query is 20 ms of CPU
 	defer tick.Stop()
-	for {
+	for n := 0; ; n++ {
 		select {
 		case <-done:
 			return
@@ -294,13 +298,21 @@ func mustBeHonest(t *testing.T, l *load.Loader, url string, done <-chan struct{}
 		}
 		acknowledged := l.Distinct()
 		notes = append(notes, note{time.Now().Unix(), acknowledged})
-		resp, err := http.Get(fmt.Sprintf("%s%sevent_name=%s&from=1&to=%d", url, metricsPath, l.Config.Event, time.Now().Unix()+100))
+		resp, err := http.Get(fmt.Sprintf("%s%sevent_name=%s&from=1&to=%d&group_by=%s", url, metricsPath, l.Config.Event, time.Now().Unix()+100,
+			[]string{"", "hour", "campaign", "day", "channel"}[n%5]))
 		if err != nil {
 			continue // the fault
 		}
-		a.Through = 0
+		a.Through, a.Groups = 0, nil
 		answered := resp.StatusCode == http.StatusOK && json.NewDecoder(resp.Body).Decode(&a) == nil
 		resp.Body.Close()
+		sum := int64(0)
+		for _, g := range a.Groups {
+			sum += g.Total
+		}
+		if answered && n%5 > 0 && sum != a.Total {
+			t.Errorf("%d are counted in all, %d in the groups of question %d", a.Total, sum, n%5)
+		}
 		for answered && len(notes) > 0 && notes[0].second <= a.Through {
 			if a.Total < notes[0].acknowledged {
 				t.Errorf("complete through %d, and %d of the %d events acknowledged then are counted", a.Through, a.Total, notes[0].acknowledged)
