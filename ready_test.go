@@ -99,6 +99,21 @@ func TestWhatCanNeverWork(t *testing.T) {
 	}
 }
 
+// TestWrongLogin is the same for ClickHouse, whose embedded kind ends over a login that it refuses.
+func TestWrongLogin(t *testing.T) {
+	if isCluster() {
+		t.Skip("the tests after this one need that ClickHouse")
+	}
+	alone(t)
+	p := &program{t: t, env: append(newSpace(t), "CLICKHOUSE_USERNAME=nobody", "SERVER_PORT="+freePort(t))}
+	p.start()
+	const says = "AUTHENTICATION_FAILED"
+	if code := p.ended(says); code != 1 || !strings.Contains(p.log.String(), says) {
+		t.Errorf("exit code %d, and the log does not say %s:\n%s", code, says, p.log)
+	}
+	control(t, "/clickhouse/start")
+}
+
 // TestCausesAreTold: a broker that hangs up on a wrong password, and a ClickHouse that is not there, are named in /ready and,
 // each once, in the log; when they heal the program goes on.
 func TestCausesAreTold(t *testing.T) {
