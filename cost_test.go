@@ -14,8 +14,6 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"os/exec"
 	"runtime"
 	"slices"
 	"strings"
@@ -222,26 +220,6 @@ func costShapes(try func(name string, shape func(size int) []byte, single bool, 
 	}
 	do("empty lines", func(n int) []byte { return bytes.Repeat([]byte(" \r\n"), n/3) }, false, ndjson)
 	do("events without end", func(n int) []byte { return []byte(`{"events":[` + strings.Repeat(`{},`, n/3)) }, false, jsonCT)
-}
-
-// asApart is set in the process of a test that calls apart.
-const asApart = "EVENT_INGESTION_TEST_APART"
-
-// apart runs the test again in a process of its own, whose allocations are only its own, beside the others. It says whether
-// this is that process.
-func apart(t *testing.T) bool {
-	t.Helper()
-	if os.Getenv(asApart) != "" {
-		return true
-	}
-	t.Parallel()
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.v", "-test.run", "^"+t.Name()+"$")
-	cmd.Env = append(os.Environ(), asApart+"=1")
-	out, err := cmd.CombinedOutput()
-	if t.Logf("%s", out); err != nil || !bytes.Contains(out, []byte("--- PASS: "+t.Name())) {
-		t.Error("in a process of its own:", err)
-	}
-	return false
 }
 
 // TestCostBounds: nothing that a client may send takes more memory than its bytes are worth. The shapes that take the most

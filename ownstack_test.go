@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -144,4 +145,24 @@ func stackPort(t testing.TB) string {
 	}
 	t.Fatal("no free port")
 	return ""
+}
+
+// asApart is set in the process of a test that calls apart.
+const asApart = "EVENT_INGESTION_TEST_APART"
+
+// apart runs the test again in a process of its own, whose allocations are only its own, beside the others. It says whether
+// this is that process.
+func apart(t *testing.T) bool {
+	t.Helper()
+	if os.Getenv(asApart) != "" {
+		return true
+	}
+	t.Parallel()
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.v", "-test.run", "^"+t.Name()+"$")
+	cmd.Env = append(os.Environ(), asApart+"=1")
+	out, err := cmd.CombinedOutput()
+	if t.Logf("%s", out); err != nil || !bytes.Contains(out, []byte("--- PASS: "+t.Name())) {
+		t.Error("in a process of its own:", err)
+	}
+	return false
 }
