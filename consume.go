@@ -143,11 +143,7 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 	workers.Wait()
 	close(stopInserters)
 	inserters.Wait()
-	by, _ := end.Deadline()
-	if soon := time.Now().Add(leaveAtLeast); by.Before(soon) { // a shard that does not answer has taken all the time
-		by = soon
-	}
-	commit, cancelCommit := context.WithDeadline(context.Background(), by)
+	commit, cancelCommit := endsBy(end, leaveAtLeast) // a shard that does not answer has taken all the time
 	defer cancelCommit()
 	if err := c.kafka.CommitMarkedOffsets(commit); err != nil {
 		slog.Warn("offsets not committed at the end, their records will be read again", "error", err)

@@ -138,7 +138,8 @@ func (r *jsonReader) more(n int, closing byte) bool {
 	return r.err == nil
 }
 
-// key reads the name of an object's n-th member, and the colon behind it; false when there is none, or an error.
+// key reads the name of an object's n-th member, and the colon behind it; false when there is none, or an error. It is name,
+// written out: a call that also returns what was sent costs an event a tenth.
 func (r *jsonReader) key(n int, k *jsonValue) bool {
 	if !r.more(n, '}') {
 		return false
@@ -164,18 +165,6 @@ func (r *jsonReader) member(n int, k, v *jsonValue) bool {
 	}
 	r.read(v)
 	return r.err == nil
-}
-
-// each calls do with each member of v, which has been read before; a value that is no object has none.
-func (v *jsonValue) each(do func(k, v jsonValue)) {
-	var name, value jsonValue
-	r := jsonReader{b: v.raw}
-	if !r.eat('{') {
-		return
-	}
-	for n := 0; r.member(n, &name, &value); n++ {
-		do(name, value)
-	}
 }
 
 // value reads the next value, whatever is in it.

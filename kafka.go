@@ -72,11 +72,7 @@ const leaveAtLeast = 500 * time.Millisecond
 // leave closes a client that consumes in a group. It waits for the group until ctx's deadline, and for leaveAtLeast: a broker
 // that does not answer would hold it up for a minute.
 func leave(ctx context.Context, kafka *kgo.Client) {
-	by, _ := ctx.Deadline()
-	if soon := time.Now().Add(leaveAtLeast); by.Before(soon) {
-		by = soon
-	}
-	leaving, giveUp := context.WithDeadline(context.Background(), by)
+	leaving, giveUp := endsBy(ctx, leaveAtLeast)
 	defer giveUp()
 	left := make(chan struct{})
 	go func() { // ends when the group has answered, or some time after giveUp
@@ -90,6 +86,15 @@ func leave(ctx context.Context, kafka *kgo.Client) {
 	case <-leaving.Done():
 		slog.Warn("the consumer group was not left in time; it gives the partitions to others after KAFKA_SESSION_TIMEOUT")
 	}
+}
+
+// endsBy returns a context that ends at ctx's deadline, whatever becomes of ctx, but not sooner than in d.
+func endsBy(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	by, _ := ctx.Deadline()
+	if soon := time.Now().Add(d); by.Before(soon) {
+		by = soon
+	}
+	return context.WithDeadline(context.Background(), by)
 }
 
 // hopeless are Kafka's errors that no retry cures: these settings do not work with these brokers.

@@ -202,9 +202,9 @@ func readRecords(ctx context.Context, cfg *settings, topic, group string, f func
 	if err != nil {
 		return fmt.Errorf("starts of topic %s: %w", topic, err)
 	}
-	var committed kadm.OffsetResponses
+	var done []int64
 	if group != "" {
-		if committed, err = admin.FetchOffsetsForTopics(ctx, group, topic); err != nil {
+		if done, err = committed(ctx, admin, topic, group); err != nil {
 			return fmt.Errorf("offsets of group %s: %w", group, err)
 		}
 	}
@@ -212,8 +212,8 @@ func readRecords(ctx context.Context, cfg *settings, topic, group string, f func
 	from := map[int32]kgo.Offset{}
 	for p, end := range ends[topic] {
 		start := starts[topic][p].Offset
-		if done, ok := committed.Lookup(topic, p); ok {
-			start = max(start, done.At)
+		if int(p) < len(done) {
+			start = max(start, done[p])
 		}
 		if start < end.Offset {
 			left[p] = end.Offset

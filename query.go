@@ -305,8 +305,8 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResul
 }
 
 // do runs a query on a pooled connection. The server may have closed it, and with a restart all of the pool, of which ch-go puts
-// one back now and then, so a failure without an answer is retried, after reset, on each. While events_hourly is exchanged for a table with other states, the query is retried
-// with their precision.
+// one back now and then, so a failure without an answer is retried, after reset, on each. While events_hourly is exchanged for
+// a table with other states, the query is retried with their precision.
 func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error {
 	pool, err := m.pool()
 	if err != nil {

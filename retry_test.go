@@ -169,7 +169,7 @@ func TestRetryWorkers(t *testing.T) {
 		t.Errorf("%d records are back, want %d", len(back), short*rounds)
 	}
 	w := newWatermark(side.kafka, cfg)
-	committed, err := w.committed(t.Context(), cfg.kafkaTopic+".retry", cfg.kafkaGroup+".retry")
+	committed, err := committed(t.Context(), w.admin, cfg.kafkaTopic+".retry", cfg.kafkaGroup+".retry")
 	if err != nil {
 		t.Fatal(err)
 	}

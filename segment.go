@@ -154,6 +154,18 @@ func (m *message) read(r *jsonReader, fields map[string]*jsonValue, p *eventPars
 	return cmp.Or(r.err, err)
 }
 
+// each calls do with each member of v, which has been read before; a value that is no object has none.
+func (v *jsonValue) each(do func(k, v jsonValue)) {
+	var name, value jsonValue
+	r := jsonReader{b: v.raw}
+	if !r.eat('{') {
+		return
+	}
+	for n := 0; r.member(n, &name, &value); n++ {
+		do(name, value)
+	}
+}
+
 // context takes the names of the library and of the campaign out of a message's context.
 func (m *message) context(v *jsonValue) {
 	v.each(func(k, part jsonValue) {

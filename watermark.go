@@ -120,11 +120,11 @@ func (w *watermark) look(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	retryTopic := w.topic + ".retry"
-	stored, err := w.committed(ctx, w.topic, w.group)
+	stored, err := committed(ctx, w.admin, w.topic, w.group)
 	if err != nil {
 		return err
 	}
-	retried, err := w.committed(ctx, retryTopic, w.group+".retry")
+	retried, err := committed(ctx, w.admin, retryTopic, w.group+".retry")
 	if err != nil {
 		return err
 	}
@@ -201,18 +201,18 @@ func (w *watermark) standing(now time.Time, committed, ends []int64) []time.Time
 }
 
 // committed returns the group's committed offsets of a topic, by partition: 0 where there is none.
-func (w *watermark) committed(ctx context.Context, topic, group string) ([]int64, error) {
-	fetched, err := w.admin.FetchOffsetsForTopics(ctx, group, topic)
+func committed(ctx context.Context, admin *kadm.Client, topic, group string) ([]int64, error) {
+	fetched, err := admin.FetchOffsetsForTopics(ctx, group, topic)
 	if err != nil && !errors.Is(err, kerr.GroupIDNotFound) { // nobody has joined yet: nothing is committed
 		return nil, err
 	}
-	committed := make([]int64, len(fetched[topic]))
+	offsets := make([]int64, len(fetched[topic]))
 	for p, o := range fetched[topic] {
-		if int(p) < len(committed) && o.Err == nil {
-			committed[p] = max(0, o.At)
+		if int(p) < len(offsets) && o.Err == nil {
+			offsets[p] = max(0, o.At)
 		}
 	}
-	return committed, nil
+	return offsets, nil
 }
 
 // settle corrects committed offsets, read before the ends, that do not fit the present topic. One beyond the end belongs to a
