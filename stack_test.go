@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -145,14 +144,10 @@ func (p *program) start() {
 	})
 }
 
+// freePort is for a part of the program that listens where the test says: no other one is given it, nor draws it from the kernel.
 func freePort(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
+	return stackPort(t)
 }
 
 // killAndRestart ends the program with -9 and starts another instance in its place, on the same port.
