@@ -40,8 +40,8 @@ const (
 	queryConns = 8
 	// maxCampaigns is how many groups an answer by campaign has: anybody may make up campaigns.
 	maxCampaigns = 1000
-	// statesPause is the time between two attempts while events_hourly is exchanged for one with other states.
-	statesPause = 50 * time.Millisecond
+	// tablePause is the time between two attempts while a table is exchanged or detached.
+	tablePause = 50 * time.Millisecond
 )
 
 // metricsAPI serves GET /api/v1/metrics, and /api/v1/overview, which web.go adds.
@@ -306,7 +306,7 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResul
 
 // do runs a query on a pooled connection. The server may have closed it, and with a restart all of the pool, of which ch-go puts
 // one back now and then, so a failure without an answer is retried, after reset, on each. While events_hourly is exchanged for
-// a table with other states, the query is retried with their precision.
+// a table with other states, or a table is detached for its broken part, the query is retried, with the precision there is.
 func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error {
 	pool, err := m.pool()
 	if err != nil {
@@ -321,8 +321,8 @@ func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error
 		err = pool.Do(ctx, query)
 		_, answered := ch.AsException(err)
 		switch {
-		case saysOtherStates(err) && attempt < 20:
-			if sleep(ctx, statesPause) != nil {
+		case (saysOtherStates(err) || ch.IsErr(err, proto.ErrUnknownTable)) && attempt < 20:
+			if sleep(ctx, tablePause) != nil {
 				return err
 			}
 			if _, e := m.store.readStates(ctx, pool); e != nil {
