@@ -32,6 +32,7 @@ const usage = `event-ingestion takes events over HTTP and answers metrics about 
   event-ingestion load       send events to a running system and report (load -h)
   event-ingestion audit      compare what Kafka acknowledged with what is stored, to the last event (audit -h)
   event-ingestion reconcile  make events_hourly agree with events (reconcile -h)
+  event-ingestion reshard    place events anew when the cluster or the topic has grown (reshard -h)
   event-ingestion rewind     read from Kafka again what ClickHouse lost (rewind -h)
   event-ingestion dlq        list, show and replay dead letters (dlq -h)
   event-ingestion healthcheck  exit 0 when the instance of this machine is ready, for containers
@@ -51,7 +52,7 @@ func main() {
 		os.Exit(serve())
 	case "load":
 		os.Exit(load.Run(os.Args[2:], os.Stdout, os.Stderr))
-	case "audit", "reconcile", "rewind", "dlq":
+	case "audit", "reconcile", "reshard", "rewind", "dlq":
 		os.Exit(runTool(command, os.Args[2:], os.Stdout, os.Stderr))
 	case "healthcheck":
 		os.Exit(runHealthcheck(os.Stderr))
@@ -299,7 +300,8 @@ func (s *system) finish() (context.Context, context.CancelFunc) {
 // has worked before is never hopeless: a broker that comes up may say so for a moment.
 func (s *system) trouble(what string, err error) {
 	s.stats.troubles.note(what, err)
-	if isHopeless(err) && !s.stats.troubles.hasWorked(what) {
+	placedAnew := s.cfg.role == "api" && errors.Is(err, errPlacement) // accepting goes on while events are
+	if isHopeless(err) && !placedAnew && !s.stats.troubles.hasWorked(what) {
 		s.fail(fmt.Errorf("%s: %w", what, err))
 	}
 }

@@ -211,6 +211,9 @@ func (r *rebuild) make(ctx context.Context) error {
 	if is, err := r.isFilled(ctx); err != nil || is {
 		return err
 	}
+	if n, err := r.number(ctx, "SELECT count() FROM system.tables WHERE database = '{database}' AND name = '"+eventsMoved+"'"); err != nil || n > 0 {
+		return errors.Join(err, errors.New("a reshard has begun: let it finish first"))
+	}
 	if err := r.store.syncReplica(ctx, r.conn); err != nil {
 		return err
 	}
@@ -218,7 +221,10 @@ func (r *rebuild) make(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := r.fill(ctx, since); err != nil {
+	if err := r.fill(ctx, "events", tableNext, fmt.Sprintf("created_at < fromUnixTimestamp64Milli(%d)", since)); err != nil {
+		return err
+	}
+	if err := r.syncReplicas(ctx, tableNext); err != nil {
 		return err
 	}
 	if n, err := r.sinceOf(ctx, tableNext); err != nil || n != since {
@@ -290,15 +296,19 @@ func (r *rebuild) awaitInserts(ctx context.Context, begun, until int64) (now int
 	}
 }
 
-// fill counts the rows from before since, a day at a time: that bounds the memory of a statement.
-func (r *rebuild) fill(ctx context.Context, since int64) error {
-	const count = "INSERT INTO {database}.%s (event_name, channel, hour, {counts}) SELECT {counted} FROM {database}.events FINAL" +
-		" WHERE timestamp >= %d AND timestamp < %d AND created_at < fromUnixTimestamp64Milli(%d) GROUP BY event_name, channel, hour"
+// fill counts the rows of events that a condition names.
+func (r *rebuild) fill(ctx context.Context, events, hourly, where string) error {
+	return r.eachDay(ctx, "counting", "{database}."+events, where, "INSERT INTO {database}."+hourly+" (event_name, channel, hour, {counts}) SELECT {counted} FROM {database}."+events+
+		" FINAL WHERE %s GROUP BY event_name, channel, hour")
+}
+
+// eachDay runs an insert for each day of what a condition selects from a table: that bounds the memory of a statement.
+func (r *rebuild) eachDay(ctx context.Context, what, table, where, insert string) error {
 	var days proto.ColUInt32
 	var all []time.Time
 	err := r.conn.Do(ctx, eachRow(ch.Query{
-		Body: r.store.sql(fmt.Sprintf("SELECT DISTINCT toUnixTimestamp(toStartOfDay(timestamp)) AS day FROM {database}.events"+
-			" WHERE created_at < fromUnixTimestamp64Milli(%d) ORDER BY day", since)),
+		Body:     r.store.sql("SELECT DISTINCT toUnixTimestamp(toStartOfDay(timestamp)) AS day FROM " + table + " WHERE " + where + " ORDER BY day"),
+		Settings: everyShard,
 	}, func(i int) { all = append(all, time.Unix(int64(days[i]), 0).UTC()) }, &days))
 	if err != nil {
 		return err
@@ -306,18 +316,19 @@ func (r *rebuild) fill(ctx context.Context, since int64) error {
 	told := ""
 	for _, day := range all {
 		if month := day.Format("2006-01"); month != told {
-			fmt.Fprintln(r.out, "counting", month)
+			fmt.Fprintln(r.out, what, month)
 			told = month
 		}
+		during := fmt.Sprintf("timestamp >= %d AND timestamp < %d AND %s", day.Unix(), day.Unix()+daySeconds, where)
 		err := r.conn.Do(ctx, ch.Query{
-			Body:     r.store.sql(fmt.Sprintf(count, tableNext, day.Unix(), day.Unix()+daySeconds, since)),
-			Settings: append(r.store.inserting(), ch.Setting{Key: "max_bytes_before_external_group_by", Value: "1000000000"}),
+			Body:     r.store.sql(fmt.Sprintf(insert, during)),
+			Settings: append(append(r.store.inserting(), everyShard...), ch.Setting{Key: "max_bytes_before_external_group_by", Value: "1000000000"}),
 		})
 		if err != nil {
-			return fmt.Errorf("count %s: %w", day.Format(time.DateOnly), err)
+			return fmt.Errorf("%s %s: %w", what, day.Format(time.DateOnly), err)
 		}
 	}
-	return r.syncReplicas(ctx, tableNext)
+	return nil
 }
 
 // isFilled says whether the exchange has begun.

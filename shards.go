@@ -70,8 +70,10 @@ func (s *store) placement() string {
 	if s.of == 1 {
 		return ""
 	}
-	return fmt.Sprintf("shard %d of %d, by partition of %d", s.number, s.of, s.partitions)
+	return fmt.Sprintf(placementForm, s.number, s.of, s.partitions)
 }
+
+const placementForm = "shard %d of %d, by partition of %d"
 
 // checkPlacement compares what a shard's table says with what the cluster and the topic say now. unplaced means that the table
 // says nothing yet, or does not exist.
@@ -98,7 +100,7 @@ func (s *store) checkPlacement(ctx context.Context, c asker) (unplaced bool, err
 	case has == "" && rows == 0:
 		return true, nil
 	}
-	return false, fmt.Errorf("%w: %s.events at %s is %q and would have to be %q; set back what was changed, or start with an empty CLICKHOUSE_DATABASE",
+	return false, fmt.Errorf("%w: %s.events at %s is %q and would have to be %q; set back what was changed, or run `event-ingestion reshard`",
 		errPlacement, s.database, s.replicas[0], cmp.Or(has, "the only shard"), cmp.Or(wanted, "the only shard"))
 }
 

@@ -3,9 +3,12 @@
 package main
 
 import (
+	"bufio"
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"os"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -26,6 +29,7 @@ func TestShards(t *testing.T) {
 	}
 	t.Run("away", testShardAway)
 	t.Run("changed", testShardsChanged)
+	t.Run("grown", testShardsGrown)
 }
 
 // testShardsKilled: the program and single shards are killed under load. Every event is on its own shard, and all answers are
@@ -48,12 +52,18 @@ func testShardsKilled(t *testing.T) {
 	control(t, "/clickhouse/start")
 	mustHold(p, l)
 	db, name := space(env, "CLICKHOUSE_DATABASE"), l.Config.Event
-	for i, got := range askShards(t, "SELECT count() > 0, groupUniqArray(bitAnd(kafkaMurmurHash(lower(hex(event_id))), 0x7fffffff) % 20 % 3) FROM "+db+".events") {
+	mustBePlaced(t, db, 20)
+	mustAnswerAll(p, db, name, l.Distinct())
+}
+
+// mustBePlaced fails the test unless each of the three shards has some events, and only those that belong there.
+func mustBePlaced(t *testing.T, db string, partitions int) {
+	t.Helper()
+	for i, got := range askShards(t, fmt.Sprintf("SELECT count() > 0, groupUniqArray(bitAnd(kafkaMurmurHash(lower(hex(event_id))), 0x7fffffff) %% %d %% 3) FROM %s.events", partitions, db)) {
 		if got != fmt.Sprintf("1\t[%d]", i) {
 			t.Errorf("shard %d has events that belong on %s", i, got)
 		}
 	}
-	mustAnswerAll(p, db, name, l.Distinct())
 }
 
 // mustAnswerAll compares every kind of question with what the raw tables of all shards say.
@@ -187,5 +197,105 @@ func testShardsChanged(t *testing.T) {
 		if err == nil || !strings.Contains(p.log.String(), want) {
 			t.Errorf("%s: %v, log:\n%s", change, err, p.log)
 		}
+	}
+}
+
+// testShardsGrown: events of one server are placed on three while others come in, and again when the topic has more
+// partitions. The command is killed wherever it says something, and an instance accepts and answers meanwhile.
+func testShardsGrown(t *testing.T) {
+	env := newSpace(t, "CLICKHOUSE_CLUSTER=", "KAFKA_PARTITIONS=7")
+	db := space(env, "CLICKHOUSE_DATABASE")
+	p := startProgram(t, env)
+	now := time.Now().Unix()
+	history := func(p *program) {
+		var bodies [][]byte
+		for i := range 2000 {
+			if i%500 == 0 {
+				bodies = append(bodies, nil)
+			}
+			bodies[i/500] = fmt.Appendf(bodies[i/500], `{"event_name":"history","user_id":"u%d","timestamp":%d}`+"\n", i, now-int64(i%4)*9*daySeconds-int64(i))
+		}
+		postAll(t, p, bodies)
+	}
+	history(p)
+	l, done := loadInto(t, p.url, 1000, time.Hour)
+	p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > 1000 })
+	if out, code := subcommand(t, append(env, "CLICKHOUSE_CLUSTER=shards"), "reshard"); code != 1 || !strings.Contains(out, "members") {
+		t.Errorf("while an instance consumes: %d %s", code, out)
+	}
+	p.cmd.Process.Kill()
+	p.cmd.Wait()
+	env = append(env, "CLICKHOUSE_CLUSTER=shards")
+	api := startBinary(t, "", append(env[:len(env):len(env)], "ROLE=api", "SERVER_PORT="+p.url[strings.LastIndex(p.url, ":")+1:]))
+	reshardKilled(t, env)
+	p = startProgram(t, env)
+	p.await("all that came in meanwhile is stored", time.Minute, func() bool { return completeThrough(p) >= time.Now().Unix()-5 })
+	l.Stop()
+	done()
+	mustHold(p, l)
+	mustCount(t, env, "history", 2000)
+	mustBePlaced(t, db, 7)
+	mustAnswerAll(p, db, l.Config.Event, l.Distinct())
+	mustAnswerAll(api, db, l.Config.Event, l.Distinct())
+
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	if _, err := kadm.NewClient(kafka).UpdatePartitions(t.Context(), 10, space(env, "KAFKA_TOPIC")); err != nil {
+		t.Fatal(err)
+	}
+	p.terminate()
+	if out, code := subcommand(t, env, "reshard"); code != 0 {
+		t.Fatalf("%d %s", code, out)
+	}
+	p = startProgram(t, env)
+	history(p) // once more
+	drained(p)
+	mustCount(t, env, "history", 2000)
+	mustCount(t, env, l.Config.Event, l.Distinct())
+	mustBePlaced(t, db, 10)
+}
+
+// reshardKilled runs the command until it succeeds: each time it is killed at a later line of what it prints, in torture at each.
+func reshardKilled(t *testing.T, env []string) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		out, code := subcommand(t, env, "reshard -dry-run")
+		if code == 0 && strings.Contains(out, "WILL HAVE") {
+			break
+		}
+		if time.Now().After(deadline) { // a killed instance is a member of the group for KAFKA_SESSION_TIMEOUT
+			t.Fatalf("dry run: %d %s", code, out)
+		}
+	}
+	for lines := 1; ; lines += 3 - min(tortureFactor(), 2) {
+		cmd := exec.Command(os.Args[0], "reshard")
+		cmd.Env = append(append(os.Environ(), asProgram+"=1"), env...)
+		stdout, err := cmd.StdoutPipe()
+		if err == nil {
+			cmd.Stderr = cmd.Stdout
+			err = cmd.Start()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		scanner, out := bufio.NewScanner(stdout), ""
+		for n := 0; scanner.Scan(); {
+			out += scanner.Text() + "\n"
+			if n++; n == lines {
+				cmd.Process.Kill()
+			}
+		}
+		if err := cmd.Wait(); err == nil {
+			break
+		} else if cmd.ProcessState.Exited() {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		newStore(settingsFrom(t, env)).prepare(t.Context(), 7) // as an instance that starts now
+	}
+	if out, code := subcommand(t, env, "reshard"); code != 0 || !strings.Contains(out, "every event is where it belongs") {
+		t.Errorf("run again: %d %s", code, out)
 	}
 }

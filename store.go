@@ -210,7 +210,7 @@ func (s *store) prepareTables(ctx context.Context, c asker) (err error) {
 		return err
 	}
 	if s.rebuilding { // and it may be about to exchange the tables: nothing to be changed beside that
-		slog.Warn("events_hourly is being made anew, tables stay as they are; when no `event-ingestion reconcile -rebuild` runs, run it: it finishes what one has begun")
+		slog.Warn("tables are being made anew and stay as they are; when no `event-ingestion reconcile -rebuild` or reshard runs, run it again: it finishes what one has begun")
 		return nil
 	}
 	if err := s.apply(ctx, c, false); err != nil {
@@ -295,7 +295,7 @@ func (s *store) change(ctx context.Context, c asker, stmt string) error {
 	return c.Do(ctx, q)
 }
 
-// readStates sets userBits to what events_hourly has. rebuilding says that a rebuild is under way, or was cut off.
+// readStates sets userBits to what events_hourly has. rebuilding says that a rebuild or reshard is under way, or was cut off.
 func (s *store) readStates(ctx context.Context, c asker) (rebuilding bool, err error) {
 	var (
 		bits   proto.ColInt32
@@ -303,8 +303,8 @@ func (s *store) readStates(ctx context.Context, c asker) (rebuilding bool, err e
 	)
 	err = c.Do(ctx, ch.Query{
 		Body: fmt.Sprintf(`SELECT max(toInt32OrZero(extract(type, 'uniqCombined64.(\\d+).'))),
-			ifNull((SELECT count() FROM system.tables WHERE database = '%[1]s' AND name IN ('%[2]s', '%[3]s')), 0)
-			FROM system.columns WHERE database = '%[1]s' AND table = 'events_hourly' AND name = 'unique_users_state'`, s.database, tableNext, tableRebuilt),
+			ifNull((SELECT count() FROM system.tables WHERE database = '%[1]s' AND name IN ('%[2]s', '%[3]s', '%[4]s')), 0)
+			FROM system.columns WHERE database = '%[1]s' AND table = 'events_hourly' AND name = 'unique_users_state'`, s.database, tableNext, tableRebuilt, eventsMoved),
 		Result: proto.Results{{Data: &bits}, {Data: &tables}},
 	})
 	if err != nil {

@@ -1,5 +1,5 @@
 // Subcommands for operators: what they have in common, and two of them, rewind and dlq. ledger.go has audit, reconcile.go
-// reconcile.
+// reconcile, reshard.go reshard.
 //
 // After a backup was restored, a partition dropped or a disk lost, only Kafka has what is missing. rewind first makes
 // events_hourly agree with what is left of events, then sets the consumer group back. The program reads on from there, skips
@@ -38,7 +38,7 @@ type tool func(*flag.FlagSet) toolRun
 type toolRun func(ctx context.Context, cfg *settings, args []string, w io.Writer) error
 
 var tools = map[string]tool{
-	"audit": auditTool, "reconcile": reconcileTool, "rewind": rewindTool,
+	"audit": auditTool, "reconcile": reconcileTool, "reshard": reshardTool, "rewind": rewindTool,
 	"dlq list": dlqListTool, "dlq show": dlqShowTool, "dlq replay": dlqReplayTool,
 }
 

@@ -128,18 +128,23 @@ func (c *clickhouse) start(ctx context.Context) error {
 	return nil
 }
 
-// settingsXML is clickhouse.xml, with the cluster of all shards when there are several.
+// settingsXML is clickhouse.xml, with the cluster of all shards when there are several, and those of the first ones, shards_1
+// and so on, which may grow into it.
 func (c *clickhouse) settingsXML() []byte {
 	if len(c.cluster) == 1 {
 		return clickhouseSettings
 	}
 	const end = "</clickhouse>"
-	servers := "<remote_servers><" + clusterName + ">"
-	for _, port := range c.cluster {
-		servers += fmt.Sprintf("<shard><replica><host>127.0.0.1</host><port>%d</port></replica></shard>", port)
+	shards, clusters := "", ""
+	for i, port := range c.cluster {
+		shards += fmt.Sprintf("<shard><replica><host>127.0.0.1</host><port>%d</port></replica></shard>", port)
+		name := clusterName
+		if i+1 < len(c.cluster) {
+			name = fmt.Sprintf("%s_%d", clusterName, i+1)
+		}
+		clusters += fmt.Sprintf("<%s>%s</%[1]s>", name, shards)
 	}
-	servers += "</" + clusterName + "></remote_servers>\n"
-	return bytes.Replace(clickhouseSettings, []byte(end), []byte(servers+end), 1)
+	return bytes.Replace(clickhouseSettings, []byte(end), []byte("<remote_servers>"+clusters+"</remote_servers>\n"+end), 1)
 }
 
 // childPort is where the shield passes connections on to.

@@ -1,0 +1,356 @@
+// Growing: the events of all shards are placed anew, after servers were added to the cluster or partitions to the topic.
+//
+// On each server a second pair of tables is filled with what belongs there, from all servers: a copy, so that nothing is lost
+// or counted twice, whatever dies. No instance may consume meanwhile; those with ROLE=api accept, and answer as before. Then
+// events_hourly is renamed, which shuts out inserts and metrics, the copies are compared with the originals, and take their
+// place. These are few steps, and each can be repeated.
+//
+// A run goes on where another one has ended. reshard.go owns the tables that it makes beside the two.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/ClickHouse/ch-go"
+	"github.com/ClickHouse/ch-go/proto"
+	"github.com/twmb/franz-go/pkg/kadm"
+)
+
+const (
+	eventsMoved  = "events_moved"         // the events that belong on the server; after the exchange the old events
+	hourlyMoved  = "events_hourly_moved"  // counts them
+	hourlyBefore = "events_hourly_before" // the old events_hourly, once inserts are shut out
+)
+
+// reshard is one run.
+type reshard struct {
+	shards []*store
+	out    io.Writer
+	idle   func() error // fails while an instance consumes
+}
+
+// move is a run's part on one server.
+type move struct{ rebuild }
+
+// placed is what a server has. number, of and partitions are what its table says, 0 when nothing; bytes are of both tables.
+type placed struct {
+	number, of, partitions int
+	rows, bytes, free      uint64
+	inPlace, copied, shut  bool
+}
+
+func reshardTool(fs *flag.FlagSet) toolRun {
+	dryRun := fs.Bool("dry-run", false, "only say how many events belong on each server, and the room that they take")
+	return func(ctx context.Context, cfg *settings, _ []string, w io.Writer) error {
+		if cfg.clickhouseCluster == "" {
+			return errors.New("CLICKHOUSE_CLUSTER has to name the servers")
+		}
+		kafka, err := newKafka(cfg, "event-ingestion-reshard")
+		if err != nil {
+			return err
+		}
+		defer kafka.Close()
+		admin := kadm.NewClient(kafka)
+		topics, err := whole(admin.ListTopics(ctx, cfg.kafkaTopic))
+		if err != nil {
+			return fmt.Errorf("find topic %s: %w", cfg.kafkaTopic, err)
+		}
+		r := reshard{out: w, idle: func() error { return mustBeIdle(ctx, admin, cfg.kafkaGroup) }}
+		if r.shards, err = newStore(cfg).shards(ctx); err != nil {
+			return err
+		}
+		for _, st := range r.shards {
+			if st.partitions = len(topics[cfg.kafkaTopic].Partitions); st.replicated {
+				return errors.New("shards of replicas cannot be placed anew by this command")
+			}
+		}
+		return r.run(ctx, *dryRun)
+	}
+}
+
+func (r *reshard) run(ctx context.Context, dryRun bool) error {
+	if err := r.idle(); err != nil {
+		return err
+	}
+	var found []placed
+	err := r.each(ctx, func(m *move, ctx context.Context) error {
+		p, err := m.placed(ctx)
+		found = append(found, p)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	begun := slices.ContainsFunc(found, func(p placed) bool { return p.copied || p.shut })
+	switch {
+	case slices.ContainsFunc(found, func(p placed) bool { return p.inPlace && p.shut }):
+		fmt.Fprintln(r.out, "an exchange of tables has begun")
+		if dryRun {
+			return nil
+		}
+		return r.takeOver(ctx)
+	case !begun && !slices.ContainsFunc(found, func(p placed) bool { return !p.inPlace }):
+		fmt.Fprintln(r.out, "every event is where it belongs")
+		return nil
+	}
+	if err := mustBeWhole(found); err != nil {
+		return err
+	}
+	if err := r.plan(ctx, found); err != nil || dryRun {
+		return err
+	}
+	if err := r.each(ctx, (*move).prepare, (*move).prepareViews, (*move).copy, (*move).count, (*move).shut); err != nil {
+		return err
+	}
+	if err := r.each(ctx, (*move).compare); err != nil {
+		return errors.Join(err, r.each(ctx, (*move).reopen, (*move).drop))
+	}
+	return r.takeOver(ctx)
+}
+
+// takeOver puts the copies in the place of the old tables. Inserts stay shut out until all events are where they belong.
+func (r *reshard) takeOver(ctx context.Context) error {
+	if err := r.each(ctx, (*move).exchange); err != nil {
+		return err
+	}
+	if err := r.idle(); err != nil { // it started before the exchange, and is shut out; any later one is refused
+		return err
+	}
+	return r.each(ctx, (*move).open, (*move).drop)
+}
+
+// each takes the steps one after the other, each on all servers before the next.
+func (r *reshard) each(ctx context.Context, steps ...func(*move, context.Context) error) error {
+	for _, step := range steps {
+		for _, st := range r.shards {
+			if err := st.connected(ctx, func(c asker) error { return step(&move{rebuild{st, c, r.out}}, ctx) }); err != nil {
+				return fmt.Errorf("%s: %w", st.name("ClickHouse"), err)
+			}
+		}
+	}
+	return nil
+}
+
+// mustBeWhole refuses servers that do not have all that was placed before.
+func mustBeWhole(found []placed) error {
+	var shards []placed
+	for _, p := range found {
+		if p.of > 0 {
+			shards = append(shards, p)
+		}
+	}
+	slices.SortFunc(shards, func(a, b placed) int { return a.number - b.number })
+	for i, p := range shards {
+		if p.number != i+1 || p.of != len(shards) || p.partitions != shards[0].partitions {
+			return fmt.Errorf("the events were placed on %d servers, and of these the cluster has %d: each has to be in it", p.of, len(shards))
+		}
+	}
+	if len(shards) == 0 {
+		return errors.New("there are no events yet: start the program")
+	}
+	return nil
+}
+
+// plan prints what belongs where, and refuses to begin where there is no room.
+func (r *reshard) plan(ctx context.Context, found []placed) error {
+	rows := make([]uint64, len(found))
+	var all, bytes uint64
+	err := r.each(ctx, func(m *move, ctx context.Context) error {
+		p := found[m.store.number-1]
+		if all, bytes = all+p.rows, bytes+p.bytes; p.rows == 0 {
+			return nil // it may have no table yet
+		}
+		var shard, count proto.ColUInt64
+		return m.conn.Do(ctx, eachRow(ch.Query{
+			Body: m.store.sql("SELECT toUInt64(" + m.store.shardOf() + ") AS shard, count() FROM {database}.events GROUP BY shard"),
+		}, func(i int) { rows[shard[i]] += count[i] }, &shard, &count))
+	})
+	if err != nil {
+		return err
+	}
+	const mb = 1_000_000
+	t := tabwriter.NewWriter(r.out, 0, 0, 2, ' ', tabwriter.AlignRight)
+	defer t.Flush()
+	fmt.Fprintln(t, "SERVER\tEVENTS\tWILL HAVE\tCOPY MB\tFREE MB\t")
+	var failures []error
+	for i, p := range found {
+		needs := uint64(float64(rows[i]) / float64(max(all, 1)) * float64(bytes))
+		fmt.Fprintf(t, "%s\t%d\t%d\t%d\t%d\t\n", r.shards[i].replicas[0], p.rows, rows[i], needs/mb, p.free/mb)
+		if needs > p.free && !p.copied {
+			failures = append(failures, fmt.Errorf("%s has no room for its copy", r.shards[i].replicas[0]))
+		}
+	}
+	return errors.Join(failures...)
+}
+
+// shardOf is an expression: the shard of an event, from 0.
+func (s *store) shardOf() string {
+	return fmt.Sprintf("bitAnd(kafkaMurmurHash(lower(hex(event_id))), 0x7fffffff) %% %d %% %d", s.partitions, s.of)
+}
+
+func (m *move) placed(ctx context.Context) (p placed, err error) {
+	comment, rows, err := m.store.placementAt(ctx, m.conn)
+	if err != nil {
+		return p, err
+	}
+	p.rows = rows
+	if _, err := fmt.Sscanf(comment, placementForm, &p.number, &p.of, &p.partitions); err != nil && rows > 0 {
+		p.number, p.of = 1, 1
+	}
+	p.inPlace = comment == m.store.placement() && (comment != "" || m.store.of == 1)
+	var copied, shut, bytes, free proto.ColUInt64
+	err = m.conn.Do(ctx, eachRow(ch.Query{Body: m.store.sql(fmt.Sprintf(`
+		SELECT countIf(name = '%s'), countIf(name = '%s'), ifNull(sumIf(total_bytes, name IN ('events', 'events_hourly', '%[2]s')), 0),
+			ifNull((SELECT max(unreserved_space) FROM system.disks), 0)
+		FROM system.tables WHERE database = '{database}'`, eventsMoved, hourlyBefore))},
+		func(i int) { p.copied, p.shut, p.bytes, p.free = copied[i] > 0, shut[i] > 0, bytes[i], free[i] }, &copied, &shut, &bytes, &free))
+	return p, err
+}
+
+// prepare makes the tables of a server that is new, and undoes what a run that was cut off has shut.
+func (m *move) prepare(ctx context.Context) error {
+	if err := m.reopen(ctx); err != nil {
+		return err
+	}
+	if err := m.ended(ctx); err != nil { // ClickHouse goes on with what a run that was killed has begun
+		return err
+	}
+	if _, err := m.store.readStates(ctx, m.conn); err != nil {
+		return err
+	}
+	n, err := m.number(ctx, "SELECT count() FROM system.tables WHERE database = '{database}' AND name IN ('"+tableNext+"', '"+tableRebuilt+"')")
+	if err != nil {
+		return err
+	}
+	if n > 0 || m.store.userBits.Load() != wantedUserBits {
+		return errors.New("events_hourly has to be made anew first, with `event-ingestion reconcile -rebuild` and CLICKHOUSE_CLUSTER as it was")
+	}
+	if err := m.store.apply(ctx, m.conn, false); err != nil {
+		return err
+	}
+	if p, err := m.placed(ctx); err != nil || p.of > 0 {
+		return err
+	}
+	// An instance that starts meanwhile must not take the new server's empty table for a shard's.
+	return m.change(ctx, "ALTER TABLE {database}.events MODIFY COMMENT '"+fmt.Sprintf(placementForm, 0, 0, 0)+"'")
+}
+
+func (m *move) prepareViews(ctx context.Context) error { return m.store.apply(ctx, m.conn, true) }
+
+// copy fills events_moved. What an earlier run has copied stays, but for its last month.
+func (m *move) copy(ctx context.Context) error {
+	is, err := m.isCopy(ctx)
+	if err != nil {
+		return err
+	}
+	if !is {
+		statements := append([]string{"DROP TABLE IF EXISTS {database}." + eventsMoved + " SYNC"}, statementsOf("events", eventsMoved)...)
+		if err := m.change(ctx, append(statements, "ALTER TABLE {database}."+eventsMoved+" MODIFY COMMENT '"+m.store.placement()+"'")...); err != nil {
+			return err
+		}
+	}
+	from, err := m.number(ctx, "SELECT toUInt64(toUnixTimestamp(toStartOfMonth(max(timestamp)), 'UTC')) FROM {database}."+eventsMoved)
+	if err != nil {
+		return err
+	}
+	if from > 0 {
+		if err := m.change(ctx, "ALTER TABLE {database}."+eventsMoved+" DROP PARTITION "+time.Unix(from, 0).UTC().Format("200601")+" SETTINGS max_partition_size_to_drop = 0"); err != nil {
+			return err
+		}
+	}
+	var names proto.ColStr
+	var columns []string
+	err = m.conn.Do(ctx, eachRow(ch.Query{
+		Body: m.store.sql("SELECT name FROM system.columns WHERE database = '{database}' AND table = '" + eventsMoved + "'"),
+	}, func(i int) { columns = append(columns, names.Row(i)) }, &names))
+	if err != nil {
+		return err
+	}
+	list := strings.Join(columns, ", ")
+	return m.eachDay(ctx, m.store.name("copying"), "{events}", fmt.Sprintf("timestamp >= %d AND %s = %d", from, m.store.shardOf(), m.store.number-1),
+		"INSERT INTO {database}."+eventsMoved+" ("+list+") SELECT "+list+" FROM {events} FINAL WHERE %s")
+}
+
+// isCopy says whether events_moved has, or is to have, what belongs here: else it is the old events.
+func (m *move) isCopy(ctx context.Context) (bool, error) {
+	n, err := m.number(ctx, fmt.Sprintf("SELECT count() FROM system.tables WHERE database = '{database}' AND name = '%s' AND comment = '%s'", eventsMoved, m.store.placement()))
+	return n > 0, err
+}
+
+// count fills events_hourly_moved.
+func (m *move) count(ctx context.Context) error {
+	statements := append([]string{"DROP TABLE IF EXISTS {database}." + hourlyMoved + " SYNC"}, statementsOf("events_hourly", hourlyMoved)...)
+	if err := m.change(ctx, statements...); err != nil {
+		return err
+	}
+	fmt.Fprintln(m.out, m.store.name("counting what was copied"))
+	return m.fill(ctx, eventsMoved, hourlyMoved, "1")
+}
+
+// shut ends inserts: their view has no target.
+func (m *move) shut(ctx context.Context) error {
+	fmt.Fprintln(m.out, m.store.name("inserts are shut out"))
+	if err := m.change(ctx, "RENAME TABLE {database}.events_hourly TO {database}."+hourlyBefore); err != nil {
+		return err
+	}
+	return m.ended(ctx)
+}
+
+// ended waits for the inserts that run now.
+func (m *move) ended(ctx context.Context) error {
+	now, err := m.now(ctx)
+	if err == nil {
+		_, err = m.awaitInserts(ctx, now, never)
+	}
+	return err
+}
+
+func (m *move) reopen(ctx context.Context) error {
+	return m.change(ctx, "RENAME TABLE IF EXISTS {database}."+hourlyBefore+" TO {database}.events_hourly")
+}
+
+// compare fails unless the copy has each event that belongs here, once.
+func (m *move) compare(ctx context.Context) error {
+	const ids = "SELECT sum(cityHash64(event_id)) FROM "
+	has, err := m.number(ctx, ids+"{database}."+eventsMoved)
+	if err != nil {
+		return err
+	}
+	belongs, err := m.number(ctx, fmt.Sprintf("%s{events} FINAL WHERE %s = %d", ids, m.store.shardOf(), m.store.number-1))
+	if err == nil && has != belongs {
+		err = errors.New("events has changed while it was copied: an instance consumed")
+	}
+	return err
+}
+
+func (m *move) exchange(ctx context.Context) error {
+	if is, err := m.isCopy(ctx); err != nil || !is {
+		return err
+	}
+	fmt.Fprintln(m.out, m.store.name("the copy takes the place of events"))
+	return m.change(ctx, "EXCHANGE TABLES {database}.events AND {database}."+eventsMoved)
+}
+
+func (m *move) open(ctx context.Context) error {
+	fmt.Fprintln(m.out, m.store.name("inserts are let in"))
+	return m.change(ctx, "RENAME TABLE IF EXISTS {database}."+hourlyMoved+" TO {database}.events_hourly")
+}
+
+// drop removes what is no longer needed, in the end the table that says that inserts were shut out.
+func (m *move) drop(ctx context.Context) error {
+	for _, table := range []string{hourlyMoved, eventsMoved, hourlyBefore} {
+		if err := m.change(ctx, "DROP TABLE IF EXISTS {database}."+table+" SYNC SETTINGS max_table_size_to_drop = 0"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
