@@ -55,7 +55,10 @@ type consumer struct {
 	lanes         []*lane    // one a shard
 	stats         *storeStats
 	failed        func(error)            // told what a poll says, each time
-	assigned      atomic.Int32           // partitions
+	has           map[int32]struct{}     // the partitions that are assigned; for the group's callbacks, which come one at a time
+	assigned      atomic.Int32           // how many
+	limits        blockLimits            // of a block, when all workers have partitions
+	workers       int                    // WORKER_COUNT
 	member        atomic.Pointer[string] // the group's name for this instance since the first assignment
 	owned         context.Context
 	abandon       context.CancelCauseFunc // ends owned: nothing that was taken in may be stored any more
@@ -73,13 +76,14 @@ type lane struct {
 func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow func() int, side *sideProducer, stats *storeStats, failed func(error)) (*consumer, error) {
 	c := &consumer{
 		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, partitionsNow: partitionsNow, stats: stats, failed: failed,
+		has: map[int32]struct{}{}, workers: cfg.workerCount,
 	}
-	limits := blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / roundShare / int64(max(cfg.workerCount, len(shards))))}
+	c.limits = blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / roundShare / int64(max(cfg.workerCount, len(shards))))}
 	for i, st := range shards {
 		l := &lane{backlog: newBacklog(cfg.consumeMemory / queueShare / int64(len(shards)))}
 		call := newRoundCall()
 		for range max(1, (cfg.workerCount+len(shards)-1-i)/len(shards)) {
-			l.workers = append(l.workers, newWorker(limits, partitions, l.backlog, call, side))
+			l.workers = append(l.workers, newWorker(c.limits, partitions, l.backlog, call, side))
 		}
 		l.inserter = newInserter(st, cfg, stats, l.workers, call, membership{
 			isMember: c.isMember,
@@ -228,6 +232,28 @@ func (c *consumer) makeRoom(ctx context.Context) {
 	}
 }
 
+// shareRounds gives the workers of a lane larger blocks when few of them have partitions, because other lanes or instances store
+// the rest. Else the rounds of many inserters would be small, and an insert costs the same whatever it holds.
+func (c *consumer) shareRounds() {
+	c.assigned.Store(int32(len(c.has)))
+	busy := map[*worker]bool{}
+	for p := range c.has {
+		busy[c.worker(p)] = true
+	}
+	times := func(busy int) int { return min(max(c.workers/max(busy, 1), 1), maxShare) }
+	for _, l := range c.lanes {
+		n := 0
+		for _, w := range l.workers {
+			if busy[w] {
+				n++
+			}
+		}
+		for _, w := range l.workers {
+			w.limit(blockLimits{c.limits.rows * times(n), c.limits.bytes * times(len(busy))})
+		}
+	}
+}
+
 // partitionsOf are all of a lane, whoever has them.
 func (c *consumer) partitionsOf(l *lane) map[string][]int32 {
 	var list []int32
@@ -262,9 +288,10 @@ func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[s
 		}
 		c.lane(p).inserter.cameAt.Store(&came)
 		c.worker(p).assign(p, came)
+		c.has[p] = struct{}{}
 	}
-	n := len(topics[c.topic])
-	slog.Info("partitions assigned", "count", n, "all", c.assigned.Add(int32(n)))
+	c.shareRounds()
+	slog.Info("partitions assigned", "count", len(topics[c.topic]), "all", len(c.has))
 }
 
 // onRevoked lets partitions go: what is queued is dropped, what is in blocks is stored, marks are committed. Only then
@@ -348,9 +375,11 @@ func (c *consumer) forget(topics map[string][]int32) int {
 	lost := topics[c.topic]
 	for _, p := range lost {
 		c.worker(p).drop(p)
+		delete(c.has, p)
 	}
+	c.shareRounds()
 	if len(lost) > 0 {
-		slog.Info("partitions revoked", "count", len(lost), "all", c.assigned.Add(int32(-len(lost))))
+		slog.Info("partitions revoked", "count", len(lost), "all", len(c.has))
 	}
 	return len(lost)
 }

@@ -199,6 +199,34 @@ func TestManyTags(t *testing.T) {
 	}
 }
 
+// TestLargeBlocks: blocks that grew while a worker stored more than its part do not keep that memory.
+func TestLargeBlocks(t *testing.T) {
+	t.Parallel()
+	const rows = 100
+	w := idleWorker(rows)
+	w.limit(blockLimits{rows * maxShare, 1 << 30})
+	ev := mustParse(t, new(eventParser), sampleEvent)
+	id, _ := ev.id(nil)
+	for range 2 { // both of its blocks
+		for range rows * maxShare {
+			w.enqueue([]*kgo.Record{{Key: fmt.Appendf(nil, "%x", id), Value: []byte(sampleEvent)}})
+			if bad, err := w.takeIn(1); bad != nil {
+				t.Fatal(err)
+			}
+		}
+		if b := w.takeBlock(); b.rows() != rows*maxShare {
+			t.Fatalf("%d rows in a block", b.rows())
+		} else {
+			b.reset()
+		}
+	}
+	w.limit(blockLimits{rows, 1 << 30})
+	w.takeBlock()
+	if n := cap(w.cur.records) + cap(w.spare.records); n > 2*rows {
+		t.Errorf("the empty blocks have memory for %d rows", n)
+	}
+}
+
 // TestAbandonedRound: the ids of a round that a stop cut off are known and its rows are not stored. Whatever is asked of the
 // inserter afterwards, nothing of it may be committed.
 func TestAbandonedRound(t *testing.T) {

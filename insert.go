@@ -34,6 +34,10 @@ const (
 	// insertSilence, in seconds, is how long ClickHouse waits for the next block of an insert: an instance that is paused in
 	// the middle of one holds the next owner of its partitions up for so long.
 	insertSilence = "20"
+	// An insert that takes longer than healthyInsert shows that ClickHouse has much to do, often for other inserters. The next
+	// round waits for twice that time, at most maxRest, unless a block is full: fewer and larger inserts cost less.
+	healthyInsert = 100 * time.Millisecond
+	maxRest       = time.Second
 	minBackoff    = 100 * time.Millisecond
 	maxBackoff    = 5 * time.Second
 )
@@ -61,6 +65,7 @@ type inserter struct {
 	flushes chan flushRequest
 	ended   chan struct{} // closed when run returns
 
+	rested  time.Time        // when ClickHouse has been left alone for long enough after the last insert
 	due     <-chan time.Time // when the first waiting row has waited long enough, nil when there is none
 	conn    *ch.Client       // nil when the last attempt failed
 	failing atomic.Bool      // what is tried now has failed before
@@ -108,7 +113,7 @@ func (ins *inserter) run(ctx context.Context, stop <-chan struct{}) {
 		select {
 		case first := <-ins.call.arrived:
 			if ins.due == nil {
-				ins.due = time.After(time.Until(first.Add(ins.wait)))
+				ins.due = time.After(max(time.Until(first.Add(ins.wait)), time.Until(ins.rested)))
 			}
 		case <-ins.call.full:
 			ins.insertRound(ctx)
@@ -193,7 +198,9 @@ func (ins *inserter) insertRound(ctx context.Context) {
 		return
 	}
 	if rows > 0 {
-		ins.stats.inserted(rows, time.Since(started))
+		took := time.Since(started)
+		ins.stats.inserted(rows, took)
+		ins.rested = time.Now().Add(min(2*(took-healthyInsert), maxRest))
 	}
 	for _, b := range ins.taken {
 		maps.Copy(ins.held, b.offsets)

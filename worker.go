@@ -97,7 +97,7 @@ type blockLimits struct {
 
 // worker turns the records of its partitions into rows.
 type worker struct {
-	limits  blockLimits
+	reread  int // records, for arrival
 	backlog *backlog
 	call    *roundCall
 	side    *sideProducer
@@ -109,12 +109,13 @@ type worker struct {
 	open    context.Context
 	end     context.CancelFunc // ends open, under mu
 
-	mu    sync.Mutex      // guards everything below
-	wake  sync.Cond       // queue has records, cur has room, or open has ended
-	queue [][]*kgo.Record // what is left of fetches, each of one partition and never empty
-	cur   *block
-	spare *block             // the inserter's, from takeBlock to reset
-	came  map[int32]*arrival // by partition
+	mu     sync.Mutex // guards everything below
+	limits blockLimits
+	wake   sync.Cond       // queue has records, cur has room, or open has ended
+	queue  [][]*kgo.Record // what is left of fetches, each of one partition and never empty
+	cur    *block
+	spare  *block             // the inserter's, from takeBlock to reset
+	came   map[int32]*arrival // by partition
 }
 
 // arrival is when a partition came here, and how many of its first records may still have been taken in by an owner
@@ -127,14 +128,16 @@ type arrival struct {
 const (
 	// rereadMargin is how far the producers' clocks may be ahead of ours.
 	rereadMargin = 10 * time.Second
-	// rereadBlocks is how many blocks a former owner can have taken in of a partition beyond what it committed: one
-	// whose insert had no answer, and what was stored within a few commitIntervals.
+	// rereadBlocks is how many blocks of WORKER_BATCH_SIZE a former owner can have stored of a partition within a few
+	// commitIntervals. Beside them it can have taken in one whose insert had no answer, of maxShare times that size.
 	rereadBlocks = 10
+	// maxShare is how many times as large a block may be when other workers have no partitions.
+	maxShare = 8
 )
 
 func newWorker(limits blockLimits, partitions int, queued *backlog, call *roundCall, side *sideProducer) *worker {
 	w := &worker{
-		limits: limits, backlog: queued, call: call, side: side, parts: partitions, router: kgo.StickyKeyPartitioner(nil).ForTopic(""),
+		limits: limits, reread: (rereadBlocks + maxShare) * limits.rows, backlog: queued, call: call, side: side, parts: partitions, router: kgo.StickyKeyPartitioner(nil).ForTopic(""),
 		cur: newBlock(limits.rows), spare: newBlock(limits.rows), came: map[int32]*arrival{},
 	}
 	w.wake.L = &w.mu
@@ -146,7 +149,15 @@ func newWorker(limits blockLimits, partitions int, queued *backlog, call *roundC
 func (w *worker) assign(partition int32, at time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.came[partition] = &arrival{at.Add(rereadMargin), rereadBlocks * w.limits.rows}
+	w.came[partition] = &arrival{at.Add(rereadMargin), w.reread}
+}
+
+// limit says when a block is full from now on.
+func (w *worker) limit(l blockLimits) {
+	w.mu.Lock()
+	w.limits = l
+	w.mu.Unlock()
+	w.wake.Signal()
 }
 
 // enqueue takes over records of one partition, at least one.
@@ -183,11 +194,17 @@ func (w *worker) close() {
 }
 
 // takeBlock gives the inserter what the worker has, nil when that is nothing, and the worker an empty block. The
-// inserter has emptied the last one it took before it takes the next.
+// inserter has emptied the last one it took before it takes the next. A block that grew under other limits goes.
 func (w *worker) takeBlock() *block {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if cap(w.spare.records) > 2*w.limits.rows {
+		w.spare = newBlock(w.limits.rows)
+	}
 	if len(w.cur.offsets) == 0 {
+		if cap(w.cur.records) > 2*w.limits.rows {
+			w.cur = newBlock(w.limits.rows)
+		}
 		return nil
 	}
 	w.cur, w.spare = w.spare, w.cur
