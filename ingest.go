@@ -260,7 +260,7 @@ func (in *ingester) produce(q *ingestRequest) {
 	q.holders.Add(1)            // Kafka's hold on the request, until the last promise
 	ctx := context.Background() // not the client's: giving up on the answer must not tear a batch in flight
 	for i := range q.records {
-		in.kafka.Produce(ctx, &q.records[i].Record, q.records[i].promise)
+		in.kafka.Produce(ctx, &q.records[i].Record, onAck)
 	}
 	started := time.Now()
 	defer func() { in.stats.ack.Update(time.Since(started).Seconds()) }()

@@ -34,8 +34,13 @@ type outgoing struct {
 	index   int // of the event in the request
 	end     int // of the record's bytes in the arena
 	state   atomic.Int32
-	promise func(*kgo.Record, error) // made once for the life of the slot: a closure per record would be garbage
+	request *ingestRequest
 }
+
+// outgoingOf is the slot that a record stands in: a closure for each, to remember it, would be garbage.
+func outgoingOf(rec *kgo.Record) *outgoing { return (*outgoing)(unsafe.Pointer(rec)) }
+
+const _ = -unsafe.Offsetof(outgoing{}.Record) // does not compile unless the record is the first of a slot
 
 // ingestRequest is everything that an HTTP request needs once its body is read; the next request reuses it. Its buffers and
 // its slab of records are charged to the ingester's budget.
@@ -87,7 +92,7 @@ func (q *ingestRequest) add(index int, ev *event) error {
 	}
 	q.records = q.records[:n+1]
 	rec := &q.records[n]
-	rec.index, rec.end = index, len(q.arena.b)
+	rec.request, rec.index, rec.end = q, index, len(q.arena.b)
 	rec.state.Store(statePending)
 	return nil
 }
@@ -99,12 +104,8 @@ func (q *ingestRequest) growSlab() error {
 		return err
 	}
 	slab := make([]outgoing, size)
-	for i := range slab {
-		rec := &slab[i]
-		rec.promise = func(_ *kgo.Record, err error) { q.onAck(rec, err) }
-		if i < len(q.records) {
-			rec.index, rec.end = q.records[i].index, q.records[i].end
-		}
+	for i := range q.records {
+		slab[i].request, slab[i].index, slab[i].end = q, q.records[i].index, q.records[i].end
 	}
 	q.records = slab[:len(q.records)]
 	return nil
@@ -126,7 +127,9 @@ func (q *ingestRequest) sealRecords(topic string) {
 }
 
 // onAck runs on franz-go's goroutine for each record, in the order of production.
-func (q *ingestRequest) onAck(rec *outgoing, err error) {
+func onAck(produced *kgo.Record, err error) {
+	rec := outgoingOf(produced)
+	q := rec.request
 	if err == nil {
 		rec.state.Store(stateAcked)
 	} else {

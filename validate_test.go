@@ -308,7 +308,7 @@ func TestHotPathAllocations(t *testing.T) {
 		q.holders.Store(2)
 		q.pending.Store(int32(len(q.records)))
 		for i := range q.records {
-			q.records[i].promise(nil, nil)
+			onAck(&q.records[i].Record, nil)
 		}
 		<-q.acked
 	}
