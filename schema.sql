@@ -70,7 +70,7 @@ CREATE TABLE IF NOT EXISTS {database}.events{on cluster}
     channel     LowCardinality(String)   COMMENT 'web, mobile_app, api or empty',
     campaign_id LowCardinality(String),
     user_id     String                   CODEC(ZSTD(1)),
-    timestamp   DateTime('UTC')          CODEC(DoubleDelta, LZ4),
+    timestamp   DateTime('UTC')          CODEC(T64, LZ4),
     tags        Array(LowCardinality(String)),
     metadata    String                   COMMENT 'a JSON object, or empty' CODEC(ZSTD(1)),
     price       Decimal(18, 4)           COMMENT 'metadata.price, 0 when absent or no number',
@@ -89,6 +89,10 @@ SETTINGS
 
 -- Ids are random bytes: compressing them gains nothing, and a lookup would have to unpack them.
 ALTER TABLE {database}.events{on cluster} MODIFY COLUMN event_id CODEC(NONE);
+
+-- Queries by campaign unpack the timestamp of every row: DoubleDelta takes nearly three times the CPU for that, and saves 0.4
+-- bytes an event.
+ALTER TABLE {database}.events{on cluster} MODIFY COLUMN timestamp CODEC(T64, LZ4);
 
 -- Statistics of every part, the server's default, are for joins and would cost 0.4 µs an event for nothing. ClickHouse does
 -- not remember inserted blocks: the program knows what is stored, and what was lost may have to be inserted again. {fsync} is
