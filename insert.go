@@ -80,7 +80,7 @@ type inserter struct {
 
 // flushRequest asks for a round, and to forget what is known of partitions that leave.
 type flushRequest struct {
-	leaving map[int32]struct{}
+	leaving []int32
 	done    chan struct{}
 }
 
@@ -139,7 +139,7 @@ func (ins *inserter) run(ctx context.Context, stop <-chan struct{}) {
 
 // flush returns when every row that was in a block before the call is stored, or ctx is done. Nothing of the leaving
 // partitions is committed by this instance after the commit that follows.
-func (ins *inserter) flush(ctx context.Context, leaving map[int32]struct{}) error {
+func (ins *inserter) flush(ctx context.Context, leaving []int32) error {
 	f := flushRequest{leaving, make(chan struct{})}
 	for ask := ins.flushes; ; {
 		select {
@@ -158,7 +158,7 @@ func (ins *inserter) flush(ctx context.Context, leaving map[int32]struct{}) erro
 func (ins *inserter) flushFor(ctx context.Context, f flushRequest) {
 	ins.insertRound(ctx)
 	ins.mend(ctx)
-	for p := range f.leaving { // what waits for a mending is read again by the next owner, who mends it
+	for _, p := range f.leaving { // what waits for a mending is read again by the next owner, who mends it
 		delete(ins.held, p)
 	}
 	close(f.done)

@@ -110,11 +110,6 @@ func (s *sideProducer) retry(ctx context.Context, recs []*kgo.Record, message st
 	return s.produce(ctx, moved)
 }
 
-// rekey puts a record back on the main topic under another key. The error is deadLetter's.
-func (s *sideProducer) rekey(ctx context.Context, rec *kgo.Record, key []byte) error {
-	return s.requeue(ctx, []*kgo.Record{{Key: key, Value: rec.Value, Headers: rec.Headers}})
-}
-
 // requeue puts records on the main topic, under their keys. The error is deadLetter's.
 func (s *sideProducer) requeue(ctx context.Context, recs []*kgo.Record) error {
 	back := make([]*kgo.Record, len(recs))
@@ -278,13 +273,12 @@ func failureHeaders(rec *kgo.Record, retries int, errorType, message string) []k
 // a partition that it holds records of: no record waits for another delay's records, a million waiting records stay on Kafka,
 // and a rebalance waits for none.
 type retryWorker struct {
-	kafka    *kgo.Client
-	side     *sideProducer
-	topic    string
-	troubles *troubles
-	failed   func(error)             // gets every error of a poll
-	blocked  chan struct{}           // a rebalance waits for AllowRebalance
-	held     map[int32][]*kgo.Record // by partition, none empty; callbacks change it, but not between a poll and AllowRebalance
+	kafka   *kgo.Client
+	side    *sideProducer
+	topic   string
+	failed  func(error)             // gets every error of a poll
+	blocked chan struct{}           // a rebalance waits for AllowRebalance
+	held    map[int32][]*kgo.Record // by partition, none empty; callbacks change it, but not between a poll and AllowRebalance
 }
 
 const (
@@ -298,23 +292,14 @@ const (
 )
 
 func newRetryWorker(cfg *settings, side *sideProducer, failed func(error)) (*retryWorker, error) {
-	w := &retryWorker{side: side, topic: cfg.kafkaTopic + ".retry", troubles: side.stats.troubles, failed: failed,
-		blocked: make(chan struct{}, 1), held: map[int32][]*kgo.Record{}}
+	w := &retryWorker{side: side, topic: cfg.kafkaTopic + ".retry", failed: failed, blocked: make(chan struct{}, 1), held: map[int32][]*kgo.Record{}}
 	var err error
-	w.kafka, err = newKafka(cfg, "event-ingestion-retry",
-		kgo.ConsumerGroup(cfg.kafkaGroup+".retry"),
-		kgo.ConsumeTopics(w.topic),
-		kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()),
-		kgo.SessionTimeout(cfg.kafkaSession),
-		kgo.HeartbeatInterval(cfg.kafkaSession/4),
-		kgo.BlockRebalanceOnPoll(),
-		kgo.AutoCommitMarks(),
-		kgo.AutoCommitInterval(commitInterval),
+	w.kafka, err = newGroupClient(cfg, "event-ingestion-retry", ".retry",
 		kgo.FetchMaxBytes(1<<20),
 		kgo.FetchMaxPartitionBytes(retryFetch),
 		kgo.OnPartitionsCallbackBlocked(func(context.Context, *kgo.Client) { notify(w.blocked) }),
 		kgo.OnPartitionsAssigned(func(_ context.Context, c *kgo.Client, topics map[string][]int32) {
-			w.troubles.clear(readRetries)
+			side.stats.troubles.clear(readRetries)
 			c.ResumeFetchPartitions(topics) // they may have been paused when they left
 		}),
 		kgo.OnPartitionsRevoked(func(ctx context.Context, c *kgo.Client, topics map[string][]int32) {
@@ -339,17 +324,9 @@ func (w *retryWorker) release(topics map[string][]int32) {
 // run works until ctx is done, and leaves the group within the context that finish returns.
 func (w *retryWorker) run(ctx context.Context, finish func() (context.Context, context.CancelFunc)) {
 	for ctx.Err() == nil {
-		waiting, cancel := context.WithTimeout(ctx, retryTick)
-		fetches := w.kafka.PollFetches(waiting)
-		cancel()
-		fetches.EachError(func(_ string, _ int32, err error) {
-			if !errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
-				w.failed(err)
-			}
-		})
-		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
+		poll(ctx, w.kafka, 0, retryTick, w.failed).EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 {
-				w.troubles.clear(readRetries)
+				w.side.stats.troubles.clear(readRetries)
 				w.kafka.PauseFetchPartitions(map[string][]int32{w.topic: {p.Partition}})
 				w.held[p.Partition] = append(w.held[p.Partition], p.Records...)
 			}

@@ -26,7 +26,7 @@ const lockRecords = 128
 type backlog struct {
 	limit int64
 	bytes atomic.Int64
-	room  chan struct{} // some have left
+	room  chan struct{} // the bytes are within the limit, or were since the last look
 }
 
 // recordOverhead is about what a record takes in memory beside its bytes: kgo.Record, and its places in slices.
@@ -39,16 +39,6 @@ func (b *backlog) add(rec *kgo.Record) { b.bytes.Add(int64(recordBytes(rec) + re
 func (b *backlog) remove(rec *kgo.Record) {
 	if b.bytes.Add(-int64(recordBytes(rec)+recordOverhead)) <= b.limit {
 		notify(b.room)
-	}
-}
-
-// wait returns when the queues are below the limit, or ctx is done.
-func (b *backlog) wait(ctx context.Context) {
-	for b.bytes.Load() > b.limit && ctx.Err() == nil {
-		select {
-		case <-b.room:
-		case <-ctx.Done():
-		}
 	}
 }
 
@@ -318,7 +308,7 @@ func (w *worker) redirect(rec *kgo.Record, why error) {
 	if errors.Is(why, errMisplaced) {
 		ev, _ := w.parser.decode(rec.Value) // once more, and again without complaint
 		id, _ := ev.id(nil)
-		err = w.side.rekey(w.open, rec, hex.AppendEncode(nil, id[:]))
+		err = w.side.requeue(w.open, []*kgo.Record{{Key: hex.AppendEncode(nil, id[:]), Value: rec.Value, Headers: rec.Headers}})
 	} else {
 		err = w.side.deadLetter(w.open, rec, errorUnmarshal, why.Error())
 	}
