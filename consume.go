@@ -88,7 +88,9 @@ func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow f
 		l.inserter = newInserter(st, cfg, stats, l.workers, call, membership{
 			isMember: c.isMember,
 			alone:    func() bool { return int(c.assigned.Load()) == partitions },
-			stored:   c.mark,
+			stored: func(offsets map[int32]kgo.EpochOffset) {
+				c.kafka.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{c.topic: offsets})
+			},
 			rejected: side.retry,
 		})
 		c.lanes = append(c.lanes, l)
@@ -272,11 +274,6 @@ func (c *consumer) partitionsOf(l *lane) map[string][]int32 {
 		}
 	}
 	return map[string][]int32{c.topic: list}
-}
-
-// mark tells the client what may be committed.
-func (c *consumer) mark(offsets map[int32]kgo.EpochOffset) {
-	c.kafka.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{c.topic: offsets})
 }
 
 // readEvents is what fails when a poll does.

@@ -120,7 +120,12 @@ func (ins *inserter) run(ctx context.Context, stop <-chan struct{}) {
 		case <-ins.due:
 			ins.insertRound(ctx)
 		case f := <-ins.flushes:
-			ins.flushFor(ctx, f)
+			ins.insertRound(ctx)
+			ins.mend(ctx)
+			for _, p := range f.leaving { // what waits for a mending is read again by the next owner, who mends it
+				delete(ins.held, p)
+			}
+			close(f.done)
 		case <-mending.C:
 			if ins.store.late.Load() && time.Since(ins.tried) > maxBackoff { // nobody may have an event for it
 				ins.tried = time.Now()
@@ -155,22 +160,14 @@ func (ins *inserter) flush(ctx context.Context, leaving []int32) error {
 	}
 }
 
-func (ins *inserter) flushFor(ctx context.Context, f flushRequest) {
-	ins.insertRound(ctx)
-	ins.mend(ctx)
-	for _, p := range f.leaving { // what waits for a mending is read again by the next owner, who mends it
-		delete(ins.held, p)
-	}
-	close(f.done)
-}
-
 // insertRound takes the blocks of all workers and stores what is new in them as one insert. It returns when that is
 // done, or when ctx is: then the blocks' offsets stay unmarked.
 func (ins *inserter) insertRound(ctx context.Context) {
 	if ins.catchUp(ctx); ctx.Err() != nil { // the ids of a round that was abandoned are known, and its rows are not stored
 		return
 	}
-	ins.call.answered()
+	drain(ins.call.arrived) // before the blocks are taken: a row that comes later asks again
+	drain(ins.call.full)
 	ins.due = nil
 	ins.taken = ins.taken[:0]
 	oldest := time.Now() // when the first record was produced
@@ -217,9 +214,6 @@ func (ins *inserter) prepare(ctx context.Context) error {
 	if came := ins.cameAt.Load(); came != nil {
 		ins.dedupe.forgetAll()
 		if _, err := ins.awaitInserts(ctx); err != nil {
-			return err
-		}
-		if err := ins.store.syncReplica(ctx, ins); err != nil {
 			return err
 		}
 		ins.cameAt.CompareAndSwap(came, nil)
@@ -275,9 +269,6 @@ func (ins *inserter) settle(ctx context.Context) error {
 	if _, err := ins.awaitInserts(ctx); err != nil {
 		return err
 	}
-	if err := ins.store.syncReplica(ctx, ins); err != nil {
-		return err
-	}
 	if err := ins.dedupe.lookUp(ctx, ins.round, true); err != nil {
 		return err
 	}
@@ -296,7 +287,7 @@ func (ins *inserter) settle(ctx context.Context) error {
 
 // awaitInserts waits until no insert is at work that may still add rows to this instance's partitions: none of its own, whose
 // answer may have been lost, and none of others that was running when partitions came here; the last one of an instance that was
-// killed may still be. It returns whether another instance inserts.
+// killed may still be. The replica then has what they have added. It returns whether another instance inserts.
 func (ins *inserter) awaitInserts(ctx context.Context) (others bool, err error) {
 	const toBeWaitedFor = 2 // and 1 is another one
 	for attempt := 0; ; attempt++ {
@@ -309,8 +300,11 @@ func (ins *inserter) awaitInserts(ctx context.Context) (others bool, err error) 
 				" FROM system.processes WHERE startsWith(query_id, {group:String})",
 			Parameters: []proto.Parameter{parameter("group", ins.group), parameter("mine", ins.mine), parameter("since", fmt.Sprint(since.Seconds()))},
 		})
-		if err != nil || most < toBeWaitedFor {
-			return most > 0, err
+		if err != nil {
+			return false, err
+		}
+		if most < toBeWaitedFor {
+			return most > 0, ins.store.syncReplica(ctx, ins)
 		}
 		if attempt == 20 { // a second
 			slog.Info("waiting for an insert that ClickHouse still works at")
@@ -337,8 +331,8 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 		}
 		ins.repair(ctx, err)
 		ins.stats.troubles.note(ins.store.name(what), err)
-		if ch.IsErr(err, proto.ErrUnknownTable) {
-			ins.store.attachLeft(ctx)
+		if ch.IsErr(err, proto.ErrUnknownTable) { // whoever detached it may have died before attaching
+			ins.store.connected(ctx, func(c asker) error { return ins.store.attach(ctx, c) })
 		}
 		sleep(ctx, pause/2+rand.N(pause/2))
 	}

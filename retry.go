@@ -126,11 +126,9 @@ func (s *sideProducer) letter(rec *kgo.Record, retries int, errorType, message s
 	return &kgo.Record{Topic: s.topic + ".dlq", Key: rec.Key, Value: rec.Value, Headers: headers}
 }
 
-// moveAside is what fails when Kafka does not acknowledge a move.
-const moveAside = "move records aside"
-
 // produce sends records and returns when all are acknowledged, or ctx is done. It retries what was not acknowledged, after a pause.
 func (s *sideProducer) produce(ctx context.Context, recs []*kgo.Record) error {
+	const what = "move records aside"
 	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
 		var done, failed, tooLarge []*kgo.Record
 		var why error
@@ -159,12 +157,12 @@ func (s *sideProducer) produce(ctx context.Context, recs []*kgo.Record) error {
 			}
 		}
 		if len(failed) == 0 {
-			s.stats.troubles.clear(moveAside)
+			s.stats.troubles.clear(what)
 			return nil
 		}
 		recs = failed
 		if ctx.Err() == nil {
-			s.stats.troubles.note(moveAside, why)
+			s.stats.troubles.note(what, why)
 		}
 		if err := sleep(ctx, pause); err != nil {
 			return err
@@ -225,22 +223,20 @@ func (s *sideProducer) shrink(rec *kgo.Record) *kgo.Record {
 
 // count counts the records that were moved. The dead letters among them get one line in the log, about the first of them.
 func (s *sideProducer) count(recs []*kgo.Record) {
-	var first *kgo.Record
-	dead := 0
+	var dead []*kgo.Record
 	for _, rec := range recs {
 		switch rec.Topic {
 		case s.topic + ".retry":
 			s.stats.retried.Inc()
 		case s.topic + ".dlq":
 			s.stats.dead(header(rec, "error_type")).Inc()
-			if dead++; first == nil {
-				first = rec
-			}
+			dead = append(dead, rec)
 		}
 	}
-	if first != nil {
-		slog.Warn("sent to the dead letters", "records", dead, "topic", header(first, "original_topic"), "partition", header(first, "original_partition"),
-			"offset", header(first, "original_offset"), "type", header(first, "error_type"), "error", header(first, "error_message"))
+	if len(dead) > 0 {
+		first := func(key string) string { return header(dead[0], key) }
+		slog.Warn("sent to the dead letters", "records", len(dead), "topic", first("original_topic"), "partition", first("original_partition"),
+			"offset", first("original_offset"), "type", first("error_type"), "error", first("error_message"))
 	}
 }
 
@@ -297,7 +293,7 @@ func newRetryWorker(cfg *settings, side *sideProducer, failed func(error)) (*ret
 	w.kafka, err = newGroupClient(cfg, "event-ingestion-retry", ".retry",
 		kgo.FetchMaxBytes(1<<20),
 		kgo.FetchMaxPartitionBytes(retryFetch),
-		kgo.OnPartitionsCallbackBlocked(func(context.Context, *kgo.Client) { notify(w.blocked) }),
+		kgo.OnPartitionsCallbackBlocked(func(context.Context, *kgo.Client) { notify(w.blocked, struct{}{}) }),
 		kgo.OnPartitionsAssigned(func(_ context.Context, c *kgo.Client, topics map[string][]int32) {
 			side.stats.troubles.clear(readRetries)
 			c.ResumeFetchPartitions(topics) // they may have been paused when they left
@@ -349,7 +345,7 @@ func (w *retryWorker) putBack(ctx context.Context) {
 	left := map[int32][]*kgo.Record{}
 	for p, held := range w.held {
 		n := 0
-		for n < len(held) && untilDue(held[n]) <= 0 {
+		for n < len(held) && time.Since(held[n].Timestamp) >= delayOf(retryCount(held[n])) {
 			n++
 		}
 		due, left[p] = append(due, held[:n]...), held[n:]
@@ -376,9 +372,4 @@ func (w *retryWorker) putBack(ctx context.Context) {
 			w.kafka.ResumeFetchPartitions(map[string][]int32{w.topic: {p}})
 		}
 	}
-}
-
-// untilDue is how long a record still has to wait.
-func untilDue(rec *kgo.Record) time.Duration {
-	return time.Until(rec.Timestamp.Add(delayOf(retryCount(rec))))
 }

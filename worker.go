@@ -38,7 +38,7 @@ func (b *backlog) add(rec *kgo.Record) { b.bytes.Add(int64(recordBytes(rec) + re
 
 func (b *backlog) remove(rec *kgo.Record) {
 	if b.bytes.Add(-int64(recordBytes(rec)+recordOverhead)) <= b.limit {
-		notify(b.room)
+		notify(b.room, struct{}{})
 	}
 }
 
@@ -52,23 +52,10 @@ func newRoundCall() *roundCall {
 	return &roundCall{arrived: make(chan time.Time, 1), full: make(chan struct{}, 1)}
 }
 
-// firstRow is called by a worker, under its lock, when its block gets its first row.
-func (c *roundCall) firstRow() {
+// notify puts v into a channel with room for one, unless an earlier one waits there.
+func notify[T any](c chan T, v T) {
 	select {
-	case c.arrived <- time.Now():
-	default: // an earlier one waits
-	}
-}
-
-// answered is called before the blocks are taken: a row that comes later asks again.
-func (c *roundCall) answered() {
-	drain(c.arrived)
-	drain(c.full)
-}
-
-func notify(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
+	case c <- v:
 	default:
 	}
 }
@@ -127,8 +114,8 @@ const (
 
 func newWorker(limits blockLimits, partitions int, queued *backlog, call *roundCall, side *sideProducer) *worker {
 	w := &worker{
-		limits: limits, reread: (rereadBlocks + maxShare) * limits.rows, backlog: queued, call: call, side: side, parts: partitions, router: kgo.StickyKeyPartitioner(nil).ForTopic(""),
-		cur: newBlock(limits.rows), spare: newBlock(limits.rows), came: map[int32]*arrival{},
+		limits: limits, reread: (rereadBlocks + maxShare) * limits.rows, backlog: queued, call: call, side: side, parts: partitions,
+		router: kgo.StickyKeyPartitioner(nil).ForTopic(""), cur: newBlock(limits.rows), spare: newBlock(limits.rows), came: map[int32]*arrival{},
 	}
 	w.wake.L = &w.mu
 	w.open, w.end = context.WithCancel(context.Background())
@@ -251,7 +238,7 @@ func (w *worker) takeIn(n int) (bad *kgo.Record, why error) {
 		w.pass(taken)
 	}
 	if w.isFull() {
-		notify(w.call.full)
+		notify(w.call.full, struct{}{})
 	}
 	return bad, why
 }
@@ -265,7 +252,7 @@ func (w *worker) home(key []byte) int32 {
 // pass moves past n records at the queue's head, under the lock.
 func (w *worker) pass(n int) {
 	if len(w.cur.offsets) == 0 {
-		w.call.firstRow()
+		notify(w.call.arrived, time.Now())
 	}
 	head := w.queue[0]
 	last := head[n-1]
@@ -300,9 +287,9 @@ func (p *eventParser) decode(value []byte) (*event, error) {
 	return ev, nil
 }
 
-// redirect deals with a record that cannot become a row here: what is no event goes to the dead letters, an event under another
-// key or on another partition goes back to the topic under its own. It moves past the record once that is acknowledged, unless
-// the partition was lost meanwhile: then the next owner does it again.
+// redirect sends a record that cannot become a row here where it belongs: what is no event to the dead letters, an event under
+// another key or on another partition back to the topic. It moves past the record once that is acknowledged, unless the
+// partition was lost meanwhile: then the next owner does it again.
 func (w *worker) redirect(rec *kgo.Record, why error) {
 	var err error
 	if errors.Is(why, errMisplaced) {
