@@ -133,24 +133,21 @@ func reconcileShard(ctx context.Context, st *store, r timeRange, quiet int, dryR
 		name, channel, hour proto.ColStr
 		missing, has        proto.ColInt64
 	)
-	err = st.connected(ctx, func(c asker) error {
-		if err := st.readStates(ctx, c); err != nil {
-			return err
-		}
-		if err := st.syncReplica(ctx, c); err != nil {
-			return err
-		}
-		err := c.Do(ctx, eachRow(ch.Query{
-			Body: st.sql("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") +
-				", event_count, aggregated FROM " + query + " ORDER BY hour, name, ch"),
+	err = st.session(ctx, io.Discard, func(s *session) {
+		s.do(st.readStates)
+		s.do(st.syncReplica)
+		s.ask(ch.Query{
+			Body: "SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") +
+				", event_count, aggregated FROM " + query + " ORDER BY hour, name, ch",
 		}, func(i int) {
 			rows++
 			each(unequal{hour.Row(i), name.Row(i), channel.Row(i), has[i] + missing[i], has[i]})
-		}, &name, &channel, &hour, &missing, &has))
-		if err != nil || rows == 0 || dryRun {
-			return err
+		}, &name, &channel, &hour, &missing, &has)
+		if rows > 0 && !dryRun {
+			s.do(func(ctx context.Context, c asker) error {
+				return c.Do(ctx, ch.Query{Body: st.sql(addDifferences + query), Settings: st.inserting()})
+			})
 		}
-		return c.Do(ctx, ch.Query{Body: st.sql(addDifferences + query), Settings: st.inserting()})
 	})
 	return rows, err
 }
