@@ -247,7 +247,7 @@ func (ins *inserter) lookAside(ctx context.Context) error {
 			ins.noteAside(p, dir.Row(i), partition.Row(i), back[i] == 1)
 		}
 	}, &table, &dir, &reason, &partition, &back))
-	ins.repairs.dialed = ins.repairs.dialed && err != nil
+	ins.repairs.dialed = err != nil
 	return err
 }
 

@@ -70,8 +70,7 @@ type inserter struct {
 	conn    *ch.Client       // nil when the last attempt failed
 	failing atomic.Bool      // what is tried now has failed before
 	tried   time.Time        // the last time whether a late shard answers
-	taken   []*block         // of the round, one a worker
-	round   []*block         // what is still to be stored: those of taken, or what is left of them
+	round   []*block         // what is still to be stored: one block a worker, or what is left of them
 	queries uint64           // number of the last insert
 	unknown bool             // the last insert has been given rows and got no answer
 	torn
@@ -91,7 +90,7 @@ func newInserter(st *store, cfg *settings, stats *storeStats, workers []*worker,
 		mine:    cfg.kafkaGroup + "-" + strconv.FormatUint(rand.Uint64(), 36) + "-",
 		flushes: make(chan flushRequest),
 		ended:   make(chan struct{}),
-		torn:    torn{hours: map[int64]struct{}{}, held: map[int32]kgo.EpochOffset{}},
+		torn:    torn{hours: map[int64]struct{}{}, held: map[int32]kgo.EpochOffset{}, atOnce: lookHours},
 		repairs: repair{ranges: map[partName]timeRange{}, aside: map[partName]struct{}{}},
 	}
 	ins.dedupe = newDedupe(ins, st.database, cfg.dedupeMemory/int64(st.of))
@@ -169,22 +168,22 @@ func (ins *inserter) insertRound(ctx context.Context) {
 	drain(ins.call.arrived) // before the blocks are taken: a row that comes later asks again
 	drain(ins.call.full)
 	ins.due = nil
-	ins.taken = ins.taken[:0]
+	var taken []*block
 	oldest := time.Now() // when the first record was produced
 	for _, w := range ins.workers {
 		b := w.takeBlock()
 		if b == nil {
 			continue
 		}
-		ins.taken = append(ins.taken, b)
+		taken = append(taken, b)
 		if len(b.records) > 0 && b.records[0].Timestamp.Before(oldest) {
 			oldest = b.records[0].Timestamp
 		}
 	}
-	if len(ins.taken) == 0 {
+	if len(taken) == 0 {
 		return
 	}
-	ins.round = append(ins.round[:0], ins.taken...)
+	ins.round = append(ins.round[:0], taken...)
 	if ins.persist(ctx, "look for duplicates", func() error { return ins.prepare(ctx) }) != nil {
 		return
 	}
@@ -199,7 +198,7 @@ func (ins *inserter) insertRound(ctx context.Context) {
 		ins.stats.inserted(rows, took)
 		ins.rested = time.Now().Add(min(2*(took-healthyInsert), maxRest))
 	}
-	for _, b := range ins.taken {
+	for _, b := range taken {
 		maps.Copy(ins.held, b.offsets)
 		b.reset()
 	}

@@ -76,7 +76,6 @@ func (ins *inserter) mend(ctx context.Context) {
 	if len(ins.hours) > 0 && !time.Now().Before(ins.next) {
 		what, started := ins.store.name("compare hours of events_hourly with events; offsets wait"), time.Now()
 		hours := slices.Sorted(maps.Keys(ins.hours)) // the oldest first
-		ins.atOnce = max(ins.atOnce, lookHours)
 		hours = hours[:min(len(hours), ins.atOnce)]
 		agree, err := ins.lookAndMend(ctx, hours)
 		took := time.Since(started)

@@ -60,10 +60,10 @@ func reconcileTool(fs *flag.FlagSet) toolRun {
 	asJSON := fs.Bool("json", false, "what differs as a JSON object a line, and nothing else")
 	anew := fs.Bool("rebuild", false, "make the whole table anew from events, as schema.sql says it now, while events go on coming in")
 	return func(ctx context.Context, cfg *settings, _ []string, w io.Writer) error {
-		if *anew && fs.NFlag() > 1 {
-			return badArgument{errors.New("-rebuild takes no other flag")}
-		}
 		if *anew {
+			if fs.NFlag() > 1 {
+				return badArgument{errors.New("-rebuild takes no other flag")}
+			}
 			if err := rebuildHourly(ctx, cfg, w); err != nil {
 				return fmt.Errorf("-rebuild: %w (run it again: it finishes, or begins anew)", err)
 			}
@@ -113,43 +113,33 @@ func reconcile(ctx context.Context, st *store, r timeRange, quiet int, dryRun bo
 // reconcileEach hands the rows that differ, shard by shard, to each and, unless dryRun, mends them. It returns how many there
 // were. The range is widened to whole hours; what was written within the last quiet seconds is left out.
 func reconcileEach(ctx context.Context, st *store, r timeRange, quiet int, dryRun bool, each func(unequal)) (rows int, err error) {
+	from, to := r.from/hourSeconds*hourSeconds, (r.to+hourSeconds-1)/hourSeconds*hourSeconds
+	differing := fmt.Sprintf(differences, "FINAL", fmt.Sprintf("hour >= %d AND hour < %d", max(from, 0), min(to, maxUnixSeconds)),
+		fmt.Sprintf("(event_count != 0 OR revenue != 0) AND last_written <= now64(3) - %d", quiet))
 	shards, err := st.shards(ctx)
 	failures := []error{err}
 	for _, sh := range shards {
-		n, err := reconcileShard(ctx, sh, r, quiet, dryRun, each)
-		if rows += n; err != nil && sh.of > 1 {
-			err = fmt.Errorf("%s: %w", sh.name("ClickHouse"), err)
-		}
-		failures = append(failures, err)
+		before := rows
+		failures = append(failures, sh.session(ctx, io.Discard, func(s *session) {
+			s.do(sh.readStates)
+			s.do(sh.syncReplica)
+			var name, channel, hour proto.ColStr
+			var missing, has proto.ColInt64
+			s.ask(ch.Query{
+				Body: "SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") +
+					", event_count, aggregated FROM " + differing + " ORDER BY hour, name, ch",
+			}, func(i int) {
+				rows++
+				each(unequal{hour.Row(i), name.Row(i), channel.Row(i), has[i] + missing[i], has[i]})
+			}, &name, &channel, &hour, &missing, &has)
+			if rows > before && !dryRun {
+				s.do(func(ctx context.Context, c asker) error {
+					return c.Do(ctx, ch.Query{Body: sh.sql(addDifferences + differing), Settings: sh.inserting()})
+				})
+			}
+		}))
 	}
 	return rows, errors.Join(failures...)
-}
-
-func reconcileShard(ctx context.Context, st *store, r timeRange, quiet int, dryRun bool, each func(unequal)) (rows int, err error) {
-	from, to := r.from/hourSeconds*hourSeconds, (r.to+hourSeconds-1)/hourSeconds*hourSeconds
-	query := fmt.Sprintf(differences, "FINAL", fmt.Sprintf("hour >= %d AND hour < %d", max(from, 0), min(to, maxUnixSeconds)),
-		fmt.Sprintf("(event_count != 0 OR revenue != 0) AND last_written <= now64(3) - %d", quiet))
-	var (
-		name, channel, hour proto.ColStr
-		missing, has        proto.ColInt64
-	)
-	err = st.session(ctx, io.Discard, func(s *session) {
-		s.do(st.readStates)
-		s.do(st.syncReplica)
-		s.ask(ch.Query{
-			Body: "SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") +
-				", event_count, aggregated FROM " + query + " ORDER BY hour, name, ch",
-		}, func(i int) {
-			rows++
-			each(unequal{hour.Row(i), name.Row(i), channel.Row(i), has[i] + missing[i], has[i]})
-		}, &name, &channel, &hour, &missing, &has)
-		if rows > 0 && !dryRun {
-			s.do(func(ctx context.Context, c asker) error {
-				return c.Do(ctx, ch.Query{Body: st.sql(addDifferences + query), Settings: st.inserting()})
-			})
-		}
-	})
-	return rows, err
 }
 
 const (
@@ -293,13 +283,17 @@ type session struct {
 	err   error
 }
 
-// session takes steps on a connection of their own, and returns their first error.
+// session takes steps on a connection of their own, and returns their first error, with the shard's name.
 func (s *store) session(ctx context.Context, out io.Writer, steps func(*session)) error {
-	return s.connected(ctx, func(c asker) error {
+	err := s.connected(ctx, func(c asker) error {
 		r := session{ctx: ctx, store: s, conn: c, out: out}
 		steps(&r)
 		return r.err
 	})
+	if err != nil && s.of > 1 {
+		err = fmt.Errorf("%s: %w", s.name("ClickHouse"), err)
+	}
+	return err
 }
 
 // do takes a step.

@@ -128,7 +128,7 @@ func (r *reshard) each(ctx context.Context, steps ...func(move)) error {
 	for _, step := range steps {
 		for _, st := range r.shards {
 			if err := st.session(ctx, r.out, func(s *session) { step(move{s}) }); err != nil {
-				return fmt.Errorf("%s: %w", st.name("ClickHouse"), err)
+				return err
 			}
 		}
 	}

@@ -87,10 +87,10 @@ func (s *sideProducer) refresh() {
 	s.large.ForceMetadataRefresh()
 }
 
-// deadLetter gives rec up. It tries until all in-sync replicas have acknowledged the letter. The error is ctx's; nothing is
-// lost then, because the record's offset is not committed.
-func (s *sideProducer) deadLetter(ctx context.Context, rec *kgo.Record, errorType, message string) error {
-	return s.produce(ctx, []*kgo.Record{s.letter(rec, retryCount(rec), errorType, message)})
+// deadLetter gives up a record that is no event. It tries until all in-sync replicas have acknowledged the letter. The error is
+// ctx's; nothing is lost then, because the record's offset is not committed.
+func (s *sideProducer) deadLetter(ctx context.Context, rec *kgo.Record, why error) error {
+	return s.produce(ctx, []*kgo.Record{s.letter(rec, retryCount(rec), errorUnmarshal, why.Error())})
 }
 
 // retry puts off records that ClickHouse rejected, and gives up those that had their last attempt. Each record has its own
@@ -288,7 +288,9 @@ const (
 )
 
 func newRetryWorker(cfg *settings, side *sideProducer, failed func(error)) (*retryWorker, error) {
-	w := &retryWorker{side: side, topic: cfg.kafkaTopic + ".retry", failed: failed, blocked: make(chan struct{}, 1), held: map[int32][]*kgo.Record{}}
+	w := &retryWorker{
+		side: side, topic: cfg.kafkaTopic + ".retry", failed: failed, blocked: make(chan struct{}, 1), held: map[int32][]*kgo.Record{},
+	}
 	var err error
 	w.kafka, err = newGroupClient(cfg, "event-ingestion-retry", ".retry",
 		kgo.FetchMaxBytes(1<<20),

@@ -48,7 +48,6 @@ func (s *store) shards(ctx context.Context) (all []*store, err error) {
 	for i, list := range replicas {
 		shard := &store{options: s.options, database: s.database, cluster: s.cluster, fsync: s.fsync, keepDays: s.keepDays,
 			number: i + 1, of: len(replicas), replicas: list, replicated: replicated}
-		shard.options.Address = list[0]
 		shard.userBits.Store(s.userBits.Load())
 		all = append(all, shard)
 	}

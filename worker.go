@@ -74,7 +74,6 @@ type blockLimits struct {
 
 // worker turns the records of its partitions into rows.
 type worker struct {
-	reread  int // records, for arrival
 	backlog *backlog
 	call    *roundCall
 	side    *sideProducer
@@ -114,19 +113,19 @@ const (
 
 func newWorker(limits blockLimits, partitions int, queued *backlog, call *roundCall, side *sideProducer) *worker {
 	w := &worker{
-		limits: limits, reread: (rereadBlocks + maxShare) * limits.rows, backlog: queued, call: call, side: side, parts: partitions,
-		router: kgo.StickyKeyPartitioner(nil).ForTopic(""), cur: newBlock(limits.rows), spare: newBlock(limits.rows), came: map[int32]*arrival{},
+		limits: limits, backlog: queued, call: call, side: side, parts: partitions, router: kgo.StickyKeyPartitioner(nil).ForTopic(""),
+		cur: newBlock(limits.rows), spare: newBlock(limits.rows), came: map[int32]*arrival{},
 	}
 	w.wake.L = &w.mu
 	w.open, w.end = context.WithCancel(context.Background())
 	return w
 }
 
-// assign is told that a partition came here.
-func (w *worker) assign(partition int32, at time.Time) {
+// assign is told that a partition came here, whose first records may be reread.
+func (w *worker) assign(partition int32, at time.Time, reread int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.came[partition] = &arrival{at.Add(rereadMargin), w.reread}
+	w.came[partition] = &arrival{at.Add(rereadMargin), reread}
 }
 
 // limit says when a block is full from now on.
@@ -297,7 +296,7 @@ func (w *worker) redirect(rec *kgo.Record, why error) {
 		id, _ := ev.id(nil)
 		err = w.side.requeue(w.open, []*kgo.Record{{Key: hex.AppendEncode(nil, id[:]), Value: rec.Value, Headers: rec.Headers}})
 	} else {
-		err = w.side.deadLetter(w.open, rec, errorUnmarshal, why.Error())
+		err = w.side.deadLetter(w.open, rec, why)
 	}
 	if err != nil {
 		return
