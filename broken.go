@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"regexp"
 	"slices"
 	"strings"
@@ -151,14 +152,25 @@ func (ins *inserter) repair(ctx context.Context, failure error) {
 	}
 }
 
-// reattach detaches the tables of the parts and attaches them. Meanwhile inserts and queries, those of other instances too,
-// get UNKNOWN_TABLE and are retried; an insert into events stores nothing while the view has no target.
+// reattach detaches the tables in which one of the parts is live, except replicated ones, and attaches them. Meanwhile inserts
+// and queries, those of other instances too, get UNKNOWN_TABLE and are retried; an insert into events stores nothing while the
+// view has no target.
 func (ins *inserter) reattach(ctx context.Context, parts []partName) error {
-	tables, err := ins.tablesOf(ctx, parts)
+	var list []string
+	for _, p := range parts {
+		list = append(list, fmt.Sprintf("('%s','%s')", p.table, p.name))
+	}
+	live, err := ins.store.liveParts(ctx, ins, "(table, name) IN ("+strings.Join(list, ",")+
+		") AND NOT startsWith(engine, 'Replicated') AND NOT startsWith(engine, 'Shared')")
 	if err != nil {
 		return err
 	}
-	for _, table := range tables {
+	maps.Copy(ins.repairs.ranges, live)
+	tables := map[string]struct{}{}
+	for p := range live {
+		tables[p.table] = struct{}{}
+	}
+	for table := range tables {
 		slog.Warn("a table with a broken part is detached and attached", "table", table)
 		ins.repairs.reattached, ins.repairs.detached = time.Now(), true
 		// SYNC waits for the inserts and queries that still use the table.
@@ -172,25 +184,16 @@ func (ins *inserter) reattach(ctx context.Context, parts []partName) error {
 	return nil
 }
 
-// tablesOf returns the tables in which one of the parts is live, except replicated ones, and notes the parts' event times.
-func (ins *inserter) tablesOf(ctx context.Context, parts []partName) (tables []string, err error) {
-	var list []string
-	for _, p := range parts {
-		list = append(list, fmt.Sprintf("('%s','%s')", p.table, p.name))
-	}
+// liveParts are the parts that are in their tables and that a condition names, and the times of their events.
+func (s *store) liveParts(ctx context.Context, c asker, where string) (map[partName]timeRange, error) {
+	parts := map[partName]timeRange{}
 	var table, name proto.ColStr
 	var from, to proto.ColUInt32
-	err = ins.Do(ctx, eachRow(ch.Query{
-		Body: ins.store.sql("SELECT table, name, toUnixTimestamp(min_time), toUnixTimestamp(max_time) FROM system.parts" +
-			" WHERE active AND database = '{database}' AND (table, name) IN (" + strings.Join(list, ",") + ")" +
-			" AND NOT startsWith(engine, 'Replicated') AND NOT startsWith(engine, 'Shared')"),
-	}, func(i int) {
-		ins.repairs.ranges[partName{table.Row(i), name.Row(i)}] = timeRange{int64(from[i]), int64(to[i])}
-		if !slices.Contains(tables, table.Row(i)) {
-			tables = append(tables, table.Row(i))
-		}
-	}, &table, &name, &from, &to))
-	return tables, err
+	err := c.Do(ctx, eachRow(ch.Query{
+		Body: s.sql("SELECT table, name, toUnixTimestamp(min_time), toUnixTimestamp(max_time) FROM system.parts" +
+			" WHERE active AND database = '{database}' AND " + where),
+	}, func(i int) { parts[partName{table.Row(i), name.Row(i)}] = timeRange{int64(from[i]), int64(to[i])} }, &table, &name, &from, &to))
+	return parts, err
 }
 
 // attach ends a mending, even while the program stops: nobody else would before the next start.
@@ -221,11 +224,6 @@ func (s *store) attach(ctx context.Context, c asker) error {
 	return errors.Join(failures...)
 }
 
-// attachLeft is for an inserter that finds a table missing: whoever detached it may have died before attaching.
-func (s *store) attachLeft(ctx context.Context) {
-	s.connected(ctx, func(c asker) error { return s.attach(ctx, c) })
-}
-
 // putAside are the parts that ClickHouse has put aside as broken, and whether what was merged into one is back: the first and
 // the last part that were share its outer block numbers. They may have been merged again, and then still exist for some minutes.
 const putAside = `
@@ -249,7 +247,7 @@ func (ins *inserter) lookAside(ctx context.Context) error {
 			ins.noteAside(p, dir.Row(i), partition.Row(i), back[i] == 1)
 		}
 	}, &table, &dir, &reason, &partition, &back))
-	ins.repairs.dialed = ins.repairs.dialed && err != nil
+	ins.repairs.dialed = err != nil
 	return err
 }
 
@@ -286,17 +284,13 @@ func (ins *inserter) noteAside(p partName, dir, partition string, back bool) {
 // second per gigabyte.
 func (s *store) checkParts(ctx context.Context, since time.Time) {
 	err := s.connected(ctx, func(c asker) error {
-		var table, name proto.ColStr
-		var parts []partName
-		err := c.Do(ctx, eachRow(ch.Query{
-			Body: s.sql(fmt.Sprintf("SELECT table, name FROM system.parts WHERE active AND database = '{database}'"+
-				" AND table IN ('events', 'events_hourly') AND modification_time >= now() - %d", int(time.Since(since).Seconds())+minuteSeconds)),
-		}, func(i int) { parts = append(parts, partName{table.Row(i), name.Row(i)}) }, &table, &name))
+		parts, err := s.liveParts(ctx, c, fmt.Sprintf("table IN ('events', 'events_hourly') AND modification_time >= now() - %d",
+			int(time.Since(since).Seconds())+minuteSeconds))
 		if err != nil {
 			return err
 		}
 		slog.Info("inserts failed for want of space, checking what was written meanwhile", "parts", len(parts))
-		for _, p := range parts {
+		for p := range parts {
 			var passed proto.ColUInt8
 			err := c.Do(ctx, ch.Query{
 				Body:   fmt.Sprintf("CHECK TABLE %s.%s PART '%s' SETTINGS check_query_single_value_result = 1", s.database, p.table, p.name),

@@ -60,10 +60,10 @@ func brokenSpace(t *testing.T, merged bool) (p *program, sent func(n int) int64)
 	return p, sent
 }
 
-// breakPart makes all files of a table's largest live part empty.
+// breakPart makes all files of a table's largest live part empty, one that was merged where there is one.
 func breakPart(t *testing.T, db, table string) (name string) {
 	t.Helper()
-	path := clickhouseQuery(t, "SELECT path FROM system.parts WHERE active AND database = '"+db+"' AND table = '"+table+"' ORDER BY rows DESC, max_time DESC LIMIT 1")
+	path := clickhouseQuery(t, "SELECT path FROM system.parts WHERE active AND database = '"+db+"' AND table = '"+table+"' ORDER BY level > 0 DESC, rows DESC, max_time DESC LIMIT 1")
 	if err := filepath.WalkDir(path, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err

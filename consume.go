@@ -35,9 +35,9 @@ const (
 	fetchBytes = 1 << 20
 	// pollRecords bounds one poll, and with it the time that a rebalance waits.
 	pollRecords = 10000
-	// pollWait bounds a poll in which nothing comes.
+	// pollWait bounds a poll in which nothing comes, so that a grown topic is noticed.
 	pollWait = time.Second
-	// fullWait is the time between two looks at queues that are full.
+	// fullWait is the time between two looks at queues that are full, and bounds a poll while a lane is paused.
 	fullWait = 100 * time.Millisecond
 	// CONSUME_MEMORY is for what waits in the queues (one part), the records of two rounds, the one that is sent and the
 	// one that fills (two parts), the same as columns (two parts), and what the client fetches ahead.
@@ -88,23 +88,16 @@ func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow f
 		l.inserter = newInserter(st, cfg, stats, l.workers, call, membership{
 			isMember: c.isMember,
 			alone:    func() bool { return int(c.assigned.Load()) == partitions },
-			stored:   c.mark,
+			stored: func(offsets map[int32]kgo.EpochOffset) {
+				c.kafka.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{c.topic: offsets})
+			},
 			rejected: side.retry,
 		})
 		c.lanes = append(c.lanes, l)
 	}
 	c.owned, c.abandon = context.WithCancelCause(context.Background())
 	var err error
-	c.kafka, err = newKafka(cfg, "event-ingestion-consumer",
-		kgo.ConsumerGroup(cfg.kafkaGroup),
-		kgo.ConsumeTopics(cfg.kafkaTopic),
-		kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()),
-		kgo.Balancers(kgo.CooperativeStickyBalancer()),
-		kgo.SessionTimeout(cfg.kafkaSession),
-		kgo.HeartbeatInterval(cfg.kafkaSession/4),
-		kgo.BlockRebalanceOnPoll(),
-		kgo.AutoCommitMarks(),
-		kgo.AutoCommitInterval(commitInterval),
+	c.kafka, err = newGroupClient(cfg, "event-ingestion-consumer", "",
 		kgo.FetchMaxWait(fetchWait),
 		kgo.FetchMinBytes(fetchBytes),
 		kgo.FetchMaxBytes(8<<20),
@@ -114,6 +107,35 @@ func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow f
 		kgo.OnPartitionsLost(c.onLost),
 	)
 	return c, err
+}
+
+// newGroupClient returns a client that reads a topic in a group, with the same suffix to the names of both, and commits what is
+// marked. A rebalance waits from each poll to AllowRebalance.
+func newGroupClient(cfg *settings, clientID, suffix string, more ...kgo.Opt) (*kgo.Client, error) {
+	return newKafka(cfg, clientID, append([]kgo.Opt{
+		kgo.ConsumerGroup(cfg.kafkaGroup + suffix),
+		kgo.ConsumeTopics(cfg.kafkaTopic + suffix),
+		kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()),
+		kgo.Balancers(kgo.CooperativeStickyBalancer()),
+		kgo.SessionTimeout(cfg.kafkaSession),
+		kgo.HeartbeatInterval(cfg.kafkaSession / 4),
+		kgo.BlockRebalanceOnPoll(),
+		kgo.AutoCommitMarks(),
+		kgo.AutoCommitInterval(commitInterval),
+	}, more...)...)
+}
+
+// poll waits for records for that long, and tells failed of every error.
+func poll(ctx context.Context, kafka *kgo.Client, most int, wait time.Duration, failed func(error)) kgo.Fetches {
+	waiting, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	fetches := kafka.PollRecords(waiting, most)
+	fetches.EachError(func(_ string, _ int32, err error) {
+		if !errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+			failed(err)
+		}
+	})
+	return fetches
 }
 
 // run consumes until ctx is done, then stores and commits what the blocks hold, bounded by the context that
@@ -158,14 +180,11 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 
 func (c *consumer) poll(ctx context.Context) {
 	for ctx.Err() == nil {
-		waiting, cancel := context.WithTimeout(ctx, c.pollLimit())
-		fetches := c.kafka.PollRecords(waiting, pollRecords)
-		cancel()
-		fetches.EachError(func(_ string, _ int32, err error) {
-			if !errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
-				c.failed(err)
-			}
-		})
+		wait := pollWait
+		if slices.ContainsFunc(c.lanes, func(l *lane) bool { return l.paused }) {
+			wait = fullWait
+		}
+		fetches := poll(ctx, c.kafka, pollRecords, wait, c.failed)
 		if n := c.partitionsNow(); n > 0 && n != c.parts {
 			c.abandon(errGrown)
 		}
@@ -186,16 +205,6 @@ func (c *consumer) lane(partition int32) *lane { return c.lanes[int(partition)%l
 func (c *consumer) worker(partition int32) *worker {
 	workers := c.lane(partition).workers
 	return workers[int(partition)/len(c.lanes)%len(workers)]
-}
-
-// pollLimit bounds a poll in which nothing comes, so that a grown topic, or room in a paused lane, is noticed.
-func (c *consumer) pollLimit() time.Duration {
-	for _, l := range c.lanes {
-		if l.paused {
-			return fullWait
-		}
-	}
-	return pollWait
 }
 
 // makeRoom waits until a queue is below its limit. A shard that stands still must not hold the others up: while another lane has
@@ -226,9 +235,11 @@ func (c *consumer) makeRoom(ctx context.Context) {
 			}
 			return
 		}
-		waiting, cancel := context.WithTimeout(ctx, fullWait)
-		full[0].backlog.wait(waiting)
-		cancel()
+		select {
+		case <-full[0].backlog.room:
+		case <-time.After(fullWait):
+		case <-ctx.Done():
+		}
 	}
 }
 
@@ -265,11 +276,6 @@ func (c *consumer) partitionsOf(l *lane) map[string][]int32 {
 	return map[string][]int32{c.topic: list}
 }
 
-// mark tells the client what may be committed.
-func (c *consumer) mark(offsets map[int32]kgo.EpochOffset) {
-	c.kafka.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{c.topic: offsets})
-}
-
 // readEvents is what fails when a poll does.
 const readEvents = "read the main topic"
 
@@ -287,7 +293,7 @@ func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[s
 			return
 		}
 		c.lane(p).inserter.cameAt.Store(&came)
-		c.worker(p).assign(p, came)
+		c.worker(p).assign(p, came, (rereadBlocks+maxShare)*c.limits.rows)
 		c.has[p] = struct{}{}
 	}
 	c.shareRounds()
@@ -297,16 +303,13 @@ func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[s
 // onRevoked lets partitions go: what is queued is dropped, what is in blocks is stored, marks are committed. Only then
 // may another instance have them.
 func (c *consumer) onRevoked(ctx context.Context, kafka *kgo.Client, topics map[string][]int32) {
-	leaving := map[int32]struct{}{}
-	for _, p := range topics[c.topic] {
-		leaving[p] = struct{}{}
-	}
-	if c.forget(topics) == 0 {
+	leaving := topics[c.topic]
+	if c.forget(leaving); len(leaving) == 0 {
 		return
 	}
 	var flushing sync.WaitGroup
 	for _, l := range c.lanes {
-		if !slices.ContainsFunc(topics[c.topic], func(p int32) bool { return c.lane(p) == l }) {
+		if !slices.ContainsFunc(leaving, func(p int32) bool { return c.lane(p) == l }) {
 			continue
 		}
 		flushing.Go(func() { // ends with ctx
@@ -334,7 +337,7 @@ func (c *consumer) onRevoked(ctx context.Context, kafka *kgo.Client, topics map[
 // onLost is the other way to lose partitions: the group did not hear from us in time and has given all of them to
 // others. Nothing can be committed, and nothing of them may be stored any more.
 func (c *consumer) onLost(_ context.Context, _ *kgo.Client, topics map[string][]int32) {
-	if c.forget(topics) > 0 {
+	if c.forget(topics[c.topic]); len(topics[c.topic]) > 0 {
 		c.abandon(errGivenUp)
 	}
 }
@@ -371,15 +374,14 @@ func (c *consumer) isMember(ctx context.Context) error {
 	}
 }
 
-func (c *consumer) forget(topics map[string][]int32) int {
-	lost := topics[c.topic]
+func (c *consumer) forget(lost []int32) {
+	if len(lost) == 0 {
+		return
+	}
 	for _, p := range lost {
 		c.worker(p).drop(p)
 		delete(c.has, p)
 	}
 	c.shareRounds()
-	if len(lost) > 0 {
-		slog.Info("partitions revoked", "count", len(lost), "all", len(c.has))
-	}
-	return len(lost)
+	slog.Info("partitions revoked", "count", len(lost), "all", len(c.has))
 }

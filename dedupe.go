@@ -277,12 +277,11 @@ func (d *dedupe) free(need int64) bool {
 	if fits(d.budget) || d.stuck == d.round {
 		return fits(d.budget)
 	}
-	old := slices.DeleteFunc(slices.Collect(maps.Keys(d.minutes)), func(minute int64) bool { return d.minutes[minute].lastUsed == d.round })
-	slices.SortFunc(old, func(a, b int64) int {
+	oldest := slices.SortedFunc(maps.Keys(d.minutes), func(a, b int64) int {
 		return cmp.Or(cmp.Compare(d.minutes[a].lastUsed, d.minutes[b].lastUsed), cmp.Compare(a, b))
 	})
-	for _, minute := range old {
-		if fits(d.budget * 15 / 16) { // or each set that grows would sort again
+	for _, minute := range oldest {
+		if d.minutes[minute].lastUsed == d.round || fits(d.budget*15/16) { // with less room each set that grows would sort again
 			break
 		}
 		d.drop(minute)

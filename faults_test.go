@@ -228,7 +228,7 @@ func TestTornBesideOthers(t *testing.T) {
 		second.cmd.Wait()
 		before -= strings.Count(second.log.String(), "mending")
 		second = startProgram(t, env)
-		first.await("mended", 40*time.Second, func() bool { return mended() > before })
+		first.await("mended", 2*time.Minute, func() bool { return mended() > before })
 	}
 	l.Stop()
 	done()

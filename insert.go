@@ -70,8 +70,7 @@ type inserter struct {
 	conn    *ch.Client       // nil when the last attempt failed
 	failing atomic.Bool      // what is tried now has failed before
 	tried   time.Time        // the last time whether a late shard answers
-	taken   []*block         // of the round, one a worker
-	round   []*block         // what is still to be stored: those of taken, or what is left of them
+	round   []*block         // what is still to be stored: one block a worker, or what is left of them
 	queries uint64           // number of the last insert
 	empty   proto.Input      // the columns of a block without rows
 	unknown bool             // the last insert has been given rows and got no answer
@@ -81,7 +80,7 @@ type inserter struct {
 
 // flushRequest asks for a round, and to forget what is known of partitions that leave.
 type flushRequest struct {
-	leaving map[int32]struct{}
+	leaving []int32
 	done    chan struct{}
 }
 
@@ -93,7 +92,7 @@ func newInserter(st *store, cfg *settings, stats *storeStats, workers []*worker,
 		flushes: make(chan flushRequest),
 		ended:   make(chan struct{}),
 		empty:   newBlock(0).columns,
-		torn:    torn{hours: map[int64]struct{}{}, held: map[int32]kgo.EpochOffset{}},
+		torn:    torn{hours: map[int64]struct{}{}, held: map[int32]kgo.EpochOffset{}, atOnce: lookHours},
 		repairs: repair{ranges: map[partName]timeRange{}, aside: map[partName]struct{}{}},
 	}
 	ins.dedupe = newDedupe(ins, st.database, cfg.dedupeMemory/int64(st.of))
@@ -122,7 +121,12 @@ func (ins *inserter) run(ctx context.Context, stop <-chan struct{}) {
 		case <-ins.due:
 			ins.insertRound(ctx)
 		case f := <-ins.flushes:
-			ins.flushFor(ctx, f)
+			ins.insertRound(ctx)
+			ins.mend(ctx)
+			for _, p := range f.leaving { // what waits for a mending is read again by the next owner, who mends it
+				delete(ins.held, p)
+			}
+			close(f.done)
 		case <-mending.C:
 			if ins.store.late.Load() && time.Since(ins.tried) > maxBackoff { // nobody may have an event for it
 				ins.tried = time.Now()
@@ -141,7 +145,7 @@ func (ins *inserter) run(ctx context.Context, stop <-chan struct{}) {
 
 // flush returns when every row that was in a block before the call is stored, or ctx is done. Nothing of the leaving
 // partitions is committed by this instance after the commit that follows.
-func (ins *inserter) flush(ctx context.Context, leaving map[int32]struct{}) error {
+func (ins *inserter) flush(ctx context.Context, leaving []int32) error {
 	f := flushRequest{leaving, make(chan struct{})}
 	for ask := ins.flushes; ; {
 		select {
@@ -157,39 +161,31 @@ func (ins *inserter) flush(ctx context.Context, leaving map[int32]struct{}) erro
 	}
 }
 
-func (ins *inserter) flushFor(ctx context.Context, f flushRequest) {
-	ins.insertRound(ctx)
-	ins.mend(ctx)
-	for p := range f.leaving { // what waits for a mending is read again by the next owner, who mends it
-		delete(ins.held, p)
-	}
-	close(f.done)
-}
-
 // insertRound takes the blocks of all workers and stores what is new in them as one insert. It returns when that is
 // done, or when ctx is: then the blocks' offsets stay unmarked.
 func (ins *inserter) insertRound(ctx context.Context) {
 	if ins.catchUp(ctx); ctx.Err() != nil { // the ids of a round that was abandoned are known, and its rows are not stored
 		return
 	}
-	ins.call.answered()
+	drain(ins.call.arrived) // before the blocks are taken: a row that comes later asks again
+	drain(ins.call.full)
 	ins.due = nil
-	ins.taken = ins.taken[:0]
+	var taken []*block
 	oldest := time.Now() // when the first record was produced
 	for _, w := range ins.workers {
 		b := w.takeBlock()
 		if b == nil {
 			continue
 		}
-		ins.taken = append(ins.taken, b)
+		taken = append(taken, b)
 		if len(b.records) > 0 && b.records[0].Timestamp.Before(oldest) {
 			oldest = b.records[0].Timestamp
 		}
 	}
-	if len(ins.taken) == 0 {
+	if len(taken) == 0 {
 		return
 	}
-	ins.round = append(ins.round[:0], ins.taken...)
+	ins.round = append(ins.round[:0], taken...)
 	if ins.persist(ctx, "look for duplicates", func() error { return ins.prepare(ctx) }) != nil {
 		return
 	}
@@ -204,7 +200,7 @@ func (ins *inserter) insertRound(ctx context.Context) {
 		ins.stats.inserted(rows, took)
 		ins.rested = time.Now().Add(min(2*(took-healthyInsert), maxRest))
 	}
-	for _, b := range ins.taken {
+	for _, b := range taken {
 		maps.Copy(ins.held, b.offsets)
 		b.reset()
 	}
@@ -219,9 +215,6 @@ func (ins *inserter) prepare(ctx context.Context) error {
 	if came := ins.cameAt.Load(); came != nil {
 		ins.dedupe.forgetAll()
 		if _, err := ins.awaitInserts(ctx); err != nil {
-			return err
-		}
-		if err := ins.store.syncReplica(ctx, ins); err != nil {
 			return err
 		}
 		ins.cameAt.CompareAndSwap(came, nil)
@@ -277,9 +270,6 @@ func (ins *inserter) settle(ctx context.Context) error {
 	if _, err := ins.awaitInserts(ctx); err != nil {
 		return err
 	}
-	if err := ins.store.syncReplica(ctx, ins); err != nil {
-		return err
-	}
 	if err := ins.dedupe.lookUp(ctx, ins.round, true); err != nil {
 		return err
 	}
@@ -298,7 +288,7 @@ func (ins *inserter) settle(ctx context.Context) error {
 
 // awaitInserts waits until no insert is at work that may still add rows to this instance's partitions: none of its own, whose
 // answer may have been lost, and none of others that was running when partitions came here; the last one of an instance that was
-// killed may still be. It returns whether another instance inserts.
+// killed may still be. The replica then has what they have added. It returns whether another instance inserts.
 func (ins *inserter) awaitInserts(ctx context.Context) (others bool, err error) {
 	const toBeWaitedFor = 2 // and 1 is another one
 	for attempt := 0; ; attempt++ {
@@ -311,8 +301,11 @@ func (ins *inserter) awaitInserts(ctx context.Context) (others bool, err error) 
 				" FROM system.processes WHERE startsWith(query_id, {group:String})",
 			Parameters: []proto.Parameter{parameter("group", ins.group), parameter("mine", ins.mine), parameter("since", fmt.Sprint(since.Seconds()))},
 		})
-		if err != nil || most < toBeWaitedFor {
-			return most > 0, err
+		if err != nil {
+			return false, err
+		}
+		if most < toBeWaitedFor {
+			return most > 0, ins.store.syncReplica(ctx, ins)
 		}
 		if attempt == 20 { // a second
 			slog.Info("waiting for an insert that ClickHouse still works at")
@@ -339,8 +332,8 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 		}
 		ins.repair(ctx, err)
 		ins.stats.troubles.note(ins.store.name(what), err)
-		if ch.IsErr(err, proto.ErrUnknownTable) {
-			ins.store.attachLeft(ctx)
+		if ch.IsErr(err, proto.ErrUnknownTable) { // whoever detached it may have died before attaching
+			ins.store.connected(ctx, func(c asker) error { return ins.store.attach(ctx, c) })
 		}
 		sleep(ctx, pause/2+rand.N(pause/2))
 	}

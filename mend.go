@@ -74,9 +74,8 @@ func (t *torn) noteHour(hour int64) {
 func (ins *inserter) mend(ctx context.Context) {
 	ins.repair(ctx, nil)
 	if len(ins.hours) > 0 && !time.Now().Before(ins.next) {
-		started := time.Now()
+		what, started := ins.store.name("compare hours of events_hourly with events; offsets wait"), time.Now()
 		hours := slices.Sorted(maps.Keys(ins.hours)) // the oldest first
-		ins.atOnce = max(ins.atOnce, lookHours)
 		hours = hours[:min(len(hours), ins.atOnce)]
 		agree, err := ins.lookAndMend(ctx, hours)
 		took := time.Since(started)
@@ -95,9 +94,9 @@ func (ins *inserter) mend(ctx context.Context) {
 			if saysOtherStates(err) {
 				ins.store.readStates(ctx, ins) // an error comes back at the next look
 			}
-			ins.stats.troubles.note(ins.store.name(lookAtHours), err)
+			ins.stats.troubles.note(what, err)
 		} else {
-			ins.stats.troubles.clear(ins.store.name(lookAtHours))
+			ins.stats.troubles.clear(what)
 		}
 		if err != nil || len(ins.hours) == 0 {
 			pause = max(mendInterval, lookShare*took)
@@ -110,9 +109,6 @@ func (ins *inserter) mend(ctx context.Context) {
 		ins.rounds = 0
 	}
 }
-
-// lookAtHours is what fails when hours cannot be counted.
-const lookAtHours = "compare hours of events_hourly with events; offsets wait"
 
 // catchUp mends until so few rounds are held that a next owner would read all of them as possibly torn.
 func (ins *inserter) catchUp(ctx context.Context) {
@@ -127,15 +123,13 @@ func (ins *inserter) catchUp(ctx context.Context) {
 
 // lookAndMend says whether the hours agree. A mending is believed when the next look finds nothing.
 func (ins *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool, err error) {
+	differing := fmt.Sprintf(differences, "", inHours(hours), "event_count != 0")
 	alone := ins.alone()
 	before, err := ins.awaitInserts(ctx)
 	if err != nil {
 		return false, err
 	}
-	if err := ins.store.syncReplica(ctx, ins); err != nil {
-		return false, err
-	}
-	seen, err := ins.look(ctx, hours)
+	seen, err := ins.look(ctx, differing)
 	if err != nil {
 		return false, err
 	}
@@ -159,21 +153,16 @@ func (ins *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool
 	}
 	slog.Warn("events_hourly does not agree with events after a fault, mending", "rows", len(seen), "first", seen[0])
 	ins.stats.mended.Add(len(seen))
-	return false, ins.insertDifferences(ctx, hours, seen)
+	return false, ins.insertDifferences(ctx, differing, seen)
 }
 
-// look counts the hours in both tables and returns where they differ.
-func (ins *inserter) look(ctx context.Context, hours []int64) (seen []string, err error) {
+// look counts hours in both tables and returns where they differ.
+func (ins *inserter) look(ctx context.Context, differing string) (seen []string, err error) {
 	var text proto.ColStr
 	err = ins.Do(ctx, eachRow(ch.Query{
-		Body: ins.store.sql("SELECT " + difference + " AS text FROM " + differencesIn(hours) + " ORDER BY text"),
+		Body: ins.store.sql("SELECT " + difference + " AS text FROM " + differing + " ORDER BY text"),
 	}, func(i int) { seen = append(seen, text.Row(i)) }, &text))
 	return seen, err
-}
-
-// differencesIn is a subquery of the hours' differences.
-func differencesIn(hours []int64) string {
-	return fmt.Sprintf(differences, "", inHours(hours), "event_count != 0")
 }
 
 // inHours is the SQL for hour being one of these.
@@ -185,13 +174,13 @@ func inHours(hours []int64) string {
 	return "hour IN (" + strings.Join(list, ",") + ")"
 }
 
-// insertDifferences gives events_hourly what it lacks, and takes back what it has too much of: just what was seen in the hours,
-// if that is what it still finds.
-func (ins *inserter) insertDifferences(ctx context.Context, hours []int64, seen []string) error {
+// insertDifferences gives events_hourly what it lacks, and takes back what it has too much of: just what was seen, if that is
+// what it still finds.
+func (ins *inserter) insertDifferences(ctx context.Context, differing string, seen []string) error {
 	var text proto.ColStr
 	text.AppendArr(seen)
 	return ins.Do(ctx, ch.Query{
-		Body:          ins.store.sql(addDifferences + differencesIn(hours) + " WHERE " + difference + " IN (SELECT text FROM seen)"),
+		Body:          ins.store.sql(addDifferences + differing + " WHERE " + difference + " IN (SELECT text FROM seen)"),
 		QueryID:       ins.queryID(),
 		ExternalTable: "seen",
 		ExternalData:  []proto.InputColumn{{Name: "text", Data: &text}},

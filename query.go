@@ -330,7 +330,7 @@ func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error
 			if sleep(ctx, tablePause) != nil {
 				return err
 			}
-			if _, e := m.store.readStates(ctx, pool); e != nil {
+			if e := m.store.readStates(ctx, pool); e != nil {
 				return err
 			}
 		case err == nil || answered || attempt >= 2*queryConns || ctx.Err() != nil:

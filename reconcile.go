@@ -60,10 +60,10 @@ func reconcileTool(fs *flag.FlagSet) toolRun {
 	asJSON := fs.Bool("json", false, "what differs as a JSON object a line, and nothing else")
 	anew := fs.Bool("rebuild", false, "make the whole table anew from events, as schema.sql says it now, while events go on coming in")
 	return func(ctx context.Context, cfg *settings, _ []string, w io.Writer) error {
-		if *anew && fs.NFlag() > 1 {
-			return badArgument{errors.New("-rebuild takes no other flag")}
-		}
 		if *anew {
+			if fs.NFlag() > 1 {
+				return badArgument{errors.New("-rebuild takes no other flag")}
+			}
 			if err := rebuildHourly(ctx, cfg, w); err != nil {
 				return fmt.Errorf("-rebuild: %w (run it again: it finishes, or begins anew)", err)
 			}
@@ -113,50 +113,33 @@ func reconcile(ctx context.Context, st *store, r timeRange, quiet int, dryRun bo
 // reconcileEach hands the rows that differ, shard by shard, to each and, unless dryRun, mends them. It returns how many there
 // were. The range is widened to whole hours; what was written within the last quiet seconds is left out.
 func reconcileEach(ctx context.Context, st *store, r timeRange, quiet int, dryRun bool, each func(unequal)) (rows int, err error) {
+	from, to := r.from/hourSeconds*hourSeconds, (r.to+hourSeconds-1)/hourSeconds*hourSeconds
+	differing := fmt.Sprintf(differences, "FINAL", fmt.Sprintf("hour >= %d AND hour < %d", max(from, 0), min(to, maxUnixSeconds)),
+		fmt.Sprintf("(event_count != 0 OR revenue != 0) AND last_written <= now64(3) - %d", quiet))
 	shards, err := st.shards(ctx)
 	failures := []error{err}
 	for _, sh := range shards {
-		n, err := reconcileShard(ctx, sh, r, quiet, dryRun, each)
-		if rows += n; err != nil && sh.of > 1 {
-			err = fmt.Errorf("%s: %w", sh.name("ClickHouse"), err)
-		}
-		failures = append(failures, err)
+		before := rows
+		failures = append(failures, sh.session(ctx, io.Discard, func(s *session) {
+			s.do(sh.readStates)
+			s.do(sh.syncReplica)
+			var name, channel, hour proto.ColStr
+			var missing, has proto.ColInt64
+			s.ask(ch.Query{
+				Body: "SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") +
+					", event_count, aggregated FROM " + differing + " ORDER BY hour, name, ch",
+			}, func(i int) {
+				rows++
+				each(unequal{hour.Row(i), name.Row(i), channel.Row(i), has[i] + missing[i], has[i]})
+			}, &name, &channel, &hour, &missing, &has)
+			if rows > before && !dryRun {
+				s.do(func(ctx context.Context, c asker) error {
+					return c.Do(ctx, ch.Query{Body: sh.sql(addDifferences + differing), Settings: sh.inserting()})
+				})
+			}
+		}))
 	}
 	return rows, errors.Join(failures...)
-}
-
-func reconcileShard(ctx context.Context, st *store, r timeRange, quiet int, dryRun bool, each func(unequal)) (rows int, err error) {
-	from, to := r.from/hourSeconds*hourSeconds, (r.to+hourSeconds-1)/hourSeconds*hourSeconds
-	c, err := st.dial(ctx)
-	if err != nil {
-		return 0, err
-	}
-	defer c.Close()
-	if _, err := st.readStates(ctx, c); err != nil {
-		return 0, err
-	}
-	if err := st.syncReplica(ctx, c); err != nil {
-		return 0, err
-	}
-	query := fmt.Sprintf(differences, "FINAL", fmt.Sprintf("hour >= %d AND hour < %d", max(from, 0), min(to, maxUnixSeconds)),
-		fmt.Sprintf("(event_count != 0 OR revenue != 0) AND last_written <= now64(3) - %d", quiet))
-	var (
-		name, channel, hour proto.ColStr
-		missing, has        proto.ColInt64
-	)
-	err = c.Do(ctx, eachRow(ch.Query{
-		Body: st.sql("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, " + isoHour("hour") + ", event_count, aggregated FROM " + query + " ORDER BY hour, name, ch"),
-	}, func(i int) {
-		rows++
-		each(unequal{hour.Row(i), name.Row(i), channel.Row(i), has[i] + missing[i], has[i]})
-	}, &name, &channel, &hour, &missing, &has))
-	if err != nil || rows == 0 || dryRun {
-		return rows, err
-	}
-	return rows, c.Do(ctx, ch.Query{
-		Body:     st.sql(addDifferences + query),
-		Settings: st.inserting(),
-	})
 }
 
 const (
@@ -174,12 +157,8 @@ const (
 	never = 1 << 62
 )
 
-// rebuild is one run. Its store has the wanted precision, whatever the old table has.
-type rebuild struct {
-	store *store
-	conn  asker
-	out   io.Writer
-}
+// rebuild is one run on one server. Its store has the wanted precision, whatever the old table has.
+type rebuild struct{ *session }
 
 // rebuildHourly makes events_hourly what schema.sql now says. It takes as long as ClickHouse needs to read events once.
 func rebuildHourly(ctx context.Context, cfg *settings, out io.Writer) error {
@@ -191,11 +170,10 @@ func rebuildHourly(ctx context.Context, cfg *settings, out io.Writer) error {
 		return errors.New("several shards of replicas cannot be made anew by this command")
 	}
 	// The tables of all shards are filled before the first is exchanged: queries over shards of two precisions fail.
-	for _, step := range []func(*rebuild, context.Context) error{(*rebuild).make, (*rebuild).takeOver} {
+	for _, step := range []func(rebuild){rebuild.make, rebuild.takeOver} {
 		for _, st := range shards {
 			st.userBits.Store(wantedUserBits)
-			err := st.connected(ctx, func(c asker) error { return step(&rebuild{st, c, out}, ctx) })
-			if err != nil {
+			if err := st.session(ctx, out, func(s *session) { step(rebuild{s}) }); err != nil {
 				return err
 			}
 		}
@@ -204,247 +182,220 @@ func rebuildHourly(ctx context.Context, cfg *settings, out io.Writer) error {
 }
 
 // make makes and fills the new table, unless that was done before.
-func (r *rebuild) make(ctx context.Context) error {
-	if r.store.of > 1 {
-		fmt.Fprintln(r.out, r.store.name("counting"))
+func (r rebuild) make() {
+	if r.has(tableRebuilt) {
+		return
 	}
-	if is, err := r.isFilled(ctx); err != nil || is {
-		return err
+	if r.has(eventsMoved) {
+		r.fail("a reshard has begun: let it finish first")
 	}
-	if n, err := r.number(ctx, "SELECT count() FROM system.tables WHERE database = '{database}' AND name = '"+eventsMoved+"'"); err != nil || n > 0 {
-		return errors.Join(err, errors.New("a reshard has begun: let it finish first"))
+	r.do(r.store.syncReplica)
+	since := r.begin()
+	r.fill("events", tableNext, fmt.Sprintf("created_at < fromUnixTimestamp64Milli(%d)", since))
+	r.syncReplicas(tableNext)
+	if r.sinceOf(tableNext) != since {
+		r.fail("another rebuild has begun")
 	}
-	if err := r.store.syncReplica(ctx, r.conn); err != nil {
-		return err
-	}
-	since, err := r.begin(ctx)
-	if err != nil {
-		return err
-	}
-	if err := r.fill(ctx, "events", tableNext, fmt.Sprintf("created_at < fromUnixTimestamp64Milli(%d)", since)); err != nil {
-		return err
-	}
-	if err := r.syncReplicas(ctx, tableNext); err != nil {
-		return err
-	}
-	if n, err := r.sinceOf(ctx, tableNext); err != nil || n != since {
-		return errors.Join(err, errors.New("another rebuild has begun"))
-	}
-	return nil
 }
 
 // begin makes the new table and its view. since, in Unix milliseconds, divides the two counts: when begin returns it has
 // passed, and every row from before it is visible.
-func (r *rebuild) begin(ctx context.Context) (since int64, err error) {
+func (r rebuild) begin() (since int64) {
 	const view = "CREATE MATERIALIZED VIEW {database}.%s{on cluster} TO {database}.%s AS SELECT {counted} FROM {database}.events" +
 		" WHERE created_at >= fromUnixTimestamp64Milli(%d) GROUP BY event_name, channel, hour"
-	tables := append([]string{
-		"DROP VIEW IF EXISTS {database}." + viewNext + "{on cluster} SYNC",
-		"DROP TABLE IF EXISTS {database}." + tableNext + "{on cluster} SYNC",
-	}, statementsOf("events_hourly", tableNext)...)
 	for lead := firstLead; ; lead *= 2 {
-		fmt.Fprintln(r.out, "the new table is made")
-		if err := r.change(ctx, tables...); err != nil {
-			return 0, err
-		}
-		now, err := r.now(ctx)
-		if err != nil {
-			return 0, err
-		}
-		since = now + lead.Milliseconds()
-		err = r.change(ctx, fmt.Sprintf("ALTER TABLE {database}.%s{on cluster} MODIFY COMMENT '%d'", tableNext, since),
+		r.say("the new table is made")
+		r.change("DROP VIEW IF EXISTS {database}."+viewNext+"{on cluster} SYNC", "DROP TABLE IF EXISTS {database}."+tableNext+"{on cluster} SYNC")
+		r.change(statementsOf("events_hourly", tableNext)...)
+		since = r.now() + lead.Milliseconds()
+		r.change(fmt.Sprintf("ALTER TABLE {database}.%s{on cluster} MODIFY COMMENT '%d'", tableNext, since),
 			fmt.Sprintf(view, viewNext, tableNext, since))
-		if err != nil {
-			return 0, err
-		}
-		if now, err = r.now(ctx); err != nil {
-			return 0, err
-		}
-		ended, err := r.awaitInserts(ctx, now, since)
-		if err != nil {
-			return 0, err
-		}
-		if ended < since {
-			_, err = r.awaitInserts(ctx, since, never)
-			return since, err
+		if r.awaitInserts(r.now(), since) < since {
+			r.awaitInserts(since, never)
+			return since
 		}
 	}
-}
-
-// awaitInserts returns once begun has passed and no insert from before it is still running, or at until. Both are in the
-// server's Unix milliseconds, and so is the time that it returns.
-func (r *rebuild) awaitInserts(ctx context.Context, begun, until int64) (now int64, err error) {
-	processes := "system.processes"
-	if r.store.replicated {
-		processes = "clusterAllReplicas('" + r.store.cluster + "', system.processes)"
-		begun += replicaSkew.Milliseconds()
-	}
-	running := fmt.Sprintf("SELECT count() FROM %s WHERE query_kind IN ('Insert', 'AsyncInsertFlush') AND position(query, 'events') > 0"+
-		" AND (toFloat64(now64(3)) - elapsed) * 1000 < %d + 1", processes, begun)
-	for {
-		if now, err = r.now(ctx); err != nil || now >= until {
-			return now, err
-		}
-		if now > begun {
-			if n, err := r.number(ctx, running); err != nil || n == 0 {
-				return now, err
-			}
-		}
-		if err := sleep(ctx, rebuildPoll); err != nil {
-			return 0, err
-		}
-	}
-}
-
-// fill counts the rows of events that a condition names.
-func (r *rebuild) fill(ctx context.Context, events, hourly, where string) error {
-	return r.eachDay(ctx, "counting", "{database}."+events, where, "INSERT INTO {database}."+hourly+" (event_name, channel, hour, {counts}) SELECT {counted} FROM {database}."+events+
-		" FINAL WHERE %s GROUP BY event_name, channel, hour")
-}
-
-// eachDay runs an insert for each day of what a condition selects from a table: that bounds the memory of a statement.
-func (r *rebuild) eachDay(ctx context.Context, what, table, where, insert string) error {
-	var days proto.ColUInt32
-	var all []time.Time
-	err := r.conn.Do(ctx, eachRow(ch.Query{
-		Body:     r.store.sql("SELECT DISTINCT toUnixTimestamp(toStartOfDay(timestamp)) AS day FROM " + table + " WHERE " + where + " ORDER BY day"),
-		Settings: everyShard,
-	}, func(i int) { all = append(all, time.Unix(int64(days[i]), 0).UTC()) }, &days))
-	if err != nil {
-		return err
-	}
-	told := ""
-	for _, day := range all {
-		if month := day.Format("2006-01"); month != told {
-			fmt.Fprintln(r.out, what, month)
-			told = month
-		}
-		during := fmt.Sprintf("timestamp >= %d AND timestamp < %d AND %s", day.Unix(), day.Unix()+daySeconds, where)
-		err := r.conn.Do(ctx, ch.Query{
-			Body:     r.store.sql(fmt.Sprintf(insert, during)),
-			Settings: append(append(r.store.inserting(), everyShard...), ch.Setting{Key: "max_bytes_before_external_group_by", Value: "1000000000"}),
-		})
-		if err != nil {
-			return fmt.Errorf("%s %s: %w", what, day.Format(time.DateOnly), err)
-		}
-	}
-	return nil
-}
-
-// isFilled says whether the exchange has begun.
-func (r *rebuild) isFilled(ctx context.Context) (bool, error) {
-	n, err := r.number(ctx, "SELECT count() FROM system.tables WHERE database = '{database}' AND name = '"+tableRebuilt+"'")
-	return n > 0, err
 }
 
 // takeOver puts the filled table in the old one's place. It can be repeated from any point: of the two tables the new one has
 // the later moment in its comment.
-func (r *rebuild) takeOver(ctx context.Context) error {
-	if is, err := r.isFilled(ctx); err != nil {
-		return err
-	} else if is {
-		fmt.Fprintln(r.out, "an exchange of tables has begun, it is finished now")
+func (r rebuild) takeOver() {
+	if r.has(tableRebuilt) {
+		r.say("an exchange of tables has begun, it is finished now")
 	} else {
-		fmt.Fprintln(r.out, r.store.name("inserts wait"))
-		if err := r.change(ctx, "RENAME TABLE {database}."+tableNext+" TO {database}."+tableRebuilt+"{on cluster}"); err != nil {
-			return err
-		}
+		r.say("inserts wait")
+		r.change("RENAME TABLE {database}." + tableNext + " TO {database}." + tableRebuilt + "{on cluster}")
 	}
-	now, err := r.now(ctx)
-	if err != nil {
-		return err
-	}
-	if _, err := r.awaitInserts(ctx, now, never); err != nil { // these still feed both tables
-		return err
-	}
-	rebuilt, err := r.sinceOf(ctx, tableRebuilt)
-	if err != nil {
-		return err
-	}
-	hourly, err := r.sinceOf(ctx, "events_hourly")
-	if err != nil {
-		return err
-	}
+	r.awaitInserts(r.now(), never) // these still feed both tables
+	rebuilt, hourly := r.sinceOf(tableRebuilt), r.sinceOf("events_hourly")
 	if rebuilt > hourly {
-		fmt.Fprintln(r.out, "the tables are exchanged")
-		if err := r.syncReplicas(ctx, tableRebuilt); err != nil {
-			return err
-		}
-		if err := r.change(ctx, "EXCHANGE TABLES {database}.events_hourly AND {database}."+tableRebuilt+"{on cluster}"); err != nil {
-			return err
-		}
+		r.say("the tables are exchanged")
+		r.syncReplicas(tableRebuilt)
+		r.change("EXCHANGE TABLES {database}.events_hourly AND {database}." + tableRebuilt + "{on cluster}")
 	}
-	if err := r.exchangeViews(ctx); err != nil {
-		return err
-	}
-	return r.mend(ctx, max(rebuilt, hourly))
+	r.exchangeViews()
+	r.mend(max(rebuilt, hourly))
 }
 
 // exchangeViews gives the new table the view. Inserts go on when the other view, whose target is gone, is dropped.
-func (r *rebuild) exchangeViews(ctx context.Context) error {
-	fmt.Fprintln(r.out, "the views are made anew")
-	if err := r.change(ctx, "DROP VIEW IF EXISTS {database}.events_hourly_mv{on cluster} SYNC"); err != nil {
-		return err
-	}
-	for _, views := range []bool{false, true} {
-		if err := r.store.apply(ctx, r.conn, views); err != nil {
-			return err
-		}
-	}
-	if err := r.change(ctx, "DROP VIEW IF EXISTS {database}."+viewNext+"{on cluster} SYNC"); err != nil {
-		return err
-	}
-	fmt.Fprintln(r.out, "inserts go on")
-	return r.change(ctx, "DROP TABLE {database}."+tableRebuilt+"{on cluster} SYNC")
+func (r rebuild) exchangeViews() {
+	r.say("the views are made anew")
+	r.change("DROP VIEW IF EXISTS {database}.events_hourly_mv{on cluster} SYNC")
+	r.do(r.store.makeTables)
+	r.do(r.store.makeViews)
+	r.change("DROP VIEW IF EXISTS {database}." + viewNext + "{on cluster} SYNC")
+	r.say("inserts go on")
+	r.change("DROP TABLE {database}." + tableRebuilt + "{on cluster} SYNC")
 }
 
 // mend compares the hours written to meanwhile: a torn insert was perhaps mended in the old table only.
-func (r *rebuild) mend(ctx context.Context, since int64) error {
+func (r rebuild) mend(since int64) {
 	const written = "SELECT toUInt64(toUnixTimestamp(%s(timestamp))) FROM {database}.events WHERE created_at >= fromUnixTimestamp64Milli(%d)"
-	from, err := r.number(ctx, fmt.Sprintf(written, "min", since))
-	if err != nil {
+	within := timeRange{r.number(fmt.Sprintf(written, "min", since)), r.number(fmt.Sprintf(written, "max", since)) + 1}
+	r.do(func(ctx context.Context, _ asker) error {
+		n, err := reconcile(ctx, r.store, within, quietSeconds, false, r.out)
+		if err == nil {
+			fmt.Fprintf(r.out, "events_hourly is made anew; %d of its rows had to be mended\n", n)
+		}
 		return err
+	})
+}
+
+// syncReplicas waits until every replica has the table's parts.
+func (r rebuild) syncReplicas(table string) {
+	if r.store.replicated {
+		r.change("SYSTEM SYNC REPLICA{on cluster} {database}." + table)
 	}
-	to, err := r.number(ctx, fmt.Sprintf(written, "max", since))
-	if err != nil {
-		return err
-	}
-	n, err := reconcile(ctx, r.store, timeRange{from, to + 1}, quietSeconds, false, r.out)
-	if err == nil {
-		fmt.Fprintf(r.out, "events_hourly is made anew; %d of its rows had to be mended\n", n)
+}
+
+// sinceOf is the moment that a table's comment names, 0 when it was not made by a rebuild.
+func (r rebuild) sinceOf(table string) int64 {
+	return r.number("SELECT max(toUInt64OrZero(comment)) FROM system.tables WHERE database = '{database}' AND name = '" + table + "'")
+}
+
+// session is a command's steps on one server, of which each needs those before it. Its first error stays: after it nothing is
+// asked, changed or said, every number is 0, and no wait lasts.
+type session struct {
+	ctx   context.Context
+	store *store
+	conn  asker
+	out   io.Writer
+	err   error
+}
+
+// session takes steps on a connection of their own, and returns their first error, with the shard's name.
+func (s *store) session(ctx context.Context, out io.Writer, steps func(*session)) error {
+	err := s.connected(ctx, func(c asker) error {
+		r := session{ctx: ctx, store: s, conn: c, out: out}
+		steps(&r)
+		return r.err
+	})
+	if err != nil && s.of > 1 {
+		err = fmt.Errorf("%s: %w", s.name("ClickHouse"), err)
 	}
 	return err
 }
 
-// syncReplicas waits until every replica has the table's parts.
-func (r *rebuild) syncReplicas(ctx context.Context, table string) error {
-	if !r.store.replicated {
-		return nil
+// do takes a step.
+func (s *session) do(step func(context.Context, asker) error) {
+	if s.err == nil {
+		s.err = step(s.ctx, s.conn)
 	}
-	return r.change(ctx, "SYSTEM SYNC REPLICA{on cluster} {database}."+table)
 }
 
-func (r *rebuild) change(ctx context.Context, statements ...string) error {
+func (s *session) fail(why string) {
+	s.do(func(context.Context, asker) error { return errors.New(why) })
+}
+
+func (s *session) say(what string) {
+	if s.err == nil {
+		fmt.Fprintln(s.out, s.store.name(what))
+	}
+}
+
+func (s *session) change(statements ...string) {
 	for _, stmt := range statements {
-		if err := r.store.change(ctx, r.conn, stmt); err != nil {
-			return err
-		}
+		s.do(func(ctx context.Context, c asker) error { return s.store.change(ctx, c, stmt) })
 	}
-	return nil
 }
 
-// now is the server's clock, in Unix milliseconds.
-func (r *rebuild) now(ctx context.Context) (int64, error) {
-	return r.number(ctx, "SELECT toUInt64(toUnixTimestamp64Milli(now64(3)))")
-}
-
-// sinceOf is the moment that a table's comment names, 0 when it was not made by a rebuild.
-func (r *rebuild) sinceOf(ctx context.Context, table string) (int64, error) {
-	return r.number(ctx, "SELECT max(toUInt64OrZero(comment)) FROM system.tables WHERE database = '{database}' AND name = '"+table+"'")
+// ask runs a query, see eachRow.
+func (s *session) ask(q ch.Query, row func(i int), columns ...proto.ColResult) {
+	q.Body = s.store.sql(q.Body)
+	s.do(func(ctx context.Context, c asker) error { return c.Do(ctx, eachRow(q, row, columns...)) })
 }
 
 // number asks for one UInt64.
-func (r *rebuild) number(ctx context.Context, sql string) (int64, error) {
-	n, err := number(ctx, r.conn, ch.Query{Body: r.store.sql(sql)})
-	return int64(n), err
+func (s *session) number(sql string) (n int64) {
+	s.do(func(ctx context.Context, c asker) error {
+		answer, err := number(ctx, c, ch.Query{Body: s.store.sql(sql)})
+		n = int64(answer)
+		return err
+	})
+	return n
+}
+
+// has says whether one of the tables exists.
+func (s *session) has(tables ...string) (is bool) {
+	s.do(func(ctx context.Context, c asker) (err error) {
+		is, err = s.store.has(ctx, c, tables...)
+		return err
+	})
+	return is
+}
+
+// now is the server's clock, in Unix milliseconds.
+func (s *session) now() int64 { return s.number("SELECT toUInt64(toUnixTimestamp64Milli(now64(3)))") }
+
+// awaitInserts returns once begun has passed and no insert from before it is still running, or at until. Both are in the
+// server's Unix milliseconds, and so is the time that it returns.
+func (s *session) awaitInserts(begun, until int64) (now int64) {
+	processes := "system.processes"
+	if s.store.replicated {
+		processes = "clusterAllReplicas('" + s.store.cluster + "', system.processes)"
+		begun += replicaSkew.Milliseconds()
+	}
+	running := fmt.Sprintf("SELECT count() FROM %s WHERE query_kind IN ('Insert', 'AsyncInsertFlush') AND position(query, 'events') > 0"+
+		" AND (toFloat64(now64(3)) - elapsed) * 1000 < %d + 1", processes, begun)
+	for s.err == nil {
+		if now = s.now(); now >= until || now > begun && s.number(running) == 0 {
+			break
+		}
+		s.do(func(ctx context.Context, _ asker) error { return sleep(ctx, rebuildPoll) })
+	}
+	return now
+}
+
+// fill counts the rows of events that a condition names.
+func (s *session) fill(events, hourly, where string) {
+	s.eachDay("counting", "{database}."+events, where, "INSERT INTO {database}."+hourly+" (event_name, channel, hour, {counts}) SELECT {counted}"+
+		" FROM {database}."+events+" FINAL WHERE %s GROUP BY event_name, channel, hour")
+}
+
+// eachDay runs an insert for each day of what a condition selects from a table: that bounds the memory of a statement.
+func (s *session) eachDay(what, table, where, insert string) {
+	var starts proto.ColUInt32
+	var days []time.Time
+	s.ask(ch.Query{
+		Body:     "SELECT DISTINCT toUnixTimestamp(toStartOfDay(timestamp)) AS day FROM " + table + " WHERE " + where + " ORDER BY day",
+		Settings: everyShard,
+	}, func(i int) { days = append(days, time.Unix(int64(starts[i]), 0).UTC()) }, &starts)
+	told := ""
+	for _, day := range days {
+		if month := day.Format("2006-01"); month != told {
+			s.say(what + " " + month)
+			told = month
+		}
+		s.do(func(ctx context.Context, c asker) error {
+			during := fmt.Sprintf("timestamp >= %d AND timestamp < %d AND %s", day.Unix(), day.Unix()+daySeconds, where)
+			err := c.Do(ctx, ch.Query{
+				Body:     s.store.sql(fmt.Sprintf(insert, during)),
+				Settings: append(append(s.store.inserting(), everyShard...), ch.Setting{Key: "max_bytes_before_external_group_by", Value: "1000000000"}),
+			})
+			if err != nil {
+				err = fmt.Errorf("%s %s: %w", what, day.Format(time.DateOnly), err)
+			}
+			return err
+		})
+	}
 }

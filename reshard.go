@@ -39,7 +39,7 @@ type reshard struct {
 }
 
 // move is a run's part on one server.
-type move struct{ rebuild }
+type move struct{ *session }
 
 // placed is what a server has. number, of and partitions are what its table says, 0 when nothing; bytes are of both tables.
 type placed struct {
@@ -82,12 +82,7 @@ func (r *reshard) run(ctx context.Context, dryRun bool) error {
 		return err
 	}
 	var found []placed
-	err := r.each(ctx, func(m *move, ctx context.Context) error {
-		p, err := m.placed(ctx)
-		found = append(found, p)
-		return err
-	})
-	if err != nil {
+	if err := r.each(ctx, func(m move) { found = append(found, m.placed()) }); err != nil {
 		return err
 	}
 	begun := slices.ContainsFunc(found, func(p placed) bool { return p.copied || p.shut })
@@ -108,32 +103,32 @@ func (r *reshard) run(ctx context.Context, dryRun bool) error {
 	if err := r.plan(ctx, found); err != nil || dryRun {
 		return err
 	}
-	if err := r.each(ctx, (*move).prepare, (*move).prepareViews, (*move).copy, (*move).count, (*move).shut); err != nil {
+	if err := r.each(ctx, move.prepare, move.prepareViews, move.copy, move.count, move.shut); err != nil {
 		return err
 	}
-	if err := r.each(ctx, (*move).compare); err != nil {
-		return errors.Join(err, r.each(ctx, (*move).reopen, (*move).drop))
+	if err := r.each(ctx, move.compare); err != nil {
+		return errors.Join(err, r.each(ctx, move.reopen, move.drop))
 	}
 	return r.takeOver(ctx)
 }
 
 // takeOver puts the copies in the place of the old tables. Inserts stay shut out until all events are where they belong.
 func (r *reshard) takeOver(ctx context.Context) error {
-	if err := r.each(ctx, (*move).exchange); err != nil {
+	if err := r.each(ctx, move.exchange); err != nil {
 		return err
 	}
 	if err := r.idle(); err != nil { // it started before the exchange, and is shut out; any later one is refused
 		return err
 	}
-	return r.each(ctx, (*move).open, (*move).drop)
+	return r.each(ctx, move.open, move.drop)
 }
 
 // each takes the steps one after the other, each on all servers before the next.
-func (r *reshard) each(ctx context.Context, steps ...func(*move, context.Context) error) error {
+func (r *reshard) each(ctx context.Context, steps ...func(move)) error {
 	for _, step := range steps {
 		for _, st := range r.shards {
-			if err := st.connected(ctx, func(c asker) error { return step(&move{rebuild{st, c, r.out}}, ctx) }); err != nil {
-				return fmt.Errorf("%s: %w", st.name("ClickHouse"), err)
+			if err := st.session(ctx, r.out, func(s *session) { step(move{s}) }); err != nil {
+				return err
 			}
 		}
 	}
@@ -164,15 +159,14 @@ func mustBeWhole(found []placed) error {
 func (r *reshard) plan(ctx context.Context, found []placed) error {
 	rows := make([]uint64, len(found))
 	var all, bytes uint64
-	err := r.each(ctx, func(m *move, ctx context.Context) error {
+	err := r.each(ctx, func(m move) {
 		p := found[m.store.number-1]
 		if all, bytes = all+p.rows, bytes+p.bytes; p.rows == 0 {
-			return nil // it may have no table yet
+			return // it may have no table yet
 		}
 		var shard, count proto.ColUInt64
-		return m.conn.Do(ctx, eachRow(ch.Query{
-			Body: m.store.sql("SELECT toUInt64(" + m.store.shardOf() + ") AS shard, count() FROM {database}.events GROUP BY shard"),
-		}, func(i int) { rows[shard[i]] += count[i] }, &shard, &count))
+		m.ask(ch.Query{Body: "SELECT toUInt64(" + m.store.shardOf() + ") AS shard, count() FROM {database}.events GROUP BY shard"},
+			func(i int) { rows[shard[i]] += count[i] }, &shard, &count)
 	})
 	if err != nil {
 		return err
@@ -197,160 +191,116 @@ func (s *store) shardOf() string {
 	return fmt.Sprintf("bitAnd(kafkaMurmurHash(lower(hex(event_id))), 0x7fffffff) %% %d %% %d", s.partitions, s.of)
 }
 
-func (m *move) placed(ctx context.Context) (p placed, err error) {
-	comment, rows, err := m.store.placementAt(ctx, m.conn)
-	if err != nil {
-		return p, err
-	}
-	p.rows = rows
-	if _, err := fmt.Sscanf(comment, placementForm, &p.number, &p.of, &p.partitions); err != nil && rows > 0 {
+func (m move) placed() (p placed) {
+	var comment string
+	m.do(func(ctx context.Context, c asker) (err error) {
+		comment, p.rows, err = m.store.placementAt(ctx, c)
+		return err
+	})
+	if _, err := fmt.Sscanf(comment, placementForm, &p.number, &p.of, &p.partitions); err != nil && p.rows > 0 {
 		p.number, p.of = 1, 1
 	}
 	p.inPlace = comment == m.store.placement() && (comment != "" || m.store.of == 1)
-	var copied, shut, bytes, free proto.ColUInt64
-	err = m.conn.Do(ctx, eachRow(ch.Query{Body: m.store.sql(fmt.Sprintf(`
-		SELECT countIf(name = '%s'), countIf(name = '%s'), ifNull(sumIf(total_bytes, name IN ('events', 'events_hourly', '%[2]s')), 0),
-			ifNull((SELECT max(unreserved_space) FROM system.disks), 0)
-		FROM system.tables WHERE database = '{database}'`, eventsMoved, hourlyBefore))},
-		func(i int) { p.copied, p.shut, p.bytes, p.free = copied[i] > 0, shut[i] > 0, bytes[i], free[i] }, &copied, &shut, &bytes, &free))
-	return p, err
+	p.copied, p.shut = m.has(eventsMoved), m.has(hourlyBefore)
+	var bytes, free proto.ColUInt64
+	m.ask(ch.Query{Body: `
+		SELECT ifNull(sum(total_bytes), 0), ifNull((SELECT max(unreserved_space) FROM system.disks), 0)
+		FROM system.tables WHERE database = '{database}' AND name IN ('events', 'events_hourly', '` + hourlyBefore + `')`},
+		func(i int) { p.bytes, p.free = bytes[i], free[i] }, &bytes, &free)
+	return p
 }
 
 // prepare makes the tables of a server that is new, and undoes what a run that was cut off has shut.
-func (m *move) prepare(ctx context.Context) error {
-	if err := m.reopen(ctx); err != nil {
-		return err
+func (m move) prepare() {
+	m.reopen()
+	m.ended() // ClickHouse goes on with what a run that was killed has begun
+	m.do(m.store.readStates)
+	if m.has(tableNext, tableRebuilt) || m.store.userBits.Load() != wantedUserBits {
+		m.fail("events_hourly has to be made anew first, with `event-ingestion reconcile -rebuild` and CLICKHOUSE_CLUSTER as it was")
 	}
-	if err := m.ended(ctx); err != nil { // ClickHouse goes on with what a run that was killed has begun
-		return err
+	m.do(m.store.makeTables)
+	if m.placed().of == 0 { // An instance that starts meanwhile must not take the new server's empty table for a shard's.
+		m.change("ALTER TABLE {database}.events MODIFY COMMENT '" + fmt.Sprintf(placementForm, 0, 0, 0) + "'")
 	}
-	if _, err := m.store.readStates(ctx, m.conn); err != nil {
-		return err
-	}
-	n, err := m.number(ctx, "SELECT count() FROM system.tables WHERE database = '{database}' AND name IN ('"+tableNext+"', '"+tableRebuilt+"')")
-	if err != nil {
-		return err
-	}
-	if n > 0 || m.store.userBits.Load() != wantedUserBits {
-		return errors.New("events_hourly has to be made anew first, with `event-ingestion reconcile -rebuild` and CLICKHOUSE_CLUSTER as it was")
-	}
-	if err := m.store.apply(ctx, m.conn, false); err != nil {
-		return err
-	}
-	if p, err := m.placed(ctx); err != nil || p.of > 0 {
-		return err
-	}
-	// An instance that starts meanwhile must not take the new server's empty table for a shard's.
-	return m.change(ctx, "ALTER TABLE {database}.events MODIFY COMMENT '"+fmt.Sprintf(placementForm, 0, 0, 0)+"'")
 }
 
-func (m *move) prepareViews(ctx context.Context) error { return m.store.apply(ctx, m.conn, true) }
+func (m move) prepareViews() { m.do(m.store.makeViews) }
 
 // copy fills events_moved. What an earlier run has copied stays, but for its last month.
-func (m *move) copy(ctx context.Context) error {
-	is, err := m.isCopy(ctx)
-	if err != nil {
-		return err
+func (m move) copy() {
+	if !m.isCopy() {
+		m.change("DROP TABLE IF EXISTS {database}." + eventsMoved + " SYNC")
+		m.change(statementsOf("events", eventsMoved)...)
+		m.change("ALTER TABLE {database}." + eventsMoved + " MODIFY COMMENT '" + m.store.placement() + "'")
 	}
-	if !is {
-		statements := append([]string{"DROP TABLE IF EXISTS {database}." + eventsMoved + " SYNC"}, statementsOf("events", eventsMoved)...)
-		if err := m.change(ctx, append(statements, "ALTER TABLE {database}."+eventsMoved+" MODIFY COMMENT '"+m.store.placement()+"'")...); err != nil {
-			return err
-		}
-	}
-	from, err := m.number(ctx, "SELECT toUInt64(toUnixTimestamp(toStartOfMonth(max(timestamp)), 'UTC')) FROM {database}."+eventsMoved)
-	if err != nil {
-		return err
-	}
+	from := m.number("SELECT toUInt64(toUnixTimestamp(toStartOfMonth(max(timestamp)), 'UTC')) FROM {database}." + eventsMoved)
 	if from > 0 {
-		if err := m.change(ctx, "ALTER TABLE {database}."+eventsMoved+" DROP PARTITION "+time.Unix(from, 0).UTC().Format("200601")+" SETTINGS max_partition_size_to_drop = 0"); err != nil {
-			return err
-		}
+		m.change("ALTER TABLE {database}." + eventsMoved + " DROP PARTITION " + time.Unix(from, 0).UTC().Format("200601") +
+			" SETTINGS max_partition_size_to_drop = 0")
 	}
 	var names proto.ColStr
 	var columns []string
-	err = m.conn.Do(ctx, eachRow(ch.Query{
-		Body: m.store.sql("SELECT name FROM system.columns WHERE database = '{database}' AND table = '" + eventsMoved + "'"),
-	}, func(i int) { columns = append(columns, names.Row(i)) }, &names))
-	if err != nil {
-		return err
-	}
+	m.ask(ch.Query{Body: "SELECT name FROM system.columns WHERE database = '{database}' AND table = '" + eventsMoved + "'"},
+		func(i int) { columns = append(columns, names.Row(i)) }, &names)
 	list := strings.Join(columns, ", ")
-	return m.eachDay(ctx, m.store.name("copying"), "{events}", fmt.Sprintf("timestamp >= %d AND %s = %d", from, m.store.shardOf(), m.store.number-1),
+	m.eachDay("copying", "{events}", fmt.Sprintf("timestamp >= %d AND %s", from, m.belongs()),
 		"INSERT INTO {database}."+eventsMoved+" ("+list+") SELECT "+list+" FROM {events} FINAL WHERE %s")
 }
 
+// belongs is a condition: the event belongs on this server.
+func (m move) belongs() string { return fmt.Sprintf("%s = %d", m.store.shardOf(), m.store.number-1) }
+
 // isCopy says whether events_moved has, or is to have, what belongs here: else it is the old events.
-func (m *move) isCopy(ctx context.Context) (bool, error) {
-	n, err := m.number(ctx, fmt.Sprintf("SELECT count() FROM system.tables WHERE database = '{database}' AND name = '%s' AND comment = '%s'", eventsMoved, m.store.placement()))
-	return n > 0, err
+func (m move) isCopy() bool {
+	return m.number(fmt.Sprintf("SELECT count() FROM system.tables WHERE database = '{database}' AND name = '%s' AND comment = '%s'",
+		eventsMoved, m.store.placement())) > 0
 }
 
 // count fills events_hourly_moved.
-func (m *move) count(ctx context.Context) error {
-	statements := append([]string{"DROP TABLE IF EXISTS {database}." + hourlyMoved + " SYNC"}, statementsOf("events_hourly", hourlyMoved)...)
-	if err := m.change(ctx, statements...); err != nil {
-		return err
-	}
-	fmt.Fprintln(m.out, m.store.name("counting what was copied"))
-	return m.fill(ctx, eventsMoved, hourlyMoved, "1")
+func (m move) count() {
+	m.change("DROP TABLE IF EXISTS {database}." + hourlyMoved + " SYNC")
+	m.change(statementsOf("events_hourly", hourlyMoved)...)
+	m.say("counting what was copied")
+	m.fill(eventsMoved, hourlyMoved, "1")
 }
 
 // shut ends inserts: their view has no target.
-func (m *move) shut(ctx context.Context) error {
-	fmt.Fprintln(m.out, m.store.name("inserts are shut out"))
-	if err := m.change(ctx, "RENAME TABLE {database}.events_hourly TO {database}."+hourlyBefore); err != nil {
-		return err
-	}
-	return m.ended(ctx)
+func (m move) shut() {
+	m.say("inserts are shut out")
+	m.change("RENAME TABLE {database}.events_hourly TO {database}." + hourlyBefore)
+	m.ended()
 }
 
 // ended waits for the inserts that run now.
-func (m *move) ended(ctx context.Context) error {
-	now, err := m.now(ctx)
-	if err == nil {
-		_, err = m.awaitInserts(ctx, now, never)
-	}
-	return err
-}
+func (m move) ended() { m.awaitInserts(m.now(), never) }
 
-func (m *move) reopen(ctx context.Context) error {
-	return m.change(ctx, "RENAME TABLE IF EXISTS {database}."+hourlyBefore+" TO {database}.events_hourly")
+func (m move) reopen() {
+	m.change("RENAME TABLE IF EXISTS {database}." + hourlyBefore + " TO {database}.events_hourly")
 }
 
 // compare fails unless the copy has each event that belongs here, once.
-func (m *move) compare(ctx context.Context) error {
+func (m move) compare() {
 	const ids = "SELECT sum(cityHash64(event_id)) FROM "
-	has, err := m.number(ctx, ids+"{database}."+eventsMoved)
-	if err != nil {
-		return err
+	if m.number(ids+"{database}."+eventsMoved) != m.number(ids+"{events} FINAL WHERE "+m.belongs()) {
+		m.fail("events has changed while it was copied: an instance consumed")
 	}
-	belongs, err := m.number(ctx, fmt.Sprintf("%s{events} FINAL WHERE %s = %d", ids, m.store.shardOf(), m.store.number-1))
-	if err == nil && has != belongs {
-		err = errors.New("events has changed while it was copied: an instance consumed")
-	}
-	return err
 }
 
-func (m *move) exchange(ctx context.Context) error {
-	if is, err := m.isCopy(ctx); err != nil || !is {
-		return err
+func (m move) exchange() {
+	if m.isCopy() {
+		m.say("the copy takes the place of events")
+		m.change("EXCHANGE TABLES {database}.events AND {database}." + eventsMoved)
 	}
-	fmt.Fprintln(m.out, m.store.name("the copy takes the place of events"))
-	return m.change(ctx, "EXCHANGE TABLES {database}.events AND {database}."+eventsMoved)
 }
 
-func (m *move) open(ctx context.Context) error {
-	fmt.Fprintln(m.out, m.store.name("inserts are let in"))
-	return m.change(ctx, "RENAME TABLE IF EXISTS {database}."+hourlyMoved+" TO {database}.events_hourly")
+func (m move) open() {
+	m.say("inserts are let in")
+	m.change("RENAME TABLE IF EXISTS {database}." + hourlyMoved + " TO {database}.events_hourly")
 }
 
 // drop removes what is no longer needed, in the end the table that says that inserts were shut out.
-func (m *move) drop(ctx context.Context) error {
+func (m move) drop() {
 	for _, table := range []string{hourlyMoved, eventsMoved, hourlyBefore} {
-		if err := m.change(ctx, "DROP TABLE IF EXISTS {database}."+table+" SYNC SETTINGS max_table_size_to_drop = 0"); err != nil {
-			return err
-		}
+		m.change("DROP TABLE IF EXISTS {database}." + table + " SYNC SETTINGS max_table_size_to_drop = 0")
 	}
-	return nil
 }

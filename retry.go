@@ -87,10 +87,10 @@ func (s *sideProducer) refresh() {
 	s.large.ForceMetadataRefresh()
 }
 
-// deadLetter gives rec up. It tries until all in-sync replicas have acknowledged the letter. The error is ctx's; nothing is
-// lost then, because the record's offset is not committed.
-func (s *sideProducer) deadLetter(ctx context.Context, rec *kgo.Record, errorType, message string) error {
-	return s.produce(ctx, []*kgo.Record{s.letter(rec, retryCount(rec), errorType, message)})
+// deadLetter gives up a record that is no event. It tries until all in-sync replicas have acknowledged the letter. The error is
+// ctx's; nothing is lost then, because the record's offset is not committed.
+func (s *sideProducer) deadLetter(ctx context.Context, rec *kgo.Record, why error) error {
+	return s.produce(ctx, []*kgo.Record{s.letter(rec, retryCount(rec), errorUnmarshal, why.Error())})
 }
 
 // retry puts off records that ClickHouse rejected, and gives up those that had their last attempt. Each record has its own
@@ -110,11 +110,6 @@ func (s *sideProducer) retry(ctx context.Context, recs []*kgo.Record, message st
 	return s.produce(ctx, moved)
 }
 
-// rekey puts a record back on the main topic under another key. The error is deadLetter's.
-func (s *sideProducer) rekey(ctx context.Context, rec *kgo.Record, key []byte) error {
-	return s.requeue(ctx, []*kgo.Record{{Key: key, Value: rec.Value, Headers: rec.Headers}})
-}
-
 // requeue puts records on the main topic, under their keys. The error is deadLetter's.
 func (s *sideProducer) requeue(ctx context.Context, recs []*kgo.Record) error {
 	back := make([]*kgo.Record, len(recs))
@@ -131,11 +126,9 @@ func (s *sideProducer) letter(rec *kgo.Record, retries int, errorType, message s
 	return &kgo.Record{Topic: s.topic + ".dlq", Key: rec.Key, Value: rec.Value, Headers: headers}
 }
 
-// moveAside is what fails when Kafka does not acknowledge a move.
-const moveAside = "move records aside"
-
 // produce sends records and returns when all are acknowledged, or ctx is done. It retries what was not acknowledged, after a pause.
 func (s *sideProducer) produce(ctx context.Context, recs []*kgo.Record) error {
+	const what = "move records aside"
 	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
 		var done, failed, tooLarge []*kgo.Record
 		var why error
@@ -164,12 +157,12 @@ func (s *sideProducer) produce(ctx context.Context, recs []*kgo.Record) error {
 			}
 		}
 		if len(failed) == 0 {
-			s.stats.troubles.clear(moveAside)
+			s.stats.troubles.clear(what)
 			return nil
 		}
 		recs = failed
 		if ctx.Err() == nil {
-			s.stats.troubles.note(moveAside, why)
+			s.stats.troubles.note(what, why)
 		}
 		if err := sleep(ctx, pause); err != nil {
 			return err
@@ -230,22 +223,20 @@ func (s *sideProducer) shrink(rec *kgo.Record) *kgo.Record {
 
 // count counts the records that were moved. The dead letters among them get one line in the log, about the first of them.
 func (s *sideProducer) count(recs []*kgo.Record) {
-	var first *kgo.Record
-	dead := 0
+	var dead []*kgo.Record
 	for _, rec := range recs {
 		switch rec.Topic {
 		case s.topic + ".retry":
 			s.stats.retried.Inc()
 		case s.topic + ".dlq":
 			s.stats.dead(header(rec, "error_type")).Inc()
-			if dead++; first == nil {
-				first = rec
-			}
+			dead = append(dead, rec)
 		}
 	}
-	if first != nil {
-		slog.Warn("sent to the dead letters", "records", dead, "topic", header(first, "original_topic"), "partition", header(first, "original_partition"),
-			"offset", header(first, "original_offset"), "type", header(first, "error_type"), "error", header(first, "error_message"))
+	if len(dead) > 0 {
+		first := func(key string) string { return header(dead[0], key) }
+		slog.Warn("sent to the dead letters", "records", len(dead), "topic", first("original_topic"), "partition", first("original_partition"),
+			"offset", first("original_offset"), "type", first("error_type"), "error", first("error_message"))
 	}
 }
 
@@ -278,13 +269,12 @@ func failureHeaders(rec *kgo.Record, retries int, errorType, message string) []k
 // a partition that it holds records of: no record waits for another delay's records, a million waiting records stay on Kafka,
 // and a rebalance waits for none.
 type retryWorker struct {
-	kafka    *kgo.Client
-	side     *sideProducer
-	topic    string
-	troubles *troubles
-	failed   func(error)             // gets every error of a poll
-	blocked  chan struct{}           // a rebalance waits for AllowRebalance
-	held     map[int32][]*kgo.Record // by partition, none empty; callbacks change it, but not between a poll and AllowRebalance
+	kafka   *kgo.Client
+	side    *sideProducer
+	topic   string
+	failed  func(error)             // gets every error of a poll
+	blocked chan struct{}           // a rebalance waits for AllowRebalance
+	held    map[int32][]*kgo.Record // by partition, none empty; callbacks change it, but not between a poll and AllowRebalance
 }
 
 const (
@@ -298,23 +288,16 @@ const (
 )
 
 func newRetryWorker(cfg *settings, side *sideProducer, failed func(error)) (*retryWorker, error) {
-	w := &retryWorker{side: side, topic: cfg.kafkaTopic + ".retry", troubles: side.stats.troubles, failed: failed,
-		blocked: make(chan struct{}, 1), held: map[int32][]*kgo.Record{}}
+	w := &retryWorker{
+		side: side, topic: cfg.kafkaTopic + ".retry", failed: failed, blocked: make(chan struct{}, 1), held: map[int32][]*kgo.Record{},
+	}
 	var err error
-	w.kafka, err = newKafka(cfg, "event-ingestion-retry",
-		kgo.ConsumerGroup(cfg.kafkaGroup+".retry"),
-		kgo.ConsumeTopics(w.topic),
-		kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()),
-		kgo.SessionTimeout(cfg.kafkaSession),
-		kgo.HeartbeatInterval(cfg.kafkaSession/4),
-		kgo.BlockRebalanceOnPoll(),
-		kgo.AutoCommitMarks(),
-		kgo.AutoCommitInterval(commitInterval),
+	w.kafka, err = newGroupClient(cfg, "event-ingestion-retry", ".retry",
 		kgo.FetchMaxBytes(1<<20),
 		kgo.FetchMaxPartitionBytes(retryFetch),
-		kgo.OnPartitionsCallbackBlocked(func(context.Context, *kgo.Client) { notify(w.blocked) }),
+		kgo.OnPartitionsCallbackBlocked(func(context.Context, *kgo.Client) { notify(w.blocked, struct{}{}) }),
 		kgo.OnPartitionsAssigned(func(_ context.Context, c *kgo.Client, topics map[string][]int32) {
-			w.troubles.clear(readRetries)
+			side.stats.troubles.clear(readRetries)
 			c.ResumeFetchPartitions(topics) // they may have been paused when they left
 		}),
 		kgo.OnPartitionsRevoked(func(ctx context.Context, c *kgo.Client, topics map[string][]int32) {
@@ -339,17 +322,9 @@ func (w *retryWorker) release(topics map[string][]int32) {
 // run works until ctx is done, and leaves the group within the context that finish returns.
 func (w *retryWorker) run(ctx context.Context, finish func() (context.Context, context.CancelFunc)) {
 	for ctx.Err() == nil {
-		waiting, cancel := context.WithTimeout(ctx, retryTick)
-		fetches := w.kafka.PollFetches(waiting)
-		cancel()
-		fetches.EachError(func(_ string, _ int32, err error) {
-			if !errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
-				w.failed(err)
-			}
-		})
-		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
+		poll(ctx, w.kafka, 0, retryTick, w.failed).EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 {
-				w.troubles.clear(readRetries)
+				w.side.stats.troubles.clear(readRetries)
 				w.kafka.PauseFetchPartitions(map[string][]int32{w.topic: {p.Partition}})
 				w.held[p.Partition] = append(w.held[p.Partition], p.Records...)
 			}
@@ -372,7 +347,7 @@ func (w *retryWorker) putBack(ctx context.Context) {
 	left := map[int32][]*kgo.Record{}
 	for p, held := range w.held {
 		n := 0
-		for n < len(held) && untilDue(held[n]) <= 0 {
+		for n < len(held) && time.Since(held[n].Timestamp) >= delayOf(retryCount(held[n])) {
 			n++
 		}
 		due, left[p] = append(due, held[:n]...), held[n:]
@@ -399,9 +374,4 @@ func (w *retryWorker) putBack(ctx context.Context) {
 			w.kafka.ResumeFetchPartitions(map[string][]int32{w.topic: {p}})
 		}
 	}
-}
-
-// untilDue is how long a record still has to wait.
-func untilDue(rec *kgo.Record) time.Duration {
-	return time.Until(rec.Timestamp.Add(delayOf(retryCount(rec))))
 }

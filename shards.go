@@ -25,16 +25,11 @@ func (s *store) shards(ctx context.Context) (all []*store, err error) {
 	if s.cluster == "" || s.number > 0 {
 		return []*store{s}, nil
 	}
-	c, err := s.dial(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer c.Close()
 	var number proto.ColUInt32
 	var host proto.ColStr
 	var port proto.ColUInt16
 	var replicas [][]string // by shard
-	err = c.Do(ctx, eachRow(ch.Query{
+	servers := eachRow(ch.Query{
 		Body:       "SELECT shard_num, host_name, port FROM system.clusters WHERE cluster = {cluster:String} ORDER BY shard_num, replica_num",
 		Parameters: []proto.Parameter{parameter("cluster", s.cluster)},
 	}, func(i int) {
@@ -42,8 +37,8 @@ func (s *store) shards(ctx context.Context) (all []*store, err error) {
 			replicas = append(replicas, nil)
 		}
 		replicas[len(replicas)-1] = append(replicas[len(replicas)-1], net.JoinHostPort(host.Row(i), strconv.Itoa(int(port[i]))))
-	}, &number, &host, &port))
-	if err != nil {
+	}, &number, &host, &port)
+	if err := s.connected(ctx, func(c asker) error { return c.Do(ctx, servers) }); err != nil {
 		return nil, fmt.Errorf("read the servers of CLICKHOUSE_CLUSTER: %w", err)
 	}
 	if len(replicas) == 0 {
@@ -53,7 +48,6 @@ func (s *store) shards(ctx context.Context) (all []*store, err error) {
 	for i, list := range replicas {
 		shard := &store{options: s.options, database: s.database, cluster: s.cluster, fsync: s.fsync, keepDays: s.keepDays,
 			number: i + 1, of: len(replicas), replicas: list, replicated: replicated}
-		shard.options.Address = list[0]
 		shard.userBits.Store(s.userBits.Load())
 		all = append(all, shard)
 	}

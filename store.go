@@ -42,7 +42,7 @@ type store struct {
 	partitions int          // of the topic, 0 when that does not matter
 	late       atomic.Bool  // the shard did not answer when the others were prepared: prepareLate has to be called
 	unplaced   bool         // its table does not say yet which shard it is
-	rebuilding bool         // found when it was prepared
+	rebuilding bool         // tables were being made anew when it was prepared, or that was cut off
 }
 
 // wantedUserBits is the precision of user states in a table that is made: see schema.sql.
@@ -203,7 +203,10 @@ func (s *store) prepareTables(ctx context.Context, c asker) (err error) {
 	if err := s.attach(ctx, c); err != nil { // a real fault shows in the next query
 		slog.Debug("attach tables", "error", err)
 	}
-	if s.rebuilding, err = s.readStates(ctx, c); err != nil {
+	if s.rebuilding, err = s.has(ctx, c, tableNext, tableRebuilt, eventsMoved); err != nil { // before the states, which change with its end
+		return err
+	}
+	if err := s.readStates(ctx, c); err != nil {
 		return err
 	}
 	if s.unplaced, err = s.checkPlacement(ctx, c); err != nil {
@@ -213,7 +216,7 @@ func (s *store) prepareTables(ctx context.Context, c asker) (err error) {
 		slog.Warn("tables are being made anew and stay as they are; when no `event-ingestion reconcile -rebuild` or reshard runs, run it again: it finishes what one has begun")
 		return nil
 	}
-	if err := s.apply(ctx, c, false); err != nil {
+	if err := s.makeTables(ctx, c); err != nil {
 		return err
 	}
 	if bits := s.userBits.Load(); bits != wantedUserBits {
@@ -234,24 +237,31 @@ func (s *store) prepareViews(ctx context.Context, c asker) error {
 	if s.rebuilding {
 		return nil
 	}
-	return s.apply(ctx, c, true)
+	return s.makeViews(ctx, c)
 }
 
-// apply runs the statements of schema.sql: those of the views that read all shards, or all others, and sees to the retention.
+// makeTables runs the statements of schema.sql, but for those of makeViews, and sees to the retention.
+func (s *store) makeTables(ctx context.Context, c asker) error {
+	if err := s.apply(ctx, c, false); err != nil {
+		return err
+	}
+	for table, column := range map[string]string{"events": "timestamp", "events_hourly": "hour"} {
+		if err := s.applyRetention(ctx, c, table, column); err != nil {
+			return fmt.Errorf("apply RETENTION_DAYS to %s: %w", table, err)
+		}
+	}
+	return nil
+}
+
+// makeViews makes those that read all shards.
+func (s *store) makeViews(ctx context.Context, c asker) error { return s.apply(ctx, c, true) }
+
 func (s *store) apply(ctx context.Context, c asker, views bool) error {
 	for _, stmt := range schemaStatements {
 		if strings.Contains(stmt, "CREATE OR REPLACE VIEW") == views {
 			if err := s.change(ctx, c, stmt); err != nil {
 				return fmt.Errorf("apply schema.sql: %w", err)
 			}
-		}
-	}
-	if views {
-		return nil
-	}
-	for table, column := range map[string]string{"events": "timestamp", "events_hourly": "hour"} {
-		if err := s.applyRetention(ctx, c, table, column); err != nil {
-			return fmt.Errorf("apply RETENTION_DAYS to %s: %w", table, err)
 		}
 	}
 	return nil
@@ -295,25 +305,28 @@ func (s *store) change(ctx context.Context, c asker, stmt string) error {
 	return c.Do(ctx, q)
 }
 
-// readStates sets userBits to what events_hourly has. rebuilding says that a rebuild or reshard is under way, or was cut off.
-func (s *store) readStates(ctx context.Context, c asker) (rebuilding bool, err error) {
-	var (
-		bits   proto.ColInt32
-		tables proto.ColUInt64
-	)
-	err = c.Do(ctx, ch.Query{
-		Body: fmt.Sprintf(`SELECT max(toInt32OrZero(extract(type, 'uniqCombined64.(\\d+).'))),
-			ifNull((SELECT count() FROM system.tables WHERE database = '%[1]s' AND name IN ('%[2]s', '%[3]s', '%[4]s')), 0)
-			FROM system.columns WHERE database = '%[1]s' AND table = 'events_hourly' AND name = 'unique_users_state'`, s.database, tableNext, tableRebuilt, eventsMoved),
-		Result: proto.Results{{Data: &bits}, {Data: &tables}},
+// readStates sets userBits to what events_hourly has.
+func (s *store) readStates(ctx context.Context, c asker) error {
+	bits, err := number(ctx, c, ch.Query{Body: s.sql(`SELECT toUInt64(max(toInt32OrZero(extract(type, 'uniqCombined64.(\\d+).'))))
+		FROM system.columns WHERE database = '{database}' AND table = 'events_hourly' AND name = 'unique_users_state'`)})
+	if err != nil {
+		return fmt.Errorf("look at the tables: %w", err)
+	}
+	if bits > 0 {
+		s.userBits.Store(int32(bits))
+	}
+	return nil
+}
+
+// has says whether one of the tables exists.
+func (s *store) has(ctx context.Context, c asker, tables ...string) (bool, error) {
+	n, err := number(ctx, c, ch.Query{
+		Body: s.sql("SELECT count() FROM system.tables WHERE database = '{database}' AND name IN ('" + strings.Join(tables, "', '") + "')"),
 	})
 	if err != nil {
-		return false, fmt.Errorf("look at the tables: %w", err)
+		err = fmt.Errorf("look for tables: %w", err)
 	}
-	if len(bits) == 1 && bits[0] > 0 {
-		s.userBits.Store(bits[0])
-	}
-	return len(tables) == 1 && tables[0] > 0, nil
+	return n > 0, err
 }
 
 // schemaStatements are those of schema.sql, definitions its DEFINEs: name and text, in turns.

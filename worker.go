@@ -26,7 +26,7 @@ const lockRecords = 128
 type backlog struct {
 	limit int64
 	bytes atomic.Int64
-	room  chan struct{} // some have left
+	room  chan struct{} // the bytes are within the limit, or were since the last look
 }
 
 // recordOverhead is about what a record takes in memory beside its bytes: kgo.Record, and its places in slices.
@@ -38,17 +38,7 @@ func (b *backlog) add(rec *kgo.Record) { b.bytes.Add(int64(recordBytes(rec) + re
 
 func (b *backlog) remove(rec *kgo.Record) {
 	if b.bytes.Add(-int64(recordBytes(rec)+recordOverhead)) <= b.limit {
-		notify(b.room)
-	}
-}
-
-// wait returns when the queues are below the limit, or ctx is done.
-func (b *backlog) wait(ctx context.Context) {
-	for b.bytes.Load() > b.limit && ctx.Err() == nil {
-		select {
-		case <-b.room:
-		case <-ctx.Done():
-		}
+		notify(b.room, struct{}{})
 	}
 }
 
@@ -62,23 +52,10 @@ func newRoundCall() *roundCall {
 	return &roundCall{arrived: make(chan time.Time, 1), full: make(chan struct{}, 1)}
 }
 
-// firstRow is called by a worker, under its lock, when its block gets its first row.
-func (c *roundCall) firstRow() {
+// notify puts v into a channel with room for one, unless an earlier one waits there.
+func notify[T any](c chan T, v T) {
 	select {
-	case c.arrived <- time.Now():
-	default: // an earlier one waits
-	}
-}
-
-// answered is called before the blocks are taken: a row that comes later asks again.
-func (c *roundCall) answered() {
-	drain(c.arrived)
-	drain(c.full)
-}
-
-func notify(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
+	case c <- v:
 	default:
 	}
 }
@@ -97,7 +74,6 @@ type blockLimits struct {
 
 // worker turns the records of its partitions into rows.
 type worker struct {
-	reread  int // records, for arrival
 	backlog *backlog
 	call    *roundCall
 	side    *sideProducer
@@ -137,7 +113,7 @@ const (
 
 func newWorker(limits blockLimits, partitions int, queued *backlog, call *roundCall, side *sideProducer) *worker {
 	w := &worker{
-		limits: limits, reread: (rereadBlocks + maxShare) * limits.rows, backlog: queued, call: call, side: side, parts: partitions, router: kgo.StickyKeyPartitioner(nil).ForTopic(""),
+		limits: limits, backlog: queued, call: call, side: side, parts: partitions, router: kgo.StickyKeyPartitioner(nil).ForTopic(""),
 		cur: newBlock(limits.rows), spare: newBlock(limits.rows), came: map[int32]*arrival{},
 	}
 	w.wake.L = &w.mu
@@ -145,11 +121,11 @@ func newWorker(limits blockLimits, partitions int, queued *backlog, call *roundC
 	return w
 }
 
-// assign is told that a partition came here.
-func (w *worker) assign(partition int32, at time.Time) {
+// assign is told that a partition came here, whose first records may be reread.
+func (w *worker) assign(partition int32, at time.Time, reread int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.came[partition] = &arrival{at.Add(rereadMargin), w.reread}
+	w.came[partition] = &arrival{at.Add(rereadMargin), reread}
 }
 
 // limit says when a block is full from now on.
@@ -261,7 +237,7 @@ func (w *worker) takeIn(n int) (bad *kgo.Record, why error) {
 		w.pass(taken)
 	}
 	if w.isFull() {
-		notify(w.call.full)
+		notify(w.call.full, struct{}{})
 	}
 	return bad, why
 }
@@ -275,7 +251,7 @@ func (w *worker) home(key []byte) int32 {
 // pass moves past n records at the queue's head, under the lock.
 func (w *worker) pass(n int) {
 	if len(w.cur.offsets) == 0 {
-		w.call.firstRow()
+		notify(w.call.arrived, time.Now())
 	}
 	head := w.queue[0]
 	last := head[n-1]
@@ -310,17 +286,17 @@ func (p *eventParser) decode(value []byte) (*event, error) {
 	return ev, nil
 }
 
-// redirect deals with a record that cannot become a row here: what is no event goes to the dead letters, an event under another
-// key or on another partition goes back to the topic under its own. It moves past the record once that is acknowledged, unless
-// the partition was lost meanwhile: then the next owner does it again.
+// redirect sends a record that cannot become a row here where it belongs: what is no event to the dead letters, an event under
+// another key or on another partition back to the topic. It moves past the record once that is acknowledged, unless the
+// partition was lost meanwhile: then the next owner does it again.
 func (w *worker) redirect(rec *kgo.Record, why error) {
 	var err error
 	if errors.Is(why, errMisplaced) {
 		ev, _ := w.parser.decode(rec.Value) // once more, and again without complaint
 		id, _ := ev.id(nil)
-		err = w.side.rekey(w.open, rec, hex.AppendEncode(nil, id[:]))
+		err = w.side.requeue(w.open, []*kgo.Record{{Key: hex.AppendEncode(nil, id[:]), Value: rec.Value, Headers: rec.Headers}})
 	} else {
-		err = w.side.deadLetter(w.open, rec, errorUnmarshal, why.Error())
+		err = w.side.deadLetter(w.open, rec, why)
 	}
 	if err != nil {
 		return
