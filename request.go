@@ -21,19 +21,12 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
-// The states of a record on its way to Kafka.
-const (
-	statePending int32 = iota
-	stateAcked
-	stateFailed
-)
-
 // outgoing is one record and what became of it.
 type outgoing struct {
 	kgo.Record
 	index   int // of the event in the request
 	end     int // of the record's bytes in the arena
-	state   atomic.Int32
+	acked   atomic.Bool
 	promise func(*kgo.Record, error) // made once for the life of the slot: a closure per record would be garbage
 }
 
@@ -63,16 +56,13 @@ type ingestRequest struct {
 // outgoingBytes is what a record of the slab takes.
 const outgoingBytes = int(unsafe.Sizeof(outgoing{}))
 
-// add encodes one event: its key and its value go into the arena, a slot of records remembers where.
-func (q *ingestRequest) add(index int, ev *event) error {
+// add encodes the current event: its key and its value go into the arena, a slot of records remembers where.
+func (q *ingestRequest) add(ev *event) error {
+	room := 2*len(eventID{}) + ev.maxEncoded()
 	if q.arena == nil {
-		arena, err := q.account.get(len(q.body.b) + len(q.body.b)/4) // with room for the keys, most of the time
-		if err != nil {
-			return err
-		}
-		q.arena = arena
+		room = max(room, len(q.body.b)+len(q.body.b)/4) // for the other events and their keys, most of the time
 	}
-	if err := q.account.grow(&q.arena, 2*len(eventID{})+ev.maxEncoded(), false); err != nil {
+	if err := q.account.grow(&q.arena, room, false); err != nil {
 		return err
 	}
 	var id eventID
@@ -87,8 +77,8 @@ func (q *ingestRequest) add(index int, ev *event) error {
 	}
 	q.records = q.records[:n+1]
 	rec := &q.records[n]
-	rec.index, rec.end = index, len(q.arena.b)
-	rec.state.Store(statePending)
+	rec.index, rec.end = q.index, len(q.arena.b)
+	rec.acked.Store(false)
 	return nil
 }
 
@@ -127,12 +117,9 @@ func (q *ingestRequest) sealRecords(topic string) {
 
 // onAck runs on franz-go's goroutine for each record, in the order of production.
 func (q *ingestRequest) onAck(rec *outgoing, err error) {
-	if err == nil {
-		rec.state.Store(stateAcked)
-	} else {
+	if rec.acked.Store(err == nil); err != nil {
 		why := err // only this one goes to the heap: err itself would, for each record
 		q.firstErr.CompareAndSwap(nil, &why)
-		rec.state.Store(stateFailed)
 	}
 	if q.pending.Add(-1) == 0 {
 		q.acked <- struct{}{} // has room: there is one per request
@@ -143,7 +130,7 @@ func (q *ingestRequest) onAck(rec *outgoing, err error) {
 // acknowledged is how many of the records Kafka has. It needs the bytes of these no more.
 func (q *ingestRequest) acknowledged() (n int) {
 	for i := range q.records {
-		if q.records[i].state.Load() == stateAcked {
+		if q.records[i].acked.Load() {
 			n++
 		}
 	}
@@ -170,10 +157,7 @@ type entryForm func(dst []byte, index int, problems []problem) []byte
 
 // addError notes the problems of an event in the answer. An answer that is owed ignores the budget.
 func (q *ingestRequest) addError(index int, problems []problem, owed bool) error {
-	if q.errors == nil {
-		q.errors = new(buffer)
-	}
-	if len(q.errors.b) > maxDetail {
+	if len(q.errors.bytes()) > maxDetail {
 		problems = problems[:1]
 	}
 	if err := q.account.grow(&q.errors, maxEntry, owed); err != nil {

@@ -230,8 +230,7 @@ func (q *ingestRequest) fill(body []byte) {
 	q.body, q.arena = nil, nil
 	q.reset()
 	if held == nil || cap(held.b) < len(body) {
-		q.account.put(held)
-		held, _ = q.account.get(len(body))
+		q.account.move(&held, len(body), false)
 	}
 	held.b = append(held.b[:0], body...)
 	if arena != nil {
