@@ -67,7 +67,19 @@ func (in *ingester) readBody(acc *account, r *http.Request, limit int) (*buffer,
 		return body, err
 	}
 	defer acc.put(body)
-	return in.decompress(acc, r.Context(), encoding, body.b, limit)
+	waiting, cancel := context.WithTimeoutCause(r.Context(), in.ackTimeout, errTimeUp)
+	defer cancel()
+	select {
+	case d := <-decompressors:
+		defer func() { decompressors <- d }()
+		src, err := d.open(encoding, body.b)
+		if err != nil {
+			return nil, badStream(err)
+		}
+		return acc.readAll(r.Context(), src, min(4*len(body.b), limit), limit)
+	case <-waiting.Done():
+		return nil, context.Cause(waiting)
+	}
 }
 
 // readAll reads src to its end. hint is its length, or -1; limit is the most it may have. A full buffer is replaced by a bigger
@@ -102,23 +114,6 @@ func (a *account) readAll(ctx context.Context, src io.Reader, hint, limit int) (
 }
 
 func badStream(err error) error { return fmt.Errorf("the body could not be read: %v", err) }
-
-func (in *ingester) decompress(acc *account, ctx context.Context, encoding string, raw []byte, limit int) (*buffer, error) {
-	waiting, cancel := context.WithTimeoutCause(ctx, in.ackTimeout, errTimeUp)
-	defer cancel()
-	var d *decompressor
-	select {
-	case d = <-decompressors:
-	case <-waiting.Done():
-		return nil, context.Cause(waiting)
-	}
-	defer func() { decompressors <- d }()
-	src, err := d.open(encoding, raw)
-	if err != nil {
-		return nil, badStream(err)
-	}
-	return acc.readAll(ctx, src, min(4*len(raw), limit), limit)
-}
 
 // decompressor keeps the state of both decoders for the next body: about 40 KiB, and up to twice maxZstdWindow.
 type decompressor struct {

@@ -98,14 +98,13 @@ func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 	}
 	in.stats.accepted.Add(1)
 	q.answer = append(q.answer[:0], `{"event_id":"`...)
-	q.answer = append(q.answer, q.records[0].Key...)
+	q.answer = append(q.answer, q.records[0].Key...) // which awaitStored gives back
+	status, end := http.StatusAccepted, `","status":"queued"}`
 	if wait && in.awaitStored(w, r, q) {
-		q.answer = append(q.answer, `","status":"stored"}`...)
-		writeJSON(w, http.StatusOK, q.answer)
-		return
+		status, end = http.StatusOK, `","status":"stored"}`
 	}
-	q.answer = append(q.answer, `","status":"queued"}`...)
-	writeJSON(w, http.StatusAccepted, q.answer)
+	q.answer = append(q.answer, end...)
+	writeJSON(w, status, q.answer)
 }
 
 // serveBulk answers POST /api/v1/events/bulk.

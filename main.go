@@ -52,10 +52,8 @@ func main() {
 		os.Exit(serve())
 	case "load":
 		os.Exit(load.Run(os.Args[2:], os.Stdout, os.Stderr))
-	case "audit", "reconcile", "reshard", "rewind", "dlq":
+	case "audit", "reconcile", "reshard", "rewind", "dlq", "healthcheck":
 		os.Exit(runTool(command, os.Args[2:], os.Stdout, os.Stderr))
-	case "healthcheck":
-		os.Exit(runHealthcheck(os.Stderr))
 	case "version", "-version", "--version":
 		fmt.Println(version(), runtime.Version())
 	case "-h", "-help", "--help", "help":
