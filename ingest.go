@@ -43,9 +43,15 @@ type ingester struct {
 	clockSkew    int64 // seconds
 	stored       *storedSignal
 	bodies       byteBudget
-	singles      sync.Pool // of *ingestRequest, for one event, which must not hold the memory of a thousand
-	bulks        sync.Pool // of *ingestRequest
+	singles      intake
+	bulks        intake
 	stats        *ingestStats
+}
+
+// intake is where requests for one event, or for many, come from: one event must not hold the memory of a thousand.
+type intake struct {
+	limit int       // bytes of a body
+	pool  sync.Pool // of *ingestRequest
 }
 
 func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats) *ingester {
@@ -54,9 +60,10 @@ func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats) *ingester
 		clockSkew: int64(cfg.clockSkew / time.Second), stats: stats,
 	}
 	in.bodies.limit, in.bodies.perClient = cfg.maxInFlightBytes, cfg.maxInFlightPerClient
-	for _, pool := range []*sync.Pool{&in.singles, &in.bulks} {
-		pool.New = func() any {
-			return &ingestRequest{in: in, pool: pool, index: -1, entry: appendBulkEntry, acked: make(chan struct{}, 1)}
+	in.singles.limit, in.bulks.limit = maxSingleBody, maxBulkBody
+	for _, from := range []*intake{&in.singles, &in.bulks} {
+		from.pool.New = func() any {
+			return &ingestRequest{in: in, from: from, index: -1, entry: appendBulkEntry, acked: make(chan struct{}, 1)}
 		}
 	}
 	return in
@@ -71,7 +78,7 @@ func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	q := in.receive(w, r, &in.singles, maxSingleBody)
+	q := in.receive(w, r, &in.singles)
 	if q == nil {
 		return
 	}
@@ -117,7 +124,7 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	q := in.receive(w, r, &in.bulks, maxBulkBody)
+	q := in.receive(w, r, &in.bulks)
 	if q == nil {
 		return
 	}

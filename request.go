@@ -34,8 +34,8 @@ type outgoing struct {
 // its slab of records are charged to the ingester's budget.
 type ingestRequest struct {
 	in      *ingester
-	pool    *sync.Pool // where it goes back to
-	account *account   // of the client that sent it, nil in the pool
+	from    *intake  // where it goes back to
+	account *account // of the client that sent it, nil in the pool
 	parser  eventParser
 	body    *buffer
 	index   int        // of the current event
@@ -191,17 +191,17 @@ func appendBulkEntry(dst []byte, index int, problems []problem) []byte {
 
 // receive reads r's body and returns a request with it, which the caller releases; nil when it has answered why not. While the
 // client takes its time, only the body's buffer is held.
-func (in *ingester) receive(w http.ResponseWriter, r *http.Request, pool *sync.Pool, limit int) *ingestRequest {
+func (in *ingester) receive(w http.ResponseWriter, r *http.Request, from *intake) *ingestRequest {
 	acc := in.bodies.open(clientOf(w, r))
-	body, err := in.readBody(acc, r, limit)
-	q := pool.Get().(*ingestRequest)
+	body, err := in.readBody(acc, r, from.limit)
+	q := from.pool.Get().(*ingestRequest)
 	if err == nil {
 		err = acc.take(cap(q.records) * outgoingBytes)
 	}
 	if err != nil {
 		acc.put(body)
 		acc.close()
-		pool.Put(q)
+		from.pool.Put(q)
 		if err == errBodyTooLarge && r.Header.Get("Expect") == "" {
 			io.CopyN(io.Discard, r.Body, maxDropped) // else a client that sends all before it looks finds a broken connection, no 413
 		}
@@ -222,7 +222,7 @@ func (in *ingester) release(q *ingestRequest) {
 	q.reset()
 	q.account.close()
 	q.account = nil
-	q.pool.Put(q)
+	q.from.pool.Put(q)
 }
 
 func (q *ingestRequest) reset() {

@@ -38,11 +38,11 @@ func (s *segment) serve(w http.ResponseWriter, r *http.Request, kind string) {
 	if takes(w, r, typeJSON) == "" {
 		return
 	}
-	limit := maxSingleBody
+	from := &s.in.singles
 	if kind == "batch" {
-		limit = maxBulkBody
+		from = &s.in.bulks
 	}
-	q := s.in.receive(w, r, &s.in.bulks, limit)
+	q := s.in.receive(w, r, from)
 	if q == nil {
 		return
 	}

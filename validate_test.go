@@ -218,7 +218,7 @@ func FuzzEventID(f *testing.F) {
 // newTestRequest is a request without a server, to be filled.
 func newTestRequest() *ingestRequest {
 	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest)
-	q := in.bulks.Get().(*ingestRequest)
+	q := in.bulks.pool.Get().(*ingestRequest)
 	q.account = in.bodies.open(client{})
 	return q
 }
