@@ -44,13 +44,13 @@ func auditTool(fs *flag.FlagSet) toolRun {
 	}
 }
 
-// ledger counts events by where they are. An event in several places counts for the first of stored, waiting, dead.
+// ledger counts events by where they are. An event in several places counts for the last of these.
 type ledger struct {
-	records, junk         int64
-	ids                   map[eventID]place
-	stored, waiting, dead int64
-	lost                  []eventID
-	rows, aggregated      int64
+	records, junk    int64
+	ids              map[eventID]place
+	at               [inTable + 1]int64 // how many of ids are in each place
+	lost             []eventID          // those that are nowhere but on the topic
+	rows, aggregated int64
 }
 
 type place uint8
@@ -99,14 +99,7 @@ func readLedger(ctx context.Context, cfg *settings, r timeRange, erased map[stri
 		return nil, err
 	}
 	for id, where := range l.ids {
-		switch where {
-		case inTable:
-			l.stored++
-		case inRetry:
-			l.waiting++
-		case inDeadLetters:
-			l.dead++
-		default:
+		if l.at[where]++; where == onTopic {
 			l.lost = append(l.lost, id)
 		}
 	}
@@ -148,7 +141,7 @@ func (l *ledger) readTables(ctx context.Context, cfg *settings, r timeRange) err
 }
 
 // difference is how many acknowledged events are nowhere.
-func (l *ledger) difference() int64 { return int64(len(l.lost)) }
+func (l *ledger) difference() int64 { return l.at[onTopic] }
 
 func (l *ledger) print(w io.Writer) {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
@@ -156,9 +149,9 @@ func (l *ledger) print(w io.Writer) {
 	fmt.Fprintf(t, "records on the topic\t%d\t\n", l.records)
 	fmt.Fprintf(t, "duplicates\t%d\t\n", l.records-distinct)
 	fmt.Fprintf(t, "distinct events\t%d\t\n", distinct)
-	fmt.Fprintf(t, "stored\t%d\t\n", l.stored)
-	fmt.Fprintf(t, "waiting for a retry\t%d\t\n", l.waiting)
-	fmt.Fprintf(t, "dead letters\t%d\t\n", l.dead)
+	fmt.Fprintf(t, "stored\t%d\t\n", l.at[inTable])
+	fmt.Fprintf(t, "waiting for a retry\t%d\t\n", l.at[inRetry])
+	fmt.Fprintf(t, "dead letters\t%d\t\n", l.at[inDeadLetters])
 	fmt.Fprintf(t, "difference\t%d\t\n", l.difference())
 	fmt.Fprintf(t, "records that are no event\t%d\t\n", l.junk)
 	fmt.Fprintf(t, "distinct rows in whole hours\t%d\t\n", l.rows)
@@ -180,8 +173,9 @@ func (l *ledger) printJSON(w io.Writer) {
 		nowhere = append(nowhere, fmt.Sprintf("%x", id))
 	}
 	json.NewEncoder(w).Encode(map[string]any{
-		"records": l.records, "duplicates": l.records - int64(len(l.ids)), "distinct_events": len(l.ids), "stored": l.stored, "waiting": l.waiting, "dead_letters": l.dead,
-		"difference": l.difference(), "no_event": l.junk, "distinct_rows": l.rows, "aggregated": l.aggregated, "nowhere": nowhere,
+		"records": l.records, "duplicates": l.records - int64(len(l.ids)), "distinct_events": len(l.ids),
+		"stored": l.at[inTable], "waiting": l.at[inRetry], "dead_letters": l.at[inDeadLetters], "difference": l.difference(),
+		"no_event": l.junk, "distinct_rows": l.rows, "aggregated": l.aggregated, "nowhere": nowhere,
 	})
 }
 

@@ -297,7 +297,7 @@ func mustHold(p *program, l *load.Loader) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if ledger.difference() != 0 || ledger.rows != ledger.aggregated || ledger.stored == 0 {
+	if ledger.difference() != 0 || ledger.rows != ledger.aggregated || ledger.at[inTable] == 0 {
 		var out bytes.Buffer
 		ledger.print(&out)
 		t.Fatalf("the ledger does not balance:\n%s", &out)
