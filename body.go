@@ -66,7 +66,7 @@ func (in *ingester) readBody(acc *account, r *http.Request, limit int) (*buffer,
 	if plain || err != nil {
 		return body, err
 	}
-	defer acc.put(body)
+	defer acc.put(&body)
 	waiting, cancel := context.WithTimeoutCause(r.Context(), in.ackTimeout, errTimeUp)
 	defer cancel()
 	select {
@@ -109,7 +109,7 @@ func (a *account) readAll(ctx context.Context, src io.Reader, hint, limit int) (
 			err = a.move(&body, min(2*cap(body.b), limit+1), false)
 		}
 	}
-	a.put(body)
+	a.put(&body)
 	return nil, err
 }
 
@@ -272,14 +272,15 @@ func (a *account) move(buf **buffer, n int, owed bool) error {
 		to = &buffer{make([]byte, 0, size)}
 	}
 	to.b = append(to.b, (*buf).bytes()...)
-	a.put(*buf)
+	a.put(buf)
 	*buf = to
 	return nil
 }
 
-// put takes a buffer back; nobody may look at its bytes any more. nil is fine.
-func (a *account) put(buf *buffer) {
-	if buf == nil {
+// put takes *held back and forgets it: nobody may look at its bytes any more. nil is fine.
+func (a *account) put(held **buffer) {
+	buf := *held
+	if *held = nil; buf == nil {
 		return
 	}
 	a.give(cap(buf.b))

@@ -199,7 +199,7 @@ func (in *ingester) receive(w http.ResponseWriter, r *http.Request, from *intake
 		err = acc.take(cap(q.records) * outgoingBytes)
 	}
 	if err != nil {
-		acc.put(body)
+		acc.put(&body)
 		acc.close()
 		from.pool.Put(q)
 		if err == errBodyTooLarge && r.Header.Get("Expect") == "" {
@@ -228,8 +228,7 @@ func (in *ingester) release(q *ingestRequest) {
 func (q *ingestRequest) reset() {
 	drain(q.acked) // the handler had given up before the last acknowledgement
 	for _, buf := range []**buffer{&q.body, &q.arena, &q.errors} {
-		q.account.put(*buf)
-		*buf = nil
+		q.account.put(buf)
 	}
 	q.firstErr.Store(nil)
 	q.failed, q.index, q.entry = 0, -1, appendBulkEntry
@@ -250,9 +249,8 @@ func wantsStored(w http.ResponseWriter, r *http.Request) (wait, ok bool) {
 // back the body and the records' bytes. What the request keeps still counts as in flight, which bounds how many can wait.
 func (in *ingester) awaitStored(w http.ResponseWriter, r *http.Request, q *ingestRequest) bool {
 	now := time.Now()
-	q.account.put(q.body)
-	q.account.put(q.arena)
-	q.body, q.arena = nil, nil
+	q.account.put(&q.body)
+	q.account.put(&q.arena)
 	until := now.Add(storedTimeout)
 	if x, ok := w.(*exchange); ok { // the answer has to be written before SERVER_WRITE_TIMEOUT
 		if last := x.started.Add(in.writeTimeout - in.writeTimeout/8); last.Before(until) {
