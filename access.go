@@ -127,20 +127,16 @@ func (a *access) admits(x *exchange, r *http.Request) bool {
 		return false
 	}
 	given := keyOf(r)
-	switch {
-	case strings.HasPrefix(r.URL.Path, "/api/"):
-	case strings.HasPrefix(r.URL.Path, "/v1/") && given != "": // else segment.go looks for it in the body
-	default:
+	inBody := strings.HasPrefix(r.URL.Path, "/v1/") && given == "" // where segment.go looks for it
+	if isOpen := !strings.HasPrefix(r.URL.Path, "/api/") && !strings.HasPrefix(r.URL.Path, "/v1/"); isOpen || inBody {
 		return true
 	}
 	may, key := a.rightsOf(given)
-	switch x.client = key; may {
-	case mayAll:
+	x.client = key
+	switch {
+	case may == mayAll, may == maySend && takesEvents(r):
 		return true
-	case maySend:
-		if takesEvents(r) {
-			return true
-		}
+	case may == maySend:
 		writeError(x, http.StatusForbidden, "forbidden", "this key is one of WRITE_KEYS and may only send events")
 	default:
 		a.refuse(x, given)

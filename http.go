@@ -17,7 +17,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 )
 
@@ -67,8 +66,7 @@ func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats
 	return &http.Server{
 		Addr: addr,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			x := exchanges.Get().(*exchange)
-			*x = exchange{ResponseWriter: w, route: other, started: time.Now()}
+			x := &exchange{ResponseWriter: w, route: other, started: time.Now()}
 			x.begin(r)
 			switch p := r.URL.Path; {
 			case !ac.admits(x, r): // and has answered
@@ -78,9 +76,7 @@ func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats
 				mux.ServeHTTP(x, r)
 			}
 			x.end(r, ac)
-			silent := x.status == 0
-			exchanges.Put(x)
-			if silent { // the client seems gone: the server would tell it 200
+			if x.status == 0 { // the client seems gone: the server would tell it 200
 				panic(http.ErrAbortHandler)
 			}
 		}),
@@ -104,8 +100,6 @@ type exchange struct {
 	started time.Time
 }
 
-var exchanges = sync.Pool{New: func() any { return new(exchange) }}
-
 // requestID is what is taken from a client as X-Request-Id: nothing that could forge a line of the log.
 var requestID = regexp.MustCompile(`^[0-9A-Za-z._-]{1,64}$`)
 
@@ -126,7 +120,6 @@ func (x *exchange) end(r *http.Request, ac *access) {
 		slog.Info("request", "id", x.id, "method", r.Method, "path", r.URL.Path, "status", x.status,
 			"ms", float64(took.Microseconds())/1000, "from", r.RemoteAddr)
 	}
-	x.ResponseWriter = nil
 }
 
 func (x *exchange) WriteHeader(status int) {

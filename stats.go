@@ -225,11 +225,10 @@ func (s *stats) write(w io.Writer) {
 
 // version is what `go build` knows of the source: a tag, or a commit and whether the tree was clean.
 func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return info.Main.Version
 	}
-	return info.Main.Version
+	return "unknown"
 }
 
 const (
