@@ -188,8 +188,8 @@ func writeUnavailable(w http.ResponseWriter, detail string) {
 
 // writeProblems answers 400 with every broken rule.
 func writeProblems(w http.ResponseWriter, problems []problem) {
-	b := append(make([]byte, 0, 512), `{"error":"validation failed","errors":`...)
-	b = appendProblems(b, problems)
+	b := append(make([]byte, 0, 512), `{"error":"validation failed","errors":[`...)
+	b = append(appendProblems(b, problems, "{", "message"), ']')
 	writeJSON(w, http.StatusBadRequest, appendRequestID(b, w))
 }
 
@@ -203,26 +203,22 @@ func appendRequestID(b []byte, w http.ResponseWriter) []byte {
 	return append(b, '}')
 }
 
-func appendProblems(dst []byte, problems []problem) []byte {
-	dst = append(dst, '[')
+// appendProblems appends an object for each problem, which begins with first and has the message under this name.
+func appendProblems(dst []byte, problems []problem, first, message string) []byte {
 	for i, p := range problems {
 		if i > 0 {
 			dst = append(dst, ',')
 		}
-		dst = p.append(append(dst, '{'), "message")
+		dst = append(dst, first...)
+		dst = append(dst, `"field":`...)
+		dst = appendString(dst, p.field)
+		dst = append(dst, `,"code":"`...)
+		dst = append(dst, p.code...)
+		dst = append(dst, `","`...)
+		dst = append(dst, message...)
+		dst = append(dst, `":`...)
+		dst = appendString(dst, p.message)
+		dst = append(dst, '}')
 	}
-	return append(dst, ']')
-}
-
-// append appends the members of a problem's object, the message under this name, and the end of the object.
-func (p *problem) append(dst []byte, message string) []byte {
-	dst = append(dst, `"field":`...)
-	dst = appendString(dst, p.field)
-	dst = append(dst, `,"code":"`...)
-	dst = append(dst, p.code...)
-	dst = append(dst, `","`...)
-	dst = append(dst, message...)
-	dst = append(dst, `":`...)
-	dst = appendString(dst, p.message)
-	return append(dst, '}')
+	return dst
 }

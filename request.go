@@ -183,8 +183,8 @@ func appendBulkEntry(dst []byte, index int, problems []problem) []byte {
 	dst = append(dst, `","field":`...)
 	dst = appendString(dst, problems[0].field)
 	if len(problems) > 1 {
-		dst = append(dst, `,"errors":`...)
-		dst = appendProblems(dst, problems)
+		dst = append(dst, `,"errors":[`...)
+		dst = append(appendProblems(dst, problems, "{", "message"), ']')
 	}
 	return append(dst, '}')
 }

@@ -299,7 +299,7 @@ func mustHold(p *program, l *load.Loader) {
 	}
 	if ledger.difference() != 0 || ledger.rows != ledger.aggregated || ledger.at[inTable] == 0 {
 		var out bytes.Buffer
-		ledger.print(&out)
+		ledger.print(&out, false)
 		t.Fatalf("the ledger does not balance:\n%s", &out)
 	}
 }

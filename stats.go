@@ -241,17 +241,17 @@ const (
 // troubles are what does not work now in one running system. Anybody may call its methods at any time; each costs a lock and a
 // map look-up, so call them on a failure and at the end of a try.
 type troubles struct {
-	mu   sync.Mutex // guards what follows
-	open map[string]trouble
+	mu   sync.Mutex         // guards what follows
+	open map[string]trouble // by what fails
 	ever map[string]bool    // what has worked at least once
 	told map[string]telling // by what fails and its cause without digits: ports, sizes and counts change from try to try
 }
 
 // trouble is one thing that does not work.
 type trouble struct {
-	what, cause string
-	since       time.Time
-	told        bool // has been logged since it began
+	cause string
+	since time.Time
+	told  bool // has been logged since it began
 }
 
 type telling struct {
@@ -271,7 +271,7 @@ func (t *troubles) note(what string, err error) {
 	defer t.mu.Unlock()
 	tr, failing := t.open[what]
 	if !failing {
-		tr = trouble{what: what, since: now}
+		tr = trouble{since: now}
 	}
 	tr.cause = cause
 	key := what + ": " + strings.Map(func(r rune) rune {
@@ -314,14 +314,11 @@ func (t *troubles) hasWorked(what string) bool {
 func (t *troubles) oldest() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	var first trouble
-	for _, tr := range t.open {
-		if first.what == "" || tr.since.Before(first.since) {
-			first = tr
+	text, since := "", time.Time{}
+	for what, tr := range t.open {
+		if text == "" || tr.since.Before(since) {
+			text, since = what+": "+tr.cause, tr.since
 		}
 	}
-	if first.what == "" {
-		return ""
-	}
-	return first.what + ": " + first.cause
+	return text
 }
