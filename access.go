@@ -54,11 +54,10 @@ func clientOf(w http.ResponseWriter, r *http.Request) (c client) {
 	if err != nil {
 		return client{} // a socket without addresses: all its clients count as one
 	}
-	addr := from.Addr().Unmap().WithZone("").As16()
-	if !from.Addr().Unmap().Is4() {
-		clear(addr[8:])
-	}
-	copy(c[:], addr[:])
+	addr := from.Addr().Unmap()
+	network, _ := addr.Prefix(min(addr.BitLen(), 64)) // an address of IPv4 as it is
+	bytes := network.Addr().As16()
+	copy(c[:], bytes[:])
 	return c
 }
 

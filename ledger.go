@@ -220,10 +220,7 @@ func readRecords(ctx context.Context, cfg *settings, topic, group string, f func
 			return fmt.Errorf("read topic %s: %w", topic, err)
 		}
 		fetches.EachRecord(func(rec *kgo.Record) {
-			end, reading := left[rec.Partition]
-			if !reading {
-				return
-			}
+			end := left[rec.Partition] // 0 when all of it is read
 			if rec.Offset < end {
 				f(rec)
 			}
