@@ -54,11 +54,10 @@ func clientOf(w http.ResponseWriter, r *http.Request) (c client) {
 	if err != nil {
 		return client{} // a socket without addresses: all its clients count as one
 	}
-	addr := from.Addr().Unmap().WithZone("").As16()
-	if !from.Addr().Unmap().Is4() {
-		clear(addr[8:])
-	}
-	copy(c[:], addr[:])
+	addr := from.Addr().Unmap()
+	network, _ := addr.Prefix(min(addr.BitLen(), 64)) // an address of IPv4 as it is
+	bytes := network.Addr().As16()
+	copy(c[:], bytes[:])
 	return c
 }
 
@@ -127,20 +126,16 @@ func (a *access) admits(x *exchange, r *http.Request) bool {
 		return false
 	}
 	given := keyOf(r)
-	switch {
-	case strings.HasPrefix(r.URL.Path, "/api/"):
-	case strings.HasPrefix(r.URL.Path, "/v1/") && given != "": // else segment.go looks for it in the body
-	default:
+	inBody := strings.HasPrefix(r.URL.Path, "/v1/") && given == "" // where segment.go looks for it
+	if isOpen := !strings.HasPrefix(r.URL.Path, "/api/") && !strings.HasPrefix(r.URL.Path, "/v1/"); isOpen || inBody {
 		return true
 	}
 	may, key := a.rightsOf(given)
-	switch x.client = key; may {
-	case mayAll:
+	x.client = key
+	switch {
+	case may == mayAll, may == maySend && takesEvents(r):
 		return true
-	case maySend:
-		if takesEvents(r) {
-			return true
-		}
+	case may == maySend:
 		writeError(x, http.StatusForbidden, "forbidden", "this key is one of WRITE_KEYS and may only send events")
 	default:
 		a.refuse(x, given)

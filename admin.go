@@ -9,12 +9,12 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"net/http/pprof"
-	"os"
+	_ "net/http/pprof"
 	"strconv"
 	"strings"
 	"sync"
@@ -108,7 +108,7 @@ func (rd *readiness) dependencies() (kafkaErr, tablesErr error) {
 // tables says whether ClickHouse answers and has the tables. The server may have closed an idle connection, so a first
 // failure without an answer is retried on a new one.
 func (rd *readiness) tables(ctx context.Context) (err error) {
-	for attempt := 0; attempt < 2; attempt++ {
+	for range 2 {
 		if rd.conn == nil || rd.conn.IsClosed() {
 			if rd.conn, err = rd.store.dial(ctx); err != nil {
 				return err
@@ -207,40 +207,32 @@ func newAdminServer(addr string, st *stats) *http.Server {
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 		st.write(w)
 	})
-	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
-	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
-	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
-	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
-	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	mux.Handle("GET /debug/pprof/", http.DefaultServeMux) // where net/http/pprof puts its pages
 	return &http.Server{Addr: addr, Handler: mux, ReadHeaderTimeout: readHeaderTimeout, MaxHeaderBytes: maxHeaderBytes}
 }
 
-// runHealthcheck asks the API of this machine whether it is ready, for containers that have no curl. It takes the port and
-// TLS from the same settings as the program and returns the exit code.
-func runHealthcheck(stderr io.Writer) int {
-	cfg, err := loadSettings(os.Getenv)
-	if err != nil {
-		fmt.Fprintln(stderr, err)
-		return 2
+// healthcheckTool asks the API of this machine whether it is ready, for containers that have no curl. It takes the port and TLS
+// from the same settings as the program.
+func healthcheckTool(*flag.FlagSet) toolRun {
+	return func(_ context.Context, cfg *settings, _ []string, _ io.Writer) error {
+		host, scheme := cfg.serverHost, "http"
+		if ip := net.ParseIP(host); host == "" || ip.IsUnspecified() {
+			host = "localhost"
+		}
+		if cfg.tlsCertFile != "" {
+			scheme = "https"
+		}
+		client := http.Client{ // the certificate is for another name than localhost
+			Timeout: readyTimeout + time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
+		resp, err := client.Get(scheme + "://" + net.JoinHostPort(host, fmt.Sprint(cfg.serverPort)) + "/ready")
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			said, _ := io.ReadAll(resp.Body)
+			return errors.New(string(said))
+		}
+		return nil
 	}
-	host, scheme := cfg.serverHost, "http"
-	if ip := net.ParseIP(host); host == "" || ip.IsUnspecified() {
-		host = "localhost"
-	}
-	if cfg.tlsCertFile != "" {
-		scheme = "https"
-	}
-	client := http.Client{ // the certificate is for another name than localhost
-		Timeout: readyTimeout + time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
-	resp, err := client.Get(scheme + "://" + net.JoinHostPort(host, fmt.Sprint(cfg.serverPort)) + "/ready")
-	if err != nil {
-		fmt.Fprintln(stderr, "healthcheck:", err)
-		return 1
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		io.Copy(stderr, resp.Body)
-		return 1
-	}
-	return 0
 }

@@ -66,8 +66,20 @@ func (in *ingester) readBody(acc *account, r *http.Request, limit int) (*buffer,
 	if plain || err != nil {
 		return body, err
 	}
-	defer acc.put(body)
-	return in.decompress(acc, r.Context(), encoding, body.b, limit)
+	defer acc.put(&body)
+	waiting, cancel := context.WithTimeoutCause(r.Context(), in.ackTimeout, errTimeUp)
+	defer cancel()
+	select {
+	case d := <-decompressors:
+		defer func() { decompressors <- d }()
+		src, err := d.open(encoding, body.b)
+		if err != nil {
+			return nil, badStream(err)
+		}
+		return acc.readAll(r.Context(), src, min(4*len(body.b), limit), limit)
+	case <-waiting.Done():
+		return nil, context.Cause(waiting)
+	}
 }
 
 // readAll reads src to its end. hint is its length, or -1; limit is the most it may have. A full buffer is replaced by a bigger
@@ -76,8 +88,8 @@ func (a *account) readAll(ctx context.Context, src io.Reader, hint, limit int) (
 	if hint < 0 {
 		hint = firstRead
 	}
-	// One byte more than expected, so that the end is seen without growing again.
-	body, err := a.get(min(hint, firstClaim) + 1)
+	var body *buffer
+	err := a.move(&body, min(hint, firstClaim)+1, false) // one byte more than expected: the end is seen without growing again
 	for err == nil {
 		var n int
 		n, err = src.Read(body.b[len(body.b):cap(body.b)])
@@ -94,41 +106,19 @@ func (a *account) readAll(ctx context.Context, src io.Reader, hint, limit int) (
 		case err != nil:
 			err = badStream(err)
 		case len(body.b) == cap(body.b):
-			var bigger *buffer
-			if bigger, err = a.get(min(2*cap(body.b), limit+1)); err == nil {
-				bigger.b = append(bigger.b, body.b...)
-				a.put(body)
-				body = bigger
-			}
+			err = a.move(&body, min(2*cap(body.b), limit+1), false)
 		}
 	}
-	a.put(body)
+	a.put(&body)
 	return nil, err
 }
 
 func badStream(err error) error { return fmt.Errorf("the body could not be read: %v", err) }
 
-func (in *ingester) decompress(acc *account, ctx context.Context, encoding string, raw []byte, limit int) (*buffer, error) {
-	waiting, cancel := context.WithTimeoutCause(ctx, in.ackTimeout, errTimeUp)
-	defer cancel()
-	var d *decompressor
-	select {
-	case d = <-decompressors:
-	case <-waiting.Done():
-		return nil, context.Cause(waiting)
-	}
-	defer func() { decompressors <- d }()
-	src, err := d.open(encoding, raw)
-	if err != nil {
-		return nil, badStream(err)
-	}
-	return acc.readAll(ctx, src, min(4*len(raw), limit), limit)
-}
-
 // decompressor keeps the state of both decoders for the next body: about 40 KiB, and up to twice maxZstdWindow.
 type decompressor struct {
 	src  bytes.Reader // no bytes.Buffer: zstd would decode the whole of it at once, past the limit
-	gzip *gzip.Reader
+	gzip gzip.Reader
 	zstd *zstd.Decoder
 }
 
@@ -137,7 +127,9 @@ type decompressor struct {
 var decompressors = func() chan *decompressor {
 	all := make(chan *decompressor, runtime.GOMAXPROCS(0))
 	for range cap(all) {
-		all <- new(decompressor)
+		// Concurrency 1 decodes in the caller: no goroutines to leak. The error would be of the options.
+		z, _ := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxZstdWindow))
+		all <- &decompressor{zstd: z}
 	}
 	return all
 }()
@@ -145,19 +137,7 @@ var decompressors = func() chan *decompressor {
 func (d *decompressor) open(encoding string, raw []byte) (io.Reader, error) {
 	d.src.Reset(raw)
 	if encoding == "gzip" {
-		if d.gzip == nil {
-			z, err := gzip.NewReader(&d.src)
-			d.gzip = z
-			return z, err
-		}
-		return d.gzip, d.gzip.Reset(&d.src)
-	}
-	if d.zstd == nil {
-		// Concurrency 1 decodes in the caller: no goroutines to leak from a pool.
-		z, err := zstd.NewReader(&d.src, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
-			zstd.WithDecoderMaxWindow(maxZstdWindow))
-		d.zstd = z
-		return z, err
+		return &d.gzip, d.gzip.Reset(&d.src)
 	}
 	return d.zstd, d.zstd.Reset(&d.src)
 }
@@ -266,47 +246,41 @@ func (a *account) give(n int) {
 	a.budget.used.Add(int64(-n))
 }
 
-// get returns an empty buffer with room for n bytes. The errors are errOverBudget and errOverShare.
-func (a *account) get(n int) (*buffer, error) {
-	if err := a.take(bufferSize(n)); err != nil {
-		return nil, err
-	}
-	return a.budget.taken(bufferSize(n)), nil
-}
-
-// grow replaces *buf by a bigger buffer with the same bytes, unless it has room for n more. On an error, one of get's, *buf
-// stays as it was. An answer that is owed ignores the limits.
+// grow makes room for n more bytes in *buf, unless it has it.
 func (a *account) grow(buf **buffer, n int, owed bool) error {
 	b := (*buf).bytes()
 	if cap(b)-len(b) >= n { // Fast path
 		return nil
 	}
-	size := bufferSize(max(len(b)+n, 2*cap(b)))
+	return a.move(buf, max(len(b)+n, 2*cap(b)), owed)
+}
+
+// move replaces *buf, which may be nil, by a buffer of n bytes and more, with the same ones in it. On an error, errOverBudget or
+// errOverShare, *buf stays as it was. An answer that is owed ignores the limits.
+func (a *account) move(buf **buffer, n int, owed bool) error {
+	size := bufferSize(n)
 	if owed {
 		a.give(-size)
 	} else if err := a.take(size); err != nil {
 		return err
 	}
-	bigger := a.budget.taken(size)
-	bigger.b = append(bigger.b, b...)
-	a.put(*buf)
-	*buf = bigger
+	var to *buffer
+	if pool := bufferPool(size); pool < bufferSizes {
+		to, _ = a.budget.pools[pool].Get().(*buffer)
+	}
+	if to == nil {
+		to = &buffer{make([]byte, 0, size)}
+	}
+	to.b = append(to.b, (*buf).bytes()...)
+	a.put(buf)
+	*buf = to
 	return nil
 }
 
-// taken returns a buffer of a size that is already charged.
-func (b *byteBudget) taken(size int) *buffer {
-	if pool := bufferPool(size); pool < bufferSizes {
-		if buf, ok := b.pools[pool].Get().(*buffer); ok {
-			return buf
-		}
-	}
-	return &buffer{make([]byte, 0, size)}
-}
-
-// put takes a buffer back; nobody may look at its bytes any more. nil is fine.
-func (a *account) put(buf *buffer) {
-	if buf == nil {
+// put takes *held back and forgets it: nobody may look at its bytes any more. nil is fine.
+func (a *account) put(held **buffer) {
+	buf := *held
+	if *held = nil; buf == nil {
 		return
 	}
 	a.give(cap(buf.b))

@@ -65,11 +65,11 @@ func costOf(single bool, media, encoding string, body []byte) (c cost) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	allocated, cpu := allocatedBytes(), threadTime()
-	limit, pool := maxBulkBody, &in.bulks
+	from := &in.bulks
 	if single {
-		limit, pool = maxSingleBody, &in.singles
+		from = &in.singles
 	}
-	if q := in.receive(w, r, pool, limit); q == nil {
+	if q := in.receive(w, r, from); q == nil {
 		// and has answered
 	} else if single {
 		if _, problems, err := q.parser.parse(q.body.b); err != nil {
@@ -424,7 +424,7 @@ func TestBudget(t *testing.T) {
 		in := newIngester(nil, &settings{maxInFlightBytes: limit, ackTimeout: time.Minute}, &newStats().ingest)
 		c := cost{}
 		w := discard{http.Header{}, &c}
-		q := in.receive(w, httptest.NewRequest("POST", bulkPath, bytes.NewReader(body)), &in.bulks, maxBulkBody)
+		q := in.receive(w, httptest.NewRequest("POST", bulkPath, bytes.NewReader(body)), &in.bulks)
 		if q != nil {
 			err := q.encode(t.Context(), typeNDJSON, 1795441976)
 			if used := in.bodies.used.Load(); used > limit || used < int64(len(q.body.b)) {

@@ -17,7 +17,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 )
 
@@ -67,8 +66,7 @@ func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats
 	return &http.Server{
 		Addr: addr,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			x := exchanges.Get().(*exchange)
-			*x = exchange{ResponseWriter: w, route: other, started: time.Now()}
+			x := &exchange{ResponseWriter: w, route: other, started: time.Now()}
 			x.begin(r)
 			switch p := r.URL.Path; {
 			case !ac.admits(x, r): // and has answered
@@ -78,9 +76,7 @@ func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats
 				mux.ServeHTTP(x, r)
 			}
 			x.end(r, ac)
-			silent := x.status == 0
-			exchanges.Put(x)
-			if silent { // the client seems gone: the server would tell it 200
+			if x.status == 0 { // the client seems gone: the server would tell it 200
 				panic(http.ErrAbortHandler)
 			}
 		}),
@@ -104,8 +100,6 @@ type exchange struct {
 	started time.Time
 }
 
-var exchanges = sync.Pool{New: func() any { return new(exchange) }}
-
 // requestID is what is taken from a client as X-Request-Id: nothing that could forge a line of the log.
 var requestID = regexp.MustCompile(`^[0-9A-Za-z._-]{1,64}$`)
 
@@ -126,7 +120,6 @@ func (x *exchange) end(r *http.Request, ac *access) {
 		slog.Info("request", "id", x.id, "method", r.Method, "path", r.URL.Path, "status", x.status,
 			"ms", float64(took.Microseconds())/1000, "from", r.RemoteAddr)
 	}
-	x.ResponseWriter = nil
 }
 
 func (x *exchange) WriteHeader(status int) {
@@ -195,8 +188,8 @@ func writeUnavailable(w http.ResponseWriter, detail string) {
 
 // writeProblems answers 400 with every broken rule.
 func writeProblems(w http.ResponseWriter, problems []problem) {
-	b := append(make([]byte, 0, 512), `{"error":"validation failed","errors":`...)
-	b = appendProblems(b, problems)
+	b := append(make([]byte, 0, 512), `{"error":"validation failed","errors":[`...)
+	b = append(appendProblems(b, problems, "{", "message"), ']')
 	writeJSON(w, http.StatusBadRequest, appendRequestID(b, w))
 }
 
@@ -210,26 +203,22 @@ func appendRequestID(b []byte, w http.ResponseWriter) []byte {
 	return append(b, '}')
 }
 
-func appendProblems(dst []byte, problems []problem) []byte {
-	dst = append(dst, '[')
+// appendProblems appends an object for each problem, which begins with first and has the message under this name.
+func appendProblems(dst []byte, problems []problem, first, message string) []byte {
 	for i, p := range problems {
 		if i > 0 {
 			dst = append(dst, ',')
 		}
-		dst = p.append(append(dst, '{'), "message")
+		dst = append(dst, first...)
+		dst = append(dst, `"field":`...)
+		dst = appendString(dst, p.field)
+		dst = append(dst, `,"code":"`...)
+		dst = append(dst, p.code...)
+		dst = append(dst, `","`...)
+		dst = append(dst, message...)
+		dst = append(dst, `":`...)
+		dst = appendString(dst, p.message)
+		dst = append(dst, '}')
 	}
-	return append(dst, ']')
-}
-
-// append appends the members of a problem's object, the message under this name, and the end of the object.
-func (p *problem) append(dst []byte, message string) []byte {
-	dst = append(dst, `"field":`...)
-	dst = appendString(dst, p.field)
-	dst = append(dst, `,"code":"`...)
-	dst = append(dst, p.code...)
-	dst = append(dst, `","`...)
-	dst = append(dst, message...)
-	dst = append(dst, `":`...)
-	dst = appendString(dst, p.message)
-	return append(dst, '}')
+	return dst
 }

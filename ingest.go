@@ -26,10 +26,7 @@ const (
 	maxEventBytes = maxSingleBody // of one event in it, as sent
 )
 
-var (
-	errTooManyEvents = errors.New("more than 1000 events: split the request")
-	errEventTooLarge = fmt.Errorf("the event is larger than %d KiB", maxEventBytes>>10)
-)
+var errTooManyEvents = errors.New("more than 1000 events: split the request")
 
 // codeUnavailable is the code of a good event that Kafka did not acknowledge in time.
 const codeUnavailable = "unavailable"
@@ -46,9 +43,15 @@ type ingester struct {
 	clockSkew    int64 // seconds
 	stored       *storedSignal
 	bodies       byteBudget
-	singles      sync.Pool // of *ingestRequest, for one event, which must not hold the memory of a thousand
-	bulks        sync.Pool // of *ingestRequest
+	singles      intake
+	bulks        intake
 	stats        *ingestStats
+}
+
+// intake is where requests for one event, or for many, come from: one event must not hold the memory of a thousand.
+type intake struct {
+	limit int       // bytes of a body
+	pool  sync.Pool // of *ingestRequest
 }
 
 func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats) *ingester {
@@ -57,9 +60,10 @@ func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats) *ingester
 		clockSkew: int64(cfg.clockSkew / time.Second), stats: stats,
 	}
 	in.bodies.limit, in.bodies.perClient = cfg.maxInFlightBytes, cfg.maxInFlightPerClient
-	for _, pool := range []*sync.Pool{&in.singles, &in.bulks} {
-		pool.New = func() any {
-			return &ingestRequest{in: in, pool: pool, index: -1, entry: appendBulkEntry, acked: make(chan struct{}, 1)}
+	in.singles.limit, in.bulks.limit = maxSingleBody, maxBulkBody
+	for _, from := range []*intake{&in.singles, &in.bulks} {
+		from.pool.New = func() any {
+			return &ingestRequest{in: in, from: from, index: -1, entry: appendBulkEntry, acked: make(chan struct{}, 1)}
 		}
 	}
 	return in
@@ -74,7 +78,7 @@ func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	q := in.receive(w, r, &in.singles, maxSingleBody)
+	q := in.receive(w, r, &in.singles)
 	if q == nil {
 		return
 	}
@@ -90,7 +94,7 @@ func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 		writeProblems(w, problems)
 		return
 	}
-	if err := q.add(0, ev); err != nil {
+	if err := q.add(ev); err != nil {
 		writeReadError(w, err)
 		return
 	}
@@ -101,14 +105,13 @@ func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 	}
 	in.stats.accepted.Add(1)
 	q.answer = append(q.answer[:0], `{"event_id":"`...)
-	q.answer = append(q.answer, q.records[0].Key...)
+	q.answer = append(q.answer, q.records[0].Key...) // which awaitStored gives back
+	status, end := http.StatusAccepted, `","status":"queued"}`
 	if wait && in.awaitStored(w, r, q) {
-		q.answer = append(q.answer, `","status":"stored"}`...)
-		writeJSON(w, http.StatusOK, q.answer)
-		return
+		status, end = http.StatusOK, `","status":"stored"}`
 	}
-	q.answer = append(q.answer, `","status":"queued"}`...)
-	writeJSON(w, http.StatusAccepted, q.answer)
+	q.answer = append(q.answer, end...)
+	writeJSON(w, status, q.answer)
 }
 
 // serveBulk answers POST /api/v1/events/bulk.
@@ -121,7 +124,7 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	q := in.receive(w, r, &in.bulks, maxBulkBody)
+	q := in.receive(w, r, &in.bulks)
 	if q == nil {
 		return
 	}
@@ -150,14 +153,12 @@ func (q *ingestRequest) encode(ctx context.Context, media string, now int64) err
 			if err := q.step(ctx); err != nil {
 				return err
 			}
-			if len(line) > maxEventBytes { // before it is parsed
-				return q.refuse(errEventTooLarge)
+			var ev *event
+			var err error
+			if len(line) <= maxEventBytes { // else it is refused unread
+				ev, _, err = q.parser.parse(line)
 			}
-			ev, _, err := q.parser.parse(line)
-			if err != nil { // it does not affect the other lines
-				return q.refuse(err)
-			}
-			return q.take(ev, now)
+			return q.decide(ev, err, len(line), now) // which does not affect the other lines
 		})
 	}
 	q.parser.json.reset(q.body.b)
@@ -178,12 +179,8 @@ func (q *ingestRequest) next(ctx context.Context, read func(*jsonReader) (*event
 		return fmt.Errorf("events[%d]: %w", q.index, r.err)
 	case ev == nil && err == nil:
 		return nil
-	case r.i-start > maxEventBytes:
-		return q.refuse(errEventTooLarge)
-	case err != nil:
-		return q.refuse(err)
 	default:
-		return q.take(ev, now)
+		return q.decide(ev, err, r.i-start, now)
 	}
 }
 
@@ -196,28 +193,29 @@ func (q *ingestRequest) step(ctx context.Context) error {
 	return nil
 }
 
-// refuse notes why the current event cannot be one.
-func (q *ingestRequest) refuse(why error) error {
-	code := codeInvalidFormat
-	if why == errEventTooLarge {
-		code = codeMaxLength
+// decide adds the current event, which was sent as size bytes, to the records, or what is wrong with it to the errors. err is
+// why it cannot be read.
+func (q *ingestRequest) decide(ev *event, err error, size int, now int64) error {
+	var problems []problem
+	switch {
+	case size > maxEventBytes:
+		problems = []problem{{"", codeMaxLength, fmt.Sprintf("the event is larger than %d KiB", maxEventBytes>>10)}}
+	case err != nil:
+		problems = []problem{{"", codeInvalidFormat, err.Error()}}
+	default:
+		problems = q.parser.checkAge(now, q.in.clockSkew)
 	}
-	return q.addError(q.index, []problem{{"", code, why.Error()}}, false)
-}
-
-// take adds the current event to the records, or its problems to the errors.
-func (q *ingestRequest) take(ev *event, now int64) error {
-	if problems := q.parser.checkAge(now, q.in.clockSkew); len(problems) > 0 {
+	if len(problems) > 0 {
 		return q.addError(q.index, problems, false)
 	}
-	return q.add(q.index, ev)
+	return q.add(ev)
 }
 
 // answerBulk says what became of the events. stored is that all accepted ones can be queried.
 func (in *ingester) answerBulk(w http.ResponseWriter, q *ingestRequest, stored bool) {
 	success := 0
 	for i := range q.records {
-		if rec := &q.records[i]; rec.state.Load() == stateAcked {
+		if rec := &q.records[i]; rec.acked.Load() {
 			success++
 		} else {
 			q.addError(rec.index, []problem{{"", codeUnavailable, "Kafka did not acknowledge the event; it is safe to send it again"}}, true)

@@ -32,11 +32,7 @@ func auditTool(fs *flag.FlagSet) toolRun {
 		if err != nil {
 			return err
 		}
-		if *asJSON {
-			l.printJSON(w)
-		} else {
-			l.print(w)
-		}
+		l.print(w, *asJSON)
 		if l.difference() != 0 || l.aggregated != l.rows {
 			return errDiffers
 		}
@@ -44,13 +40,13 @@ func auditTool(fs *flag.FlagSet) toolRun {
 	}
 }
 
-// ledger counts events by where they are. An event in several places counts for the first of stored, waiting, dead.
+// ledger counts events by where they are. An event in several places counts for the last of these.
 type ledger struct {
-	records, junk         int64
-	ids                   map[eventID]place
-	stored, waiting, dead int64
-	lost                  []eventID
-	rows, aggregated      int64
+	records, junk    int64
+	ids              map[eventID]place
+	at               [inTable + 1]int64 // how many of ids are in each place
+	lost             []eventID          // those that are nowhere but on the topic
+	rows, aggregated int64
 }
 
 type place uint8
@@ -99,14 +95,7 @@ func readLedger(ctx context.Context, cfg *settings, r timeRange, erased map[stri
 		return nil, err
 	}
 	for id, where := range l.ids {
-		switch where {
-		case inTable:
-			l.stored++
-		case inRetry:
-			l.waiting++
-		case inDeadLetters:
-			l.dead++
-		default:
+		if l.at[where]++; where == onTopic {
 			l.lost = append(l.lost, id)
 		}
 	}
@@ -148,41 +137,45 @@ func (l *ledger) readTables(ctx context.Context, cfg *settings, r timeRange) err
 }
 
 // difference is how many acknowledged events are nowhere.
-func (l *ledger) difference() int64 { return int64(len(l.lost)) }
+func (l *ledger) difference() int64 { return l.at[onTopic] }
 
-func (l *ledger) print(w io.Writer) {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	distinct := int64(len(l.ids))
-	fmt.Fprintf(t, "records on the topic\t%d\t\n", l.records)
-	fmt.Fprintf(t, "duplicates\t%d\t\n", l.records-distinct)
-	fmt.Fprintf(t, "distinct events\t%d\t\n", distinct)
-	fmt.Fprintf(t, "stored\t%d\t\n", l.stored)
-	fmt.Fprintf(t, "waiting for a retry\t%d\t\n", l.waiting)
-	fmt.Fprintf(t, "dead letters\t%d\t\n", l.dead)
-	fmt.Fprintf(t, "difference\t%d\t\n", l.difference())
-	fmt.Fprintf(t, "records that are no event\t%d\t\n", l.junk)
-	fmt.Fprintf(t, "distinct rows in whole hours\t%d\t\n", l.rows)
-	fmt.Fprintf(t, "counted in events_hourly\t%d\t\n", l.aggregated)
-	t.Flush()
-	for i, id := range l.lost {
-		if i == 10 {
-			fmt.Fprintln(w, "…")
-			break
-		}
-		fmt.Fprintf(w, "nowhere: %x\n", id)
-	}
-}
-
-// printJSON writes the same figures, and at most ten ids of lost events.
-func (l *ledger) printJSON(w io.Writer) {
-	nowhere := []string{}
+// print writes the figures, and at most ten ids of lost events.
+func (l *ledger) print(w io.Writer, asJSON bool) {
+	distinct, nowhere := int64(len(l.ids)), []string{}
 	for _, id := range l.lost[:min(len(l.lost), 10)] {
 		nowhere = append(nowhere, fmt.Sprintf("%x", id))
 	}
-	json.NewEncoder(w).Encode(map[string]any{
-		"records": l.records, "duplicates": l.records - int64(len(l.ids)), "distinct_events": len(l.ids), "stored": l.stored, "waiting": l.waiting, "dead_letters": l.dead,
-		"difference": l.difference(), "no_event": l.junk, "distinct_rows": l.rows, "aggregated": l.aggregated, "nowhere": nowhere,
-	})
+	object := map[string]any{"nowhere": nowhere}
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
+	for _, f := range []struct {
+		words, key string
+		n          int64
+	}{
+		{"records on the topic", "records", l.records},
+		{"duplicates", "duplicates", l.records - distinct},
+		{"distinct events", "distinct_events", distinct},
+		{"stored", "stored", l.at[inTable]},
+		{"waiting for a retry", "waiting", l.at[inRetry]},
+		{"dead letters", "dead_letters", l.at[inDeadLetters]},
+		{"difference", "difference", l.difference()},
+		{"records that are no event", "no_event", l.junk},
+		{"distinct rows in whole hours", "distinct_rows", l.rows},
+		{"counted in events_hourly", "aggregated", l.aggregated},
+	} {
+		object[f.key] = f.n
+		fmt.Fprintf(t, "%s\t%d\t\n", f.words, f.n)
+	}
+	if asJSON {
+		json.NewEncoder(w).Encode(object)
+		return
+	}
+	t.Flush()
+	for _, id := range nowhere {
+		fmt.Fprintf(w, "nowhere: %s\n", id)
+	}
+	if len(l.lost) > len(nowhere) {
+		fmt.Fprintln(w, "…")
+	}
 }
 
 // readRecords hands each record of a topic to f that the group has not committed, all of them without a group, up to where the
@@ -227,10 +220,7 @@ func readRecords(ctx context.Context, cfg *settings, topic, group string, f func
 			return fmt.Errorf("read topic %s: %w", topic, err)
 		}
 		fetches.EachRecord(func(rec *kgo.Record) {
-			end, reading := left[rec.Partition]
-			if !reading {
-				return
-			}
+			end := left[rec.Partition] // 0 when all of it is read
 			if rec.Offset < end {
 				f(rec)
 			}

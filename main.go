@@ -52,10 +52,8 @@ func main() {
 		os.Exit(serve())
 	case "load":
 		os.Exit(load.Run(os.Args[2:], os.Stdout, os.Stderr))
-	case "audit", "reconcile", "reshard", "rewind", "dlq":
+	case "audit", "reconcile", "reshard", "rewind", "dlq", "healthcheck":
 		os.Exit(runTool(command, os.Args[2:], os.Stdout, os.Stderr))
-	case "healthcheck":
-		os.Exit(runHealthcheck(os.Stderr))
 	case "version", "-version", "--version":
 		fmt.Println(version(), runtime.Version())
 	case "-h", "-help", "--help", "help":
@@ -83,10 +81,11 @@ func serve() int {
 		}
 		return a
 	}}
-	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, options)))
+	log := slog.Handler(slog.NewTextHandler(os.Stderr, options))
 	if cfg.logFormat == "json" {
-		slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, options)))
+		log = slog.NewJSONHandler(os.Stderr, options)
 	}
+	slog.SetDefault(slog.New(log))
 	if os.Getenv("GOMEMLIMIT") == "" { // the garbage collector works harder before the budgets and what it needs itself are passed
 		debug.SetMemoryLimit(cfg.maxInFlightBytes + cfg.consumeMemory + cfg.dedupeMemory + restMemory)
 	}
@@ -120,13 +119,15 @@ type system struct {
 	admin     *http.Server
 	listener  net.Listener              // of the API
 	adminL    net.Listener              // nil when ADMIN_ADDR is off
-	failed    chan error                // what can never work; the first one ends run
+	failed    context.Context           // is done, with the cause, once something can never work, which ends run
+	fail      context.CancelCauseFunc   // ends failed; only the first cause counts
 	stopBy    atomic.Pointer[time.Time] // when a stop has to be over, nil before it begins
 }
 
 // newSystem opens the listeners and the producer; nothing runs yet and no dependency has to be there.
 func newSystem(cfg *settings) (*system, error) {
-	s := &system{cfg: cfg, stats: newStats(), store: newStore(cfg), failed: make(chan error, 1)}
+	s := &system{cfg: cfg, stats: newStats(), store: newStore(cfg)}
+	s.failed, s.fail = context.WithCancelCause(context.Background())
 	addr := net.JoinHostPort(cfg.serverHost, fmt.Sprint(cfg.serverPort))
 	var err error
 	if s.access, err = newAccess(cfg); err != nil {
@@ -155,13 +156,12 @@ func newSystem(cfg *settings) (*system, error) {
 	s.api = newServer(addr, s.routes(in), cfg, s.access, s.stats)
 	s.api.RegisterOnShutdown(in.stored.end)
 	s.admin = newAdminServer(cfg.adminAddr, s.stats)
-	s.stats.counter("event_ingestion_broken_parts_total", func() (n uint64) {
+	s.stats.watch(&s.ready.consumer, s.watermark, &in.bodies, func() (n uint64) {
 		for _, st := range s.knownShards() {
 			n += uint64(st.broken.total.Load())
 		}
 		return n
 	})
-	s.stats.watch(&s.ready.consumer, s.watermark, &in.bodies)
 	return s, nil
 }
 
@@ -205,12 +205,11 @@ func (s *system) routes(in *ingester) []route {
 
 // run serves until ctx is done and then stops within SHUTDOWN_TIMEOUT.
 func (s *system) run(ctx context.Context) error {
-	serving := make(chan error, 2)
 	go func() { // ends with Shutdown
 		if s.access.tls != nil {
-			serving <- s.api.ServeTLS(s.listener, "", "")
+			s.fail(s.api.ServeTLS(s.listener, "", ""))
 		} else {
-			serving <- s.api.Serve(s.listener)
+			s.fail(s.api.Serve(s.listener))
 		}
 	}()
 	hup := make(chan os.Signal, 1)
@@ -219,7 +218,7 @@ func (s *system) run(ctx context.Context) error {
 		defer signal.Stop(hup)
 	}
 	if s.adminL != nil {
-		go func() { serving <- s.admin.Serve(s.adminL) }() // ends with Close
+		go func() { s.fail(s.admin.Serve(s.adminL)) }() // ends with Close
 	}
 	slog.Info("listening", "api", s.listener.Addr().String(), "admin", s.cfg.adminAddr)
 
@@ -234,12 +233,11 @@ func (s *system) run(ctx context.Context) error {
 		select {
 		case <-hup:
 			s.access.reload()
-			continue
 		case <-ctx.Done():
-		case err = <-serving:
-		case err = <-s.failed:
+			running = false
+		case <-s.failed.Done():
+			running, err = false, context.Cause(s.failed)
 		}
-		running = false
 	}
 
 	s.ready.stopping.Store(true)
@@ -248,9 +246,6 @@ func (s *system) run(ctx context.Context) error {
 		time.Sleep(s.cfg.shutdownDelay)
 	}
 	s.stop(func() { stopConsuming(); stages.Wait() })
-	if errors.Is(err, http.ErrServerClosed) {
-		err = nil
-	}
 	return err
 }
 
@@ -303,14 +298,6 @@ func (s *system) trouble(what string, err error) {
 	placedAnew := s.cfg.role == "api" && errors.Is(err, errPlacement) // accepting goes on while events are
 	if isHopeless(err) && !placedAnew && !s.stats.troubles.hasWorked(what) {
 		s.fail(fmt.Errorf("%s: %w", what, err))
-	}
-}
-
-// fail ends the system.
-func (s *system) fail(err error) {
-	select {
-	case s.failed <- err:
-	default: // it ends already
 	}
 }
 

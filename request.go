@@ -21,19 +21,12 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
-// The states of a record on its way to Kafka.
-const (
-	statePending int32 = iota
-	stateAcked
-	stateFailed
-)
-
 // outgoing is one record and what became of it.
 type outgoing struct {
 	kgo.Record
 	index   int // of the event in the request
 	end     int // of the record's bytes in the arena
-	state   atomic.Int32
+	acked   atomic.Bool
 	request *ingestRequest
 }
 
@@ -46,8 +39,8 @@ const _ = -unsafe.Offsetof(outgoing{}.Record) // does not compile unless the rec
 // its slab of records are charged to the ingester's budget.
 type ingestRequest struct {
 	in      *ingester
-	pool    *sync.Pool // where it goes back to
-	account *account   // of the client that sent it, nil in the pool
+	from    *intake  // where it goes back to
+	account *account // of the client that sent it, nil in the pool
 	parser  eventParser
 	body    *buffer
 	index   int        // of the current event
@@ -68,16 +61,13 @@ type ingestRequest struct {
 // outgoingBytes is what a record of the slab takes.
 const outgoingBytes = int(unsafe.Sizeof(outgoing{}))
 
-// add encodes one event: its key and its value go into the arena, a slot of records remembers where.
-func (q *ingestRequest) add(index int, ev *event) error {
+// add encodes the current event: its key and its value go into the arena, a slot of records remembers where.
+func (q *ingestRequest) add(ev *event) error {
+	room := 2*len(eventID{}) + ev.maxEncoded()
 	if q.arena == nil {
-		arena, err := q.account.get(len(q.body.b) + len(q.body.b)/4) // with room for the keys, most of the time
-		if err != nil {
-			return err
-		}
-		q.arena = arena
+		room = max(room, len(q.body.b)+len(q.body.b)/4) // for the other events and their keys, most of the time
 	}
-	if err := q.account.grow(&q.arena, 2*len(eventID{})+ev.maxEncoded(), false); err != nil {
+	if err := q.account.grow(&q.arena, room, false); err != nil {
 		return err
 	}
 	var id eventID
@@ -92,8 +82,8 @@ func (q *ingestRequest) add(index int, ev *event) error {
 	}
 	q.records = q.records[:n+1]
 	rec := &q.records[n]
-	rec.request, rec.index, rec.end = q, index, len(q.arena.b)
-	rec.state.Store(statePending)
+	rec.request, rec.index, rec.end = q, q.index, len(q.arena.b)
+	rec.acked.Store(false)
 	return nil
 }
 
@@ -130,12 +120,9 @@ func (q *ingestRequest) sealRecords(topic string) {
 func onAck(produced *kgo.Record, err error) {
 	rec := outgoingOf(produced)
 	q := rec.request
-	if err == nil {
-		rec.state.Store(stateAcked)
-	} else {
+	if rec.acked.Store(err == nil); err != nil {
 		why := err // only this one goes to the heap: err itself would, for each record
 		q.firstErr.CompareAndSwap(nil, &why)
-		rec.state.Store(stateFailed)
 	}
 	if q.pending.Add(-1) == 0 {
 		q.acked <- struct{}{} // has room: there is one per request
@@ -146,7 +133,7 @@ func onAck(produced *kgo.Record, err error) {
 // acknowledged is how many of the records Kafka has. It needs the bytes of these no more.
 func (q *ingestRequest) acknowledged() (n int) {
 	for i := range q.records {
-		if q.records[i].state.Load() == stateAcked {
+		if q.records[i].acked.Load() {
 			n++
 		}
 	}
@@ -173,10 +160,7 @@ type entryForm func(dst []byte, index int, problems []problem) []byte
 
 // addError notes the problems of an event in the answer. An answer that is owed ignores the budget.
 func (q *ingestRequest) addError(index int, problems []problem, owed bool) error {
-	if q.errors == nil {
-		q.errors = new(buffer)
-	}
-	if len(q.errors.b) > maxDetail {
+	if len(q.errors.bytes()) > maxDetail {
 		problems = problems[:1]
 	}
 	if err := q.account.grow(&q.errors, maxEntry, owed); err != nil {
@@ -202,25 +186,25 @@ func appendBulkEntry(dst []byte, index int, problems []problem) []byte {
 	dst = append(dst, `","field":`...)
 	dst = appendString(dst, problems[0].field)
 	if len(problems) > 1 {
-		dst = append(dst, `,"errors":`...)
-		dst = appendProblems(dst, problems)
+		dst = append(dst, `,"errors":[`...)
+		dst = append(appendProblems(dst, problems, "{", "message"), ']')
 	}
 	return append(dst, '}')
 }
 
 // receive reads r's body and returns a request with it, which the caller releases; nil when it has answered why not. While the
 // client takes its time, only the body's buffer is held.
-func (in *ingester) receive(w http.ResponseWriter, r *http.Request, pool *sync.Pool, limit int) *ingestRequest {
+func (in *ingester) receive(w http.ResponseWriter, r *http.Request, from *intake) *ingestRequest {
 	acc := in.bodies.open(clientOf(w, r))
-	body, err := in.readBody(acc, r, limit)
-	q := pool.Get().(*ingestRequest)
+	body, err := in.readBody(acc, r, from.limit)
+	q := from.pool.Get().(*ingestRequest)
 	if err == nil {
 		err = acc.take(cap(q.records) * outgoingBytes)
 	}
 	if err != nil {
-		acc.put(body)
+		acc.put(&body)
 		acc.close()
-		pool.Put(q)
+		from.pool.Put(q)
 		if err == errBodyTooLarge && r.Header.Get("Expect") == "" {
 			io.CopyN(io.Discard, r.Body, maxDropped) // else a client that sends all before it looks finds a broken connection, no 413
 		}
@@ -241,14 +225,13 @@ func (in *ingester) release(q *ingestRequest) {
 	q.reset()
 	q.account.close()
 	q.account = nil
-	q.pool.Put(q)
+	q.from.pool.Put(q)
 }
 
 func (q *ingestRequest) reset() {
 	drain(q.acked) // the handler had given up before the last acknowledgement
 	for _, buf := range []**buffer{&q.body, &q.arena, &q.errors} {
-		q.account.put(*buf)
-		*buf = nil
+		q.account.put(buf)
 	}
 	q.firstErr.Store(nil)
 	q.failed, q.index, q.entry = 0, -1, appendBulkEntry
@@ -269,9 +252,8 @@ func wantsStored(w http.ResponseWriter, r *http.Request) (wait, ok bool) {
 // back the body and the records' bytes. What the request keeps still counts as in flight, which bounds how many can wait.
 func (in *ingester) awaitStored(w http.ResponseWriter, r *http.Request, q *ingestRequest) bool {
 	now := time.Now()
-	q.account.put(q.body)
-	q.account.put(q.arena)
-	q.body, q.arena = nil, nil
+	q.account.put(&q.body)
+	q.account.put(&q.arena)
 	until := now.Add(storedTimeout)
 	if x, ok := w.(*exchange); ok { // the answer has to be written before SERVER_WRITE_TIMEOUT
 		if last := x.started.Add(in.writeTimeout - in.writeTimeout/8); last.Before(until) {

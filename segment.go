@@ -1,7 +1,7 @@
 // Segment's protocol, so that an app can use an existing client with its queue, batches, retries and last flush.
 //
 // segment.go owns the mapping of a message onto an event, field by field as the OpenAPI document says, and the answer: these
-// clients drop what gets a 4xx, so a 200 names the invalid items. Rules, limits, keys, Kafka and memory are those of a bulk.
+// clients drop what gets a 4xx, so a 200 names the invalid items. Rules, limits, keys, Kafka and memory are those of the other routes.
 
 package main
 
@@ -38,11 +38,11 @@ func (s *segment) serve(w http.ResponseWriter, r *http.Request, kind string) {
 	if takes(w, r, typeJSON) == "" {
 		return
 	}
-	limit := maxSingleBody
+	from := &s.in.singles
 	if kind == "batch" {
-		limit = maxBulkBody
+		from = &s.in.bulks
 	}
-	q := s.in.receive(w, r, &s.in.bulks, limit)
+	q := s.in.receive(w, r, from)
 	if q == nil {
 		return
 	}
@@ -334,11 +334,5 @@ func (s *segment) answer(w http.ResponseWriter, q *ingestRequest) {
 
 // appendItemEntries appends an entry for each problem of an item.
 func appendItemEntries(dst []byte, index int, problems []problem) []byte {
-	for i, p := range problems {
-		if i > 0 {
-			dst = append(dst, ',')
-		}
-		dst = p.append(fmt.Appendf(dst, `{"index":%d,`, index), "error")
-	}
-	return dst
+	return appendProblems(dst, problems, fmt.Sprintf(`{"index":%d,`, index), "error")
 }

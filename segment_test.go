@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -169,6 +170,27 @@ func TestSegmentHostile(t *testing.T) {
 	t.Logf("%d bodies, by status %v", tried, seen)
 	if status, _, answer := p.ask("POST", "/v1/t", []byte(`{"event":"e","userId":"u"}`)); status != http.StatusOK || answer != `{"success":true,"errors":[]}` {
 		t.Errorf("afterwards: %d %s", status, answer)
+	}
+}
+
+// TestSegmentSingle: one message does not hold the memory of a batch.
+func TestSegmentSingle(t *testing.T) {
+	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest)
+	ac, err := newAccess(&settings{serverHost: "localhost"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	body := `{"batch":[` + strings.Repeat(`{"type":"track","event":"e","userId":"u"},`, 999) + `{"type":"track","event":"e","userId":"u"}]}`
+	q := in.receive(httptest.NewRecorder(), httptest.NewRequest("POST", "/v1/batch", strings.NewReader(body)), &in.bulks)
+	if _, err := q.encodeSegment(t.Context(), "batch", segmentNow); err != nil || len(q.records) != 1000 {
+		t.Fatal(err, len(q.records))
+	}
+	in.release(q)
+	in.bodies.limit = 64 << 10
+	w := httptest.NewRecorder()
+	(&segment{in, ac}).serve(w, httptest.NewRequest("POST", "/v1/track", strings.NewReader(`{"userId":"u"}`)), "track")
+	if w.Code != http.StatusOK || !strings.Contains(w.Body.String(), codeRequired) {
+		t.Error(w.Code, w.Body)
 	}
 }
 

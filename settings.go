@@ -355,7 +355,7 @@ func addresses(s string) ([]string, bool) {
 // clusterName takes what can stand between quotes in SQL.
 func clusterName(s string) (string, bool) { return s, !strings.ContainsAny(s, "'\\`\"") }
 
-// sqlName can stand in SQL without quotes; the schema puts the database there so.
-var sqlName = regexp.MustCompile(`^[a-zA-Z_][a-zA-Z0-9_]*$`)
-
+// identifier takes what can stand in SQL without quotes; the schema puts the database there so.
 func identifier(s string) (string, bool) { return s, sqlName.MatchString(s) }
+
+var sqlName = regexp.MustCompile(`^[a-zA-Z_]\w*$`)

@@ -297,9 +297,9 @@ func mustHold(p *program, l *load.Loader) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if ledger.difference() != 0 || ledger.rows != ledger.aggregated || ledger.stored == 0 {
+	if ledger.difference() != 0 || ledger.rows != ledger.aggregated || ledger.at[inTable] == 0 {
 		var out bytes.Buffer
-		ledger.print(&out)
+		ledger.print(&out, false)
 		t.Fatalf("the ledger does not balance:\n%s", &out)
 	}
 }

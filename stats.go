@@ -92,9 +92,10 @@ func (rs *routeStats) count(status int, took time.Duration) {
 	rs.seconds.Update(took.Seconds())
 }
 
-// stats is every counter of one running system; its set is what /metrics prints.
+// stats is every counter of one running system. set is what /metrics prints, help says what each of its metrics is.
 type stats struct {
 	set      *metrics.Set
+	help     map[string]string // written only before the system runs
 	ingest   ingestStats
 	side     sideStats
 	store    storeStats
@@ -107,31 +108,46 @@ var seconds = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 
 
 func newStats() *stats {
 	set, failing := metrics.NewSet(), newTroubles()
-	s := &stats{
-		set: set,
-		ingest: ingestStats{
-			set:         set,
-			accepted:    set.NewCounter("event_ingestion_events_accepted_total"),
-			refused:     set.NewCounter("event_ingestion_events_refused_total"),
-			unavailable: set.NewCounter("event_ingestion_events_unavailable_total"),
-			ack:         set.NewPrometheusHistogramExt("event_ingestion_produce_duration_seconds", seconds),
-		},
+	s := &stats{set: set, troubles: failing, help: map[string]string{
+		// With labels: made where they are counted.
+		"event_ingestion_http_requests_total":           "Answers by route and status code; code 0 is none.",
+		"event_ingestion_http_request_duration_seconds": "Time from a request's header to the end of its answer, by route.",
+		"event_ingestion_segment_items_refused_total":   "Items of Segment's protocol that are not valid, by the code of their first problem.",
+		"event_ingestion_dead_letters_total":            "Records given up, by error type.",
+		"event_ingestion_build_info":                    "1, with the version as label.",
+	}}
+	counter := func(name, help string) *metrics.Counter { return set.NewCounter(s.named(name, help)) }
+	histogram := func(name, help string) *metrics.PrometheusHistogram {
+		return set.NewPrometheusHistogramExt(s.named(name, help), seconds)
+	}
+	s.ingest = ingestStats{
+		set:         set,
+		accepted:    counter("event_ingestion_events_accepted_total", "Events that Kafka has acknowledged."),
+		refused:     counter("event_ingestion_events_refused_total", "Events that are not valid."),
+		unavailable: counter("event_ingestion_events_unavailable_total", "Good events that Kafka did not acknowledge in time."),
+		ack: histogram("event_ingestion_produce_duration_seconds",
+			"Time from handing a request's events to Kafka to the last acknowledgement."),
+	}
+	s.side = sideStats{
+		set:      set,
 		troubles: failing,
-		side:     sideStats{set: set, retried: set.NewCounter("event_ingestion_retries_total"), troubles: failing},
-		store: storeStats{
-			troubles:  failing,
-			consumed:  set.NewCounter("event_ingestion_records_consumed_total"),
-			inserts:   set.NewCounter("event_ingestion_inserts_total"),
-			rows:      set.NewCounter("event_ingestion_rows_stored_total"),
-			failures:  set.NewCounter("event_ingestion_insert_failures_total"),
-			seconds:   set.NewPrometheusHistogramExt("event_ingestion_insert_duration_seconds", seconds),
-			freshness: set.NewPrometheusHistogramExt("event_ingestion_freshness_seconds", seconds),
-
-			lookups:       set.NewCounter("event_ingestion_lookups_total"),
-			duplicates:    set.NewCounter("event_ingestion_duplicates_total"),
-			mended:        set.NewCounter("event_ingestion_mended_rows_total"),
-			lookupSeconds: set.NewPrometheusHistogramExt("event_ingestion_lookup_duration_seconds", seconds),
-		},
+		retried:  counter("event_ingestion_retries_total", "Rejected records put on the retry topic."),
+	}
+	s.store = storeStats{
+		troubles:   failing,
+		consumed:   counter("event_ingestion_records_consumed_total", "Records read from the main topic."),
+		inserts:    counter("event_ingestion_inserts_total", "Inserts that ClickHouse has taken."),
+		rows:       counter("event_ingestion_rows_stored_total", "Rows of these inserts."),
+		failures:   counter("event_ingestion_insert_failures_total", "Attempts at an insert or a lookup that failed and were repeated."),
+		seconds:    histogram("event_ingestion_insert_duration_seconds", "Time of an insert with all its attempts."),
+		freshness:  histogram("event_ingestion_freshness_seconds", "Age of a block's first record when its round is stored."),
+		duplicates: counter("event_ingestion_duplicates_total", "Records of events that were stored before."),
+		lookups: counter("event_ingestion_lookups_total",
+			"Records that memory did not know about and that were looked up in ClickHouse."),
+		lookupSeconds: histogram("event_ingestion_lookup_duration_seconds",
+			"Time of loading ids and of looking up, of rounds that looked up."),
+		mended: counter("event_ingestion_mended_rows_total",
+			"Rows of events_hourly that did not agree with events after a fault and were mended."),
 	}
 	set.NewGauge(fmt.Sprintf(`event_ingestion_build_info{version="%s",goversion="%s"}`, version(), runtime.Version()), func() float64 { return 1 })
 	for _, code := range []string{codeRequired, codeMaxLength, codeInvalidFormat, codeFuture, codeExpired} {
@@ -142,79 +158,57 @@ func newStats() *stats {
 	return s
 }
 
+// named returns name and keeps what it is.
+func (s *stats) named(name, help string) string {
+	s.help[name] = help
+	return name
+}
+
 // route returns the counters of a route; call it once per name.
 func (s *stats) route(name string) *routeStats {
 	return &routeStats{set: s.set, name: name, seconds: s.set.GetOrCreatePrometheusHistogramExt(`event_ingestion_http_request_duration_seconds{route="`+name+`"}`, seconds)}
 }
 
-// watch adds the gauges of other parts.
-func (s *stats) watch(current *atomic.Pointer[consumer], wm *watermark, bodies *byteBudget) {
+// watch adds what other parts know. broken counts the parts of ClickHouse that could not be read.
+func (s *stats) watch(current *atomic.Pointer[consumer], wm *watermark, bodies *byteBudget, broken func() uint64) {
+	lag := s.named("event_ingestion_consumer_lag_records", "Records of the main topic that are not yet stored, by partition.")
+	parts := s.named("event_ingestion_broken_parts_total", "Parts of ClickHouse that could not be read, each once.")
 	s.set.RegisterMetricsWriter(func(w io.Writer) {
-		metrics.WriteMetadataIfNeeded(w, "event_ingestion_consumer_lag_records", "gauge")
+		metrics.WriteMetadataIfNeeded(w, lag, "gauge")
 		for p, n := range wm.partitionLags() {
-			fmt.Fprintf(w, "event_ingestion_consumer_lag_records{partition=\"%d\"} %d\n", p, n)
+			fmt.Fprintf(w, "%s{partition=\"%d\"} %d\n", lag, p, n)
 		}
+		metrics.WriteCounterUint64(w, parts, broken())
+		metrics.WriteProcessMetrics(w)
 	})
-	s.set.RegisterMetricsWriter(metrics.WriteProcessMetrics)
-	s.set.NewGauge("event_ingestion_in_flight_bytes", func() float64 { return float64(bodies.used.Load()) })
-	s.set.NewGauge("event_ingestion_complete_through_timestamp_seconds", func() float64 { return float64(wm.through.Load()) })
-	s.set.NewGauge("event_ingestion_stored_behind_seconds", func() float64 { worst, _, _ := wm.stalled(); return worst.Seconds() })
-	gauge := func(name string, value func(*consumer) float64) {
-		s.set.NewGauge(name, func() float64 {
+	gauge := func(name, help string, value func() float64) { s.set.NewGauge(s.named(name, help), value) }
+	gauge("event_ingestion_in_flight_bytes", "Bytes of bodies, records and answers that requests hold at the moment.",
+		func() float64 { return float64(bodies.used.Load()) })
+	gauge("event_ingestion_complete_through_timestamp_seconds", "Unix second up to which everything acknowledged is stored.",
+		func() float64 { return float64(wm.through.Load()) })
+	gauge("event_ingestion_stored_behind_seconds",
+		"Seconds for which nothing was stored of a partition that has records waiting; 0 when none stands still.",
+		func() float64 { worst, _, _ := wm.stalled(); return worst.Seconds() })
+	gauge("event_ingestion_partitions_assigned", "Partitions of the main topic that this instance has.", func() float64 {
+		if c := current.Load(); c != nil {
+			return float64(c.assigned.Load())
+		}
+		return 0
+	})
+	sum := func(of func(*dedupe) int64) func() float64 {
+		return func() (total float64) {
 			if c := current.Load(); c != nil {
-				return value(c)
-			}
-			return 0
-		})
-	}
-	gauge("event_ingestion_partitions_assigned", func(c *consumer) float64 { return float64(c.assigned.Load()) })
-	sum := func(of func(*dedupe) int64) func(*consumer) float64 {
-		return func(c *consumer) (total float64) {
-			for _, l := range c.lanes {
-				total += float64(of(l.inserter.dedupe))
+				for _, l := range c.lanes {
+					total += float64(of(l.inserter.dedupe))
+				}
 			}
 			return total
 		}
 	}
-	gauge("event_ingestion_dedupe_bytes", sum(func(d *dedupe) int64 { return d.bytes.Load() }))
-	gauge("event_ingestion_dedupe_minutes", sum(func(d *dedupe) int64 { return d.sets.Load() }))
-}
-
-// counter prints what another part counts.
-func (s *stats) counter(name string, value func() uint64) {
-	s.set.RegisterMetricsWriter(func(w io.Writer) { metrics.WriteCounterUint64(w, name, value()) })
-}
-
-// help says what each metric is; the library adds its type.
-var help = map[string]string{
-	"event_ingestion_http_requests_total":                "Answers by route and status code; code 0 is none.",
-	"event_ingestion_http_request_duration_seconds":      "Time from a request's header to the end of its answer, by route.",
-	"event_ingestion_events_accepted_total":              "Events that Kafka has acknowledged.",
-	"event_ingestion_events_refused_total":               "Events that are not valid.",
-	"event_ingestion_segment_items_refused_total":        "Items of Segment's protocol that are not valid, by the code of their first problem.",
-	"event_ingestion_events_unavailable_total":           "Good events that Kafka did not acknowledge in time.",
-	"event_ingestion_in_flight_bytes":                    "Bytes of bodies, records and answers that requests hold at the moment.",
-	"event_ingestion_produce_duration_seconds":           "Time from handing a request's events to Kafka to the last acknowledgement.",
-	"event_ingestion_records_consumed_total":             "Records read from the main topic.",
-	"event_ingestion_partitions_assigned":                "Partitions of the main topic that this instance has.",
-	"event_ingestion_consumer_lag_records":               "Records of the main topic that are not yet stored, by partition.",
-	"event_ingestion_freshness_seconds":                  "Age of a block's first record when its round is stored.",
-	"event_ingestion_complete_through_timestamp_seconds": "Unix second up to which everything acknowledged is stored.",
-	"event_ingestion_stored_behind_seconds":              "Seconds for which nothing was stored of a partition that has records waiting; 0 when none stands still.",
-	"event_ingestion_inserts_total":                      "Inserts that ClickHouse has taken.",
-	"event_ingestion_rows_stored_total":                  "Rows of these inserts.",
-	"event_ingestion_insert_failures_total":              "Attempts at an insert or a lookup that failed and were repeated.",
-	"event_ingestion_insert_duration_seconds":            "Time of an insert with all its attempts.",
-	"event_ingestion_duplicates_total":                   "Records of events that were stored before.",
-	"event_ingestion_lookups_total":                      "Records that memory did not know about and that were looked up in ClickHouse.",
-	"event_ingestion_lookup_duration_seconds":            "Time of loading ids and of looking up, of rounds that looked up.",
-	"event_ingestion_dedupe_bytes":                       "Memory of the ids that are known to be stored.",
-	"event_ingestion_dedupe_minutes":                     "Minutes of event time of which all ids are in memory.",
-	"event_ingestion_mended_rows_total":                  "Rows of events_hourly that did not agree with events after a fault and were mended.",
-	"event_ingestion_broken_parts_total":                 "Parts of ClickHouse that could not be read, each once.",
-	"event_ingestion_retries_total":                      "Rejected records put on the retry topic.",
-	"event_ingestion_dead_letters_total":                 "Records given up, by error type.",
-	"event_ingestion_build_info":                         "1, with the version as label.",
+	gauge("event_ingestion_dedupe_bytes", "Memory of the ids that are known to be stored.",
+		sum(func(d *dedupe) int64 { return d.bytes.Load() }))
+	gauge("event_ingestion_dedupe_minutes", "Minutes of event time of which all ids are in memory.",
+		sum(func(d *dedupe) int64 { return d.sets.Load() }))
 }
 
 // write prints every metric in Prometheus' text format. The library leaves HELP lines without a text; write puts it in.
@@ -223,7 +217,7 @@ func (s *stats) write(w io.Writer) {
 	s.set.WritePrometheus(&b)
 	for line := range strings.Lines(b.String()) {
 		if family, ok := strings.CutPrefix(strings.TrimSpace(line), "# HELP "); ok {
-			line = "# HELP " + family + " " + cmp.Or(help[family], "Of the Go runtime or the process, by github.com/VictoriaMetrics/metrics.") + "\n"
+			line = "# HELP " + family + " " + cmp.Or(s.help[family], "Of the Go runtime or the process, by github.com/VictoriaMetrics/metrics.") + "\n"
 		}
 		io.WriteString(w, line)
 	}
@@ -231,11 +225,10 @@ func (s *stats) write(w io.Writer) {
 
 // version is what `go build` knows of the source: a tag, or a commit and whether the tree was clean.
 func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return info.Main.Version
 	}
-	return info.Main.Version
+	return "unknown"
 }
 
 const (
@@ -248,17 +241,17 @@ const (
 // troubles are what does not work now in one running system. Anybody may call its methods at any time; each costs a lock and a
 // map look-up, so call them on a failure and at the end of a try.
 type troubles struct {
-	mu   sync.Mutex // guards what follows
-	open map[string]trouble
+	mu   sync.Mutex         // guards what follows
+	open map[string]trouble // by what fails
 	ever map[string]bool    // what has worked at least once
 	told map[string]telling // by what fails and its cause without digits: ports, sizes and counts change from try to try
 }
 
 // trouble is one thing that does not work.
 type trouble struct {
-	what, cause string
-	since       time.Time
-	told        bool // has been logged since it began
+	cause string
+	since time.Time
+	told  bool // has been logged since it began
 }
 
 type telling struct {
@@ -278,7 +271,7 @@ func (t *troubles) note(what string, err error) {
 	defer t.mu.Unlock()
 	tr, failing := t.open[what]
 	if !failing {
-		tr = trouble{what: what, since: now}
+		tr = trouble{since: now}
 	}
 	tr.cause = cause
 	key := what + ": " + strings.Map(func(r rune) rune {
@@ -321,14 +314,11 @@ func (t *troubles) hasWorked(what string) bool {
 func (t *troubles) oldest() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	var first trouble
-	for _, tr := range t.open {
-		if first.what == "" || tr.since.Before(first.since) {
-			first = tr
+	text, since := "", time.Time{}
+	for what, tr := range t.open {
+		if text == "" || tr.since.Before(since) {
+			text, since = what+": "+tr.cause, tr.since
 		}
 	}
-	if first.what == "" {
-		return ""
-	}
-	return first.what + ": " + first.cause
+	return text
 }

@@ -12,6 +12,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/hex"
 	"encoding/json"
@@ -38,7 +39,7 @@ type tool func(*flag.FlagSet) toolRun
 type toolRun func(ctx context.Context, cfg *settings, args []string, w io.Writer) error
 
 var tools = map[string]tool{
-	"audit": auditTool, "reconcile": reconcileTool, "reshard": reshardTool, "rewind": rewindTool,
+	"audit": auditTool, "reconcile": reconcileTool, "reshard": reshardTool, "rewind": rewindTool, "healthcheck": healthcheckTool,
 	"dlq list": dlqListTool, "dlq show": dlqShowTool, "dlq replay": dlqReplayTool,
 }
 
@@ -82,7 +83,7 @@ func runTool(name string, args []string, stdout, stderr io.Writer) int {
 	if err != errDiffers {
 		fmt.Fprintf(stderr, "%s: %v\n", name, err)
 	}
-	if bad := (badArgument{}); errors.As(err, &bad) {
+	if _, bad := errors.AsType[badArgument](err); bad {
 		return 2
 	}
 	return 1
@@ -245,13 +246,6 @@ func (f *dlqFlags) define(fs *flag.FlagSet) {
 	fs.IntVar(&f.limit, "limit", 0, "at most this many; 0 means all")
 }
 
-// matches says whether the flags select a letter.
-func (f *dlqFlags) matches(rec *kgo.Record) bool {
-	return (f.since == 0 || time.Since(rec.Timestamp) <= f.since) &&
-		(f.kind == "" || header(rec, "error_type") == f.kind) &&
-		(f.filter == "" || strings.Contains(string(rec.Value), f.filter) || strings.Contains(header(rec, "error_message"), f.filter))
-}
-
 // each hands the selected letters to take, until that has returned true as often as the limit says.
 func (f *dlqFlags) each(ctx context.Context, cfg *settings, take func(*kgo.Record) bool) error {
 	if kinds := []string{"", errorUnmarshal, errorInsertFailed, errorExhausted}; !slices.Contains(kinds, f.kind) {
@@ -259,7 +253,11 @@ func (f *dlqFlags) each(ctx context.Context, cfg *settings, take func(*kgo.Recor
 	}
 	n := 0
 	return readRecords(ctx, cfg, cfg.kafkaTopic+".dlq", "", func(rec *kgo.Record) {
-		if f.matches(rec) && (f.limit <= 0 || n < f.limit) && take(rec) {
+		selected := (f.since == 0 || time.Since(rec.Timestamp) <= f.since) &&
+			(f.kind == "" || header(rec, "error_type") == f.kind) &&
+			(bytes.Contains(rec.Value, []byte(f.filter)) || strings.Contains(header(rec, "error_message"), f.filter)) &&
+			(f.limit <= 0 || n < f.limit)
+		if selected && take(rec) {
 			n++
 		}
 	})

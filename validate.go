@@ -93,6 +93,7 @@ func (f fieldSet) form() (kind byte, text string) {
 	return '"', "a string"
 }
 
+// name is that of the first field in f.
 func (f fieldSet) name() string { return fieldNames[bits.TrailingZeros16(uint16(f))] }
 
 // parse reads one event from raw and checks every rule that does not need a clock. A good event has no problems. The error
@@ -147,17 +148,16 @@ func (p *eventParser) begin() {
 }
 
 func (p *eventParser) finish() {
-	p.require(fieldName)
-	p.require(fieldUserID)
-	p.require(fieldTimestamp)
+	const required = fieldName | fieldUserID | fieldTimestamp
+	for missing := required &^ p.seen; missing != 0; missing &= missing - 1 {
+		p.addf(missing.name(), codeRequired, "is required")
+	}
 }
 
 func (p *eventParser) member(k, v *jsonValue) {
 	var f fieldSet
 	if len(k.raw) <= maxNameBytes { // Fast path: what is longer is no name of ours, however it is spelled.
-		kept := len(p.scratch)
-		f = fieldByName(k.text(&p.scratch))
-		p.scratch = p.scratch[:kept]
+		f = fieldByName(p.word(k))
 	}
 	switch {
 	case k.badText || v.badText:
@@ -238,12 +238,6 @@ func (p *eventParser) field(f fieldSet, v *jsonValue) {
 		p.tags(v)
 	case fieldMetadata:
 		p.meta(v)
-	}
-}
-
-func (p *eventParser) require(f fieldSet) {
-	if p.seen&f == 0 {
-		p.addf(f.name(), codeRequired, "is required")
 	}
 }
 

@@ -218,7 +218,7 @@ func FuzzEventID(f *testing.F) {
 // newTestRequest is a request without a server, to be filled.
 func newTestRequest() *ingestRequest {
 	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest)
-	q := in.bulks.Get().(*ingestRequest)
+	q := in.bulks.pool.Get().(*ingestRequest)
 	q.account = in.bodies.open(client{})
 	return q
 }
@@ -230,8 +230,7 @@ func (q *ingestRequest) fill(body []byte) {
 	q.body, q.arena = nil, nil
 	q.reset()
 	if held == nil || cap(held.b) < len(body) {
-		q.account.put(held)
-		held, _ = q.account.get(len(body))
+		q.account.move(&held, len(body), false)
 	}
 	held.b = append(held.b[:0], body...)
 	if arena != nil {

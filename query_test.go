@@ -1,0 +1,250 @@
+// What is asked of the events: each answer against a count of the test's own.
+
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestMetrics compares the endpoint with an independent count over ranges that cut hours at either end.
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, newSpace(t))
+	type sent struct {
+		user, channel, campaign string
+		at                      int64
+	}
+	base := (time.Now().Unix()/86400 - 3) * 86400 // midnight, three days ago
+	var all []sent
+	var body []byte
+	for i := range int64(1000) {
+		e := sent{fmt.Sprintf("u%d", i*7%90), []string{"web", "mobile_app", "api", ""}[i%4], fmt.Sprintf("c%d", i%3), base + i*173}
+		all = append(all, e)
+		body = fmt.Appendf(body, `{"event_name":"m","user_id":%q,"channel":%q,"campaign_id":%q,"timestamp":%d}`+"\n", e.user, e.channel, e.campaign, e.at)
+	}
+	if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != 202 {
+		t.Fatal(status, answer)
+	}
+	p.await("stored", 10*time.Second, func() bool {
+		_, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=m&from=%d&to=%d", metricsPath, base, base+3*86400), "", "", nil)
+		return strings.Contains(answer, `"total_count":1000,`)
+	})
+	keys := map[string]func(sent) string{
+		"":         func(sent) string { return "" },
+		"channel":  func(e sent) string { return e.channel },
+		"campaign": func(e sent) string { return e.campaign },
+		"hour":     func(e sent) string { return time.Unix(e.at, 0).UTC().Format("2006-01-02T15:00:00Z") },
+		"day":      func(e sent) string { return time.Unix(e.at, 0).UTC().Format("2006-01-02T00:00:00Z") },
+	}
+	for _, r := range [][2]int64{
+		{base, base + 3*86400}, {base, base + 1}, {base, base + 3599}, {base, base + 3600}, {base - 1, base + 3600}, {base + 1, base + 3599},
+		{base + 173, base + 346}, {base + 174, base + 345}, {base + 1800, base + 1801}, {base + 1800, base + 5400}, {base + 3599, base + 7200}, {base + 1000, base + 100000}, {1, time.Now().Unix() + 1e6},
+	} {
+		for groupBy, key := range keys {
+			for _, channel := range []string{"", "web"} {
+				count, users, groups := int64(0), map[string]bool{}, map[string]int64{}
+				for _, e := range all {
+					if e.at >= r[0] && e.at <= r[1] && (channel == "" || channel == e.channel) {
+						count++
+						users[e.user] = true
+						groups[key(e)]++
+					}
+				}
+				path := fmt.Sprintf("%sevent_name=m&from=%d&to=%d&channel=%s&group_by=%s", metricsPath, r[0], r[1], channel, groupBy)
+				_, _, answer := p.do("GET", path, "", "", nil)
+				var a metricsAnswer
+				if err := json.Unmarshal([]byte(answer), &a); err != nil {
+					t.Fatal(err, answer)
+				}
+				if a.Total != count || a.Users != int64(len(users)) {
+					t.Errorf("%s: got %d events %d users, want %d, %d", path, a.Total, a.Users, count, len(users))
+				}
+				if groupBy != "" {
+					got := map[string]int64{}
+					for _, g := range a.Groups {
+						got[g.Key] = g.Total
+					}
+					if fmt.Sprint(got) != fmt.Sprint(groups) {
+						t.Errorf("%s: groups %v, want %v", path, got, groups)
+					}
+				}
+			}
+		}
+	}
+	drained(p) // complete_through has to get to now while nothing is sent
+}
+
+// TestNothingAfterTo: events of this very moment and around it, asked for up to each of these seconds, of everything that
+// answers, with merges stopped. What is from after `to` is in no answer, and everything else is in each.
+func TestNothingAfterTo(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t)
+	p := startProgram(t, env)
+	db := space(env, "CLICKHOUSE_DATABASE")
+	clickhouseQuery(t, "SYSTEM STOP MERGES "+db+".events")
+	clickhouseQuery(t, "SYSTEM STOP MERGES "+db+".events_hourly")
+	newest := time.Now().Unix()
+	hour := newest / hourSeconds * hourSeconds
+	var times []int64 // each with a user of its own
+	for i := range int64(10) {
+		times = append(times, newest-i, hour-1-i, hour+i*(newest-hour)/10, newest-3*daySeconds+i*daySeconds/3)
+	}
+	seen := map[int64]bool{}
+	for i, at := range times { // several inserts, so that there are several rows an hour
+		if seen[at] = true; i%7 != 0 && i != len(times)-1 {
+			continue
+		}
+		var body []byte
+		for at := range seen {
+			body = fmt.Appendf(body, `{"event_name":"n","user_id":"u%d","timestamp":%d,"channel":"web"}`+"\n", at, at)
+		}
+		if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != http.StatusAccepted {
+			t.Fatal(status, answer)
+		}
+	}
+	drained(p)
+	if got := clickhouseQuery(t, fmt.Sprintf("SELECT count(), uniqExact(event_id), (SELECT sum(event_count) FROM %[1]s.events_hourly) FROM %[1]s.events", db)); got != fmt.Sprintf("%d\t%d\t%d", len(seen), len(seen), len(seen)) {
+		t.Fatalf("%s, want %d of each", got, len(seen))
+	}
+	ends := []int64{newest + 1, newest, newest - 1, newest - 3, hour + 1, hour, hour - 1, hour - 2, newest - daySeconds, newest - 2*daySeconds - 5*hourSeconds}
+	for i, from := range []int64{newest - 4*daySeconds, hour - 1, hour - hourSeconds, hour, newest - 40} {
+		for _, to := range ends {
+			if to <= from {
+				continue
+			}
+			want := 0
+			for at := range seen {
+				if at >= from && at <= to {
+					want++
+				}
+			}
+			groupings := []string{"", "hour", "channel", "day", "campaign"}
+			if i > 1 { // the others are asked like the total
+				groupings = groupings[:2]
+			}
+			for _, groupBy := range groupings {
+				path := fmt.Sprintf("%sevent_name=n&from=%d&to=%d&group_by=%s", metricsPath, from, to, groupBy)
+				if _, _, answer := p.do("GET", path, "", "", nil); !strings.HasPrefix(answer, fmt.Sprintf(`{"total_count":%d,"unique_users":%d,`, want, want)) {
+					t.Errorf("%s: %s, want %d", path, answer, want)
+				}
+			}
+			path := fmt.Sprintf("/api/v1/overview?from=%d&to=%d", from, to)
+			if _, _, answer := p.do("GET", path, "", "", nil); !strings.Contains(answer, fmt.Sprintf(`"total_count":%d,"unique_users":%d,`, want, want)) {
+				t.Errorf("%s: %s, want %d", path, answer, want)
+			}
+			for _, view := range []string{"events_between", "events_between_by_day"} {
+				sql := fmt.Sprintf("SELECT sum(event_count), uniqCombined64Merge(17)(unique_users_state) FROM %s.%s(from = %d, to = %d)", db, view, from, to)
+				if got := clickhouseQuery(t, sql); got != fmt.Sprintf("%d\t%d", want, want) {
+					t.Errorf("%s: %s, want %d", sql, got, want)
+				}
+			}
+		}
+	}
+}
+
+// TestManyCampaigns: of more than the largest 1,000 the rest is left out, and the answer says so.
+func TestManyCampaigns(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t)
+	p := startProgram(t, env)
+	insert := func(from, n int) { // campaign c0 once, c1 twice and so on to c9
+		clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, campaign_id, user_id, timestamp) "+
+			"SELECT SHA256(concat(toString(number), 'x', toString(k))), 'n', concat('c', toString(number)), toString(k), toDateTime(%d) FROM numbers(%d, %d) ARRAY JOIN range(if(number < 10, number + 1, 1)) AS k",
+			space(env, "CLICKHOUSE_DATABASE"), time.Now().Unix()-60, from, n))
+	}
+	ask := func() (a metricsAnswer, truncated bool) {
+		_, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=n&from=1&to=%d&group_by=campaign", metricsPath, time.Now().Unix()), "", "", nil)
+		if err := json.Unmarshal([]byte(answer), &a); err != nil {
+			t.Fatal(err, answer)
+		}
+		return a, strings.Contains(answer, `"truncated":true`)
+	}
+	insert(0, maxCampaigns)
+	if a, truncated := ask(); a.Total != maxCampaigns+45 || len(a.Groups) != maxCampaigns || truncated || a.Groups[0].Key != "c9" || a.Groups[0].Total != 10 {
+		t.Errorf("of %d events %d campaigns, the first %+v; truncated %v", a.Total, len(a.Groups), a.Groups[0], truncated)
+	}
+	insert(maxCampaigns, 500)
+	if a, truncated := ask(); a.Total != maxCampaigns+545 || len(a.Groups) != maxCampaigns || !truncated || a.Groups[0].Key != "c9" {
+		t.Errorf("of %d events %d campaigns, the first %+v; truncated %v", a.Total, len(a.Groups), a.Groups[0], truncated)
+	}
+}
+
+// TestQueryParameters: what is unknown, malformed or there twice is said, all at once, by both endpoints.
+func TestQueryParameters(t *testing.T) {
+	for query, want := range map[string]string{
+		"channel=web;x":           "query",
+		"%zz=1":                   "query",
+		"from=%":                  "query",
+		"groupby=hour":            "groupby",
+		"b=1&a=2":                 "a b",
+		"channel=web&channel=api": "channel",
+		"key=1":                   "key",
+		"":                        "",
+		"channel=":                "",
+		"from=1&to=2&channel=web": "",
+	} {
+		var got []string
+		_, problems := parseOverviewQuery(query, 1795441976)
+		for _, p := range problems {
+			if p.code == codeInvalidFormat {
+				got = append(got, p.field)
+			}
+		}
+		if strings.Join(got, " ") != want {
+			t.Errorf("overview?%s: %v, want %s", query, problems, want)
+		}
+		_, problems = parseMetricsQuery("event_name=x&from=1&to=2&" + query)
+		if bad := slices.ContainsFunc(problems, func(p problem) bool { return p.code == codeInvalidFormat }); bad != (want != "" || strings.HasPrefix(query, "from=1")) {
+			t.Errorf("metrics?%s: %v", query, problems)
+		}
+	}
+}
+
+// TestMetricsOddNames: a name that means something to SQL, TSV or a URL is a name like any other.
+func TestMetricsOddNames(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, newSpace(t))
+	names := []string{`it's`, `'`, `\`, `\'`, `a\b`, `\n`, `|\|`, `x|y`, `{event_name:String}`, `') OR 1=1 --`, `%27`, `a b+c&d=e`, `"quoted"`, "ünïcode 😀", `\N`, `\0`, `\ud800`}
+	for _, name := range names {
+		body, _ := json.Marshal(map[string]any{"event_name": name, "user_id": "u'\\", "timestamp": time.Now().Unix(), "campaign_id": name})
+		if status, _, answer := p.do("POST", onePath, jsonCT, "", body); status != http.StatusAccepted {
+			t.Fatal(status, answer)
+		}
+	}
+	drained(p)
+	ask := func(name string) (a metricsAnswer) {
+		path := fmt.Sprintf("%sevent_name=%s&from=1&to=%d&group_by=campaign", metricsPath, url.QueryEscape(name), time.Now().Unix())
+		status, _, answer := p.do("GET", path, "", "", nil)
+		if err := json.Unmarshal([]byte(answer), &a); err != nil || status != http.StatusOK {
+			t.Errorf("%q: %d %s", name, status, answer)
+		}
+		return a
+	}
+	for _, name := range names {
+		if a := ask(name); a.Total != 1 || len(a.Groups) != 1 || a.Groups[0].Key != name {
+			t.Errorf("%q: %+v", name, a)
+		}
+	}
+	for _, name := range []string{"\n", "a\tb", "x\x00y", "\r\b\f"} { // cannot be stored, may be asked
+		if a := ask(name); a.Total != 0 {
+			t.Errorf("%q: %+v", name, a)
+		}
+	}
+}
+
+// metricsAnswer is the metrics endpoint's answer as a client sees it.
+type metricsAnswer struct {
+	Total  int64 `json:"total_count"`
+	Users  int64 `json:"unique_users"`
+	Groups []struct {
+		Key   string `json:"key"`
+		Total int64  `json:"total_count"`
+	} `json:"grouped_data"`
+}
