@@ -210,6 +210,10 @@ func sizeOf(dir string) (total int64) {
 	return total
 }
 
+// pinned is what C keeps pointers to: the arguments, for the life of the process. A Pinner that is collected before it is
+// unpinned ends the process, so it must not be a local.
+var pinned runtime.Pinner
+
 // runLibrary is ClickHouse: it loads libchdb and returns the process's exit code when the last query has ended, which
 // is when stdin has. args[0] is its argv[0]. Everything on stderr ends up in clickhouse.log.
 func runLibrary(library string, args []string) int {
@@ -230,14 +234,13 @@ func runLibrary(library string, args []string) int {
 		purego.RegisterFunc(f, symbol)
 	}
 
-	var pin runtime.Pinner // never unpinned: C keeps the pointers
 	argv := make([]*byte, len(args)+1)
 	for i, a := range args {
 		b := append([]byte(a), 0)
 		argv[i] = &b[0]
-		pin.Pin(argv[i])
+		pinned.Pin(argv[i])
 	}
-	pin.Pin(&argv[0])
+	pinned.Pin(&argv[0])
 	result := query(int32(len(args)), unsafe.Pointer(&argv[0]))
 	if result == nil {
 		return 1
