@@ -34,10 +34,10 @@ const (
 	// insertSilence, in seconds, is how long ClickHouse waits for the next block of an insert: an instance that is paused in
 	// the middle of one holds the next owner of its partitions up for so long.
 	insertSilence = "20"
-	// An insert that takes longer than healthyInsert shows that ClickHouse has much to do, often for other inserters. The next
-	// round waits for twice that time, at most maxRest, unless a block is full: fewer and larger inserts cost less.
+	// An insert that takes longer than healthyInsert shows that ClickHouse has much to do. Where other inserters are a reason, the
+	// next round waits for four times what was longer, at most maxRest, unless a block is full: fewer and larger inserts cost less.
 	healthyInsert = 100 * time.Millisecond
-	maxRest       = time.Second
+	maxRest       = 2 * time.Second
 	minBackoff    = 100 * time.Millisecond
 	maxBackoff    = 5 * time.Second
 )
@@ -198,7 +198,9 @@ func (ins *inserter) insertRound(ctx context.Context) {
 	if rows > 0 {
 		took := time.Since(started)
 		ins.stats.inserted(rows, took)
-		ins.rested = time.Now().Add(min(2*(took-healthyInsert), maxRest))
+		if ins.store.of > 1 || !ins.alone() {
+			ins.rested = time.Now().Add(min(4*(took-healthyInsert), maxRest))
+		}
 	}
 	for _, b := range taken {
 		maps.Copy(ins.held, b.offsets)
