@@ -236,7 +236,7 @@ func testShardsGrown(t *testing.T) {
 	mustCount(t, env, "history", 2000)
 	mustBePlaced(t, db, 7)
 	mustAnswerAll(p, db, l.Config.Event, l.Distinct())
-	mustAnswerAll(api, db, l.Config.Event, l.Distinct())
+	mustAgree(t, l, api.url)
 
 	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
 	if err != nil {
@@ -270,7 +270,7 @@ func reshardKilled(t *testing.T, env []string) {
 			t.Fatalf("dry run: %d %s", code, out)
 		}
 	}
-	for lines := 1; ; lines += 3 - min(tortureFactor(), 2) {
+	for lines := 1; ; lines += 7 - 3*min(tortureFactor(), 2) {
 		cmd := exec.Command(os.Args[0], "reshard")
 		cmd.Env = append(append(os.Environ(), asProgram+"=1"), env...)
 		stdout, err := cmd.StdoutPipe()
