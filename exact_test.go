@@ -18,7 +18,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
@@ -135,11 +134,6 @@ func TestTopicGrows(t *testing.T) {
 	t.Parallel()
 	env := faultSpace(t, "KAFKA_PARTITIONS=5")
 	p := startProgram(t, env)
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer kafka.Close()
 	var bodies [][]byte
 	const events = 8000
 	at := time.Now().Unix()
@@ -150,9 +144,7 @@ func TestTopicGrows(t *testing.T) {
 		bodies[i/200] = fmt.Appendf(bodies[i/200], `{"event_name":"grows","user_id":"u%d","timestamp":%d}`+"\n", i, at-int64(i%300))
 	}
 	postAll(t, p, bodies[:len(bodies)/2])
-	if _, err := kadm.NewClient(kafka).UpdatePartitions(t.Context(), 12, space(env, "KAFKA_TOPIC")); err != nil {
-		t.Fatal(err)
-	}
+	growTopic(t, env, 12)
 	postAll(t, p, bodies)
 	p.await("all partitions assigned", 30*time.Second, func() bool { return strings.Contains(p.log.String(), "all=12") })
 	postAll(t, p, bodies)

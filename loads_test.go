@@ -57,13 +57,7 @@ func loadInto(tb testing.TB, url string, rate float64, d time.Duration, more ...
 func mustBeHonest(t *testing.T, l *load.Loader, url string, done <-chan struct{}) {
 	type note struct{ second, acknowledged int64 }
 	var notes []note
-	var a struct {
-		Total   int64 `json:"total_count"`
-		Through int64 `json:"complete_through"`
-		Groups  []struct {
-			Total int64 `json:"total_count"`
-		} `json:"grouped_data"`
-	}
+	var a load.MetricsAnswer
 	tick := time.NewTicker(sampleInterval) // complete_through moves no faster, and a query is 20 ms of CPU
 	defer tick.Stop()
 	for n := 0; ; n++ {

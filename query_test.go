@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/load"
 )
 
 // TestMetrics compares the endpoint with an independent count over ranges that cut hours at either end.
@@ -59,7 +61,7 @@ func TestMetrics(t *testing.T) {
 				}
 				path := fmt.Sprintf("%sevent_name=m&from=%d&to=%d&channel=%s&group_by=%s", metricsPath, r[0], r[1], channel, groupBy)
 				_, _, answer := p.do("GET", path, "", "", nil)
-				var a metricsAnswer
+				var a load.MetricsAnswer
 				if err := json.Unmarshal([]byte(answer), &a); err != nil {
 					t.Fatal(err, answer)
 				}
@@ -159,7 +161,7 @@ func TestManyCampaigns(t *testing.T) {
 			"SELECT SHA256(concat(toString(number), 'x', toString(k))), 'n', concat('c', toString(number)), toString(k), toDateTime(%d) FROM numbers(%d, %d) ARRAY JOIN range(if(number < 10, number + 1, 1)) AS k",
 			space(env, "CLICKHOUSE_DATABASE"), time.Now().Unix()-60, from, n))
 	}
-	ask := func() (a metricsAnswer, truncated bool) {
+	ask := func() (a load.MetricsAnswer, truncated bool) {
 		_, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=n&from=1&to=%d&group_by=campaign", metricsPath, time.Now().Unix()), "", "", nil)
 		if err := json.Unmarshal([]byte(answer), &a); err != nil {
 			t.Fatal(err, answer)
@@ -219,7 +221,7 @@ func TestMetricsOddNames(t *testing.T) {
 		}
 	}
 	drained(p)
-	ask := func(name string) (a metricsAnswer) {
+	ask := func(name string) (a load.MetricsAnswer) {
 		path := fmt.Sprintf("%sevent_name=%s&from=1&to=%d&group_by=campaign", metricsPath, url.QueryEscape(name), time.Now().Unix())
 		status, _, answer := p.do("GET", path, "", "", nil)
 		if err := json.Unmarshal([]byte(answer), &a); err != nil || status != http.StatusOK {
@@ -237,14 +239,4 @@ func TestMetricsOddNames(t *testing.T) {
 			t.Errorf("%q: %+v", name, a)
 		}
 	}
-}
-
-// metricsAnswer is the metrics endpoint's answer as a client sees it.
-type metricsAnswer struct {
-	Total  int64 `json:"total_count"`
-	Users  int64 `json:"unique_users"`
-	Groups []struct {
-		Key   string `json:"key"`
-		Total int64  `json:"total_count"`
-	} `json:"grouped_data"`
 }

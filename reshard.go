@@ -229,7 +229,7 @@ func (m move) prepareViews() { m.do(m.store.makeViews) }
 // copy fills events_moved. What an earlier run has copied stays, but for its last month.
 func (m move) copy() {
 	if !m.isCopy() {
-		m.change("DROP TABLE IF EXISTS {database}." + eventsMoved + " SYNC")
+		m.dropTable(eventsMoved)
 		m.change(statementsOf("events", eventsMoved)...)
 		m.change("ALTER TABLE {database}." + eventsMoved + " MODIFY COMMENT '" + m.store.placement() + "'")
 	}
@@ -258,7 +258,7 @@ func (m move) isCopy() bool {
 
 // count fills events_hourly_moved.
 func (m move) count() {
-	m.change("DROP TABLE IF EXISTS {database}." + hourlyMoved + " SYNC")
+	m.dropTable(hourlyMoved)
 	m.change(statementsOf("events_hourly", hourlyMoved)...)
 	m.say("counting what was copied")
 	m.fill(eventsMoved, hourlyMoved, "1")
@@ -300,7 +300,12 @@ func (m move) open() {
 
 // drop removes what is no longer needed, in the end the table that says that inserts were shut out.
 func (m move) drop() {
-	for _, table := range []string{hourlyMoved, eventsMoved, hourlyBefore} {
-		m.change("DROP TABLE IF EXISTS {database}." + table + " SYNC SETTINGS max_table_size_to_drop = 0")
-	}
+	m.dropTable(hourlyMoved)
+	m.dropTable(eventsMoved)
+	m.dropTable(hourlyBefore)
+}
+
+// dropTable drops a table of any size: ClickHouse would refuse one of more than 50 GB.
+func (m move) dropTable(name string) {
+	m.change("DROP TABLE IF EXISTS {database}." + name + " SYNC SETTINGS max_table_size_to_drop = 0")
 }

@@ -13,8 +13,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/twmb/franz-go/pkg/kadm"
-	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/event-ingestion/event-ingestion/load"
 )
 
 // TestShards runs on three servers. Each part has a database of its own.
@@ -74,13 +73,7 @@ func mustAnswerAll(p *program, db, name string, want int64) {
 	now := time.Now().Unix()
 	for _, by := range []string{"", "&group_by=channel", "&group_by=day", "&group_by=hour", "&group_by=campaign"} {
 		for _, from := range []int64{now - 40*daySeconds, now - 3*hourSeconds - 17} {
-			var a struct {
-				Total  int64 `json:"total_count"`
-				Users  int64 `json:"unique_users"`
-				Groups []struct {
-					Total int64 `json:"total_count"`
-				} `json:"grouped_data"`
-			}
+			var a load.MetricsAnswer
 			_, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=%s&from=%d&to=%d%s", metricsPath, name, from, now, by), "", "", nil)
 			if err := json.Unmarshal([]byte(answer), &a); err != nil || a.Total != want || fmt.Sprint(a.Users) != users {
 				t.Errorf("%s from %d: %v, %.300s, want %d of %s users", by, from, err, answer, want, users)
@@ -168,14 +161,7 @@ func testShardsChanged(t *testing.T) {
 		t.Fatal(status, answer)
 	}
 	drained(p)
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer kafka.Close()
-	if _, err := kadm.NewClient(kafka).UpdatePartitions(t.Context(), 7, space(env, "KAFKA_TOPIC")); err != nil {
-		t.Fatal(err)
-	}
+	growTopic(t, env, 7)
 	p.await("refused in words", 30*time.Second, func() bool {
 		_, _, answer := p.do("GET", "/ready", "", "", nil)
 		return strings.Contains(answer, "by partition of 7")
@@ -190,12 +176,12 @@ func testShardsChanged(t *testing.T) {
 		ended := make(chan error, 1)
 		go func() { ended <- p.cmd.Wait() }()
 		select {
-		case err = <-ended:
+		case err := <-ended:
+			if err == nil || !strings.Contains(p.log.String(), want) {
+				t.Errorf("%s: %v, log:\n%s", change, err, p.log)
+			}
 		case <-time.After(30 * time.Second):
 			t.Fatalf("%s: still runs; log:\n%s", change, p.log)
-		}
-		if err == nil || !strings.Contains(p.log.String(), want) {
-			t.Errorf("%s: %v, log:\n%s", change, err, p.log)
 		}
 	}
 }
@@ -238,14 +224,7 @@ func testShardsGrown(t *testing.T) {
 	mustAnswerAll(p, db, l.Config.Event, l.Distinct())
 	mustAgree(t, l, api.url)
 
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer kafka.Close()
-	if _, err := kadm.NewClient(kafka).UpdatePartitions(t.Context(), 10, space(env, "KAFKA_TOPIC")); err != nil {
-		t.Fatal(err)
-	}
+	growTopic(t, env, 10)
 	p.terminate()
 	if out, code := subcommand(t, env, "reshard"); code != 0 {
 		t.Fatalf("%d %s", code, out)

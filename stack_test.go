@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
 
 	"github.com/event-ingestion/event-ingestion/load"
@@ -336,9 +337,7 @@ func drained(p *program) {
 // completeThrough is what the metrics endpoint says, 0 for null.
 func completeThrough(p *program) int64 {
 	p.t.Helper()
-	var a struct {
-		Through int64 `json:"complete_through"`
-	}
+	var a load.MetricsAnswer
 	_, _, answer := p.do("GET", metricsPath+"event_name=x&from=1&to=2", "", "", nil)
 	json.Unmarshal([]byte(answer), &a)
 	return a.Through
@@ -354,6 +353,19 @@ func subcommand(t *testing.T, env []string, args string) (string, int) {
 		t.Fatal(err)
 	}
 	return string(out), cmd.ProcessState.ExitCode()
+}
+
+// growTopic gives the space's topic so many partitions.
+func growTopic(t testing.TB, env []string, partitions int) {
+	t.Helper()
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	if _, err := kadm.NewClient(kafka).UpdatePartitions(t.Context(), partitions, space(env, "KAFKA_TOPIC")); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // readTopic returns the records of a topic once there are n.

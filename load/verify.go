@@ -19,17 +19,18 @@ import (
 	"time"
 )
 
-// metricsAnswer is the metrics endpoint's answer as a client sees it.
-type metricsAnswer struct {
-	Total  int64 `json:"total_count"`
-	Users  int64 `json:"unique_users"`
-	Groups []struct {
+// MetricsAnswer is the metrics endpoint's answer as a client sees it. Through is a Unix second, 0 for null.
+type MetricsAnswer struct {
+	Total   int64 `json:"total_count"`
+	Users   int64 `json:"unique_users"`
+	Through int64 `json:"complete_through"`
+	Groups  []struct {
 		Key   string `json:"key"`
 		Total int64  `json:"total_count"`
 	} `json:"grouped_data"`
 }
 
-func (l *Loader) askMetrics(ctx context.Context, event string, from, to int64, groupBy string) (a metricsAnswer, err error) {
+func (l *Loader) askMetrics(ctx context.Context, event string, from, to int64, groupBy string) (a MetricsAnswer, err error) {
 	v := url.Values{"event_name": {event}, "from": {strconv.FormatInt(from, 10)}, "to": {strconv.FormatInt(to, 10)}}
 	if groupBy != "" {
 		v.Set("group_by", groupBy)
@@ -119,7 +120,7 @@ func (l *Loader) Verify(stderr io.Writer) (checks []Check) {
 // exactUsers is the number of users up to which the endpoint counts exactly.
 const exactUsers = 4000
 
-func compare(e expectation, a metricsAnswer) []Check {
+func compare(e expectation, a MetricsAnswer) []Check {
 	// Beyond exactUsers the endpoint may estimate within 1 %.
 	near := a.Users == e.users || e.users > exactUsers && math.Abs(float64(a.Users-e.users)) <= 0.01*float64(e.users)
 	return []Check{
@@ -130,7 +131,7 @@ func compare(e expectation, a metricsAnswer) []Check {
 }
 
 // compareGroups counts the groups that are right: all have to be, and there may be no others.
-func compareGroups(what string, want map[string]int64, a metricsAnswer) Check {
+func compareGroups(what string, want map[string]int64, a MetricsAnswer) Check {
 	right := int64(0)
 	for _, g := range a.Groups {
 		if n, is := want[g.Key]; is && n == g.Total {
