@@ -72,7 +72,7 @@ func mustAnswerAll(p *program, db, name string, want int64) {
 	users := clickhouseQuery(t, fmt.Sprintf("SELECT uniqExact(user_id) FROM cluster('shards', %s, events) WHERE event_name = '%s'", db, name))
 	now := time.Now().Unix()
 	for _, by := range []string{"", "&group_by=channel", "&group_by=day", "&group_by=hour", "&group_by=campaign"} {
-		for _, from := range []int64{now - 40*daySeconds, now - 3*hourSeconds - 17} {
+		for _, from := range []int64{now - 40*daySeconds, now - 5*hourSeconds - 17} {
 			var a load.MetricsAnswer
 			_, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=%s&from=%d&to=%d%s", metricsPath, name, from, now, by), "", "", nil)
 			if err := json.Unmarshal([]byte(answer), &a); err != nil || a.Total != want || fmt.Sprint(a.Users) != users {
