@@ -69,7 +69,8 @@ type lane struct {
 	workers  []*worker
 	inserter *inserter
 	backlog  *backlog
-	paused   bool // nothing is fetched for it; only the poll loop knows
+	has      atomic.Int32 // of its partitions are assigned
+	paused   bool         // nothing is fetched for it; only the poll loop knows
 }
 
 // newConsumer returns a consumer of the topic, which has so many partitions; it starts over when another number was seen.
@@ -87,7 +88,7 @@ func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow f
 		}
 		l.inserter = newInserter(st, cfg, stats, l.workers, call, membership{
 			isMember: c.isMember,
-			alone:    func() bool { return int(c.assigned.Load()) == partitions },
+			alone:    func() bool { return int(l.has.Load()) == (partitions+len(shards)-1-i)/len(shards) },
 			stored: func(offsets map[int32]kgo.EpochOffset) {
 				c.kafka.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{c.topic: offsets})
 			},
@@ -98,6 +99,7 @@ func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow f
 	c.owned, c.abandon = context.WithCancelCause(context.Background())
 	var err error
 	c.kafka, err = newGroupClient(cfg, "event-ingestion-consumer", "",
+		kgo.Balancers(balancers(len(shards))...),
 		kgo.FetchMaxWait(fetchWait),
 		kgo.FetchMinBytes(fetchBytes),
 		kgo.FetchMaxBytes(8<<20),
@@ -247,12 +249,14 @@ func (c *consumer) makeRoom(ctx context.Context) {
 // the rest. Else the rounds of many inserters would be small, and an insert costs the same whatever it holds.
 func (c *consumer) shareRounds() {
 	c.assigned.Store(int32(len(c.has)))
-	busy := map[*worker]bool{}
+	busy, has := map[*worker]bool{}, map[*lane]int32{}
 	for p := range c.has {
 		busy[c.worker(p)] = true
+		has[c.lane(p)]++
 	}
 	times := func(busy int) int { return min(max(c.workers/max(busy, 1), 1), maxShare) }
 	for _, l := range c.lanes {
+		l.has.Store(has[l])
 		n := 0
 		for _, w := range l.workers {
 			if busy[w] {

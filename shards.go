@@ -1,8 +1,9 @@
 // Shards: several ClickHouse servers that store one system's events.
 //
 // With CLICKHOUSE_CLUSTER the events of Kafka partition p are stored by shard p mod shards, so that all duplicates of an event
-// meet on one server, and counting once is a matter of one server. shards.go owns who the servers are and that this
-// placement never changes: each shard's table says in its comment which one it is. One server is the case of one shard.
+// meet on one server, and counting once is a matter of one server. shards.go owns who the servers are, that this
+// placement never changes (each shard's table says in its comment which one it is), and which instance gets which shard's
+// partitions. One server is the case of one shard.
 
 package main
 
@@ -18,6 +19,8 @@ import (
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
+	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
 // shards returns a store for each shard of the cluster, in the order of their numbers; the store itself without a cluster.
@@ -183,4 +186,85 @@ func noteBroken(shards []*store, err error) {
 			s.broken.note(err)
 		}
 	}
+}
+
+// balancers are how the group's leader spreads partitions over the instances: so that few move and, where there are several
+// shards, so that few instances insert into one.
+func balancers(shards int) []kgo.GroupBalancer {
+	sticky := kgo.CooperativeStickyBalancer()
+	if shards == 1 {
+		return []kgo.GroupBalancer{sticky}
+	}
+	return []kgo.GroupBalancer{shardBalancer{sticky, shards}, sticky} // of which the group takes the first that all members know
+}
+
+// shardBalancer puts the partitions in the order of their shards, cuts them into as many runs as there are members, and gives each
+// run to the member that has the most of it. Three instances and three shards are three inserters and not nine, of which each
+// would insert a ninth at the price of a third.
+type shardBalancer struct {
+	kgo.GroupBalancer // speaks the protocol
+	shards            int
+}
+
+func (shardBalancer) ProtocolName() string { return "cooperative-by-shard" }
+
+func (b shardBalancer) MemberBalancer(members []kmsg.JoinGroupResponseMember) (kgo.GroupMemberBalancer, map[string]struct{}, error) {
+	group, err := kgo.NewConsumerBalancer(b, members)
+	return group, group.MemberTopics(), err
+}
+
+// Balance plans for the whole group, of which all members read the one topic.
+func (b shardBalancer) Balance(group *kgo.ConsumerBalancer, topics map[string]int32) kgo.IntoSyncAssignment {
+	type fit struct{ member, run, common int } // how many partitions of the run the member has already
+	plan := group.NewPlan()
+	for topic, partitions := range topics {
+		runs := b.runs(int(partitions), len(group.Members()))
+		var fits []fit
+		for m := range group.Members() {
+			_, meta := group.MemberAt(m)
+			for r, run := range runs {
+				fits = append(fits, fit{m, r, commonOf(meta, topic, run)})
+			}
+		}
+		slices.SortStableFunc(fits, func(a, b fit) int { return cmp.Compare(b.common, a.common) })
+		served, given := map[int]bool{}, map[int]bool{}
+		for _, f := range fits {
+			if !served[f.member] && !given[f.run] {
+				served[f.member], given[f.run] = true, true
+				plan.AddPartitions(&group.Members()[f.member], topic, runs[f.run])
+			}
+		}
+	}
+	plan.AdjustCooperative(group) // what has to move is let go first, and given away by the next plan
+	return plan
+}
+
+// runs cuts the partitions, those of the first shard first, into n runs of nearly the same length.
+func (b shardBalancer) runs(partitions, n int) (runs [][]int32) {
+	var ordered []int32
+	for shard := range b.shards {
+		for p := shard; p < partitions; p += b.shards {
+			ordered = append(ordered, int32(p))
+		}
+	}
+	for left := n; left > 0; left-- {
+		length := (len(ordered) + left - 1) / left
+		runs = append(runs, slices.Clone(ordered[:length]))
+		ordered = ordered[length:]
+	}
+	return runs
+}
+
+// commonOf counts the partitions of a run that a member has.
+func commonOf(member *kmsg.ConsumerMemberMetadata, topic string, run []int32) (n int) {
+	for _, owned := range member.OwnedPartitions {
+		if owned.Topic == topic {
+			for _, p := range owned.Partitions {
+				if slices.Contains(run, p) {
+					n++
+				}
+			}
+		}
+	}
+	return n
 }

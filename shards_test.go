@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/event-ingestion/event-ingestion/load"
+	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
 // TestShards runs on three servers. Each part has a database of its own.
@@ -29,6 +31,83 @@ func TestShards(t *testing.T) {
 	t.Run("away", testShardAway)
 	t.Run("changed", testShardsChanged)
 	t.Run("grown", testShardsGrown)
+}
+
+// TestShardBalancer: instances come and go. Every partition soon has one owner, never two, the owners have equally many, and few
+// of them share a shard.
+func TestShardBalancer(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ shards, partitions int }{{2, 20}, {3, 20}, {3, 7}, {4, 100}, {5, 3}} {
+		b := balancers(c.shards)[0]
+		has := map[string][]int32{} // by member
+		rebalance := func() (moved int) {
+			var members []kmsg.JoinGroupResponseMember
+			owner := map[int32]string{}
+			for id, owned := range has {
+				members = append(members, kmsg.JoinGroupResponseMember{MemberID: id, ProtocolMetadata: b.JoinGroupMetadata([]string{"t"}, map[string][]int32{"t": owned}, 1)})
+				for _, p := range owned {
+					owner[p] = id
+				}
+			}
+			group, _, err := b.MemberBalancer(members)
+			if err != nil {
+				t.Fatal(err)
+			}
+			plan, err := group.(kgo.GroupMemberBalancerOrError).BalanceOrError(map[string]int32{"t": int32(c.partitions)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, a := range plan.IntoSyncAssignment() {
+				got, err := b.ParseSyncAssignment(a.MemberAssignment)
+				if err != nil {
+					t.Fatal(err)
+				}
+				has[a.MemberID] = got["t"]
+				for _, p := range got["t"] {
+					switch owner[p] {
+					case a.MemberID:
+					case "":
+						moved++
+					default:
+						t.Errorf("%+v: %s is given %d, which %s has", c, a.MemberID, p, owner[p])
+					}
+					owner[p] = a.MemberID
+				}
+			}
+			return moved
+		}
+		for step, n := range []int{1, 2, 3, 4, 5, 6, 4, 3, 2, 3, 2, 1} {
+			for i := range 6 {
+				id := fmt.Sprint("member", i)
+				if _, is := has[id]; is && i >= n {
+					delete(has, id)
+				} else if !is && i < n {
+					has[id] = nil
+				}
+			}
+			moved := rebalance()
+			moved += rebalance()
+			if again := rebalance(); again > 0 {
+				t.Errorf("%+v, step %d: %d more are moved after two rounds", c, step, again)
+			}
+			if step > 0 && moved > c.partitions/2+1 {
+				t.Errorf("%+v, step %d to %d members: %d moved", c, step, n, moved)
+			}
+			all, inserters := 0, map[string]bool{}
+			for id, owned := range has {
+				all += len(owned)
+				if least := c.partitions / n; len(owned) < least || len(owned) > least+1 {
+					t.Errorf("%+v, %d members: %s has %d", c, n, id, len(owned))
+				}
+				for _, p := range owned {
+					inserters[fmt.Sprint(id, " ", int(p)%c.shards)] = true
+				}
+			}
+			if all != c.partitions || len(inserters) > n+c.shards-1 {
+				t.Errorf("%+v, %d members: %d partitions have an owner, %d inserters", c, n, all, len(inserters))
+			}
+		}
+	}
 }
 
 // testShardsKilled: the program and single shards are killed under load. Every event is on its own shard, and all answers are
