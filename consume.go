@@ -254,7 +254,7 @@ func (c *consumer) shareRounds() {
 		busy[c.worker(p)] = true
 		has[c.lane(p)]++
 	}
-	times := func(busy int) int { return min(max(c.workers/max(busy, 1), 1), maxShare) }
+	share := func(of, busy int) int { return max(of, min(of*c.workers/max(busy, 1), of*maxShare)) }
 	for _, l := range c.lanes {
 		l.has.Store(has[l])
 		n := 0
@@ -264,7 +264,7 @@ func (c *consumer) shareRounds() {
 			}
 		}
 		for _, w := range l.workers {
-			w.limit(blockLimits{c.limits.rows * times(n), c.limits.bytes * times(len(busy))})
+			w.limit(blockLimits{share(c.limits.rows, n), share(c.limits.bytes, len(busy))})
 		}
 	}
 }
