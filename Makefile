@@ -101,4 +101,5 @@ lint: ## gofmt, vet, staticcheck, govulncheck, the Kubernetes manifest
 		*) echo "$$out"; exit 1 ;; esac
 
 clean: ## what was built and the data of `make run`
-	rm -rf bin $(DATA_DIR) *.pprof *.test
+	@test ! -x $(DEV) || $(DEV) stop
+	rm -rf bin "$(DATA_DIR)" *.pprof *.test

@@ -168,12 +168,10 @@ func (rd *readiness) consuming() (text string, running bool) {
 	if why := rd.troubles.oldest(); why != "" {
 		because = ": " + why
 	}
-	c := rd.consumer.Load()
-	switch {
-	case c == nil:
+	if c := rd.consumer.Load(); rd.consumes && c == nil {
 		return "not started yet" + because, false
-	case c.assigned.Load() == 0:
-		return "no partitions assigned yet" + because, false
+	} else if rd.consumes && c.member.Load() == nil {
+		return "not in the consumer group yet" + because, false
 	}
 	d, all, waiting := rd.watermark.stalled()
 	if because == "" && d < aloneAfter {

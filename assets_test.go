@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -33,8 +35,8 @@ func senderText(t *testing.T, name string) string {
 	return string(b)
 }
 
-// refusing is a proxy to address: the first request with events gets 503, the second 429, and the third one's answer is
-// lost.
+// refusing is a proxy to address: the first request with events gets 503, the second 429, the third says that an event was not
+// acknowledged, and the fourth one's answer is lost.
 func refusing(t *testing.T, address string) *httptest.Server {
 	t.Helper()
 	to, err := url.Parse(address)
@@ -53,6 +55,10 @@ func refusing(t *testing.T, address string) *httptest.Server {
 				http.Error(w, "not so much", http.StatusTooManyRequests)
 				return
 			case 3:
+				w.WriteHeader(http.StatusMultiStatus)
+				io.WriteString(w, `{"success_count":0,"failed_count":1,"errors":[{"index":0,"error":"no","code":"unavailable"}]}`)
+				return
+			case 4:
 				proxy.ServeHTTP(httptest.NewRecorder(), r)
 				panic(http.ErrAbortHandler)
 			}
@@ -116,6 +122,12 @@ func TestSenders(t *testing.T) {
 			p.awaitCount(name, c.count)
 		})
 	}
+	refused := exec.Command("sh", "assets/send.sh", p.url, firstKey)
+	refused.Stdin = strings.NewReader(strings.Repeat("not json\n", 1000) + event("rest", 0))
+	if out, err := refused.CombinedOutput(); err == nil || !strings.Contains(string(out), " 400") {
+		t.Errorf("what is refused for ever: %v, %.200s", err, out)
+	}
+	p.awaitCount("rest", 1)
 }
 
 // TestPageSender runs the page's sender in a browser; nothing that it still holds when the page goes away may be lost.
@@ -134,11 +146,11 @@ func TestPageSender(t *testing.T) {
 			const real = window.fetch
 			window.fetch = async (to, how) => {
 				const answer = await real(to, how)
-				if (how.body && answer.status === 202) accepted += JSON.parse(how.body).events.length
+				if (how.body && answer.status === 202) accepted += JSON.parse(await how.body.text()).events.length
 				return answer
 			}
 			const track = sender(api, key)
-			for (let i = 0; i < 250; i++) track({event_name: 'js', user_id: 'u', channel: 'web'})
+			for (let i = 0; i < 250; i++) track({event_name: 'js', user_id: 'u', channel: 'web', metadata: {text: 'x'.repeat(1000)}}) // a hundred are too large for keepalive
 			while (accepted < 250) await new Promise((done) => setTimeout(done, 50)) // after what was refused and lost
 			for (let i = 0; i < 150; i++) track({event_name: 'js', user_id: 'u', channel: 'web'})
 			await report('sent')

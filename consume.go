@@ -127,16 +127,21 @@ func newGroupClient(cfg *settings, clientID, suffix string, more ...kgo.Opt) (*k
 	}, more...)...)
 }
 
-// poll waits for records for that long, and tells failed of every error.
+// poll waits for records for that long, and tells failed of every error. Where nothing but errors comes, which may come at once,
+// it takes a moment.
 func poll(ctx context.Context, kafka *kgo.Client, most int, wait time.Duration, failed func(error)) kgo.Fetches {
 	waiting, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
-	fetches := kafka.PollRecords(waiting, most)
+	fetches, failing := kafka.PollRecords(waiting, most), false
 	fetches.EachError(func(_ string, _ int32, err error) {
 		if !errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+			failing = true
 			failed(err)
 		}
 	})
+	if failing && fetches.NumRecords() == 0 {
+		sleep(waiting, minBackoff)
+	}
 	return fetches
 }
 

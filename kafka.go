@@ -157,6 +157,35 @@ func ensureTopics(ctx context.Context, kafka *kgo.Client, cfg *settings) (partit
 	return partitions, nil
 }
 
+const (
+	// topicsEvery is the time between two looks at the topics, and missedLooks how many in a row have to miss one.
+	topicsEvery = 2 * time.Second
+	missedLooks = 5
+)
+
+// awaitDeletion returns when one of the three topics has been deleted, also when there is another one of its name: the clients go on asking for
+// the old one, whose records are gone. nil when ctx is done first.
+func awaitDeletion(ctx context.Context, kafka *kgo.Client, topic string) error {
+	admin, ids := kadm.NewClient(kafka), map[string]kadm.TopicID{}
+	for missed := 0; sleep(ctx, topicsEvery) == nil; {
+		details, err := whole(admin.ListTopics(ctx, topic, topic+".retry", topic+".dlq"))
+		if missed++; !errors.Is(err, kerr.UnknownTopicOrPartition) {
+			missed = 0
+		}
+		if missed == missedLooks {
+			return fmt.Errorf("a topic was deleted: %w", err)
+		}
+		for name, t := range details {
+			if before, known := ids[name]; known && err == nil && t.ID != before {
+				return fmt.Errorf("topic %s was deleted and made again", name)
+			} else if err == nil {
+				ids[name] = t.ID
+			}
+		}
+	}
+	return nil
+}
+
 // recordBytes is about what a record takes in a batch.
 func recordBytes(rec *kgo.Record) int {
 	n := 64 + len(rec.Key) + len(rec.Value)

@@ -314,7 +314,12 @@ func (s *system) consume(ctx context.Context) {
 		return
 	}
 	var sampling sync.WaitGroup
-	sampling.Go(func() { s.watermark.run(ctx, s.stats.troubles) }) // ends with ctx
+	sampling.Go(func() { s.watermark.run(ctx, s.stats.troubles) }) // ends with ctx, and so does the next
+	sampling.Go(func() {
+		if err := awaitDeletion(ctx, s.producer, s.cfg.kafkaTopic); err != nil {
+			s.fail(fmt.Errorf("%w; its records are gone, and a start begins with the new one", err))
+		}
+	})
 	defer sampling.Wait()
 	prepareTables := func(ctx context.Context) error {
 		shards, err := s.store.prepare(ctx, partitions)

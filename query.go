@@ -110,6 +110,9 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 		known = &through
 	}
 	body, err := ask(ctx, known)
+	if r.Context().Err() != nil { // the client has gone
+		return
+	}
 	if err != nil {
 		m.failed(err)
 		writeUnavailable(w, "ClickHouse does not answer the query: "+firstLine(err.Error()))

@@ -210,8 +210,13 @@ func TestCompleteThroughGoesOn(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	p.terminate() // its consumers have nothing to go on with
-	p = startProgram(t, env)
+	for _, without := range []*program{p, api} { // their clients would go on asking for the old ones
+		const says = "a topic was deleted"
+		if code := without.ended(says); code != 1 || !strings.Contains(without.log.String(), says) {
+			t.Errorf("exit code %d, and the log does not say %s:\n%s", code, says, without.log)
+		}
+	}
+	p, api = startProgram(t, env), startProgram(t, append(env, "ROLE=api"))
 	send(p, 20)
 	drained(p)
 	drained(api)
