@@ -34,6 +34,8 @@ const (
 	// insertSilence, in seconds, is how long ClickHouse waits for the next block of an insert: an instance that is paused in
 	// the middle of one holds the next owner of its partitions up for so long.
 	insertSilence = "20"
+	// wholeRound is more rows and bytes than a round has: ClickHouse gathers all of it before it writes a part of each partition.
+	wholeRound = "1000000000000"
 	// An insert that takes longer than healthyInsert shows that ClickHouse has much to do. Where other inserters are a reason, the
 	// next round waits for four times what was longer, at most maxRest, unless a block is full: fewer and larger inserts cost less.
 	healthyInsert = 100 * time.Millisecond
@@ -374,6 +376,8 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 			{Key: "optimize_on_insert", Value: "0"}, // merges sort duplicates out anyway; a quarter less CPU
 			{Key: "materialized_views_ignore_errors", Value: "0"},
 			{Key: "max_partitions_per_insert_block", Value: "0"}, // other producers' events may be of any age
+			{Key: "min_insert_block_size_rows", Value: wholeRound},
+			{Key: "min_insert_block_size_bytes", Value: wholeRound},
 			{Key: "receive_timeout", Value: insertSilence},
 		},
 	})

@@ -181,7 +181,7 @@ func (l *ledger) print(w io.Writer, asJSON bool) {
 // readRecords hands each record of a topic to f that the group has not committed, all of them without a group, up to where the
 // partitions end when it starts.
 func readRecords(ctx context.Context, cfg *settings, topic, group string, f func(*kgo.Record)) error {
-	kafka, err := newKafka(cfg, "event-ingestion-audit", kgo.FetchMaxWait(fetchWait))
+	kafka, err := newKafka(cfg, "event-ingestion-audit", kgo.FetchMaxWait(fetchWait), kgo.KeepControlRecords(), kgo.FetchIsolationLevel(kgo.ReadCommitted()))
 	if err != nil {
 		return err
 	}
@@ -216,12 +216,12 @@ func readRecords(ctx context.Context, cfg *settings, topic, group string, f func
 	kafka.AddConsumePartitions(map[string]map[int32]kgo.Offset{topic: from})
 	for len(left) > 0 {
 		fetches := kafka.PollFetches(ctx)
-		if err := fetches.Err0(); err != nil {
+		if err := fetches.Err(); err != nil {
 			return fmt.Errorf("read topic %s: %w", topic, err)
 		}
 		fetches.EachRecord(func(rec *kgo.Record) {
 			end := left[rec.Partition] // 0 when all of it is read
-			if rec.Offset < end {
+			if rec.Offset < end && !rec.Attrs.IsControl() {
 				f(rec)
 			}
 			if rec.Offset+1 >= end {

@@ -323,7 +323,7 @@ func (s *system) consume(ctx context.Context) {
 	defer sampling.Wait()
 	prepareTables := func(ctx context.Context) error {
 		shards, err := s.store.prepare(ctx, partitions)
-		if err == nil && s.shards.Load() == nil { // else their stores are in use
+		if err == nil { // no consumer runs: the next one uses these
 			s.shards.Store(&shards)
 		}
 		return err
@@ -363,7 +363,8 @@ func (s *system) consume(ctx context.Context) {
 		if ctx.Err() != nil || !s.untilDone(ctx, "prepare the topics", prepareTopics) {
 			return
 		}
-		if partitions != before && !s.untilDone(ctx, "prepare the tables", prepareTables) { // which may not fit any more
+		// The tables may not fit any more: events may have been placed anew while nothing was heard of this instance.
+		if (partitions != before || s.cfg.clickhouseCluster != "") && !s.untilDone(ctx, "prepare the tables", prepareTables) {
 			return
 		}
 		side.refresh()

@@ -90,6 +90,7 @@ func (ins *inserter) mend(ctx context.Context) {
 			}
 		}
 		if err != nil {
+			ins.atOnce = max(1, ins.atOnce/2) // it may have taken too long
 			ins.store.broken.note(err)
 			if saysOtherStates(err) {
 				ins.store.readStates(ctx, ins) // an error comes back at the next look

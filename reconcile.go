@@ -76,15 +76,21 @@ func reconcileTool(fs *flag.FlagSet) toolRun {
 		defer cancel()
 		if *asJSON {
 			lines := json.NewEncoder(w)
-			_, err := reconcileEach(ctx, newStore(cfg), r, quietSeconds, *dryRun, func(d unequal) { lines.Encode(d) })
+			_, err := reconcileEach(ctx, newStore(cfg), r.hours(), quietSeconds, *dryRun, func(d unequal) { lines.Encode(d) })
 			return err
 		}
-		n, err := reconcile(ctx, newStore(cfg), r, quietSeconds, *dryRun, w)
+		n, err := reconcile(ctx, newStore(cfg), r.hours(), quietSeconds, *dryRun, w)
 		if err == nil {
 			fmt.Fprintf(w, "%d rows of events_hourly differ from events\n", n)
 		}
 		return err
 	}
+}
+
+// hours is the SQL for the hours that the range touches.
+func (r timeRange) hours() string {
+	from, to := r.from/hourSeconds*hourSeconds, (r.to+hourSeconds-1)/hourSeconds*hourSeconds
+	return fmt.Sprintf("hour >= %d AND hour < %d", max(from, 0), min(to, maxUnixSeconds))
 }
 
 // unequal is a row of events_hourly that does not agree with events.
@@ -97,11 +103,11 @@ type unequal struct {
 }
 
 // reconcile is reconcileEach that prints a table.
-func reconcile(ctx context.Context, st *store, r timeRange, quiet int, dryRun bool, w io.Writer) (rows int, err error) {
+func reconcile(ctx context.Context, st *store, hours string, quiet int, dryRun bool, w io.Writer) (rows int, err error) {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	defer t.Flush()
 	begun := false
-	return reconcileEach(ctx, st, r, quiet, dryRun, func(d unequal) {
+	return reconcileEach(ctx, st, hours, quiet, dryRun, func(d unequal) {
 		if !begun {
 			fmt.Fprintln(t, "HOUR\tEVENT\tCHANNEL\tIN EVENTS\tIN EVENTS_HOURLY")
 			begun = true
@@ -111,10 +117,9 @@ func reconcile(ctx context.Context, st *store, r timeRange, quiet int, dryRun bo
 }
 
 // reconcileEach hands the rows that differ, shard by shard, to each and, unless dryRun, mends them. It returns how many there
-// were. The range is widened to whole hours; what was written within the last quiet seconds is left out.
-func reconcileEach(ctx context.Context, st *store, r timeRange, quiet int, dryRun bool, each func(unequal)) (rows int, err error) {
-	from, to := r.from/hourSeconds*hourSeconds, (r.to+hourSeconds-1)/hourSeconds*hourSeconds
-	differing := fmt.Sprintf(differences, "FINAL", fmt.Sprintf("hour >= %d AND hour < %d", max(from, 0), min(to, maxUnixSeconds)),
+// were. hours is a condition; what was written within the last quiet seconds is left out.
+func reconcileEach(ctx context.Context, st *store, hours string, quiet int, dryRun bool, each func(unequal)) (rows int, err error) {
+	differing := fmt.Sprintf(differences, "FINAL", hours,
 		fmt.Sprintf("(event_count != 0 OR revenue != 0) AND last_written <= now64(3) - %d", quiet))
 	shards, err := st.shards(ctx)
 	failures := []error{err}
@@ -205,7 +210,8 @@ func (r rebuild) begin() (since int64) {
 		" WHERE created_at >= fromUnixTimestamp64Milli(%d) GROUP BY event_name, channel, hour"
 	for lead := firstLead; ; lead *= 2 {
 		r.say("the new table is made")
-		r.change("DROP VIEW IF EXISTS {database}."+viewNext+"{on cluster} SYNC", "DROP TABLE IF EXISTS {database}."+tableNext+"{on cluster} SYNC")
+		r.change("DROP VIEW IF EXISTS {database}." + viewNext + "{on cluster} SYNC")
+		r.dropTable(tableNext)
 		r.change(statementsOf("events_hourly", tableNext)...)
 		since = r.now() + lead.Milliseconds()
 		r.change(fmt.Sprintf("ALTER TABLE {database}.%s{on cluster} MODIFY COMMENT '%d'", tableNext, since),
@@ -233,27 +239,29 @@ func (r rebuild) takeOver() {
 		r.syncReplicas(tableRebuilt)
 		r.change("EXCHANGE TABLES {database}.events_hourly AND {database}." + tableRebuilt + "{on cluster}")
 	}
-	r.exchangeViews()
-	r.mend(max(rebuilt, hourly))
+	r.exchangeViews(max(rebuilt, hourly))
 }
 
 // exchangeViews gives the new table the view. Inserts go on when the other view, whose target is gone, is dropped.
-func (r rebuild) exchangeViews() {
-	r.say("the views are made anew")
-	r.change("DROP VIEW IF EXISTS {database}.events_hourly_mv{on cluster} SYNC")
-	r.do(r.store.makeTables)
-	r.do(r.store.makeViews)
-	r.change("DROP VIEW IF EXISTS {database}." + viewNext + "{on cluster} SYNC")
+func (r rebuild) exchangeViews(since int64) {
+	if r.has(viewNext) { // else that was done, and inserts go on: none may find events without a view
+		r.say("the views are made anew")
+		r.change("DROP VIEW IF EXISTS {database}.events_hourly_mv{on cluster} SYNC")
+		r.do(r.store.makeTables)
+		r.do(r.store.makeViews)
+		r.mend(since)
+		r.change("DROP VIEW IF EXISTS {database}." + viewNext + "{on cluster} SYNC")
+	}
 	r.say("inserts go on")
-	r.change("DROP TABLE {database}." + tableRebuilt + "{on cluster} SYNC")
+	r.dropTable(tableRebuilt)
 }
 
-// mend compares the hours written to meanwhile: a torn insert was perhaps mended in the old table only.
+// mend compares the hours written to meanwhile: a torn insert was perhaps mended in the old table only. Inserts still wait, so
+// that an hour that is always written to can be compared, too.
 func (r rebuild) mend(since int64) {
-	const written = "SELECT toUInt64(toUnixTimestamp(%s(timestamp))) FROM {database}.events WHERE created_at >= fromUnixTimestamp64Milli(%d)"
-	within := timeRange{r.number(fmt.Sprintf(written, "min", since)), r.number(fmt.Sprintf(written, "max", since)) + 1}
+	hours := fmt.Sprintf("hour IN (SELECT toStartOfHour(timestamp) FROM {database}.events WHERE created_at >= fromUnixTimestamp64Milli(%d))", since)
 	r.do(func(ctx context.Context, _ asker) error {
-		n, err := reconcile(ctx, r.store, within, quietSeconds, false, r.out)
+		n, err := reconcile(ctx, r.store, hours, 0, false, r.out)
 		if err == nil {
 			fmt.Fprintf(r.out, "events_hourly is made anew; %d of its rows had to be mended\n", n)
 		}
@@ -317,6 +325,11 @@ func (s *session) change(statements ...string) {
 	for _, stmt := range statements {
 		s.do(func(ctx context.Context, c asker) error { return s.store.change(ctx, c, stmt) })
 	}
+}
+
+// dropTable drops a table of any size: ClickHouse would refuse one of more than 50 GB.
+func (s *session) dropTable(name string) {
+	s.change("DROP TABLE IF EXISTS {database}." + name + "{on cluster} SYNC SETTINGS max_table_size_to_drop = 0")
 }
 
 // ask runs a query, see eachRow.

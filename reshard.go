@@ -304,8 +304,3 @@ func (m move) drop() {
 	m.dropTable(eventsMoved)
 	m.dropTable(hourlyBefore)
 }
-
-// dropTable drops a table of any size: ClickHouse would refuse one of more than 50 GB.
-func (m move) dropTable(name string) {
-	m.change("DROP TABLE IF EXISTS {database}." + name + " SYNC SETTINGS max_table_size_to_drop = 0")
-}

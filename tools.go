@@ -28,6 +28,8 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/ClickHouse/ch-go"
+	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
@@ -76,7 +78,14 @@ func runTool(name string, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stderr, err)
 		return 2
 	}
-	err = run(context.Background(), cfg, fs.Args(), stdout)
+	ctx, unlock := context.Background(), func() {}
+	if slices.Contains(oneAtATime, name) {
+		unlock, err = newStore(cfg).lock(ctx)
+	}
+	if err == nil {
+		err = run(ctx, cfg, fs.Args(), stdout)
+		unlock()
+	}
 	if err == nil {
 		return 0
 	}
@@ -87,6 +96,46 @@ func runTool(name string, args []string, stdout, stderr io.Writer) int {
 		return 2
 	}
 	return 1
+}
+
+// oneAtATime are the commands that change tables or offsets.
+var oneAtATime = []string{"reconcile", "reshard", "rewind"}
+
+// lock is for one of them at a time: a query with the same id runs as long as the command, and ClickHouse refuses another one. It
+// ends with the connection, however the command ends.
+func (s *store) lock(ctx context.Context) (unlock func(), err error) {
+	shards, err := s.shards(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for attempt := 0; ; attempt++ {
+		c, err := shards[0].dial(ctx)
+		if err != nil {
+			return nil, err
+		}
+		runs, ended := make(chan struct{}, 1), make(chan error, 1)
+		go func() { // ends with the connection
+			ended <- c.Do(ctx, eachRow(ch.Query{
+				QueryID: s.database + "-tables",
+				Body:    "SELECT sleepEachRow(0.1) FROM system.numbers SETTINGS max_block_size = 1, max_execution_time = 0",
+			}, func(int) { notify(runs, struct{}{}) }, new(proto.ColUInt8)))
+		}()
+		select {
+		case <-runs:
+			return func() { c.Close(); <-ended }, nil
+		case err = <-ended:
+			c.Close()
+		}
+		switch {
+		case !ch.IsErr(err, proto.ErrQueryWithSameIDIsAlreadyRunning):
+			return nil, err
+		case attempt == 20: // what has just ended lets go within two seconds
+			return nil, errors.New("another command changes the tables: wait for its end")
+		}
+		if err := sleep(ctx, minBackoff); err != nil {
+			return nil, err
+		}
+	}
 }
 
 // timeRange is what -from and -to say: Unix seconds or RFC 3339, from included, to excluded.
@@ -171,7 +220,7 @@ func rewind(ctx context.Context, cfg *settings, at time.Time, dryRun bool, w io.
 		fmt.Fprintf(w, "%d records would be read again\n", records)
 		return nil
 	}
-	rows, err := reconcile(ctx, newStore(cfg), timeRange{0, maxUnixSeconds}, 0, false, io.Discard)
+	rows, err := reconcile(ctx, newStore(cfg), timeRange{0, maxUnixSeconds}.hours(), 0, false, io.Discard)
 	if err != nil {
 		return fmt.Errorf("make events_hourly agree with events before anything is read again: %w", err)
 	}

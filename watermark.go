@@ -141,6 +141,10 @@ func (w *watermark) look(ctx context.Context) error {
 		slog.Warn("the topic has more partitions than before", "topic", w.topic, "partitions", len(ends), "before", before)
 		w.kafka.ForceMetadataRefresh() // or it would place keys by the old number for minutes
 	}
+	if before := w.progress.Load(); before != nil && !atLeast(stored, before.committed) { // rewound: what was stored is missing
+		w.through.Store(0)
+		w.samples = w.samples[:0]
+	}
 	found := &progress{committed: stored, lags: make([]int64, len(ends)), since: w.standing(now, stored, ends)}
 	if stored, err = w.settle(ctx, w.topic, stored, ends); err != nil {
 		return err

@@ -219,6 +219,10 @@ func (w *worker) takeIn(n int) (bad *kgo.Record, why error) {
 	head, taken := w.queue[0], 0
 	for taken < min(n, len(head)) && !w.isFull() {
 		rec := head[taken]
+		if rec.Attrs.IsControl() { // of another program's transaction
+			taken++
+			continue
+		}
 		ev, err := w.parser.decode(rec.Value)
 		if err != nil {
 			bad, why = rec, err
