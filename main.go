@@ -16,6 +16,7 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -46,6 +47,10 @@ func main() {
 	command := ""
 	if len(os.Args) > 1 {
 		command = os.Args[1]
+	}
+	if alone := []string{"serve", "version", "help"}; len(os.Args) > 2 && slices.Contains(alone, command) {
+		fmt.Fprintf(os.Stderr, "%s: unexpected argument %q\n", command, os.Args[2])
+		os.Exit(2)
 	}
 	switch command {
 	case "", "serve":

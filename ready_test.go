@@ -365,3 +365,17 @@ func TestStandingStill(t *testing.T) {
 		t.Errorf("%s rows", n)
 	}
 }
+
+// TestSpareInstance: an instance beyond the number of partitions has nothing to consume, and serves all the same.
+func TestSpareInstance(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t, "KAFKA_PARTITIONS=1")
+	first := startProgram(t, env)
+	spare := startProgram(t, env) // and is ready
+	if status, _, answer := spare.do("POST", onePath, jsonCT, "", freshEvent("spare")); status != http.StatusAccepted {
+		t.Fatal(status, answer)
+	}
+	drained(first)
+	first.terminate()
+	spare.await("everything is its own", 30*time.Second, func() bool { return strings.Contains(spare.log.String(), "all=1") })
+}

@@ -81,7 +81,7 @@ func TestRewind(t *testing.T) {
 		mustCount(t, env, "rewound", int64(sent))
 		t.Logf("lost %s: %s", what, out[strings.LastIndex(strings.TrimSpace(out), "\n")+1:])
 	}
-	for args, want := range map[string]string{"": "has to be a time", "-to yesterday": "has to be a time"} {
+	for args, want := range map[string]string{"": "has to be a time", "-to yesterday": "has to be a time", "-to 1960-01-01T00:00:00Z": "has to be a time", "-to 2100-01-01T00:00:00Z": "has to be a time"} {
 		if out, code := subcommand(t, env, "rewind "+args); code != 2 || !strings.Contains(out, want) {
 			t.Errorf("%q: %d %s", args, code, out)
 		}

@@ -83,7 +83,7 @@ func (c *settings) settingsTable() []setting {
 		{"CLOCK_SKEW", "1s", "a timestamp may be so far in the future, such as 5s: senders' clocks are ahead of this one", wholeSeconds(&c.clockSkew, 5*time.Minute)},
 		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", as(&c.adminAddr, "host:port or off", address)},
 		{"ROLE", "all", "all; api serves HTTP and leaves consuming to others; consumer only consumes, and answers /health and /ready", oneOf(&c.role, "all", "api", "consumer")},
-		{"API_KEYS", "", "comma-separated keys, one of which a request to /api/ or /v1/ has to bring; none, and no WRITE_KEYS, lets everybody in", to(&c.apiKeys, keys)},
+		{"API_KEYS", "", "comma-separated keys of 16 characters or more, one of which a request to /api/ or /v1/ has to bring; none, and no WRITE_KEYS, lets everybody in", to(&c.apiKeys, keys)},
 		{"WRITE_KEYS", "", "comma-separated keys that may only send events, for pages and apps, whose keys are public", to(&c.writeKeys, keys)},
 		{"CORS_ORIGINS", "", "comma-separated origins whose pages may call the API, such as https://shop.example; * is all of them", to(&c.corsOrigins, origins)},
 		{"TLS_CERT_FILE", "", "certificate chain in PEM; with TLS_KEY_FILE the API speaks HTTPS", text(&c.tlsCertFile)},
@@ -207,6 +207,9 @@ func keys(s string) ([]string, error) {
 	for i, k := range list {
 		if len(k) < minKeyLength {
 			return nil, fmt.Errorf("key %d of %d is shorter than %d characters", i+1, len(list), minKeyLength)
+		}
+		if strings.ContainsFunc(k, func(r rune) bool { return r < '!' || r > '~' }) { // which no header carries
+			return nil, fmt.Errorf("key %d of %d has characters beyond ASCII", i+1, len(list))
 		}
 	}
 	if s != "" && len(list) == 0 { // no key would let everybody in

@@ -175,8 +175,8 @@ func rewindTool(fs *flag.FlagSet) toolRun {
 		var at time.Time
 		if *to != "start" {
 			var err error
-			if at, err = time.Parse(time.RFC3339, *to); err != nil {
-				return badArgument{fmt.Errorf("-to %q has to be a time such as %s, or start", *to, rfc3339Now())}
+			if at, err = time.Parse(time.RFC3339, *to); err != nil || at.Unix() < 0 || at.After(time.Now()) {
+				return badArgument{fmt.Errorf("-to %q has to be a time that has been, such as %s, or start", *to, rfc3339Now())}
 			}
 		}
 		return rewind(ctx, cfg, at, *dryRun, w)
@@ -300,12 +300,15 @@ func (f *dlqFlags) each(ctx context.Context, cfg *settings, take func(*kgo.Recor
 	if kinds := []string{"", errorUnmarshal, errorInsertFailed, errorExhausted}; !slices.Contains(kinds, f.kind) {
 		return badArgument{fmt.Errorf("-type %s: has to be one of%s", f.kind, strings.Join(kinds, " "))}
 	}
+	if f.since < 0 || f.limit < 0 {
+		return badArgument{errors.New("-since and -limit cannot be negative")}
+	}
 	n := 0
 	return readRecords(ctx, cfg, cfg.kafkaTopic+".dlq", "", func(rec *kgo.Record) {
 		selected := (f.since == 0 || time.Since(rec.Timestamp) <= f.since) &&
 			(f.kind == "" || header(rec, "error_type") == f.kind) &&
 			(bytes.Contains(rec.Value, []byte(f.filter)) || strings.Contains(header(rec, "error_message"), f.filter)) &&
-			(f.limit <= 0 || n < f.limit)
+			(f.limit == 0 || n < f.limit)
 		if selected && take(rec) {
 			n++
 		}
@@ -327,8 +330,12 @@ func dlqListTool(fs *flag.FlagSet) toolRun {
 			if n++; n == 1 {
 				fmt.Fprintln(t, "LETTER\tSENT\tTYPE\tRETRIES\tFROM\tERROR")
 			}
-			fmt.Fprintf(t, "%d:%d\t%s\t%s\t%s\t%s/%s:%s\t%.100q\n", rec.Partition, rec.Offset, header(rec, "sent_to_dlq_at"), header(rec, "error_type"),
-				header(rec, "final_retry_count"), header(rec, "original_topic"), header(rec, "original_partition"), header(rec, "original_offset"), header(rec, "error_message"))
+			of := func(key string) string { // whoever wrote it, it is one cell
+				quoted := strconv.QuoteToGraphic(header(rec, key))
+				return quoted[1 : len(quoted)-1]
+			}
+			fmt.Fprintf(t, "%d:%d\t%s\t%s\t%s\t%s/%s:%s\t%.100q\n", rec.Partition, rec.Offset, of("sent_to_dlq_at"), of("error_type"),
+				of("final_retry_count"), of("original_topic"), of("original_partition"), of("original_offset"), header(rec, "error_message"))
 			return true
 		})
 		t.Flush()

@@ -116,9 +116,9 @@ func TestCompleteThroughIsHonest(t *testing.T) {
 func TestStalled(t *testing.T) {
 	t.Parallel()
 	w := new(watermark)
-	rd := &readiness{watermark: w, troubles: newTroubles()}
+	rd := &readiness{watermark: w, troubles: newTroubles(), consumes: true}
 	c := new(consumer)
-	c.assigned.Store(3)
+	c.member.Store(new("member"))
 	rd.consumer.Store(c)
 	for _, c := range []struct {
 		lags  []int64

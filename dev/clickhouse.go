@@ -12,6 +12,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"html"
 	"io"
 	"net/http"
 	"os"
@@ -219,7 +220,7 @@ func (c *clickhouse) spawn() error {
 	if err != nil {
 		return err
 	}
-	cmd.Env = append(os.Environ(), "DEV_CLICKHOUSE_LOG="+c.log, "DEV_CLICKHOUSE_CONFIG="+c.settings, "DEV_CLICKHOUSE_KEEP_FREE="+strconv.Itoa(c.keepFree))
+	cmd.Env = append(os.Environ(), "DEV_CLICKHOUSE_LOG="+html.EscapeString(c.log), "DEV_CLICKHOUSE_CONFIG="+html.EscapeString(c.settings), "DEV_CLICKHOUSE_KEEP_FREE="+strconv.Itoa(c.keepFree))
 	cmd.Stderr = &stderrWatch{path: c.log, fatal: func() { c.abandon(cmd) }}
 	stdin, err := cmd.StdinPipe()
 	if err != nil {

@@ -101,8 +101,10 @@ func Parse(args []string, stderr io.Writer) (*Config, error) {
 		return nil, fmt.Errorf("unexpected argument %q", fs.Arg(0))
 	case c.bulk < 1 || c.bulk > maxBulkEvents:
 		return nil, fmt.Errorf("-bulk %d: has to be 1 to %d", c.bulk, maxBulkEvents)
-	case !(c.rate >= 0) || math.IsInf(c.rate, 1) || c.connections < 1 || c.users < 1 || c.duration <= 0:
-		return nil, errors.New("-rate, -connections, -users and -duration have to be positive")
+	case !(c.rate >= 0) || math.IsInf(c.rate, 1):
+		return nil, fmt.Errorf("-rate %g: has to be positive, or 0 for as fast as it goes", c.rate)
+	case c.connections < 1 || c.users < 1 || c.duration <= 0:
+		return nil, errors.New("-connections, -users and -duration have to be positive")
 	case c.dup < 0 || c.dup >= 1:
 		return nil, fmt.Errorf("-dup %g: has to be from 0 to below 1", c.dup)
 	}
@@ -176,6 +178,12 @@ func Run(args []string, stdout, stderr io.Writer) int {
 	if err != nil {
 		fmt.Fprintln(stderr, "load:", err)
 		return 2
+	}
+	if cfg.reportFile != "" { // better now than after an hour
+		if err := os.WriteFile(cfg.reportFile, nil, 0o644); err != nil {
+			fmt.Fprintln(stderr, "load: -report:", err)
+			return 2
+		}
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()

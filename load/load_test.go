@@ -134,7 +134,7 @@ func TestLoadVerify(t *testing.T) {
 		{"-rate 2000 -bulk 50 -duration 1s -users 300 -verify -verify-timeout 5s", &peer{}, 0},
 		{"-rate 2000 -bulk 50 -duration 1s -users 300 -dup 0.4 -verify -verify-timeout 5s", &peer{}, 0},
 		{"-rate 2000 -bulk 50 -duration 1s -users 10 -insert-ids -dup 0.4 -verify -verify-timeout 5s", &peer{}, 0},
-		{"-rate 300 -bulk 1 -duration 1s -verify -verify-timeout 5s", &peer{}, 0},
+		{"-rate 300 -bulk 1 -connections 300 -duration 1s -verify -verify-timeout 5s", &peer{}, 0},
 		{"-rate 0 -bulk 1000 -connections 2 -duration 300ms -verify -verify-timeout 5s", &peer{}, 0},
 		{"-rate 2000 -bulk 50 -duration 1s -gzip -verify -verify-timeout 5s", &peer{}, 0},
 		{"-rate 2000 -bulk 50 -duration 1s -verify -verify-timeout 1s", &peer{lose: true}, 1},

@@ -88,10 +88,10 @@ function tell(error, consumers) {
   } else if (error) {
     text = error instanceof Refused ? `${error.message} (${error.status}).` : 'The API does not answer.'
     if (shown) text += ` These numbers are from ${clock(shown.at)}.`
-    if (error.status === 503) text += ' Events are still accepted; they are counted when it is over.'
+    if (error.status === 503) text += ' Accepted events are safe; they are counted when it is over.'
   } else {
     $('login').hidden = true
-    if (consumers && consumers !== 'ok') text = `Storing stands still, at least in part: ${consumers.replace(/^stalled \d+ s(: |, )/, '')}. Events are accepted and wait on Kafka.`
+    if (consumers && consumers !== 'ok') text = `Storing stands still, at least in part: ${consumers.replace(/^stalled \d+ s(: |, )/, '')}. Accepted events wait on Kafka.`
   }
   const steady = text.replace(/[\d,]+ waiting/, 'records waiting') // a count that moves is no news
   if ($('banner').dataset.said !== steady) {
