@@ -5,13 +5,16 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"math/rand/v2"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -153,6 +156,114 @@ func TestTopicGrows(t *testing.T) {
 	if !strings.Contains(p.log.String(), errGrown.Error()) {
 		t.Error("the consumer did not start over")
 	}
+}
+
+// TestTopicGrowsUnheard: the topic grows while an instance cannot store what it has, and has no room to read on. Meanwhile another
+// one stores an event of its. When ClickHouse answers again, the instance looks before it stores.
+func TestTopicGrowsUnheard(t *testing.T) {
+	t.Parallel()
+	admin := freePort(t)
+	env := faultSpace(t, "KAFKA_PARTITIONS=1", "WORKER_COUNT=1", "CONSUME_MEMORY=1048576", "ADMIN_ADDR=127.0.0.1:"+admin)
+	between := newProxy(t, clickhouseAddress(t), nil)
+	p := startProgram(t, append(slices.Clone(env), "CLICKHOUSE_PORT="+between.port()))
+	at := time.Now().Unix()
+	send := func(lines string) {
+		t.Helper()
+		if status, _, answer := p.do("POST", bulkPath, ndjson, "", []byte(lines)); status != http.StatusAccepted {
+			t.Fatal(status, answer)
+		}
+	}
+	line := func(name string, user int, more string) string {
+		return fmt.Sprintf(`{"event_name":%q,"user_id":"u%d","timestamp":%d%s}`+"\n", name, user, at, more)
+	}
+	var warm, large strings.Builder
+	for i := range 2 * loadRows {
+		warm.WriteString(line("warm", i, ""))
+	}
+	send(warm.String()) // the hour is in memory from now on
+	drained(p)
+	between.shut.Store(true)
+	between.cutAnswers()
+	var grown string
+	var id eventID
+	for user, part := 0, 0; part != 1; user++ { // one that is on the second partition of two
+		grown = line("grown", user, "")
+		id, _ = mustParse(t, new(eventParser), grown).id(nil)
+		part = kgo.StickyKeyPartitioner(nil).ForTopic("").Partition(&kgo.Record{Key: fmt.Appendf(nil, "%x", id)}, 2)
+	}
+	send(grown)
+	p.await("refused", 20*time.Second, func() bool { return strings.Contains(p.log.String(), "what=insert ") })
+	const many = 24 // a block and the queue, of an eighth of the memory each, are full of the first 20
+	for i := range many {
+		large.WriteString(line("large", i, fmt.Sprintf(`,"metadata":{"x":%q}`, strings.Repeat("x", 15_000))))
+	}
+	send(large.String())
+	p.await("full", 20*time.Second, func() bool { return metric(t, admin, "event_ingestion_records_consumed_total") >= 2*loadRows+1+20 })
+	growTopic(t, env, 2)
+	p.await("seen to grow", 20*time.Second, func() bool { return strings.Contains(p.log.String(), "more partitions than before") })
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, user_id, timestamp) VALUES (unhex('%x'), 'grown', 'u', %d)", space(env, "CLICKHOUSE_DATABASE"), id, at))
+	between.shut.Store(false)
+	drained(p)
+	mustCount(t, env, "grown", 1)
+	mustCount(t, env, "large", many)
+}
+
+// metric is what an instance's admin listener says of one.
+func metric(t testing.TB, adminPort, name string) (value float64) {
+	t.Helper()
+	resp, err := http.Get("http://127.0.0.1:" + adminPort + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	page, _ := io.ReadAll(resp.Body)
+	_, rest, _ := strings.Cut(string(page), "\n"+name+" ")
+	fmt.Sscan(rest, &value)
+	return value
+}
+
+// TestTransactions: another program writes in transactions. What it takes back is no event, and nobody waits for the records
+// that only say how a transaction ended.
+func TestTransactions(t *testing.T) {
+	t.Parallel()
+	env := faultSpace(t, "KAFKA_PARTITIONS=1")
+	p := startProgram(t, env)
+	topic := space(env, "KAFKA_TOPIC")
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...), kgo.TransactionalID(topic))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	for _, end := range []kgo.TransactionEndTry{kgo.TryCommit, kgo.TryAbort} {
+		value := freshEvent(map[kgo.TransactionEndTry]string{kgo.TryCommit: "committed", kgo.TryAbort: "aborted"}[end])
+		id, _ := mustParse(t, new(eventParser), string(value)).id(nil)
+		if err := kafka.BeginTransaction(); err != nil {
+			t.Fatal(err)
+		}
+		if err := kafka.ProduceSync(t.Context(), &kgo.Record{Topic: topic, Key: fmt.Appendf(nil, "%x", id), Value: value}).FirstErr(); err != nil {
+			t.Fatal(err)
+		}
+		if err := kafka.EndTransaction(t.Context(), end); err != nil {
+			t.Fatal(err)
+		}
+		drained(p)
+	}
+	mustCount(t, env, "committed", 1)
+	mustCount(t, env, "aborted", 0)
+	if n := totalOf(readTopicEnds(t, env, ".dlq")); n != 0 {
+		t.Errorf("%d dead letters", n)
+	}
+	var l struct{ Records, Stored, Difference int }
+	out, code := subcommand(t, env, "audit -json")
+	if json.Unmarshal([]byte(out), &l); code != 0 || l.Records != 1 || l.Stored != 1 || l.Difference != 0 {
+		t.Errorf("audit: %d %s", code, out)
+	}
+	behind := freshEvent("behind")
+	p.await("told that an event behind them is stored", 30*time.Second, func() bool {
+		status, _, _ := p.do("POST", onePath+"?wait=stored", jsonCT, "", behind)
+		return status == http.StatusOK
+	})
+	mustCount(t, env, "behind", 1)
 }
 
 // TestLargeEvents: events as large as they may be are accepted while ClickHouse is away, more than memory holds, and pass

@@ -17,13 +17,14 @@ import (
 	"github.com/twmb/franz-go/pkg/kfake"
 )
 
-// proxy passes connections on to a target. Connections can lose their answers, or never get one.
+// proxy passes connections on to a target. Connections can lose their answers, never get one, or be refused.
 type proxy struct {
 	listener net.Listener
 	mu       sync.Mutex // guards conns
 	conns    map[net.Conn]*atomic.Bool
 	silent   atomic.Bool // what the target says on any connection is swallowed, and nothing is closed
 	deaf     atomic.Bool // connections from now on are like that
+	shut     atomic.Bool // connections from now on end at once
 }
 
 // newProxy listens on loopback, with TLS unless config is nil, until the test ends.
@@ -43,6 +44,10 @@ func newProxy(t *testing.T, target string, config *tls.Config) *proxy {
 			client, err := l.Accept()
 			if err != nil {
 				return
+			}
+			if p.shut.Load() {
+				client.Close()
+				continue
 			}
 			server, err := net.Dial("tcp", target)
 			if err != nil {

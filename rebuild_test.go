@@ -1,4 +1,5 @@
-// Tables of an earlier version: brought up to date at start, and events_hourly made anew while events come in.
+// Tables of an earlier version: brought up to date at start, and events_hourly made anew while events come in, and while other
+// commands would mend it.
 
 package main
 
@@ -8,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"strings"
 	"sync"
@@ -167,4 +169,166 @@ func TestRebuild(t *testing.T) {
 	if has := clickhouseQuery(t, "SHOW CREATE TABLE "+db+".events_hourly"); !strings.Contains(has, "uniqCombined64(17)") || strings.Contains(has, "(19)") {
 		t.Errorf("made anew as %s", has)
 	}
+}
+
+// newTables makes the tables as they are, with events of two days in them that ClickHouse got an hour ago.
+func newTables(t *testing.T, env []string) *store {
+	t.Helper()
+	st := newStore(settingsFrom(t, env))
+	if _, err := st.prepare(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (created_at, event_id, event_name, user_id, timestamp) SELECT now64(3) - 3600, SHA256(toString(number)), 'e', toString(number %% 99), now() - 4000 - number FROM numbers(150000)", st.database))
+	return st
+}
+
+// countedOnce fails the test unless each row of events_hourly has the events of its hour.
+func countedOnce(t *testing.T, db string) {
+	t.Helper()
+	if differ := clickhouseQuery(t, fmt.Sprintf(`SELECT event_name, channel, hour, sum(n) FROM (
+		SELECT event_name, channel, toStartOfHour(timestamp) AS hour, toInt64(uniqExact(event_id)) AS n FROM %[1]s.events GROUP BY event_name, channel, hour
+		UNION ALL SELECT event_name, channel, hour, -event_count FROM %[1]s.events_hourly)
+		GROUP BY event_name, channel, hour HAVING sum(n) != 0 LIMIT 10`, db)); differ != "" {
+		t.Errorf("not counted, or too often:\n%s", differ)
+	}
+}
+
+// tryQuery runs a statement that may fail, and says whether it did not.
+func tryQuery(t *testing.T, sql string) bool {
+	resp, err := http.Post("http://127.0.0.1:"+stackEnv(t, "CLICKHOUSE_HTTP_PORT"), "text/plain", strings.NewReader(sql))
+	if err == nil {
+		resp.Body.Close()
+	}
+	return err == nil && resp.StatusCode == http.StatusOK
+}
+
+// TestOneCommandAtATime: a command that changes tables says that another one is at it, or waits its turn. Several at once mend an
+// hour once.
+func TestOneCommandAtATime(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t)
+	st := newTables(t, env)
+	db := st.database
+	const refused = "another command changes the tables"
+	atOnce := func(commands ...string) (done int) {
+		var running sync.WaitGroup
+		var mu sync.Mutex // guards done
+		for _, args := range commands {
+			running.Go(func() {
+				out, code := subcommand(t, env, args)
+				mu.Lock()
+				defer mu.Unlock()
+				if code == 0 {
+					done++
+				} else if code != 1 || !strings.Contains(out, refused) {
+					t.Errorf("%s: %d %s", args, code, out)
+				}
+			})
+		}
+		running.Wait()
+		return done
+	}
+	unlock, err := st.lock(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := atOnce("reconcile", "reconcile -rebuild", "rewind -to start", "reshard"); n > 0 {
+		t.Errorf("%d of four did what another one was at", n)
+	}
+	unlock()
+	for _, commands := range [][]string{
+		{"reconcile -from 0", "reconcile -from 0", "reconcile -from 0"},
+		{"reconcile -from 0", "reconcile -rebuild"},
+	} {
+		clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events_hourly SELECT * FROM %[1]s.events_hourly", db)) // all of it twice
+		if atOnce(commands...) == 0 {
+			t.Errorf("all of %q were refused", commands)
+		}
+		countedOnce(t, db)
+	}
+}
+
+// onLine does something when a line with a text is written for the first time, and only then lets the writer go on.
+type onLine struct {
+	text string
+	do   func()
+	done bool
+}
+
+func (o *onLine) Write(b []byte) (int, error) {
+	if !o.done && bytes.Contains(b, []byte(o.text)) {
+		o.done = true
+		o.do()
+	}
+	return len(b), nil
+}
+
+// TestRebuildCutOffAtTheEnd: inserts go on again and the old table is not dropped yet when a rebuild dies. The next ones finish
+// it beside inserts that never stop, none of which may find events without a view.
+func TestRebuildCutOffAtTheEnd(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t)
+	db := newTables(t, env).database
+	cfg := settingsFrom(t, env)
+	ctx, stop := context.WithCancel(t.Context())
+	var inserting sync.WaitGroup
+	defer inserting.Wait()
+	defer stop()
+	for w := range 6 {
+		inserting.Go(func() { // ends with stop
+			for i := 0; ctx.Err() == nil; i++ {
+				insert := fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, user_id, timestamp) SETTINGS async_insert = 0 VALUES (SHA256('%d-%d'), 'many', 'u', now())", db, w, i)
+				if !tryQuery(t, insert) { // they wait
+					sleep(ctx, 10*time.Millisecond)
+				}
+			}
+		})
+	}
+	for range 6 {
+		ctx, cancel := context.WithCancel(t.Context())
+		if err := rebuildHourly(ctx, cfg, &onLine{text: "inserts go on", do: cancel}); !errors.Is(err, context.Canceled) {
+			t.Errorf("not cut off: %v", err)
+		}
+		cancel()
+	}
+	if err := rebuildHourly(t.Context(), cfg, io.Discard); err != nil {
+		t.Error(err)
+	}
+	stop()
+	inserting.Wait()
+	countedOnce(t, db)
+}
+
+// TestTornWhileCounting: an insert dies between events and the table that a rebuild fills. The hour is mended, though it was
+// written to a moment ago.
+func TestTornWhileCounting(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t)
+	db := newTables(t, env).database
+	tear := func() {
+		next := db + "." + tableNext
+		clickhouseQuery(t, "ALTER TABLE "+next+" ADD CONSTRAINT slow CHECK sleepEachRow(0.05) = 0")
+		behind := func() bool {
+			return clickhouseQuery(t, fmt.Sprintf("SELECT (SELECT count() FROM %s.events WHERE event_name = 'torn') > (SELECT sum(event_count) FROM %s WHERE event_name = 'torn')", db, next)) == "1"
+		}
+		for n := 0; !behind() && !t.Failed(); n++ {
+			ended := make(chan bool, 1)
+			go func() { // ends with KILL
+				ended <- tryQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, user_id, timestamp) SELECT SHA256('%d-' || toString(number)), 'torn', 'u', now() FROM numbers(100)"+
+					" SETTINGS max_block_size = 1, min_insert_block_size_rows = 1, min_insert_block_size_bytes = 1", db, n))
+			}()
+			for deadline := time.Now().Add(20 * time.Second); !behind() && time.Now().Before(deadline); {
+				sleep(t.Context(), 10*time.Millisecond)
+			}
+			clickhouseQuery(t, "KILL QUERY WHERE startsWith(query, 'INSERT INTO "+db+".events ') SYNC")
+			if <-ended {
+				t.Error("an insert was not killed")
+			}
+		}
+		clickhouseQuery(t, "ALTER TABLE "+next+" DROP CONSTRAINT slow")
+	}
+	if err := rebuildHourly(t.Context(), settingsFrom(t, env), &onLine{text: "counting", do: tear}); err != nil {
+		t.Error(err)
+	}
+	countedOnce(t, db)
 }

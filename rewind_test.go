@@ -8,6 +8,9 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kgo"
 )
 
 // TestRewind: events are lost in one table, in both, or are as they were at an earlier time; after a rewind both tables
@@ -86,4 +89,40 @@ func TestRewind(t *testing.T) {
 			t.Errorf("%q: %d %s", args, code, out)
 		}
 	}
+}
+
+// TestTornFarBack: an instance dies with as many rounds stored and not committed as there may be, and the last one is in events
+// only. The next instance meets it among what it reads again, and mends it.
+func TestTornFarBack(t *testing.T) {
+	t.Parallel()
+	const rows = 10
+	env := faultSpace(t, "KAFKA_PARTITIONS=1", fmt.Sprint("WORKER_BATCH_SIZE=", rows))
+	topic := space(env, "KAFKA_TOPIC")
+	const events, anHour, uncommitted = 1000, 20, heldRounds * maxShare * rows
+	begun := (time.Now().Unix()/hourSeconds - events/anHour - 1) * hourSeconds
+	var body []byte
+	for i := range int64(events) {
+		body = fmt.Appendf(body, `{"event_name":"far","user_id":"u%d","timestamp":%d}`+"\n", i, begun+i/anHour*hourSeconds)
+	}
+	p := startProgram(t, env)
+	if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != http.StatusAccepted {
+		t.Fatal(status, answer)
+	}
+	drained(p)
+	p.terminate()
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %[1]s.events_hourly SELECT * REPLACE (-event_count AS event_count) FROM %[1]s.events_hourly WHERE hour >= %[2]d",
+		space(env, "CLICKHOUSE_DATABASE"), begun+(events/anHour-2)*hourSeconds))
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	back := kadm.Offsets{}
+	back.AddOffset(topic, 0, events-uncommitted, -1)
+	if err := kadm.NewClient(kafka).CommitAllOffsets(t.Context(), space(env, "KAFKA_CONSUMER_GROUP"), back); err != nil {
+		t.Fatal(err)
+	}
+	p = startProgram(t, env)
+	drained(p)
+	mustCount(t, env, "far", events)
 }

@@ -346,7 +346,9 @@ func completeThrough(p *program) int64 {
 // subcommand runs one of the program's commands in the space and returns what it printed and its exit code.
 func subcommand(t *testing.T, env []string, args string) (string, int) {
 	t.Helper()
-	cmd := exec.Command(os.Args[0], strings.Fields(args)...)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute) // one that hangs
+	defer cancel()
+	cmd := exec.CommandContext(ctx, os.Args[0], strings.Fields(args)...)
 	cmd.Env = append(append(os.Environ(), asProgram+"=1"), env...)
 	out, err := cmd.CombinedOutput()
 	if exit := new(exec.ExitError); err != nil && !errors.As(err, &exit) {
