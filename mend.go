@@ -124,7 +124,7 @@ func (ins *inserter) catchUp(ctx context.Context) {
 
 // lookAndMend says whether the hours agree. A mending is believed when the next look finds nothing.
 func (ins *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool, err error) {
-	differing := fmt.Sprintf(differences, "", inHours(hours), "event_count != 0")
+	differing := fmt.Sprintf(differences, "", inHours(hours), "event_count != 0", "events_hourly")
 	alone := ins.alone()
 	before, err := ins.awaitInserts(ctx)
 	if err != nil {
@@ -181,7 +181,7 @@ func (ins *inserter) insertDifferences(ctx context.Context, differing string, se
 	var text proto.ColStr
 	text.AppendArr(seen)
 	return ins.Do(ctx, ch.Query{
-		Body:          ins.store.sql(addDifferences + differing + " WHERE " + difference + " IN (SELECT text FROM seen)"),
+		Body:          ins.store.sql(fmt.Sprintf(addDifferences, "events_hourly") + differing + " WHERE " + difference + " IN (SELECT text FROM seen)"),
 		QueryID:       ins.queryID(),
 		ExternalTable: "seen",
 		ExternalData:  []proto.InputColumn{{Name: "text", Data: &text}},

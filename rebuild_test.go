@@ -207,8 +207,7 @@ func tryQuery(t *testing.T, sql string) bool {
 func TestOneCommandAtATime(t *testing.T) {
 	t.Parallel()
 	env := newSpace(t)
-	st := newTables(t, env)
-	db := st.database
+	db := newTables(t, env).database
 	const refused = "another command changes the tables"
 	atOnce := func(commands ...string) (done int) {
 		var running sync.WaitGroup
@@ -228,14 +227,15 @@ func TestOneCommandAtATime(t *testing.T) {
 		running.Wait()
 		return done
 	}
-	unlock, err := st.lock(t.Context())
+	err := exclusively(t.Context(), settingsFrom(t, env), false, func(context.Context) error {
+		if n := atOnce("reconcile", "reconcile -rebuild", "rewind -to start", "reconcile -dry-run"); n != 1 {
+			t.Errorf("%d of three and a dry run did what another one was at", n)
+		}
+		return nil
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := atOnce("reconcile", "reconcile -rebuild", "rewind -to start", "reshard"); n > 0 {
-		t.Errorf("%d of four did what another one was at", n)
-	}
-	unlock()
 	for _, commands := range [][]string{
 		{"reconcile -from 0", "reconcile -from 0", "reconcile -from 0"},
 		{"reconcile -from 0", "reconcile -rebuild"},
@@ -327,8 +327,10 @@ func TestTornWhileCounting(t *testing.T) {
 		}
 		clickhouseQuery(t, "ALTER TABLE "+next+" DROP CONSTRAINT slow")
 	}
-	if err := rebuildHourly(t.Context(), settingsFrom(t, env), &onLine{text: "counting", do: tear}); err != nil {
+	look := func() { countedOnce(t, db) } // whoever asks is told so from the exchange on
+	out := io.MultiWriter(&onLine{text: "counting", do: tear}, &onLine{text: "the views are made anew", do: look})
+	if err := rebuildHourly(t.Context(), settingsFrom(t, env), out); err != nil {
 		t.Error(err)
 	}
-	countedOnce(t, db)
+	look()
 }

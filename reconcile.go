@@ -34,8 +34,8 @@ import (
 // and the aggregate one after the other, and what is seen in between is no difference.
 const quietSeconds = 10
 
-// differences is a subquery: events, read with FINAL or without, minus events_hourly, of the hours and of what differs that two
-// conditions name. What a query over it does not select is not computed.
+// differences is a subquery: events, read with FINAL or without, minus events_hourly or the table that is to become it, of the
+// hours and of what differs that two conditions name. What a query over it does not select is not computed.
 const differences = `(
 SELECT event_name, channel, hour, {added up}, sum(has) AS aggregated, max(written) AS last_written
 FROM
@@ -45,13 +45,13 @@ FROM
     GROUP BY event_name, channel, hour
     UNION ALL
     SELECT event_name, channel, hour, -event_count, unique_users_state, -revenue, campaigns_state, last_at, event_count, toDateTime64(0, 3, 'UTC')
-    FROM {database}.events_hourly WHERE %[2]s
+    FROM {database}.%[4]s WHERE %[2]s
 )
 GROUP BY event_name, channel, hour
 HAVING %[3]s)`
 
-// addDifferences is the statement that mends, with differences behind it.
-const addDifferences = "INSERT INTO {database}.events_hourly (event_name, channel, hour, {counts}) SELECT event_name, channel, hour, {counts} FROM "
+// addDifferences is the statement that mends a table, with differences behind it.
+const addDifferences = "INSERT INTO {database}.%s (event_name, channel, hour, {counts}) SELECT event_name, channel, hour, {counts} FROM "
 
 func reconcileTool(fs *flag.FlagSet) toolRun {
 	var r timeRange
@@ -64,7 +64,7 @@ func reconcileTool(fs *flag.FlagSet) toolRun {
 			if fs.NFlag() > 1 {
 				return badArgument{errors.New("-rebuild takes no other flag")}
 			}
-			if err := rebuildHourly(ctx, cfg, w); err != nil {
+			if err := exclusively(ctx, cfg, false, func(ctx context.Context) error { return rebuildHourly(ctx, cfg, w) }); err != nil {
 				return fmt.Errorf("-rebuild: %w (run it again: it finishes, or begins anew)", err)
 			}
 			return nil
@@ -74,16 +74,18 @@ func reconcileTool(fs *flag.FlagSet) toolRun {
 		}
 		ctx, cancel := context.WithTimeout(ctx, time.Hour)
 		defer cancel()
-		if *asJSON {
-			lines := json.NewEncoder(w)
-			_, err := reconcileEach(ctx, newStore(cfg), r.hours(), quietSeconds, *dryRun, func(d unequal) { lines.Encode(d) })
+		return exclusively(ctx, cfg, *dryRun, func(ctx context.Context) error {
+			if *asJSON {
+				lines := json.NewEncoder(w)
+				_, err := reconcileEach(ctx, newStore(cfg), r.hours(), quietSeconds, *dryRun, func(d unequal) { lines.Encode(d) })
+				return err
+			}
+			n, err := reconcile(ctx, newStore(cfg), r.hours(), quietSeconds, *dryRun, w)
+			if err == nil {
+				fmt.Fprintf(w, "%d rows of events_hourly differ from events\n", n)
+			}
 			return err
-		}
-		n, err := reconcile(ctx, newStore(cfg), r.hours(), quietSeconds, *dryRun, w)
-		if err == nil {
-			fmt.Fprintf(w, "%d rows of events_hourly differ from events\n", n)
-		}
-		return err
+		})
 	}
 }
 
@@ -120,7 +122,7 @@ func reconcile(ctx context.Context, st *store, hours string, quiet int, dryRun b
 // were. hours is a condition; what was written within the last quiet seconds is left out.
 func reconcileEach(ctx context.Context, st *store, hours string, quiet int, dryRun bool, each func(unequal)) (rows int, err error) {
 	differing := fmt.Sprintf(differences, "FINAL", hours,
-		fmt.Sprintf("(event_count != 0 OR revenue != 0) AND last_written <= now64(3) - %d", quiet))
+		fmt.Sprintf("(event_count != 0 OR revenue != 0) AND last_written <= now64(3) - %d", quiet), "events_hourly")
 	shards, err := st.shards(ctx)
 	failures := []error{err}
 	for _, sh := range shards {
@@ -139,7 +141,7 @@ func reconcileEach(ctx context.Context, st *store, hours string, quiet int, dryR
 			}, &name, &channel, &hour, &missing, &has)
 			if rows > before && !dryRun {
 				s.do(func(ctx context.Context, c asker) error {
-					return c.Do(ctx, ch.Query{Body: sh.sql(addDifferences + differing), Settings: sh.inserting()})
+					return c.Do(ctx, ch.Query{Body: sh.sql(fmt.Sprintf(addDifferences, "events_hourly") + differing), Settings: sh.inserting()})
 				})
 			}
 		}))
@@ -235,38 +237,41 @@ func (r rebuild) takeOver() {
 	r.awaitInserts(r.now(), never) // these still feed both tables
 	rebuilt, hourly := r.sinceOf(tableRebuilt), r.sinceOf("events_hourly")
 	if rebuilt > hourly {
+		r.mend(rebuilt)
 		r.say("the tables are exchanged")
 		r.syncReplicas(tableRebuilt)
 		r.change("EXCHANGE TABLES {database}.events_hourly AND {database}." + tableRebuilt + "{on cluster}")
 	}
-	r.exchangeViews(max(rebuilt, hourly))
+	r.exchangeViews()
 }
 
 // exchangeViews gives the new table the view. Inserts go on when the other view, whose target is gone, is dropped.
-func (r rebuild) exchangeViews(since int64) {
+func (r rebuild) exchangeViews() {
 	if r.has(viewNext) { // else that was done, and inserts go on: none may find events without a view
 		r.say("the views are made anew")
 		r.change("DROP VIEW IF EXISTS {database}.events_hourly_mv{on cluster} SYNC")
 		r.do(r.store.makeTables)
 		r.do(r.store.makeViews)
-		r.mend(since)
 		r.change("DROP VIEW IF EXISTS {database}." + viewNext + "{on cluster} SYNC")
 	}
 	r.say("inserts go on")
 	r.dropTable(tableRebuilt)
 }
 
-// mend compares the hours written to meanwhile: a torn insert was perhaps mended in the old table only. Inserts still wait, so
-// that an hour that is always written to can be compared, too.
+// mend compares the hours written to meanwhile: an insert that was torn was mended in the old table only. Nobody else knows the
+// new one yet, and inserts wait, so that an hour that is always written to can be compared, too.
 func (r rebuild) mend(since int64) {
-	hours := fmt.Sprintf("hour IN (SELECT toStartOfHour(timestamp) FROM {database}.events WHERE created_at >= fromUnixTimestamp64Milli(%d))", since)
-	r.do(func(ctx context.Context, _ asker) error {
-		n, err := reconcile(ctx, r.store, hours, 0, false, r.out)
-		if err == nil {
-			fmt.Fprintf(r.out, "events_hourly is made anew; %d of its rows had to be mended\n", n)
+	differing := fmt.Sprintf(differences, "FINAL",
+		fmt.Sprintf("hour IN (SELECT toStartOfHour(timestamp) FROM {database}.events WHERE created_at >= fromUnixTimestamp64Milli(%d))", since),
+		"event_count != 0 OR revenue != 0", tableRebuilt)
+	n := r.number("SELECT count() FROM " + differing)
+	r.do(func(ctx context.Context, c asker) error {
+		if n == 0 {
+			return nil
 		}
-		return err
+		return c.Do(ctx, ch.Query{Body: r.store.sql(fmt.Sprintf(addDifferences, tableRebuilt) + differing), Settings: r.store.inserting()})
 	})
+	r.say(fmt.Sprintf("events_hourly is made anew; %d of its rows had to be mended", n))
 }
 
 // syncReplicas waits until every replica has the table's parts.

@@ -73,7 +73,7 @@ func reshardTool(fs *flag.FlagSet) toolRun {
 				return errors.New("shards of replicas cannot be placed anew by this command")
 			}
 		}
-		return r.run(ctx, *dryRun)
+		return exclusively(ctx, cfg, *dryRun, func(ctx context.Context) error { return r.run(ctx, *dryRun) })
 	}
 }
 

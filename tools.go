@@ -78,14 +78,7 @@ func runTool(name string, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stderr, err)
 		return 2
 	}
-	ctx, unlock := context.Background(), func() {}
-	if slices.Contains(oneAtATime, name) {
-		unlock, err = newStore(cfg).lock(ctx)
-	}
-	if err == nil {
-		err = run(ctx, cfg, fs.Args(), stdout)
-		unlock()
-	}
+	err = run(context.Background(), cfg, fs.Args(), stdout)
 	if err == nil {
 		return 0
 	}
@@ -98,42 +91,50 @@ func runTool(name string, args []string, stdout, stderr io.Writer) int {
 	return 1
 }
 
-// oneAtATime are the commands that change tables or offsets.
-var oneAtATime = []string{"reconcile", "reshard", "rewind"}
-
-// lock is for one of them at a time: a query with the same id runs as long as the command, and ClickHouse refuses another one. It
-// ends with the connection, however the command ends.
-func (s *store) lock(ctx context.Context) (unlock func(), err error) {
-	shards, err := s.shards(ctx)
-	if err != nil {
-		return nil, err
+// exclusively runs a change of tables or offsets when no other one runs: a query with an id of its own runs as long, and ClickHouse
+// refuses another one with that id. The query ends with its connection, however the command ends, and the change with the query.
+// A dry run changes nothing, and waits for nobody.
+func exclusively(ctx context.Context, cfg *settings, dryRun bool, change func(context.Context) error) error {
+	if dryRun {
+		return change(ctx)
 	}
+	shards, err := newStore(cfg).shards(ctx)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	for attempt := 0; ; attempt++ {
 		c, err := shards[0].dial(ctx)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		runs, ended := make(chan struct{}, 1), make(chan error, 1)
 		go func() { // ends with the connection
 			ended <- c.Do(ctx, eachRow(ch.Query{
-				QueryID: s.database + "-tables",
+				QueryID: cfg.clickhouseDatabase + "-tables",
 				Body:    "SELECT sleepEachRow(0.1) FROM system.numbers SETTINGS max_block_size = 1, max_execution_time = 0",
 			}, func(int) { notify(runs, struct{}{}) }, new(proto.ColUInt8)))
 		}()
 		select {
 		case <-runs:
-			return func() { c.Close(); <-ended }, nil
+			defer c.Close()
+			go func() { // ends with the connection
+				<-ended
+				cancel()
+			}()
+			return change(ctx)
 		case err = <-ended:
 			c.Close()
 		}
 		switch {
 		case !ch.IsErr(err, proto.ErrQueryWithSameIDIsAlreadyRunning):
-			return nil, err
+			return err
 		case attempt == 20: // what has just ended lets go within two seconds
-			return nil, errors.New("another command changes the tables: wait for its end")
+			return errors.New("another command changes the tables: wait for its end")
 		}
 		if err := sleep(ctx, minBackoff); err != nil {
-			return nil, err
+			return err
 		}
 	}
 }
@@ -179,7 +180,7 @@ func rewindTool(fs *flag.FlagSet) toolRun {
 				return badArgument{fmt.Errorf("-to %q has to be a time that has been, such as %s, or start", *to, rfc3339Now())}
 			}
 		}
-		return rewind(ctx, cfg, at, *dryRun, w)
+		return exclusively(ctx, cfg, *dryRun, func(ctx context.Context) error { return rewind(ctx, cfg, at, *dryRun, w) })
 	}
 }
 
