@@ -304,7 +304,7 @@ func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[s
 			return
 		}
 		c.lane(p).inserter.cameAt.Store(&came)
-		c.worker(p).assign(p, came, 2*rereadBlocks*maxShare*c.limits.rows)
+		c.worker(p).assign(p, came, rereadBlocks*c.limits.rows)
 		c.has[p] = struct{}{}
 	}
 	c.shareRounds()

@@ -55,17 +55,18 @@ type membership struct {
 // inserter runs the rounds.
 type inserter struct {
 	membership
-	store   *store
-	workers []*worker
-	call    *roundCall
-	wait    time.Duration // WORKER_BATCH_TIMEOUT
-	group   string        // how the query ids of the group's inserts begin
-	mine    string        // and this inserter's
-	stats   *storeStats
-	dedupe  *dedupe
-	cameAt  atomic.Pointer[time.Time] // of partitions whose former owner's last insert was not waited out yet
-	flushes chan flushRequest
-	ended   chan struct{} // closed when run returns
+	store    *store
+	workers  []*worker
+	call     *roundCall
+	wait     time.Duration // WORKER_BATCH_TIMEOUT
+	mostHeld int           // rows of a worker
+	group    string        // how the query ids of the group's inserts begin
+	mine     string        // and this inserter's
+	stats    *storeStats
+	dedupe   *dedupe
+	cameAt   atomic.Pointer[time.Time] // of partitions whose former owner's last insert was not waited out yet
+	flushes  chan flushRequest
+	ended    chan struct{} // closed when run returns
 
 	rested  time.Time        // when ClickHouse has been left alone for long enough after the last insert
 	due     <-chan time.Time // when the first waiting row has waited long enough, nil when there is none
@@ -88,7 +89,7 @@ type flushRequest struct {
 
 func newInserter(st *store, cfg *settings, stats *storeStats, workers []*worker, call *roundCall, m membership) *inserter {
 	ins := &inserter{
-		membership: m, store: st, workers: workers, call: call, wait: cfg.workerBatchTimeout, stats: stats,
+		membership: m, store: st, workers: workers, call: call, wait: cfg.workerBatchTimeout, mostHeld: heldBlocks * cfg.workerBatchSize, stats: stats,
 		group:   cfg.kafkaGroup + "-",
 		mine:    cfg.kafkaGroup + "-" + strconv.FormatUint(rand.Uint64(), 36) + "-",
 		flushes: make(chan flushRequest),
@@ -173,13 +174,13 @@ func (ins *inserter) insertRound(ctx context.Context) {
 	drain(ins.call.full)
 	ins.due = nil
 	var taken []*block
-	oldest := time.Now() // when the first record was produced
+	most, oldest := 0, time.Now() // rows of a block, and when the first record was produced
 	for _, w := range ins.workers {
 		b := w.takeBlock()
 		if b == nil {
 			continue
 		}
-		taken = append(taken, b)
+		taken, most = append(taken, b), max(most, b.rows())
 		if len(b.records) > 0 && b.records[0].Timestamp.Before(oldest) {
 			oldest = b.records[0].Timestamp
 		}
@@ -209,7 +210,7 @@ func (ins *inserter) insertRound(ctx context.Context) {
 		b.reset()
 	}
 	ins.stats.freshness.Update(time.Since(oldest).Seconds())
-	ins.rounds++
+	ins.heldRows += most
 	ins.mend(ctx)
 }
 

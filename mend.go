@@ -25,26 +25,26 @@ const (
 	// mendInterval is the least time between two looks at agreeing hours, and lookShare how many times the last look's
 	// duration: a look counts the hours whole.
 	mendInterval = time.Second
-	lookShare    = 10
+	lookShare    = 20
 	// mendTick is the least time between two looks of which the first did not settle it.
 	mendTick = 100 * time.Millisecond
 	// A look is at lookHours to begin with, and at twice as many after one that took less than lookTime: rounds wait for it.
 	lookHours = 24
 	lookTime  = 200 * time.Millisecond
-	// heldRounds is how many rounds may be stored and not committed: what a next owner takes for read again, see
-	// rereadBlocks, has to reach as far.
-	heldRounds = rereadBlocks - 2
+	// heldBlocks is how many blocks of WORKER_BATCH_SIZE of a worker may be stored and not committed: what a next owner takes for
+	// read again, see rereadBlocks, has to reach as far.
+	heldBlocks = 10 * maxShare
 )
 
 // torn is the hours to look at.
 type torn struct {
-	hours   map[int64]struct{}        // by Unix hour
-	held    map[int32]kgo.EpochOffset // by partition: what may be committed when no hour is left
-	next    time.Time                 // of the next look
-	atOnce  int                       // hours of the next look
-	seen    []string                  // differences, by the last look in which nobody inserted
-	trusted bool                      // the last look found none
-	rounds  int                       // that were stored since there is an hour to look at
+	hours    map[int64]struct{}        // by Unix hour
+	held     map[int32]kgo.EpochOffset // by partition: what may be committed when no hour is left
+	next     time.Time                 // of the next look
+	atOnce   int                       // hours of the next look
+	seen     []string                  // differences, by the last look in which nobody inserted
+	trusted  bool                      // the last look found none
+	heldRows int                       // at most so many of a worker have been stored since there is an hour to look at
 }
 
 // difference is the SQL for a row of differences as text: how many events events_hourly lacks, or has too many.
@@ -107,15 +107,15 @@ func (ins *inserter) mend(ctx context.Context) {
 	if len(ins.hours) == 0 && len(ins.held) > 0 {
 		ins.stored(ins.held)
 		clear(ins.held)
-		ins.rounds = 0
+		ins.heldRows = 0
 	}
 }
 
-// catchUp mends until so few rounds are held that a next owner would read all of them as possibly torn.
+// catchUp mends until so few rows are held that a next owner would read all of them as possibly torn.
 func (ins *inserter) catchUp(ctx context.Context) {
-	for ins.rounds >= heldRounds && ctx.Err() == nil {
+	for ins.heldRows >= ins.mostHeld && ctx.Err() == nil {
 		ins.next = time.Time{}
-		if ins.mend(ctx); ins.rounds < heldRounds {
+		if ins.mend(ctx); ins.heldRows < ins.mostHeld {
 			return
 		}
 		sleep(ctx, mendTick)

@@ -98,7 +98,7 @@ func TestTornFarBack(t *testing.T) {
 	const rows = 10
 	env := faultSpace(t, "KAFKA_PARTITIONS=1", fmt.Sprint("WORKER_BATCH_SIZE=", rows))
 	topic := space(env, "KAFKA_TOPIC")
-	const events, anHour, uncommitted = 1000, 20, heldRounds * maxShare * rows
+	const events, anHour, uncommitted = 1000, 20, heldBlocks * rows
 	begun := (time.Now().Unix()/hourSeconds - events/anHour - 1) * hourSeconds
 	var body []byte
 	for i := range int64(events) {

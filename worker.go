@@ -104,9 +104,9 @@ type arrival struct {
 const (
 	// rereadMargin is how far the producers' clocks may be ahead of ours.
 	rereadMargin = 10 * time.Second
-	// rereadBlocks is how many blocks of WORKER_BATCH_SIZE a former owner can have stored of a partition within a few
-	// commitIntervals. Beside them it can have taken in one whose insert had no answer, of maxShare times that size.
-	rereadBlocks = 10
+	// rereadBlocks is how many blocks of WORKER_BATCH_SIZE a former owner can have stored of a partition and not committed:
+	// heldBlocks of them, and what it has stored since, within a few commitIntervals.
+	rereadBlocks = 2 * heldBlocks
 	// maxShare is how many times as large a block may be when other workers have no partitions.
 	maxShare = 8
 )
