@@ -107,7 +107,7 @@ try {
   // ClickHouse away: the numbers stay, dimmed, and the banner says from when they are.
   refusals = true
   await ask('filtered')
-  await until('said what is wrong', () => document.getElementById('main').classList.contains('stale') && /These numbers are from .* Events are still accepted/.test(document.getElementById('banner').textContent))
+  await until('said what is wrong', () => document.getElementById('main').classList.contains('stale') && /These numbers are from .* Accepted events are safe/.test(document.getElementById('banner').textContent))
   const age = await text('#age')
   await look(1280, 'dark')
   await look(360, 'light')
