@@ -364,6 +364,7 @@ func (s *system) consume(ctx context.Context) {
 		}
 		s.ready.consumer.Store(c)
 		c.run(ctx, s.finish)
+		s.ready.consumer.Store(nil)
 		before := partitions
 		if ctx.Err() != nil || !s.untilDone(ctx, "prepare the topics", prepareTopics) {
 			return

@@ -337,11 +337,6 @@ func (w *retryWorker) run(ctx context.Context, finish func() (context.Context, c
 	leave(end, w.kafka)
 }
 
-// isDue says whether the record's delay is over; also when its producer's clock is ahead by more than that.
-func isDue(rec *kgo.Record) bool {
-	return time.Since(rec.Timestamp).Abs() >= delayOf(retryCount(rec))
-}
-
 // readRetries is what fails when a poll does.
 const readRetries = "read the retry topic"
 
@@ -352,7 +347,7 @@ func (w *retryWorker) putBack(ctx context.Context) {
 	left := map[int32][]*kgo.Record{}
 	for p, held := range w.held {
 		n := 0
-		for n < len(held) && isDue(held[n]) {
+		for n < len(held) && time.Since(held[n].Timestamp) >= delayOf(retryCount(held[n])) {
 			n++
 		}
 		due, left[p] = append(due, held[:n]...), held[n:]
