@@ -226,10 +226,11 @@ func (s *store) attach(ctx context.Context, c asker) error {
 
 // putAside are the parts that ClickHouse has put aside as broken, and whether what was merged into one is back: the first and
 // the last part that were share its outer block numbers. They may have been merged again, and then still exist for some minutes.
+// Nothing was merged into a part of level 0; a new one may have its number.
 const putAside = `
 WITH present AS (SELECT * FROM system.parts WHERE database = '{database}' AND rows > 0)
 SELECT table, name, ifNull(reason, ''), ifNull(partition_id, '') AS partition,
-    toUInt8((table, partition, assumeNotNull(min_block_number)) IN (SELECT table, partition_id, min_block_number FROM present)
+    toUInt8(ifNull(level, 0) > 0 AND (table, partition, assumeNotNull(min_block_number)) IN (SELECT table, partition_id, min_block_number FROM present)
         AND (table, partition, assumeNotNull(max_block_number)) IN (SELECT table, partition_id, max_block_number FROM present))
 FROM system.detached_parts
 WHERE database = '{database}' AND table IN ('events', 'events_hourly') AND startsWith(reason, 'broken')
