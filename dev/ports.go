@@ -19,8 +19,8 @@ import (
 )
 
 const (
-	// portPatience outlasts the end of a ClickHouse whose dev was killed a moment ago.
-	portPatience = time.Second
+	// portPatience outlasts the end of a ClickHouse whose dev was killed a moment ago, on a busy machine.
+	portPatience = 5 * time.Second
 	portPoll     = 50 * time.Millisecond
 
 	// Free ports come from below the ranges from which the kernels take the ports of outgoing connections (32768 and up
