@@ -25,7 +25,7 @@ const (
 	// mendInterval is the least time between two looks at agreeing hours, and lookShare how many times the last look's
 	// duration: a look counts the hours whole.
 	mendInterval = time.Second
-	lookShare    = 20
+	lookShare    = 10
 	// mendTick is the least time between two looks of which the first did not settle it.
 	mendTick = 100 * time.Millisecond
 	// A look is at lookHours to begin with, and at twice as many after one that took less than lookTime: rounds wait for it.
