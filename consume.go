@@ -194,9 +194,7 @@ func (c *consumer) poll(ctx context.Context) {
 			wait = fullWait
 		}
 		fetches := poll(ctx, c.kafka, pollRecords, wait, c.failed)
-		if n := c.partitionsNow(); n > 0 && n != c.parts {
-			c.abandon(errGrown)
-		}
+		c.noteGrowth()
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 && c.owned.Err() == nil {
 				c.stats.consumed.Add(len(p.Records))
@@ -357,6 +355,13 @@ var errGivenUp = errors.New("the consumer group did not hear from this instance 
 
 var errGrown = errors.New("the topic has another number of partitions than before: every key has to be looked at anew")
 
+// noteGrowth ends the consumer when the topic was seen with another number of partitions.
+func (c *consumer) noteGrowth() {
+	if n := c.partitionsNow(); n > 0 && n != c.parts {
+		c.abandon(errGrown)
+	}
+}
+
 // isMember asks the group's coordinator whether this instance belongs to the group at this moment, under the name that it
 // was given its partitions by: franz-go joins under another one without a word when a rebalance finds the old one
 // unknown. A no ends the consumer; what is no answer has to be asked again.
@@ -367,9 +372,7 @@ func (c *consumer) isMember(ctx context.Context) error {
 	if name := c.member.Load(); name == nil || *name != req.MemberID {
 		c.abandon(errGivenUp)
 	}
-	if n := c.partitionsNow(); n > 0 && n != c.parts { // a key's records are somebody else's now; poll may wait for room and not see it
-		c.abandon(errGrown)
-	}
+	c.noteGrowth() // a key's records may be somebody else's now; poll may wait for room and not see it
 	if c.owned.Err() != nil {
 		return context.Cause(c.owned)
 	}
