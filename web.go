@@ -235,7 +235,8 @@ func (q *metricsQuery) overviewSQL() string {
 	return "SELECT * FROM (" + series + " UNION ALL SELECT toUInt8(if(grouping(name) = 0, 3, 2)) AS kind," +
 		" if(kind = 3, name, channel) AS key, sum(event_count) AS total, toString(sum(revenue)) AS money, " + noUsers +
 		" FROM (SELECT key.1 AS name, key.2 AS channel, event_count, revenue FROM " + pairs + ") GROUP BY GROUPING SETS ((name), (channel)))" +
-		" ORDER BY kind, if(kind = 1, 0, -total), key"
+		" ORDER BY kind, if(kind = 1, 0, -total), key" +
+		fmt.Sprintf(" LIMIT %d BY kind, if(kind = 3 AND key != 'purchase', '', key)", overviewTop) // anybody may make up names
 }
 
 func (m *metricsAPI) overview(ctx context.Context, q *metricsQuery) (a overviewResult, err error) {
