@@ -29,6 +29,7 @@ const (
 	failingDrain = 3 * time.Second
 	// commitInterval bounds what a crash makes the next owner read again.
 	commitInterval = 250 * time.Millisecond
+	commitTimeout  = 5 * time.Second
 	// A broker answers a fetch after fetchWait at the latest, or at once with fetchBytes: 40 answers a second instead
 	// of one for every batch that arrives, for 25 ms of freshness at most.
 	fetchWait  = 25 * time.Millisecond
@@ -92,7 +93,8 @@ func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow f
 			stored: func(offsets map[int32]kgo.EpochOffset) {
 				c.kafka.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{c.topic: offsets})
 			},
-			rejected: side.retry,
+			committed: func(ctx context.Context, most int) error { return c.commit(ctx, l, most) },
+			rejected:  side.retry,
 		})
 		c.lanes = append(c.lanes, l)
 	}
@@ -302,7 +304,7 @@ func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[s
 			return
 		}
 		c.lane(p).inserter.cameAt.Store(&came)
-		c.worker(p).assign(p, came, rereadBlocks*c.limits.rows)
+		c.worker(p).assign(p, came, rereadBlocks*max(c.limits.rows, usualRows))
 		c.has[p] = struct{}{}
 	}
 	c.shareRounds()
@@ -389,6 +391,24 @@ func (c *consumer) isMember(ctx context.Context) error {
 	default:
 		return fmt.Errorf("ask Kafka whether this instance is still in the consumer group: %w", err)
 	}
+}
+
+// commit sees to it that of each partition of a lane at most so many records may be committed and are not. Else whoever owns it
+// next would not look at the oldest of them.
+func (c *consumer) commit(ctx context.Context, l *lane, most int) error {
+	var uncommitted int64
+	done := c.kafka.CommittedOffsets()[c.topic]
+	for p, o := range c.kafka.MarkedOffsets()[c.topic] {
+		if c.lane(p) == l {
+			uncommitted = max(uncommitted, o.Offset-done[p].Offset)
+		}
+	}
+	if uncommitted <= int64(most) { // Fast path: it is committed every commitInterval
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
+	defer cancel()
+	return c.kafka.CommitMarkedOffsets(ctx)
 }
 
 func (c *consumer) forget(lost []int32) {

@@ -241,6 +241,8 @@ func TestAbandonedRound(t *testing.T) {
 		isMember: func(context.Context) error { return nil },
 		alone:    func() bool { return true },
 		stored:   func(reached map[int32]kgo.EpochOffset) { t.Errorf("%v may be committed", reached) },
+
+		committed: func(context.Context, int) error { return nil },
 	})
 	ev := mustParse(t, new(eventParser), sampleEvent)
 	in.dedupe.minutes[ev.timestamp/minuteSeconds] = new(idSet)

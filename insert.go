@@ -46,10 +46,11 @@ const (
 
 // membership is what an inserter needs to know of the consumer group, and tells it.
 type membership struct {
-	isMember func(context.Context) error                                     // nil when this instance is in the group now
-	alone    func() bool                                                     // it has all partitions of the shard
-	stored   func(map[int32]kgo.EpochOffset)                                 // these may be committed, by partition
-	rejected func(ctx context.Context, recs []*kgo.Record, why string) error // takes what ClickHouse does not; the error is ctx's
+	isMember  func(context.Context) error                                     // nil when this instance is in the group now
+	alone     func() bool                                                     // it has all partitions of the shard
+	stored    func(map[int32]kgo.EpochOffset)                                 // these may be committed, by partition
+	committed func(ctx context.Context, most int) error                       // nil when so many records of a partition, at most, are not
+	rejected  func(ctx context.Context, recs []*kgo.Record, why string) error // takes what ClickHouse does not; the error is ctx's
 }
 
 // inserter runs the rounds.

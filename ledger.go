@@ -111,8 +111,7 @@ func (l *ledger) readTables(ctx context.Context, cfg *settings, r timeRange) err
 	defer c.Close()
 	var got proto.ColFixedStr32
 	err = c.Do(ctx, eachRow(ch.Query{
-		Settings: everyShard,
-		Body:     st.sql(fmt.Sprintf("SELECT DISTINCT event_id FROM {events} WHERE timestamp >= %d AND timestamp < %d", r.from, r.to)),
+		Body: st.sql(fmt.Sprintf("SELECT DISTINCT event_id FROM {events} WHERE timestamp >= %d AND timestamp < %d", r.from, r.to)),
 	}, func(i int) {
 		if _, known := l.ids[got[i]]; known { // else older than what the topic still holds
 			l.ids[got[i]] = inTable
@@ -125,7 +124,6 @@ func (l *ledger) readTables(ctx context.Context, cfg *settings, r timeRange) err
 	from, to := (r.from+hourSeconds-1)/hourSeconds*hourSeconds, r.to/hourSeconds*hourSeconds
 	var rows, aggregated proto.ColInt64
 	err = c.Do(ctx, ch.Query{
-		Settings: everyShard,
 		Body: st.sql(fmt.Sprintf("SELECT toInt64(ifNull((SELECT uniqExact(event_id) FROM {events} WHERE timestamp >= %[1]d AND timestamp < %[2]d), 0)) AS raw, "+
 			"toInt64(ifNull((SELECT sum(event_count) FROM {events_hourly} WHERE hour >= %[1]d AND hour < %[2]d), 0)) AS aggregated", from, to)),
 		Result: proto.Results{{Data: &rows}, {Data: &aggregated}},

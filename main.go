@@ -22,6 +22,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
 
 	"github.com/event-ingestion/event-ingestion/load"
@@ -133,6 +134,8 @@ type system struct {
 func newSystem(cfg *settings) (*system, error) {
 	s := &system{cfg: cfg, stats: newStats(), store: newStore(cfg)}
 	s.failed, s.fail = context.WithCancelCause(context.Background())
+	s.store.decides = cfg.role != "api"
+	s.store.idle = func(ctx context.Context) error { return mustBeIdle(ctx, kadm.NewClient(s.producer), cfg.kafkaGroup) }
 	addr := net.JoinHostPort(cfg.serverHost, fmt.Sprint(cfg.serverPort))
 	var err error
 	if s.access, err = newAccess(cfg); err != nil {

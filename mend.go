@@ -104,27 +104,49 @@ func (ins *inserter) mend(ctx context.Context) {
 		}
 		ins.next = time.Now().Add(pause)
 	}
-	if len(ins.hours) == 0 && len(ins.held) > 0 {
-		ins.stored(ins.held)
-		clear(ins.held)
+	if len(ins.hours) == 0 {
+		if len(ins.held) > 0 {
+			ins.stored(ins.held)
+			clear(ins.held)
+		}
 		ins.heldRows = 0
 	}
 }
 
-// catchUp mends until so few rows are held that a next owner would read all of them as possibly torn.
+// catchUp mends and commits until a next owner would read all that is stored and not committed as possibly torn.
 func (ins *inserter) catchUp(ctx context.Context) {
-	for ins.heldRows >= ins.mostHeld && ctx.Err() == nil {
-		ins.next = time.Time{}
-		if ins.mend(ctx); ins.heldRows < ins.mostHeld {
+	what := ins.store.name("commit offsets; nothing more is stored until that works")
+	for failed := false; ctx.Err() == nil; sleep(ctx, mendTick) {
+		if ins.heldRows >= ins.mostHeld {
+			ins.next = time.Time{}
+			ins.mend(ctx)
+		}
+		if ins.heldRows >= ins.mostHeld {
+			continue
+		}
+		err := ins.committed(ctx, ins.mostHeld-ins.heldRows)
+		if err == nil && failed {
+			ins.stats.troubles.clear(what)
+		}
+		if err == nil {
 			return
 		}
-		sleep(ctx, mendTick)
+		failed = true
+		ins.stats.troubles.note(what, err)
 	}
 }
 
 // lookAndMend says whether the hours agree. A mending is believed when the next look finds nothing.
 func (ins *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool, err error) {
 	differing := fmt.Sprintf(differences, "", inHours(hours), "event_count != 0", "events_hourly")
+	// What a command mends it may have seen before we mended it: nothing is believed beside it.
+	mending, err := ins.store.most(ctx, ins, ch.Query{
+		Body:       "SELECT count() FROM system.processes WHERE startsWith(query_id, {id:String})",
+		Parameters: []proto.Parameter{parameter("id", ins.store.mendingID())},
+	})
+	if err != nil || mending > 0 {
+		return false, err
+	}
 	alone := ins.alone()
 	before, err := ins.awaitInserts(ctx)
 	if err != nil {

@@ -321,8 +321,7 @@ func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error
 		return err
 	}
 	body := query.Body
-	query.Settings = append(slices.Clone(everyShard),
-		ch.Setting{Key: "max_execution_time", Value: "10"}, ch.Setting{Key: "enable_positional_arguments", Value: "0"})
+	query.Settings = []ch.Setting{{Key: "max_execution_time", Value: "10"}, {Key: "enable_positional_arguments", Value: "0"}}
 	for attempt := 0; ; attempt++ {
 		reset()
 		query.Body = m.store.sql(body)

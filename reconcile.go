@@ -23,6 +23,8 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"math/rand/v2"
+	"strconv"
 	"text/tabwriter"
 	"time"
 
@@ -104,6 +106,9 @@ type unequal struct {
 	InHourly int64  `json:"in_events_hourly"`
 }
 
+// mendingID is how the id of a command's mending begins. No group's inserts have a space there.
+func (s *store) mendingID() string { return "mending " + s.database + " " }
+
 // reconcile is reconcileEach that prints a table.
 func reconcile(ctx context.Context, st *store, hours string, quiet int, dryRun bool, w io.Writer) (rows int, err error) {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
@@ -141,7 +146,11 @@ func reconcileEach(ctx context.Context, st *store, hours string, quiet int, dryR
 			}, &name, &channel, &hour, &missing, &has)
 			if rows > before && !dryRun {
 				s.do(func(ctx context.Context, c asker) error {
-					return c.Do(ctx, ch.Query{Body: sh.sql(fmt.Sprintf(addDifferences, "events_hourly") + differing), Settings: sh.inserting()})
+					return c.Do(ctx, ch.Query{
+						Body:     sh.sql(fmt.Sprintf(addDifferences, "events_hourly") + differing),
+						QueryID:  sh.mendingID() + strconv.FormatUint(rand.Uint64(), 36),
+						Settings: sh.inserting(),
+					})
 				})
 			}
 		}))
@@ -395,8 +404,7 @@ func (s *session) eachDay(what, table, where, insert string) {
 	var starts proto.ColUInt32
 	var days []time.Time
 	s.ask(ch.Query{
-		Body:     "SELECT DISTINCT toUnixTimestamp(toStartOfDay(timestamp)) AS day FROM " + table + " WHERE " + where + " ORDER BY day",
-		Settings: everyShard,
+		Body: "SELECT DISTINCT toUnixTimestamp(toStartOfDay(timestamp)) AS day FROM " + table + " WHERE " + where + " ORDER BY day",
 	}, func(i int) { days = append(days, time.Unix(int64(starts[i]), 0).UTC()) }, &starts)
 	told := ""
 	for _, day := range days {
@@ -408,7 +416,7 @@ func (s *session) eachDay(what, table, where, insert string) {
 			during := fmt.Sprintf("timestamp >= %d AND timestamp < %d AND %s", day.Unix(), day.Unix()+daySeconds, where)
 			err := c.Do(ctx, ch.Query{
 				Body:     s.store.sql(fmt.Sprintf(insert, during)),
-				Settings: append(append(s.store.inserting(), everyShard...), ch.Setting{Key: "max_bytes_before_external_group_by", Value: "1000000000"}),
+				Settings: append(s.store.inserting(), ch.Setting{Key: "max_bytes_before_external_group_by", Value: "1000000000"}),
 			})
 			if err != nil {
 				err = fmt.Errorf("%s %s: %w", what, day.Format(time.DateOnly), err)

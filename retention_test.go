@@ -16,42 +16,54 @@ func TestRetention(t *testing.T) {
 	t.Parallel()
 	env := newSpace(t)
 	db := space(env, "CLICKHOUSE_DATABASE")
-	start := func(days string) {
+	prepare := func(days string, decides bool) {
 		t.Helper()
-		if _, err := newStore(settingsFrom(t, append(env, "RETENTION_DAYS="+days))).prepare(t.Context(), 0); err != nil {
+		st := newStore(settingsFrom(t, append(env, "RETENTION_DAYS="+days)))
+		st.decides = decides
+		if _, err := st.prepare(t.Context(), 0); err != nil {
 			t.Fatal(err)
 		}
 	}
+	start := func(days string) { prepare(days, true) }
 	start("0")
-	old := time.Now().AddDate(0, 0, -100).Unix()
-	for i, at := range []int64{old, old + 1, time.Now().Unix()} {
-		clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, timestamp) VALUES ('%d', 'kept', %d)", db, i, at))
+	now := time.Now().UTC()
+	gone := time.Date(now.Year(), now.Month()-3, 1, 0, 0, 0, 0, time.UTC)
+	// Of last month, which goes as a whole, its first day alone is more than 31 days ago.
+	partly := time.Date(now.Year(), now.Month()-1, 1, 0, 0, 0, 0, time.UTC)
+	for i, at := range []time.Time{gone, gone.Add(time.Second), partly, time.Date(now.Year(), now.Month(), 0, 23, 0, 0, 0, time.UTC), now} {
+		clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, timestamp) VALUES ('%d', 'kept', %d)", db, i, at.Unix()))
 	}
-	mustCount(t, env, "kept", 3)
+	clickhouseQuery(t, "OPTIMIZE TABLE "+db+".events_hourly FINAL") // which merges the month; events keeps a part for each row
+	mustCount(t, env, "kept", 5)
 	ttls := func() string {
 		return clickhouseQuery(t, "SELECT arrayStringConcat(groupArray(extract(create_table_query, ' TTL (.*?) SETTINGS')), ';') FROM (SELECT * FROM system.tables WHERE database = '"+db+"' AND name IN ('events', 'events_hourly') ORDER BY name)")
 	}
-	start("50")
-	if got := ttls(); got != "timestamp + toIntervalDay(50);hour + toIntervalDay(50)" {
+	start("31")
+	want := "(toStartOfMonth(timestamp) + toIntervalMonth(1)) + toIntervalDay(31);(toStartOfMonth(hour) + toIntervalMonth(1)) + toIntervalDay(31)"
+	if got := ttls(); got != want {
 		t.Errorf("ttl %s", got)
 	}
 	mutations := func() string {
 		return clickhouseQuery(t, "SELECT count() FROM system.mutations WHERE database = '"+db+"'")
 	}
 	before := mutations()
-	start("50")
+	start("31")
+	prepare("0", false) // a command, or ROLE=api
 	if after := mutations(); after != before {
 		t.Errorf("a start without a change: %s mutations, %s before", after, before)
 	}
-	for _, table := range []string{"events", "events_hourly"} { // what ClickHouse does by itself every few hours
+	for table, column := range map[string]string{"events": "timestamp", "events_hourly": "hour"} { // what ClickHouse does by itself every few hours
 		clickhouseQuery(t, "ALTER TABLE "+db+"."+table+" MODIFY SETTING merge_with_ttl_timeout = 0")
-		for deadline := time.Now().Add(time.Minute); clickhouseQuery(t, "SELECT count() FROM "+db+"."+table) != "1"; time.Sleep(50 * time.Millisecond) {
+		for deadline := time.Now().Add(time.Minute); clickhouseQuery(t, "SELECT countIf(toDate("+column+") < '"+partly.Format(time.DateOnly)+"') FROM "+db+"."+table) != "0"; time.Sleep(50 * time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatalf("%s keeps what is too old", table)
 			}
 		}
 	}
-	mustCount(t, env, "kept", 1)
+	mustCount(t, env, "kept", 3)
+	if _, code := subcommand(t, env, "reconcile -rebuild"); code != 0 || ttls() != want {
+		t.Errorf("after a rebuild, which has not the setting: exit code %d, ttl %s", code, ttls())
+	}
 	start("0")
 	if got := ttls(); got != ";" {
 		t.Errorf("ttl %s", got)

@@ -3,9 +3,15 @@
 package main
 
 import (
+	"context"
 	"fmt"
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kfake"
+	"github.com/twmb/franz-go/pkg/kmsg"
+	"io"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -92,7 +98,8 @@ func TestRewind(t *testing.T) {
 }
 
 // TestTornFarBack: an instance dies with as many rounds stored and not committed as there may be, and the last one is in events
-// only. The next instance meets it among what it reads again, and mends it.
+// only. The next instance, whose blocks are smaller, meets it among what it reads again, and mends it; also behind a record of
+// a producer whose clock is ahead.
 func TestTornFarBack(t *testing.T) {
 	t.Parallel()
 	const rows = 10
@@ -100,29 +107,154 @@ func TestTornFarBack(t *testing.T) {
 	topic := space(env, "KAFKA_TOPIC")
 	const events, anHour, uncommitted = 1000, 20, heldBlocks * rows
 	begun := (time.Now().Unix()/hourSeconds - events/anHour - 1) * hourSeconds
-	var body []byte
-	for i := range int64(events) {
-		body = fmt.Appendf(body, `{"event_name":"far","user_id":"u%d","timestamp":%d}`+"\n", i, begun+i/anHour*hourSeconds)
-	}
-	p := startProgram(t, env)
-	if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != http.StatusAccepted {
-		t.Fatal(status, answer)
-	}
-	drained(p)
-	p.terminate()
-	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %[1]s.events_hourly SELECT * REPLACE (-event_count AS event_count) FROM %[1]s.events_hourly WHERE hour >= %[2]d",
-		space(env, "CLICKHOUSE_DATABASE"), begun+(events/anHour-2)*hourSeconds))
 	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer kafka.Close()
+	var parser eventParser
+	p := startProgram(t, env)
+	for i := range int64(events) {
+		line := fmt.Sprintf(`{"event_name":"far","user_id":"u%d","timestamp":%d}`, i, begun+i/anHour*hourSeconds)
+		id, _ := mustParse(t, &parser, line).id(nil)
+		rec := &kgo.Record{Topic: topic, Key: fmt.Appendf(nil, "%x", id), Value: []byte(line), Timestamp: time.Now()}
+		if i == events-uncommitted {
+			rec.Timestamp = rec.Timestamp.Add(5 * time.Minute)
+		}
+		kafka.Produce(t.Context(), rec, nil)
+	}
+	if err := kafka.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	drained(p)
+	p.terminate()
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %[1]s.events_hourly SELECT * REPLACE (-event_count AS event_count) FROM %[1]s.events_hourly WHERE hour >= %[2]d",
+		space(env, "CLICKHOUSE_DATABASE"), begun+(events/anHour-2)*hourSeconds))
 	back := kadm.Offsets{}
 	back.AddOffset(topic, 0, events-uncommitted, -1)
 	if err := kadm.NewClient(kafka).CommitAllOffsets(t.Context(), space(env, "KAFKA_CONSUMER_GROUP"), back); err != nil {
 		t.Fatal(err)
 	}
-	p = startProgram(t, env)
+	p = startProgram(t, append(env, "WORKER_BATCH_SIZE=1"))
 	drained(p)
 	mustCount(t, env, "far", events)
+}
+
+// TestCommitsRefused: the group's coordinator takes heartbeats and no offsets. No more is stored than the next owner would look at,
+// and everything once it takes them again.
+func TestCommitsRefused(t *testing.T) {
+	t.Parallel()
+	brokers, err := kfake.NewCluster(kfake.NumBrokers(2), kfake.GroupMinSessionTimeout(time.Second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer brokers.Close()
+	var refusing atomic.Bool
+	refusing.Store(true)
+	brokers.ControlKey(int16(kmsg.OffsetCommit), func(r kmsg.Request) (kmsg.Response, error, bool) {
+		brokers.KeepControl()
+		if !refusing.Load() {
+			return nil, nil, false
+		}
+		req := r.(*kmsg.OffsetCommitRequest)
+		resp := req.ResponseKind().(*kmsg.OffsetCommitResponse)
+		for _, topic := range req.Topics {
+			answer := kmsg.NewOffsetCommitResponseTopic()
+			answer.Topic, answer.TopicID = topic.Topic, topic.TopicID
+			for _, p := range topic.Partitions {
+				refused := kmsg.NewOffsetCommitResponseTopicPartition()
+				refused.Partition, refused.ErrorCode = p.Partition, kerr.OffsetMetadataTooLarge.Code
+				answer.Partitions = append(answer.Partitions, refused)
+			}
+			resp.Topics = append(resp.Topics, answer)
+		}
+		return resp, nil, true
+	})
+	const rows, events = 10, 3000
+	env := faultSpace(t, "KAFKA_BROKERS="+strings.Join(brokers.ListenAddrs(), ","), "KAFKA_PARTITIONS=1", fmt.Sprint("WORKER_BATCH_SIZE=", rows))
+	p := startProgram(t, env)
+	var body []byte
+	for i := range events {
+		if body = fmt.Appendf(body, `{"event_name":"uncommitted","user_id":"u%d","timestamp":%d}`+"\n", i, time.Now().Unix()); i%1000 == 999 {
+			postAll(t, p, [][]byte{body})
+			body = nil
+		}
+	}
+	p.await("refused", time.Minute, func() bool { return strings.Contains(p.log.String(), "commit offsets; nothing more is stored") })
+	stored := clickhouseQuery(t, "SELECT count() <= "+fmt.Sprint(heldBlocks*rows+rows*maxShare)+" FROM "+space(env, "CLICKHOUSE_DATABASE")+".events")
+	if stored != "1" {
+		t.Error("more is stored than the next owner would look at")
+	}
+	refusing.Store(false)
+	drained(p)
+	mustCount(t, env, "uncommitted", events)
+}
+
+// TestReconcileBesideMend: while the command reads an hour that is torn, an instance mends it. It is mended once.
+func TestReconcileBesideMend(t *testing.T) {
+	t.Parallel()
+	env := faultSpace(t)
+	db, topic, group := space(env, "CLICKHOUSE_DATABASE"), space(env, "KAFKA_TOPIC"), space(env, "KAFKA_CONSUMER_GROUP")
+	const events = 12000
+	begun := (time.Now().Unix()/hourSeconds - 5) * hourSeconds
+	bodies := make([][]byte, events/1000)
+	for i := range events {
+		bodies[i/1000] = fmt.Appendf(bodies[i/1000], `{"event_name":"race","user_id":"u%d","timestamp":%d}`+"\n", i, begun+int64(i)%3600)
+	}
+	p := startProgram(t, env)
+	postAll(t, p, bodies)
+	drained(p)
+	p.terminate()
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %[1]s.events_hourly SELECT * REPLACE (toInt64(-1000) AS event_count) FROM %[1]s.events_hourly LIMIT 1", db))
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	admin := kadm.NewClient(kafka)
+	committed, err := admin.FetchOffsetsForTopics(t.Context(), group, topic)
+	if err != nil {
+		t.Fatal(err)
+	}
+	back := kadm.Offsets{}
+	committed.Each(func(o kadm.OffsetResponse) { back.AddOffset(topic, o.Partition, max(0, o.At-50), -1) })
+	if err := admin.CommitAllOffsets(t.Context(), group, back); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { // ends with the query, which takes seconds
+		hour := timeRange{begun, begun + hourSeconds}
+		_, err := reconcile(t.Context(), newStore(settingsFrom(t, append(env, "CLICKHOUSE_USERNAME=slow"))), hour.hours(), 0, false, io.Discard)
+		ended <- err
+	}()
+	p.await("the command's insert", time.Minute, func() bool {
+		return clickhouseQuery(t, "SELECT count() FROM system.processes WHERE startsWith(query_id, 'mending "+db+"') AND read_rows > 0") == "1"
+	})
+	p = startProgram(t, env)
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	drained(p)
+	mustCount(t, env, "race", events)
+}
+
+// TestHeldPartitionsLeave: all that was held has left when the last hour agrees. Rounds go on.
+func TestHeldPartitionsLeave(t *testing.T) {
+	t.Parallel()
+	cfg := settingsFrom(t, newSpace(t))
+	st := newStore(cfg)
+	if _, err := st.prepare(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	w := idleWorker(10)
+	ins := newInserter(st, cfg, &newStats().store, []*worker{w}, w.call, membership{
+		alone: func() bool { return true }, committed: func(context.Context, int) error { return nil },
+	})
+	ins.noteHour(400000)
+	ins.heldRows = ins.mostHeld
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if ins.catchUp(ctx); ctx.Err() != nil {
+		t.Error("no round is taken any more")
+	}
 }

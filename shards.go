@@ -49,7 +49,7 @@ func (s *store) shards(ctx context.Context) (all []*store, err error) {
 	}
 	replicated := slices.ContainsFunc(replicas, func(list []string) bool { return len(list) > 1 })
 	for i, list := range replicas {
-		shard := &store{options: s.options, database: s.database, cluster: s.cluster, fsync: s.fsync, keepDays: s.keepDays,
+		shard := &store{options: s.options, database: s.database, cluster: s.cluster, fsync: s.fsync, keepDays: s.keepDays, decides: s.decides, idle: s.idle,
 			number: i + 1, of: len(replicas), replicas: list, replicated: replicated}
 		shard.userBits.Store(s.userBits.Load())
 		all = append(all, shard)
@@ -94,6 +94,8 @@ func (s *store) checkPlacement(ctx context.Context, c asker) (unplaced bool, err
 	switch {
 	case has == wanted:
 		return unplaced, nil
+	case has == "" && rows == 0 && s.idle != nil: // who consumes already does not know of the cluster, or the table would say so
+		return true, s.idle(ctx)
 	case has == "" && rows == 0:
 		return true, nil
 	}
@@ -174,10 +176,6 @@ func (s *store) most(ctx context.Context, a asker, q ch.Query) (n uint64, err er
 	}
 	return n, err
 }
-
-// everyShard are the settings of a query that reads all shards. A shard that the server itself is would be read in the query's
-// own process, and not from one snapshot; and a number without a shard is wrong, whatever the user's profile says.
-var everyShard = []ch.Setting{{Key: "prefer_localhost_replica", Value: "0"}, {Key: "skip_unavailable_shards", Value: "0"}}
 
 // noteBroken lets the shard know that an error of a query over all of them speaks of.
 func noteBroken(shards []*store, err error) {

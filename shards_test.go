@@ -29,6 +29,7 @@ func TestShards(t *testing.T) {
 		t.Run("instances", testShardsInstances)
 	}
 	t.Run("away", testShardAway)
+	t.Run("unknown", testShardsUnknown)
 	t.Run("changed", testShardsChanged)
 	t.Run("grown", testShardsGrown)
 }
@@ -262,6 +263,28 @@ func testShardsChanged(t *testing.T) {
 		case <-time.After(30 * time.Second):
 			t.Fatalf("%s: still runs; log:\n%s", change, p.log)
 		}
+	}
+}
+
+// testShardsUnknown: an instance that knows nothing of the cluster consumes, and has stored nothing yet. One that does waits for
+// its end, and the other is refused from then on.
+func testShardsUnknown(t *testing.T) {
+	env := newSpace(t)
+	alone := startProgram(t, append(env[:len(env):len(env)], "CLICKHOUSE_CLUSTER="))
+	p := &program{t: t, env: append(env[:len(env):len(env)], "SERVER_PORT="+freePort(t))}
+	p.url = "http://127.0.0.1:" + space(p.env, "SERVER_PORT")
+	p.start()
+	p.await("refused in words", 30*time.Second, func() bool { return strings.Contains(p.log.String(), "stop the program first") })
+	alone.terminate()
+	p.await("ready", time.Minute, func() bool { return p.status("/ready") == http.StatusOK })
+	if status, _, answer := p.do("POST", onePath, jsonCT, "", freshEvent("unknown")); status != http.StatusAccepted {
+		t.Fatal(status, answer)
+	}
+	drained(p)
+	mustCount(t, env, "unknown", 1)
+	alone.start()
+	if err := alone.cmd.Wait(); err == nil || !strings.Contains(alone.log.String(), "the only shard") {
+		t.Errorf("%v, log:\n%s", err, alone.log)
 	}
 }
 

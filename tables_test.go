@@ -273,8 +273,12 @@ func TestFsync(t *testing.T) {
 	t.Parallel()
 	env := newSpace(t)
 	for value, want := range map[string]string{"true": "1", "false": "0"} {
-		if _, err := newStore(settingsFrom(t, append(env, "CLICKHOUSE_FSYNC="+value))).prepare(t.Context(), 0); err != nil {
-			t.Fatal(err)
+		for _, own := range []string{value, "false"} { // a command, which has other settings, leaves it as it is
+			st := newStore(settingsFrom(t, append(env, "CLICKHOUSE_FSYNC="+own)))
+			st.decides = own == value
+			if _, err := st.prepare(t.Context(), 0); err != nil {
+				t.Fatal(err)
+			}
 		}
 		if n := clickhouseQuery(t, "SELECT count() FROM system.tables WHERE database = '"+space(env, "CLICKHOUSE_DATABASE")+"' AND name IN ('events', 'events_hourly') AND create_table_query LIKE '%fsync_after_insert = "+want+", fsync_part_directory = "+want+"%'"); n != "2" {
 			t.Errorf("CLICKHOUSE_FSYNC=%s: %s of 2 tables", value, n)

@@ -112,7 +112,7 @@ func exclusively(ctx context.Context, cfg *settings, dryRun bool, change func(co
 		runs, ended := make(chan struct{}, 1), make(chan error, 1)
 		go func() { // ends with the connection
 			ended <- c.Do(ctx, eachRow(ch.Query{
-				QueryID: cfg.clickhouseDatabase + "-tables",
+				QueryID: "tables " + cfg.clickhouseDatabase,
 				Body:    "SELECT sleepEachRow(0.1) FROM system.numbers SETTINGS max_block_size = 1, max_execution_time = 0",
 			}, func(int) { notify(runs, struct{}{}) }, new(proto.ColUInt8)))
 		}()

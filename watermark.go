@@ -24,6 +24,9 @@ const (
 	sampleInterval = 250 * time.Millisecond
 	// maxSamples is an hour of samples a second apart; a lag beyond that keeps the watermark where it is.
 	maxSamples = 3600
+	// producersRefresh is how long the API's producers may place records by the old number of partitions: each looks every
+	// sampleInterval, and asks the brokers at most every 5 s.
+	producersRefresh = 10 * time.Second
 )
 
 // watermark knows the newest moment up to which everything that Kafka acknowledged is stored, and how many records are not.
@@ -43,8 +46,9 @@ const (
 // once: what is below its (4) and its (1) and went to events.retry was put back below its (4), and so on to the last time.
 // A look that is not quiet therefore voids those before it, and counts as the first of the next ones.
 //
-// One move is not seen: a record that another producer wrote under the wrong key goes back to the main topic under its own
-// key, and may be missing until it is there.
+// A record on another partition than its key's goes back to the main topic. When the topic has grown, that is every second one:
+// so no look is quiet until all that may have been on the wrong partition has been read. Of a record that another producer
+// wrote under the wrong key nothing is known, and it may be missing until it is there.
 type watermark struct {
 	kafka        *kgo.Client // the API's producer
 	admin        *kadm.Client
@@ -53,6 +57,8 @@ type watermark struct {
 	stored       storedSignal
 	samples      []sample           // oldest first; only run touches it, and what follows
 	retried      []int64            // (2) of the last look, nil before the first
+	moving       []int64            // records below may be on the wrong partition, because the topic has grown
+	moveUntil    time.Time          // so may those that are produced until then
 	gone         map[string][]int64 // committed offsets that belong to a deleted topic of the same name
 	progress     atomic.Pointer[progress]
 }
@@ -137,10 +143,18 @@ func (w *watermark) look(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if before := len(w.partitionLags()); before > 0 && len(ends) > before {
-		slog.Warn("the topic has more partitions than before", "topic", w.topic, "partitions", len(ends), "before", before)
-		w.kafka.ForceMetadataRefresh() // or it would place keys by the old number for minutes
+	if before := len(w.partitionLags()); len(ends) > before {
+		w.moveUntil = now // it may have grown before the first look
+		if before > 0 {
+			slog.Warn("the topic has more partitions than before", "topic", w.topic, "partitions", len(ends), "before", before)
+			w.kafka.ForceMetadataRefresh() // or it would place keys by the old number for minutes
+			w.moveUntil = now.Add(producersRefresh)
+		}
 	}
+	if !now.After(w.moveUntil) {
+		w.moving = slices.Clone(ends)
+	}
+	atMost(w.moving, ends)
 	if before := w.progress.Load(); before != nil && !atLeast(stored, before.committed) { // rewound: what was stored is missing
 		w.through.Store(0)
 		w.samples = w.samples[:0]
@@ -159,17 +173,15 @@ func (w *watermark) look(ctx context.Context) error {
 		found.retries += max(0, retryEnds[p]-retried[p])
 	}
 	w.progress.Store(found)
-	w.advance(now, stored, ends, slices.Equal(w.retried, retryEnds))
+	w.advance(now, stored, ends, slices.Equal(w.retried, retryEnds) && atLeast(stored, w.moving))
 	w.retried = retried
 	return nil
 }
 
 // advance is a look's part in the rule.
 func (w *watermark) advance(now time.Time, stored, ends []int64, quiet bool) {
-	for _, s := range w.samples { // a topic that was recreated ends earlier: what it held before will never be stored
-		for p := range min(len(s.ends), len(ends)) {
-			s.ends[p] = min(s.ends[p], ends[p])
-		}
+	for _, s := range w.samples {
+		atMost(s.ends, ends)
 	}
 	if n := len(w.samples); n > 1 && w.samples[n-1].at.Sub(w.samples[n-2].at) < time.Second {
 		w.samples = w.samples[:n-1] // a second apart, except the newest
@@ -263,6 +275,13 @@ func offsetsOf(listed kadm.ListedOffsets, err error) ([]int64, error) {
 		}
 	}
 	return offsets, nil
+}
+
+// atMost is for a topic that was recreated and ends earlier: what it held before will never be stored.
+func atMost(before, ends []int64) {
+	for p := range min(len(before), len(ends)) {
+		before[p] = min(before[p], ends[p])
+	}
 }
 
 func atLeast(stored, ends []int64) bool {

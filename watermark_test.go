@@ -7,6 +7,8 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -223,4 +225,59 @@ func TestCompleteThroughGoesOn(t *testing.T) {
 	if n := clickhouseQuery(t, "SELECT count() FROM "+space(env, "CLICKHOUSE_DATABASE")+".events"); n != "320" {
 		t.Errorf("%s events are stored, want 320", n)
 	}
+}
+
+// TestGrowthIsNotClaimed: a topic grows, and every second record moves to a partition that cannot be read for a while. Neither
+// those who saw it grow nor an instance that starts afterwards claims these records.
+func TestGrowthIsNotClaimed(t *testing.T) {
+	t.Parallel()
+	env := faultSpace(t, "KAFKA_PARTITIONS=1")
+	topic := space(env, "KAFKA_TOPIC")
+	between := newProxy(t, clickhouseAddress(t), nil)
+	p := startProgram(t, append(slices.Clone(env), "CLICKHOUSE_PORT="+between.port()))
+	drained(p)
+	between.shut.Store(true)
+	between.cutAnswers()
+	const events = 400
+	var body []byte
+	for i := range events {
+		body = fmt.Appendf(body, `{"event_name":"claim","user_id":"u%d","timestamp":%d}`+"\n", i, time.Now().Unix()-int64(i%300))
+	}
+	postAll(t, p, [][]byte{body})
+	answered := time.Now().Unix()
+	time.Sleep(8 * sampleInterval) // looks that know of one partition, and of all events there
+	growTopic(t, env, 2)
+	other, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...), kgo.TransactionalID(topic+"-other"), kgo.RecordPartitioner(kgo.ManualPartitioner()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if err := other.BeginTransaction(); err != nil {
+		t.Fatal(err)
+	}
+	if err := other.ProduceSync(t.Context(), &kgo.Record{Topic: topic, Partition: 1, Value: []byte("open")}).FirstErr(); err != nil {
+		t.Fatal(err)
+	}
+	p.await("seen to grow", 20*time.Second, func() bool { return strings.Contains(p.log.String(), "more partitions than before") })
+	later := startProgram(t, append(slices.Clone(env), "ROLE=api"))
+	between.shut.Store(false)
+	stored := func() string {
+		return clickhouseQuery(t, "SELECT count() FROM "+space(env, "CLICKHOUSE_DATABASE")+".events")
+	}
+	p.await("half of them stored", time.Minute, func() bool { n, _ := strconv.Atoi(stored()); return n > events/3 })
+	for range 12 { // looks, a quarter of a second apart
+		for _, q := range []*program{p, later} {
+			if through := completeThrough(q); through > answered && stored() != fmt.Sprint(events) {
+				t.Fatalf("acknowledged by %d; complete_through says %d and %s of %d are stored", answered, through, stored(), events)
+			}
+		}
+		time.Sleep(sampleInterval)
+	}
+	if err := other.EndTransaction(t.Context(), kgo.TryAbort); err != nil {
+		t.Fatal(err)
+	}
+	for _, q := range []*program{p, later} {
+		drained(q)
+	}
+	mustCount(t, env, "claim", events)
 }

@@ -107,6 +107,8 @@ const (
 	// rereadBlocks is how many blocks of WORKER_BATCH_SIZE a former owner can have stored of a partition and not committed:
 	// heldBlocks of them, and what it has stored since, within a few commitIntervals.
 	rereadBlocks = 2 * heldBlocks
+	// usualRows is the default of WORKER_BATCH_SIZE: a former owner may have had a larger one than ours.
+	usualRows = 2000
 	// maxShare is how many times as large a block may be when other workers have no partitions.
 	maxShare = 8
 )
@@ -262,10 +264,10 @@ func (w *worker) pass(n int) {
 	w.cur.offsets[last.Partition] = kgo.EpochOffset{Epoch: last.LeaderEpoch, Offset: last.Offset + 1}
 	for _, rec := range head[:n] {
 		if a := w.came[rec.Partition]; a != nil {
-			if a.left--; a.left > 0 && rec.Timestamp.Before(a.at) {
-				w.cur.reread = true
-			} else {
+			if a.left--; a.left <= 0 {
 				delete(w.came, rec.Partition)
+			} else if rec.Timestamp.Before(a.at) {
+				w.cur.reread = true
 			}
 		}
 		w.backlog.remove(rec)
