@@ -14,7 +14,7 @@ import (
 	"github.com/valyala/fastjson/fastfloat"
 )
 
-// block is rows of the table events. A column is declared, named in newBlock's table and filled in append.
+// block is rows of the table events. A column is declared, named in newBlock's table, filled in append and read in event.
 type block struct {
 	eventID    idColumn
 	eventName  dictColumn
@@ -29,6 +29,7 @@ type block struct {
 
 	columns proto.Input
 	kept    []int                     // scratch of filter
+	row     event                     // scratch of event
 	records []*kgo.Record             // of the rows, for the case that ClickHouse rejects some
 	bytes   int                       // of keys and values of the records
 	reread  bool                      // some of the rows may have been stored by an owner that died over it
@@ -85,6 +86,15 @@ func (b *block) append(id *eventID, ev *event, rec *kgo.Record) {
 	price, currency := priceOf(ev.metadata)
 	b.price.ColDecimal64 = append(b.price.ColDecimal64, price)
 	b.currency.append(currency)
+}
+
+// event is the row's event without what is not stored of it. It lives until the block changes, its tags until the next call.
+func (b *block) event(row int) *event {
+	b.row = event{
+		name: b.eventName.value(row), channel: b.channel.value(row), campaignID: b.campaignID.value(row), userID: b.userID.RowBytes(row),
+		timestamp: b.at(row), tags: b.tags.appendItems(b.row.tags[:0], row), metadata: b.metadata.RowBytes(row),
+	}
+	return &b.row
 }
 
 // id is the row's event id; it lives until the block changes.
@@ -272,6 +282,18 @@ func (l *listColumn) append(items [][]byte) {
 		l.dictColumn.append(v)
 	}
 	l.offsets = append(l.offsets, uint64(l.dictColumn.Rows()))
+}
+
+// appendItems appends the row's.
+func (l *listColumn) appendItems(dst [][]byte, row int) [][]byte {
+	item := uint64(0)
+	if row > 0 {
+		item = l.offsets[row-1]
+	}
+	for ; item < l.offsets[row]; item++ {
+		dst = append(dst, l.value(int(item)))
+	}
+	return dst
 }
 
 func (*listColumn) Type() proto.ColumnType { return "Array(LowCardinality(String))" }

@@ -36,6 +36,9 @@ const (
 	insertSilence = "20"
 	// wholeRound is more rows and bytes than a round has: ClickHouse gathers all of it before it writes a part of each partition.
 	wholeRound = "1000000000000"
+	// A round is small with so many rows of so many bytes: copying them takes 0.3 ms of CPU.
+	gatherRows  = 1000
+	gatherBytes = 1 << 20
 	// An insert that takes longer than healthyInsert shows that ClickHouse has much to do. Where other inserters are a reason, the
 	// next round waits for four times what was longer, at most maxRest, unless a block is full: fewer and larger inserts cost less.
 	healthyInsert = 100 * time.Millisecond
@@ -77,6 +80,7 @@ type inserter struct {
 	round   []*block         // what is still to be stored: one block a worker, or what is left of them
 	queries uint64           // number of the last insert
 	empty   proto.Input      // the columns of a block without rows
+	small   *block           // for gathered
 	unknown bool             // the last insert has been given rows and got no answer
 	torn
 	repairs repair
@@ -96,6 +100,7 @@ func newInserter(st *store, cfg *settings, stats *storeStats, workers []*worker,
 		flushes: make(chan flushRequest),
 		ended:   make(chan struct{}),
 		empty:   newBlock(0).columns,
+		small:   newBlock(gatherRows),
 		torn:    torn{hours: map[int64]struct{}{}, held: map[int32]kgo.EpochOffset{}, atOnce: lookHours},
 		repairs: repair{ranges: map[partName]timeRange{}, aside: map[partName]struct{}{}},
 	}
@@ -350,7 +355,8 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 // and has none: an instance that is in the group at that moment goes on, and whoever is given its partitions later finds
 // the insert there and waits for its end (awaitInserts). The question costs 0.3 ms.
 func (ins *inserter) insertOnce(ctx context.Context) error {
-	next, columns := 0, slices.Clone(ins.empty)
+	next, columns, round := 0, slices.Clone(ins.empty), ins.gathered()
+	defer ins.small.reset()
 	err := ins.Do(ctx, ch.Query{
 		Body:    "INSERT INTO " + ins.store.database + ".events " + columns.Columns() + " VALUES",
 		QueryID: ins.queryID(),
@@ -363,8 +369,8 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 				}
 				ins.unknown = true
 			}
-			for next < len(ins.round) {
-				b := ins.round[next]
+			for next < len(round) {
+				b := round[next]
 				next++
 				if b.rows() > 0 {
 					copy(columns, b.columns)
@@ -390,6 +396,23 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 		return fmt.Errorf("insert into %s.events: %w", ins.store.database, &ch.Exception{Code: e.Code, Name: e.Name, Message: firstLine(e.Message)})
 	}
 	return err
+}
+
+// gathered is the round, a small one in one block: ClickHouse takes a sixth less CPU for a hundred rows in one than in twenty.
+func (ins *inserter) gathered() []*block {
+	bytes := 0
+	for _, b := range ins.round {
+		bytes += b.bytes
+	}
+	if len(ins.round) == 1 || ins.rows() > gatherRows || bytes > gatherBytes {
+		return ins.round
+	}
+	for _, b := range ins.round {
+		for row := range b.rows() {
+			ins.small.append(b.id(row), b.event(row), b.records[row])
+		}
+	}
+	return []*block{ins.small}
 }
 
 // queryID is a new one of this inserter's.

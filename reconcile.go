@@ -135,6 +135,9 @@ func reconcileEach(ctx context.Context, st *store, hours string, quiet int, dryR
 		failures = append(failures, sh.session(ctx, io.Discard, func(s *session) {
 			s.do(sh.readStates)
 			s.do(sh.syncReplica)
+			if quiet == 0 { // what is at work now stands in one of the tables, perhaps
+				s.awaitInserts(s.now(), never)
+			}
 			var name, channel, hour proto.ColStr
 			var missing, has proto.ColInt64
 			s.ask(ch.Query{

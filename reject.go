@@ -88,13 +88,11 @@ func (ins *inserter) halve(ctx context.Context, round []*block) error {
 	return nil
 }
 
-// part is a block of the rows [from, end). Slow path: each record is parsed once more.
+// part is a block of the rows [from, end).
 func (b *block) part(from, end int) *block {
-	var p eventParser
 	part := newBlock(end - from)
 	for row := from; row < end; row++ {
-		ev, _ := p.decode(b.records[row].Value) // the worker has parsed it without complaint
-		part.append(b.id(row), ev, b.records[row])
+		part.append(b.id(row), b.event(row), b.records[row])
 	}
 	return part
 }

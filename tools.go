@@ -235,7 +235,7 @@ func rewind(ctx context.Context, cfg *settings, at time.Time, dryRun bool, w io.
 // mustBeIdle refuses a group with members: they would commit over what is set here.
 func mustBeIdle(ctx context.Context, admin *kadm.Client, group string) error {
 	groups, err := whole(admin.DescribeGroups(ctx, group))
-	if err != nil {
+	if err != nil && !errors.Is(err, kerr.GroupIDNotFound) { // nobody has ever joined it
 		return fmt.Errorf("describe group %s: %w", group, err)
 	}
 	if members := groups[group].Members; len(members) > 0 {
