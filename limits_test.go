@@ -185,6 +185,9 @@ func TestCutBody(t *testing.T) {
 			}
 		}
 	}
+	if log := p.log.String(); strings.Count(log, `cause="the time for this request is up"`) != 3 {
+		t.Errorf("the log does not say why:\n%s", log)
+	}
 }
 
 // TestBodyTooLarge: a client that looks for the answer only when it has sent everything finds that its body was too large, and not
