@@ -143,7 +143,8 @@ func (a *access) admits(x *exchange, r *http.Request) bool {
 	return false
 }
 
-// crosses answers a preflight, and says whether the page that a request comes from may send it.
+// crosses answers a preflight, and says whether the page that a request comes from may send it. The preflight of a page that may
+// not is told what the request would be: a 401 would send whoever looks for the cause after the key.
 func (a *access) crosses(w http.ResponseWriter, r *http.Request) bool {
 	origin, h := r.Header.Get("Origin"), w.Header()
 	if len(a.origins) > 0 {
@@ -171,7 +172,7 @@ func (a *access) crosses(w http.ResponseWriter, r *http.Request) bool {
 			w.WriteHeader(http.StatusNoContent)
 			return false
 		}
-	case r.Method == http.MethodPost && unasked && !isOwnPage:
+	case !isOwnPage && (r.Method == http.MethodPost && unasked || r.Method == http.MethodOptions && method != ""):
 		writeError(w, http.StatusForbidden, "forbidden", "pages of this origin may not send events: it is not in CORS_ORIGINS")
 		return false
 	}

@@ -211,7 +211,10 @@ func newAdminServer(addr string, st *stats) *http.Server {
 
 // healthcheckTool asks the API of this machine whether it is ready, for containers that have no curl. It takes the port and TLS
 // from the same settings as the program.
-func healthcheckTool(*flag.FlagSet) toolRun {
+func healthcheckTool(fs *flag.FlagSet) toolRun {
+	fs.Usage = func() {
+		fmt.Fprintln(fs.Output(), "healthcheck exits 0 when the instance of this machine is ready, else 1 and says why; it takes no flags, and the program's settings")
+	}
 	return func(_ context.Context, cfg *settings, _ []string, _ io.Writer) error {
 		host, scheme := cfg.serverHost, "http"
 		if ip := net.ParseIP(host); host == "" || ip.IsUnspecified() {

@@ -35,8 +35,8 @@ func senderText(t *testing.T, name string) string {
 	return string(b)
 }
 
-// refusing is a proxy to address: the first request with events gets 503, the second 429, the third says that an event was not
-// acknowledged, and the fourth one's answer is lost.
+// refusing is a proxy to address: the first request with events gets 502, the second 429, the third says that an event was not
+// acknowledged, the fourth one's answer is lost, and the fifth one's is cut off in the middle.
 func refusing(t *testing.T, address string) *httptest.Server {
 	t.Helper()
 	to, err := url.Parse(address)
@@ -47,9 +47,13 @@ func refusing(t *testing.T, address string) *httptest.Server {
 	var posts atomic.Int32
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodPost {
-			switch posts.Add(1) {
+			n := posts.Add(1)
+			if origin := r.Header.Get("Origin"); origin != "" && n <= 5 && n != 4 { // else a page could not read the answer; the API's own has it
+				w.Header().Set("Access-Control-Allow-Origin", origin)
+			}
+			switch n {
 			case 1:
-				http.Error(w, "no", http.StatusServiceUnavailable)
+				http.Error(w, "no", http.StatusBadGateway)
 				return
 			case 2:
 				http.Error(w, "not so much", http.StatusTooManyRequests)
@@ -60,6 +64,12 @@ func refusing(t *testing.T, address string) *httptest.Server {
 				return
 			case 4:
 				proxy.ServeHTTP(httptest.NewRecorder(), r)
+				panic(http.ErrAbortHandler)
+			case 5:
+				w.Header().Set("Content-Length", "1000")
+				w.WriteHeader(http.StatusMultiStatus)
+				io.WriteString(w, `{"success_count":0,`)
+				http.NewResponseController(w).Flush()
 				panic(http.ErrAbortHandler)
 			}
 		}

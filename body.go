@@ -113,7 +113,27 @@ func (a *account) readAll(ctx context.Context, src io.Reader, hint, limit int) (
 	return nil, err
 }
 
-func badStream(err error) error { return fmt.Errorf("the body could not be read: %v", err) }
+func badStream(err error) error {
+	switch {
+	case errors.Is(err, zstd.ErrDecoderSizeExceeded): // the frame says its size, and no limit is above maxZstdWindow
+		return errBodyTooLarge
+	case errors.Is(err, zstd.ErrWindowSizeExceeded):
+		return fmt.Errorf("the body could not be read: its zstd window is larger than %d MiB", maxZstdWindow>>20)
+	}
+	return fmt.Errorf("the body could not be read: %v", err)
+}
+
+var errByteOrderMark = errors.New("the body begins with a byte order mark: send UTF-8 without one")
+
+// byteOrderMark is an error when a text begins with such a mark, of UTF-8 or UTF-16: invisible in what its sender looks at.
+func byteOrderMark(text []byte) error {
+	for _, mark := range []string{"\xef\xbb\xbf", "\xff\xfe", "\xfe\xff"} {
+		if bytes.HasPrefix(text, []byte(mark)) {
+			return errByteOrderMark
+		}
+	}
+	return nil
+}
 
 // decompressor keeps the state of both decoders for the next body: about 40 KiB, and up to twice maxZstdWindow.
 type decompressor struct {

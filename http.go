@@ -97,6 +97,7 @@ type exchange struct {
 	route   *routeStats
 	client  client // by its key; zero without a valid one
 	status  int
+	cause   string // of a status from 500 on
 	started time.Time
 }
 
@@ -117,8 +118,11 @@ func (x *exchange) end(r *http.Request, ac *access) {
 	took := time.Since(x.started)
 	x.route.count(x.status, took)
 	if ac.logs(x.status) && x.route.name != "ready" { // which answers 503 until it is
-		slog.Info("request", "id", x.id, "method", r.Method, "path", r.URL.Path, "status", x.status,
-			"ms", float64(took.Microseconds())/1000, "from", r.RemoteAddr)
+		line := []any{"id", x.id, "method", r.Method, "path", r.URL.Path, "status", x.status, "ms", float64(took.Microseconds()) / 1000, "from", r.RemoteAddr}
+		if x.cause != "" {
+			line = append(line, "cause", x.cause)
+		}
+		slog.Info("request", line...)
 	}
 }
 
@@ -170,8 +174,18 @@ func notFound(w http.ResponseWriter, r *http.Request) {
 	writeError(w, http.StatusNotFound, "not found", "nothing is at "+r.URL.Path)
 }
 
+// noteCause says why a request fails, for its line in the log.
+func noteCause(w http.ResponseWriter, cause string) {
+	if x, ok := w.(*exchange); ok {
+		x.cause = cause
+	}
+}
+
 // writeError answers {"error":…,"detail":…}.
 func writeError(w http.ResponseWriter, status int, message, detail string) {
+	if status >= http.StatusInternalServerError {
+		noteCause(w, detail)
+	}
 	b := append(make([]byte, 0, 256), `{"error":`...)
 	b = appendString(b, message)
 	if detail != "" {

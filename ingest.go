@@ -8,6 +8,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -26,7 +27,10 @@ const (
 	maxEventBytes = maxSingleBody // of one event in it, as sent
 )
 
-var errTooManyEvents = errors.New("more than 1000 events: split the request")
+var (
+	errTooManyEvents = errors.New("more than 1000 events: split the request")
+	errNoLines       = errors.New("there is no line with an event: send 1 to 1000, one JSON object each")
+)
 
 // codeUnavailable is the code of a good event that Kafka did not acknowledge in time.
 const codeUnavailable = "unavailable"
@@ -238,6 +242,7 @@ func (in *ingester) answerBulk(w http.ResponseWriter, q *ingestRequest, stored b
 	case success == 0 && late > 0:
 		status = http.StatusServiceUnavailable
 		w.Header().Set("Retry-After", retryAfterSeconds)
+		noteCause(w, q.failure())
 		end = `],"error":"Kafka is unavailable, send the events again"}`
 	case success == 0:
 		status = http.StatusBadRequest
@@ -297,7 +302,7 @@ func takes(w http.ResponseWriter, r *http.Request, forms ...string) string {
 // members go to other, which may be nil.
 func eachEvent(r *jsonReader, list string, other func(k, v jsonValue), do func(*jsonReader) error) error {
 	if !r.eat('{') {
-		return errNotEnvelope(list)
+		return cmp.Or(byteOrderMark(r.b), errNotEnvelope(list))
 	}
 	var k jsonValue
 	events, found := 0, false
@@ -369,7 +374,7 @@ func eachLine(body []byte, do func(line []byte) error) error {
 		}
 	}
 	if n == 0 {
-		return errNoEvents("events")
+		return errNoLines
 	}
 	return nil
 }

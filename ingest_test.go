@@ -122,8 +122,14 @@ func TestContract(t *testing.T) {
 		{"text lines", "POST", bulkPath, "text/plain", "\n{" + good + "}\n{}\n{" + good + "}", 207, `"success_count":2,"failed_count":1`},
 		{"text array", "POST", bulkPath, "text/plain", `[{` + good + `}]`, 400, `must be a JSON object`},
 		{"text that is no bulk", "POST", bulkPath, "text/plain", `hello`, 400, `"success_count":0,"failed_count":1`},
-		{"text empty", "POST", bulkPath, "text/plain", ``, 400, `missing or empty`},
-		{"ndjson empty", "POST", bulkPath, ndjson, "\n\n", 400, `missing or empty`},
+		{"text empty", "POST", bulkPath, "text/plain", ``, 400, `no line with an event`},
+		{"ndjson empty", "POST", bulkPath, ndjson, "\n\n", 400, `no line with an event`},
+		{"mark", "POST", onePath, jsonCT, "\ufeff{}", 400, `byte order mark: send UTF-8 without one`},
+		{"bulk mark", "POST", bulkPath, jsonCT, "\ufeff{}", 400, `byte order mark`},
+		{"ndjson mark", "POST", bulkPath, ndjson, "\ufeff{}", 400, `byte order mark`},
+		{"batch mark", "POST", "/v1/batch", jsonCT, "\ufeff{}", 400, `byte order mark`},
+		{"track mark", "POST", "/v1/track", jsonCT, "\ufeff{}", 400, `byte order mark`},
+		{"UTF-16", "POST", onePath, jsonCT, "\xff\xfe{\x00}\x00", 400, `byte order mark`},
 
 		{"metrics", "GET", metricsPath + "event_name=nothing&from=1&to=$NOW", "", "", 200, `{"total_count":0,"unique_users":0,"complete_through":`},
 		{"metrics grouped", "GET", metricsPath + "event_name=nothing&from=1&to=$NOW&group_by=day", "", "", 200, `"grouped_data":[]`},
@@ -174,6 +180,7 @@ func TestContentEncoding(t *testing.T) {
 	body := fmt.Appendf(nil, `{"events":[{"event_name":"e","user_id":"u","timestamp":%d}]}`, time.Now().Unix())
 	bomb := bytes.Repeat([]byte(" "), 50<<20)
 	gz, zs := gzipped(body), zstded(body)
+	single, _ := zstd.NewWriter(nil, zstd.WithSingleSegment(true))
 	for _, c := range []struct {
 		name, encoding string
 		body           []byte
@@ -193,10 +200,19 @@ func TestContentEncoding(t *testing.T) {
 		{"gzip bomb", "gzip", gzipped(bomb), 413},
 		{"zstd bomb", "zstd", zstded(bomb), 413},
 		{"zstd after a bomb", "zstd", zs, 202},
+		{"zstd that states its size", "zstd", single.EncodeAll(bomb, nil), 413},
 	} {
 		if status, _, answer := p.do("POST", bulkPath, jsonCT, c.encoding, c.body); status != c.status {
 			t.Errorf("%s: status %d, want %d: %s", c.name, status, c.status, answer)
 		}
+	}
+	var wide bytes.Buffer
+	z, _ := zstd.NewWriter(&wide, zstd.WithWindowSize(2*maxZstdWindow))
+	z.Write(body)
+	z.Flush() // the size is not known when the frame begins
+	z.Close()
+	if status, _, answer := p.do("POST", bulkPath, jsonCT, "zstd", wide.Bytes()); status != 400 || !strings.Contains(answer, "larger than 8 MiB") {
+		t.Errorf("a wide window: %d %s", status, answer)
 	}
 }
 

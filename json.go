@@ -433,6 +433,9 @@ func (r *jsonReader) kindsAt(depth int) *uint64 {
 }
 
 func (r *jsonReader) unexpected(want string) error {
+	if err := byteOrderMark(r.b); err != nil && r.i == 0 {
+		return err
+	}
 	if r.i >= len(r.b) {
 		return fmt.Errorf("expected %s at byte %d, found the end", want, r.i)
 	}

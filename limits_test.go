@@ -185,6 +185,7 @@ func TestCutBody(t *testing.T) {
 			}
 		}
 	}
+	p.await("said in the log why", 5*time.Second, func() bool { return strings.Count(p.log.String(), `cause="the time for this request is up"`) == 3 })
 }
 
 // TestBodyTooLarge: a client that looks for the answer only when it has sent everything finds that its body was too large, and not

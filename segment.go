@@ -100,7 +100,7 @@ func (q *ingestRequest) encodeSegment(ctx context.Context, kind string, now int6
 			}
 		}, do)
 	case r.peek() != '{':
-		err = errNotObject
+		err = cmp.Or(byteOrderMark(r.b), errNotObject)
 	default:
 		if err = do(r); err == nil {
 			err = r.end()

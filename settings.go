@@ -13,6 +13,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"net/url"
 	"os"
 	"regexp"
@@ -94,7 +95,7 @@ func (c *settings) settingsTable() []setting {
 		{"GRAFANA_URL", "", "where the dashboard page links to for Grafana; empty leaves the link out", as(&c.grafanaURL, "an address such as http://localhost:3000", link)},
 		{"KAFKA_UI_URL", "", "the same for Kafka UI", as(&c.kafkaUIURL, "an address such as http://localhost:3000", link)},
 
-		{"KAFKA_BROKERS", "localhost:29092,localhost:29093", "comma-separated host:port of the first brokers to ask", as(&c.kafkaBrokers, "host:port,host:port,…", addresses)},
+		{"KAFKA_BROKERS", "localhost:29092,localhost:29093", "comma-separated host:port of the first brokers to ask", as(&c.kafkaBrokers, "host:port,host:port,…, each port a number from 1 to 65535", addresses)},
 		{"KAFKA_TOPIC", "events", "main topic; retries go to TOPIC.retry, dead letters to TOPIC.dlq", as(&c.kafkaTopic, "a topic's name: letters, digits, '.', '_' and '-', at most 243 of them", topicName)},
 		{"KAFKA_CONSUMER_GROUP", "event-consumers", "consumer group, shared by all instances of the program", text(&c.kafkaGroup)},
 		{"KAFKA_PARTITIONS", "20", "partitions of the main topic when it is created", integer(&c.kafkaPartitions, 1, 10000)},
@@ -109,7 +110,7 @@ func (c *settings) settingsTable() []setting {
 		{"KAFKA_SASL_USERNAME", "", "user of SASL", text(&c.kafkaUsername)},
 		{"KAFKA_SASL_PASSWORD", "", "its password", text(&c.kafkaPassword)},
 
-		{"CLICKHOUSE_HOST", "localhost", "host of ClickHouse", text(&c.clickhouseHost)},
+		{"CLICKHOUSE_HOST", "localhost", "host of ClickHouse", as(&c.clickhouseHost, "a name or an address, without the port, which is CLICKHOUSE_PORT", hostName)},
 		{"CLICKHOUSE_PORT", "9000", "native port of ClickHouse", integer(&c.clickhousePort, 1, 65535)},
 		{"CLICKHOUSE_DATABASE", "event_ingestion", "database; created when missing", as(&c.clickhouseDatabase, "letters, digits and _, not starting with a digit", identifier)},
 		{"CLICKHOUSE_USERNAME", "default", "user", text(&c.clickhouseUsername)},
@@ -157,8 +158,14 @@ func loadSettings(getenv func(string) string) (*settings, error) {
 	case len(bad) > 0:
 	case c.kafkaSASL != "none" && (c.kafkaUsername == "" || c.kafkaPassword == ""):
 		bad = append(bad, fmt.Errorf("KAFKA_SASL_MECHANISM=%s: needs KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD", c.kafkaSASL))
+	case c.kafkaSASL == "none" && c.kafkaUsername != "":
+		bad = append(bad, errors.New("KAFKA_SASL_USERNAME: needs KAFKA_SASL_MECHANISM, or nobody logs in"))
 	case c.kafkaMinISR > c.kafkaReplication:
 		bad = append(bad, fmt.Errorf("KAFKA_MIN_ISR=%d: cannot be above KAFKA_REPLICATION_FACTOR=%d, nothing would ever be acknowledged", c.kafkaMinISR, c.kafkaReplication))
+	case slices.ContainsFunc(c.writeKeys, func(k string) bool { return slices.Contains(c.apiKeys, k) }):
+		bad = append(bad, errors.New("WRITE_KEYS: one of them is in API_KEYS, too, and could read what is stored"))
+	case c.kafkaLinger >= c.ackTimeout:
+		bad = append(bad, fmt.Errorf("KAFKA_LINGER=%s: has to be below ACK_TIMEOUT=%s, or nothing is acknowledged in time", c.kafkaLinger, c.ackTimeout))
 	case c.ackTimeout >= c.writeTimeout:
 		bad = append(bad, fmt.Errorf("ACK_TIMEOUT=%s: has to be below SERVER_WRITE_TIMEOUT=%s, or the answer cannot be sent", c.ackTimeout, c.writeTimeout))
 	}
@@ -173,7 +180,7 @@ func printSettings(w io.Writer) {
 	for _, s := range new(settings).settingsTable() {
 		fmt.Fprintf(w, "  %-31s %s (default %q)\n", s.name, s.meaning, s.fallback)
 	}
-	fmt.Fprintf(w, "\n%s may stand in a file instead: NAME_FILE is its path.\n", strings.Join(secrets, ", "))
+	fmt.Fprintf(w, "\nA duration has a unit, such as 50ms, 10s or 1m; a bare number is seconds.\n%s may stand in a file instead: NAME_FILE is its path.\n", strings.Join(secrets, ", "))
 }
 
 // isOpen says whether nobody needs a key.
@@ -244,8 +251,9 @@ func certificates(path string) (*x509.CertPool, error) {
 
 // retention takes 0, or more days than an event may be old when it is accepted.
 func retention(s string) (days int, err error) {
-	if s != "0" {
-		err = integer(&days, maxAgeSeconds/daySeconds+1, 100*365)(s)
+	const least, most = maxAgeSeconds/daySeconds + 1, 100 * 365
+	if s != "0" && integer(&days, least, most)(s) != nil {
+		err = fmt.Errorf("has to be 0, or an integer from %d to %d", least, most)
 	}
 	return days, err
 }
@@ -348,11 +356,21 @@ func addresses(s string) ([]string, bool) {
 	list := strings.Split(s, ",")
 	for i, a := range list {
 		list[i] = strings.TrimSpace(a)
-		if _, _, err := net.SplitHostPort(list[i]); err != nil {
+		_, port, err := net.SplitHostPort(list[i])
+		if err == nil {
+			_, err = strconv.ParseUint(port, 10, 16)
+		}
+		if err != nil || port == "0" {
 			return nil, false
 		}
 	}
 	return list, true
+}
+
+// hostName takes a name, or an address of IPv4 or IPv6.
+func hostName(s string) (string, bool) {
+	_, err := netip.ParseAddr(s)
+	return s, err == nil || !strings.ContainsAny(s, ":/[]")
 }
 
 // clusterName takes what can stand between quotes in SQL.

@@ -321,4 +321,9 @@ func TestToolArguments(t *testing.T) {
 			t.Errorf("%s: %d %s", args, code, out)
 		}
 	}
+	for args, want := range map[string]string{"dlq -h": "without it, -type and -filter: all letters", "healthcheck -h": "ready, else 1"} {
+		if out, code := subcommand(t, env, args); code != 0 || !strings.Contains(out, want) {
+			t.Errorf("%s: %d %s", args, code, out)
+		}
+	}
 }

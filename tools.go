@@ -55,6 +55,10 @@ type badArgument struct{ error }
 // settings that are wrong.
 func runTool(name string, args []string, stdout, stderr io.Writer) int {
 	if name == "dlq" {
+		if len(args) == 1 && slices.Contains([]string{"-h", "-help", "--help", "help"}, args[0]) {
+			fmt.Fprint(stdout, dlqUsage)
+			return 0
+		}
 		if len(args) == 0 || tools["dlq "+args[0]] == nil {
 			fmt.Fprint(stderr, dlqUsage)
 			return 2
@@ -281,6 +285,7 @@ const dlqUsage = `dlq list    [-since 24h] [-type T] [-filter TEXT] [-json]     
 dlq show    PARTITION:OFFSET                                  one letter, whole
 dlq replay  [-since 24h] [-type T] [-filter TEXT] [-limit N] [-dry-run]
                                                               put letters back on the main topic
+-since goes back from now; without it, -type and -filter: all letters.
 `
 
 type dlqFlags struct {

@@ -359,7 +359,7 @@ func idleWorker(rows int) *worker {
 }
 
 func TestSettings(t *testing.T) {
-	env := map[string]string{"SERVER_PORT": "99999", "WORKER_BATCH_TIMEOUT": "soon", "KAFKA_BROKERS": "nohost", "CLICKHOUSE_DATABASE": "a;b", "LOG_LEVEL": "loud"}
+	env := map[string]string{"SERVER_PORT": "99999", "WORKER_BATCH_TIMEOUT": "soon", "KAFKA_BROKERS": "nohost", "CLICKHOUSE_HOST": "localhost:9000", "CLICKHOUSE_DATABASE": "a;b", "LOG_LEVEL": "loud"}
 	_, err := loadSettings(func(k string) string { return env[k] })
 	for name := range env {
 		if err == nil || !strings.Contains(err.Error(), name+"=") {
@@ -373,8 +373,17 @@ func TestSettings(t *testing.T) {
 	if _, err := loadSettings(func(k string) string { return map[string]string{"KAFKA_MIN_ISR": "3"}[k] }); err == nil {
 		t.Error("more in-sync replicas than replicas were taken")
 	}
+	if _, err := loadSettings(func(k string) string { return map[string]string{"CLICKHOUSE_HOST": "::1"}[k] }); err != nil {
+		t.Error(err)
+	}
+	both := map[string]string{"API_KEYS": secondKey + "," + firstKey, "WRITE_KEYS": firstKey}
+	if _, err := loadSettings(func(k string) string { return both[k] }); err == nil || !strings.Contains(err.Error(), "WRITE_KEYS") || strings.Contains(err.Error(), firstKey) {
+		t.Errorf("a key that may do everything, and only send: %v", err)
+	}
 	for _, c := range []struct{ name, value string }{
 		{"API_KEYS", " , "}, {"WRITE_KEYS", ","}, // no key lets everybody in
+		{"KAFKA_BROKERS", "a:b"}, {"KAFKA_BROKERS", "a:9092,b:0"}, {"KAFKA_BROKERS", "a:65536"}, {"CLICKHOUSE_HOST", "[::1]:9000"}, {"CLICKHOUSE_HOST", "http://localhost"},
+		{"KAFKA_SASL_USERNAME", "u"}, {"KAFKA_LINGER", "10s"}, {"RETENTION_DAYS", "30"},
 		{"CLOCK_SKEW", "1.5s"}, {"KAFKA_TOPIC", "a b"}, {"KAFKA_TOPIC", ".."}, {"KAFKA_TOPIC", strings.Repeat("t", 244)},
 	} {
 		_, err := loadSettings(func(k string) string { return map[string]string{c.name: c.value}[k] })

@@ -37,10 +37,11 @@ import (
 //go:embed web
 var webFiles embed.FS
 
-// exampleNow and exampleYesterday stand in openapi.json wherever an example needs a recent time: events older than 30
+// exampleNow, exampleISO and exampleYesterday stand in openapi.json wherever an example needs a recent time: events older than 30
 // days are refused, and "Try it out" has to work as it is.
 const (
 	exampleNow       = "1767225600"
+	exampleISO       = "2026-01-01T00:00:00.123Z" // as Segment's clients write it
 	exampleYesterday = "1767139200"
 )
 
@@ -97,6 +98,7 @@ func serveSwagger(w http.ResponseWriter, r *http.Request) {
 	if name == "openapi.json" {
 		now := time.Now().Unix()
 		body = bytes.ReplaceAll(body, []byte(exampleNow), strconv.AppendInt(nil, now, 10))
+		body = bytes.ReplaceAll(body, []byte(exampleISO), time.Unix(now, 0).UTC().AppendFormat(nil, "2006-01-02T15:04:05.000Z"))
 		body = bytes.ReplaceAll(body, []byte(exampleYesterday), strconv.AppendInt(nil, now-daySeconds, 10))
 	}
 	writeFile(w, r, name, swaggerPolicy, body)

@@ -7,7 +7,7 @@ trap 'rm -rf "$parts"' EXIT
 split -l 1000 - "$parts/"
 for part in $(ls "$parts"); do
 	while answer=$(curl -sS -m 60 -w ' %{http_code}' -H "X-API-Key: $2" -H 'Content-Type: application/x-ndjson' \
-		--data-binary "@$parts/$part" "$1/api/v1/events/bulk" || true); do case $answer in
+		--data-binary "@$parts/$part" "$1/api/v1/events/bulk" || echo " 000"); do case $answer in
 		*' 202') echo "$answer"; break ;;
 		*' 000' | *' 429' | *' 5'?? | *'"unavailable"'*) sleep 1 ;;
 		*) echo "$answer" >&2; failed=1; break ;; esac; done # some are not valid, or the key is not

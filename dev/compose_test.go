@@ -181,6 +181,16 @@ func TestComposePasswords(t *testing.T) {
 			}
 		}
 	}
+	for name, fallback := range map[string]string{"API_KEYS": "", "WRITE_KEYS": "", "CORS_ORIGINS": "", "RETENTION_DAYS": "0"} {
+		for env, want := range map[string]string{"": fallback, name + "=31": "31"} {
+			p := stack(t, []string{env}, composeFile, scaleFile)
+			for _, instance := range instances(p) {
+				if got := p.Services[instance].Environment[name]; got == nil || *got != want {
+					t.Errorf("%q: %s of %s is %v, want %q", env, name, instance, got, want)
+				}
+			}
+		}
+	}
 	p := stack(t, []string{"KAFKA_MIN_ISR=1"}, composeFile)
 	if broker, program := p.Services["kafka-1"].Environment["KAFKA_MIN_INSYNC_REPLICAS"], p.Services["event-ingestion"].Environment["KAFKA_MIN_ISR"]; *broker != "1" || *program != "1" {
 		t.Errorf("KAFKA_MIN_ISR=1: brokers %s, program %s", *broker, *program)

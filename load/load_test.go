@@ -278,11 +278,16 @@ func TestLoadFile(t *testing.T) {
 	}}
 	// The other connections would wait for a minute for times at which nothing is left.
 	code, r, stderr := runLoadAgainst(t, p, "-file "+path+" -rate 2000 -connections 64 -verify -verify-timeout 5s")
-	if code != 0 || r.Sent != 3000 || r.Accepted != 2998 || r.Refused["validation.required.error"] != 2 || len(r.Checks) != 9 || fmt.Sprint(p.sizes) != "[1000 1000 1000]" {
+	if code != 1 || r.Sent != 3000 || r.Accepted != 2998 || r.Refused["validation.required.error"] != 2 || len(r.Checks) != 9 || fmt.Sprint(p.sizes) != "[1000 1000 1000]" {
 		t.Errorf("code %d, %+v, requests %v %s", code, r, p.sizes, stderr)
 	}
 	var out bytes.Buffer
-	Run([]string{"-file", path, "-rate", "0", "-url", newPeer(t, &peer{refuse: p.refuse})}, &out, io.Discard)
+	if code := Run([]string{"-file", path, "-rate", "0", "-url", newPeer(t, &peer{refuse: p.refuse})}, &out, io.Discard); code != 1 {
+		t.Errorf("events were refused, code %d", code)
+	}
+	if code := Run([]string{"-file", path, "-rate", "0", "-url", newPeer(t, &peer{})}, io.Discard, io.Discard); code != 0 {
+		t.Errorf("all were accepted, code %d", code)
+	}
 	for _, want := range []string{"line 42: ", "line 2501: "} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the report has no %q:\n%s", want, &out)
@@ -293,7 +298,7 @@ func TestLoadFile(t *testing.T) {
 // TestLoadFlags: what cannot be meant is said at once.
 func TestLoadFlags(t *testing.T) {
 	for args, want := range map[string]string{
-		"-rate NaN": "-rate", "-rate +Inf": "-rate", "-url foo": "-url foo", "-url localhost:8080": "-url", "-bulk 0": "-bulk", "-dup 1": "-dup", "x": `"x"`,
+		"-rate NaN": "-rate", "-rate +Inf": "-rate", "-url foo": "-url foo", "-url localhost:8080": "-url", "-bulk 0": "-bulk", "-dup 1": "-dup", "-retries -1": "-retries", "-max-p99 -1s": "-max-p99", "x": `"x"`,
 	} {
 		if _, err := Parse(strings.Fields(args), io.Discard); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", args, err)

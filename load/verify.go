@@ -147,7 +147,7 @@ func (l *Loader) Report(w io.Writer, checks []Check) int {
 	for _, n := range l.Refused {
 		refused += n
 	}
-	if l.Unknown.Load() > 0 || l.OK.Load() == 0 || refused > 0 && l.Config.file == "" {
+	if l.Unknown.Load() > 0 || l.OK.Load() == 0 || refused > 0 {
 		code = 1
 	}
 	for _, c := range checks {

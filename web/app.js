@@ -67,6 +67,7 @@ async function refresh() {
     $('pipeline').replaceChildren(...pipeline(p))
     links(p.links)
   }
+  $('pipeline').classList.toggle('stale', !p)
   tell(answer.reason, p?.consumers)
   if (controls.auto.checked && !isLocked(answer.reason)) timer = setTimeout(refresh, pause)
 }
@@ -154,18 +155,20 @@ function recall() {
     if (['range', 'channel', 'event_name'].includes(name)) controls[name].value = value
   }
   if (!controls.range.value) controls.range.value = 86400
+  if (controls.channel.selectedIndex < 0) controls.channel.value = '' // the address names a channel that there is not
 }
 
-async function send(event) {
-  $('sent').textContent = 'sending …'
-  $('sent').classList.remove('bad')
+// send says what became of the event in an output beside its button.
+async function send(event, said) {
+  said.textContent = 'sending …'
+  said.classList.remove('bad')
   try {
     const answer = await call('/api/v1/events?wait=stored', { method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify({ ...event, timestamp: now() }) })
-    $('sent').textContent = `${answer.status}: ${answer.event_id.slice(0, 12)}…`
+    said.textContent = `${answer.status}: ${answer.event_id.slice(0, 12)}…`
     refresh()
   } catch (e) {
-    $('sent').textContent = e.message
-    $('sent').classList.add('bad')
+    said.textContent = e instanceof Refused ? e.message : 'The API does not answer.'
+    said.classList.add('bad')
   }
 }
 
@@ -182,9 +185,9 @@ $('login').addEventListener('submit', e => {
 $('send').addEventListener('submit', e => {
   e.preventDefault()
   const { price, campaign_id, ...event } = Object.fromEntries(new FormData(e.target))
-  send({ ...event, ...(campaign_id && { campaign_id }), ...(price && { metadata: { price: +price, currency: 'TRY' } }) })
+  send({ ...event, ...(campaign_id && { campaign_id }), ...(price && { metadata: { price: +price, currency: 'TRY' } }) }, $('sent'))
 })
-$('first').addEventListener('click', () => send({ event_name: 'product_view', user_id: 'user_123', channel: 'web' }))
+$('first').addEventListener('click', () => send({ event_name: 'product_view', user_id: 'user_123', channel: 'web' }, $('first-sent')))
 $('copy').addEventListener('click', async () => {
   await navigator.clipboard.writeText($('curl').textContent).then(() => { $('copy').textContent = 'Copied' }, () => getSelection().selectAllChildren($('curl')))
 })

@@ -19,8 +19,7 @@ export function element(name, attributes = {}, ...children) {
 export function totals(o, before) {
   return [['Events', 'total_count', number], ['Unique users', 'unique_users', number], ['Purchases', 'purchases', number], ['Revenue', 'revenue', money], ['Active campaigns', 'active_campaigns', number]].map(([name, field, format]) => {
     const ratio = o[field] / before?.[field] // of nothing: NaN or Infinity
-    const change = ratio < 10 ? `${percent.format(ratio - 1)} vs` : `${number.format(Math.round(ratio))} × of`
-    const note = Number.isFinite(ratio) ? `${change} the period before` : '\u00a0'
+    const note = Number.isFinite(ratio) ? `${percent.format(ratio - 1)} vs the period before` : '\u00a0'
     return element('div', { class: 'card' }, element('span', {}, name), element('b', {}, format.format(o[field])), element('small', {}, note))
   })
 }

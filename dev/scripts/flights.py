@@ -6,7 +6,7 @@
 
 event_name is the carrier, user_id the plane, campaign_id the airport of departure. Only --days days from --start
 are written, moved so that the last of them was yesterday (or --end): older events would be refused. A flight without a tail
-number is written without user_id, and has to come back as an error. The figures on stderr, and --summary in full, are
+number is written without user_id, and has to come back as an error, with which load ends with 1. The figures on stderr, and --summary in full, are
 what the metrics should be, counted here, independently of the program. Local times are taken as UTC.
 
 The package ships a zipped CSV, read here without pandas; NA is a missing value. A cancelled flight has no dep_delay and

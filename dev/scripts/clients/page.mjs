@@ -46,8 +46,9 @@ async function look(width, scheme) {
 try {
   // Without a key the page asks for one, and leaves the reader's focus alone.
   refusals = true
-  await tab.goto(url)
+  await tab.goto(url + '/#channel=tv')
   await until('asked for a key', () => !document.getElementById('login').hidden)
+  check('a channel that there is not leaves the box blank', await tab.$eval('[name=channel]', e => e.selectedIndex === 0))
   check('the key field has no focus', await tab.evaluate(() => document.activeElement.id === 'key'))
   check(`the period before has ${spans[1]} s, the one that is shown ${spans[0]} s`, spans[1] === spans[0])
   await tab.evaluate(axe)
@@ -64,6 +65,17 @@ try {
 
   check('the empty state is not shown', !await hidden('empty') && (await text('#curl')).includes(url + '/api/v1/events'))
   await look(1280, 'light')
+  refusals = true
+  await tab.setOfflineMode(true)
+  await tab.click('#first')
+  await until('said that the test event was not taken', () => document.getElementById('first-sent').classList.contains('bad'))
+  check('what became of the test event is not to be seen', await tab.$eval('#first-sent', e => e.checkVisibility()))
+  await until('dimmed the pipeline', () => document.getElementById('pipeline').classList.contains('stale'))
+  await look(390, 'light')
+  await look(1280, 'light')
+  await tab.setOfflineMode(false)
+  await until('brightened the pipeline', () => !document.getElementById('pipeline').classList.contains('stale'))
+  refusals = false
   await tab.click('#first')
   await until('counted the test event', () => document.querySelector('#totals b').textContent === '1')
   check('the empty state stays', await hidden('empty'))
