@@ -15,7 +15,7 @@ import (
 // event is one parsed event. Every slice points into the text that it was read from, or into the eventParser that filled it,
 // and is valid until that text changes or the parser reads on.
 //
-// A new field also goes into validate.go (fieldSet to field), appendEvent, maxEncoded, batch.go (block, newBlock, append, event) and
+// A new field also goes into validate.go (fieldSet to field), appendEvent, maxEncoded, batch.go (block to event) and
 // schema.sql; TestFields and TestMaxEncoded fail until all but the last have it. What makes two events different also goes into id.
 type event struct {
 	name       []byte

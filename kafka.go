@@ -163,8 +163,8 @@ const (
 	missedLooks = 5
 )
 
-// awaitDeletion returns when one of the three topics has been deleted, also when there is another one of its name: the clients go on asking for
-// the old one, whose records are gone. nil when ctx is done first.
+// awaitDeletion returns when one of the three topics has been deleted, also when there is another one of its name: the clients go
+// on asking for the old one, whose records are gone. nil when ctx is done first.
 func awaitDeletion(ctx context.Context, kafka *kgo.Client, topic string) error {
 	admin, ids := kadm.NewClient(kafka), map[string]kadm.TopicID{}
 	for missed := 0; sleep(ctx, topicsEvery) == nil; {

@@ -50,8 +50,11 @@ func main() {
 		command = os.Args[1]
 	}
 	if alone := []string{"serve", "version", "help"}; len(os.Args) > 2 && slices.Contains(alone, command) {
-		fmt.Fprintf(os.Stderr, "%s: unexpected argument %q\n", command, os.Args[2])
-		os.Exit(2)
+		if help := []string{"-h", "-help", "--help"}; !slices.Contains(help, os.Args[2]) {
+			fmt.Fprintf(os.Stderr, "%s: unexpected argument %q\n", command, os.Args[2])
+			os.Exit(2)
+		}
+		command = "help"
 	}
 	switch command {
 	case "", "serve":
