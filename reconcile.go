@@ -400,6 +400,7 @@ func (s *session) awaitInserts(begun, until int64) (now int64) {
 func (s *session) fill(events, hourly, where string) {
 	s.eachDay("counting", "{database}."+events, where, "INSERT INTO {database}."+hourly+" (event_name, channel, hour, {counts}) SELECT {counted}"+
 		" FROM {database}."+events+" FINAL WHERE %s GROUP BY event_name, channel, hour")
+	s.change("ALTER TABLE {database}." + hourly + "{on cluster} MATERIALIZE PROJECTION daily") // merges of large parts may be long in coming
 }
 
 // eachDay runs an insert for each day of what a condition selects from a table: that bounds the memory of a statement.

@@ -98,8 +98,8 @@ ALTER TABLE {database}.events{on cluster} MODIFY COLUMN timestamp CODEC(T64, LZ4
 -- not remember inserted blocks: the program knows what is stored, and what was lost may have to be inserted again. {fsync} is
 -- the setting CLICKHOUSE_FSYNC; merged parts need none, because their sources are kept for 8 minutes. With RETENTION_DAYS the
 -- program gives both tables a TTL: a part is dropped once all of it is too old, and none is rewritten for it. Merges are more
--- than half of what inserts cost: with a base of 10 instead of 5 a row goes through fewer of them, and a table has up to twice
--- as many parts.
+-- than half of what inserts cost: with a base of 10 instead of 5 a row goes through fewer of them, and the table has up to
+-- twice as many parts.
 ALTER TABLE {database}.events{on cluster} MODIFY SETTING auto_statistics_types = '', merge_selector_base = 10, non_replicated_deduplication_window = 0,
     fsync_after_insert = {fsync}, fsync_part_directory = {fsync}, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
 
@@ -127,7 +127,7 @@ SETTINGS
 -- Rows from before this column existed may have an event in the hour's last second.
 ALTER TABLE {database}.events_hourly{on cluster} ADD COLUMN IF NOT EXISTS last_at SimpleAggregateFunction(max, DateTime('UTC')) DEFAULT hour + 3599 COMMENT 'timestamp of the newest event';
 
-ALTER TABLE {database}.events_hourly{on cluster} MODIFY SETTING auto_statistics_types = '', merge_selector_base = 10, non_replicated_deduplication_window = 0, deduplicate_merge_projection_mode = 'rebuild',
+ALTER TABLE {database}.events_hourly{on cluster} MODIFY SETTING auto_statistics_types = '', non_replicated_deduplication_window = 0, deduplicate_merge_projection_mode = 'rebuild',
     materialize_projections_on_insert = 0, materialize_projections_on_merge = 1,
     fsync_after_insert = {fsync}, fsync_part_directory = {fsync}, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
 
