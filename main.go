@@ -114,23 +114,24 @@ func serve() int {
 
 // system is one instance of the program, put together.
 type system struct {
-	cfg       *settings
-	stats     *stats
-	store     *store                   // for questions to all shards
-	shards    atomic.Pointer[[]*store] // nil until they are known
-	producer  *kgo.Client
-	watermark *watermark
-	metrics   *metricsAPI
-	ready     *readiness
-	pipeline  *pipeline
-	access    *access
-	api       *http.Server
-	admin     *http.Server
-	listener  net.Listener              // of the API
-	adminL    net.Listener              // nil when ADMIN_ADDR is off
-	failed    context.Context           // is done, with the cause, once something can never work, which ends run
-	fail      context.CancelCauseFunc   // ends failed; only the first cause counts
-	stopBy    atomic.Pointer[time.Time] // when a stop has to be over, nil before it begins
+	cfg        *settings
+	stats      *stats
+	store      *store                   // for questions to all shards
+	shards     atomic.Pointer[[]*store] // nil until they are known
+	partitions int                      // of the main topic; only consume's goroutine looks
+	producer   *kgo.Client
+	watermark  *watermark
+	metrics    *metricsAPI
+	ready      *readiness
+	pipeline   *pipeline
+	access     *access
+	api        *http.Server
+	admin      *http.Server
+	listener   net.Listener              // of the API
+	adminL     net.Listener              // nil when ADMIN_ADDR is off
+	failed     context.Context           // is done, with the cause, once something can never work, which ends run
+	fail       context.CancelCauseFunc   // ends failed; only the first cause counts
+	stopBy     atomic.Pointer[time.Time] // when a stop has to be over, nil before it begins
 }
 
 // newSystem opens the listeners and the producer; nothing runs yet and no dependency has to be there.
@@ -312,34 +313,20 @@ func (s *system) trouble(what string, err error) {
 	}
 }
 
-// consume waits for Kafka and ClickHouse, prepares both, and runs the consumer. The API accepts events meanwhile.
+// consume waits for Kafka and ClickHouse, prepares both, and stores what Kafka holds. The API accepts events meanwhile.
 func (s *system) consume(ctx context.Context) {
-	partitions := 0
-	prepareTopics := func(ctx context.Context) (err error) {
-		if err = s.ready.brokers(ctx); err == nil { // says in a moment what an admin request finds out in a minute
-			partitions, err = ensureTopics(ctx, s.producer, s.cfg)
-		}
-		return err
-	}
-	if !s.untilDone(ctx, "prepare the topics", prepareTopics) {
+	if !s.untilDone(ctx, "prepare the topics", s.prepareTopics) {
 		return
 	}
-	var sampling sync.WaitGroup
-	sampling.Go(func() { s.watermark.run(ctx, s.stats.troubles) }) // ends with ctx, and so does the next
-	sampling.Go(func() {
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	watching.Go(func() { s.watermark.run(ctx, s.stats.troubles) }) // ends with ctx, and so does the next
+	watching.Go(func() {
 		if err := awaitDeletion(ctx, s.producer, s.cfg.kafkaTopic); err != nil {
 			s.fail(fmt.Errorf("%w; its records are gone, and a start begins with the new one", err))
 		}
 	})
-	defer sampling.Wait()
-	prepareTables := func(ctx context.Context) error {
-		shards, err := s.store.prepare(ctx, partitions)
-		if err == nil { // no consumer runs: the next one uses these
-			s.shards.Store(&shards)
-		}
-		return err
-	}
-	if !s.untilDone(ctx, "prepare the tables", prepareTables) {
+	if !s.untilDone(ctx, "prepare the tables", s.prepareTables) {
 		return
 	}
 	if s.cfg.role == "api" {
@@ -362,8 +349,14 @@ func (s *system) consume(ctx context.Context) {
 		}
 		retrying.Go(func() { w.run(ctx, s.finish) }) // ends with ctx
 	}
+	s.runConsumers(ctx, side)
+}
+
+// runConsumers runs one consumer after the other: each one that starts over is another one.
+func (s *system) runConsumers(ctx context.Context, side *sideProducer) {
 	for {
-		c, err := newConsumer(s.cfg, s.knownShards(), partitions, func() int { return len(s.watermark.partitionLags()) }, side, &s.stats.store, func(err error) { s.trouble(readEvents, err) })
+		c, err := newConsumer(s.cfg, s.knownShards(), s.partitions, func() int { return len(s.watermark.partitionLags()) }, side,
+			&s.stats.store, func(err error) { s.trouble(readEvents, err) })
 		if err != nil {
 			s.fail(fmt.Errorf("set up the consumer: %w", err))
 			return
@@ -371,16 +364,31 @@ func (s *system) consume(ctx context.Context) {
 		s.ready.consumer.Store(c)
 		c.run(ctx, s.finish)
 		s.ready.consumer.Store(nil)
-		before := partitions
-		if ctx.Err() != nil || !s.untilDone(ctx, "prepare the topics", prepareTopics) {
+		before := s.partitions
+		if ctx.Err() != nil || !s.untilDone(ctx, "prepare the topics", s.prepareTopics) {
 			return
 		}
 		// The tables may not fit any more: events may have been placed anew while nothing was heard of this instance.
-		if (partitions != before || s.cfg.clickhouseCluster != "") && !s.untilDone(ctx, "prepare the tables", prepareTables) {
+		if (s.partitions != before || s.cfg.clickhouseCluster != "") && !s.untilDone(ctx, "prepare the tables", s.prepareTables) {
 			return
 		}
 		side.refresh()
 	}
+}
+
+func (s *system) prepareTopics(ctx context.Context) (err error) {
+	if err = s.ready.brokers(ctx); err == nil { // says in a moment what an admin request finds out in a minute
+		s.partitions, err = ensureTopics(ctx, s.producer, s.cfg)
+	}
+	return err
+}
+
+func (s *system) prepareTables(ctx context.Context) error {
+	shards, err := s.store.prepare(ctx, s.partitions)
+	if err == nil { // no consumer runs: the next one uses these
+		s.shards.Store(&shards)
+	}
+	return err
 }
 
 // prepareTimeout bounds one attempt to prepare something, so that what hangs is told.
