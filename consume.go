@@ -200,7 +200,7 @@ func (c *consumer) poll(ctx context.Context) {
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 && c.owned.Err() == nil {
 				c.stats.consumed.Add(len(p.Records))
-				c.worker(p.Partition).enqueue(p.Records)
+				c.worker(p.Partition).enqueue(p.Records, p.HighWatermark)
 			}
 		})
 		c.kafka.AllowRebalance()
@@ -304,7 +304,7 @@ func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[s
 			return
 		}
 		c.lane(p).inserter.cameAt.Store(&came)
-		c.worker(p).assign(p, came, rereadBlocks*max(c.limits.rows, usualRows))
+		c.worker(p).assign(p, rereadBlocks*max(c.limits.rows, usualRows))
 		c.has[p] = struct{}{}
 	}
 	c.shareRounds()

@@ -186,7 +186,7 @@ func TestManyTags(t *testing.T) {
 		}
 		ev := mustParse(t, &p, fmt.Sprintf(`{"event_name":"e","user_id":"u%d","timestamp":7,"tags":[%s]}`, i, tags))
 		id, _ := ev.id(nil)
-		w.enqueue([]*kgo.Record{{Key: fmt.Appendf(nil, "%x", id), Value: appendEvent(nil, ev)}})
+		w.enqueue([]*kgo.Record{{Key: fmt.Appendf(nil, "%x", id), Value: appendEvent(nil, ev)}}, 0)
 	}
 	for len(w.queue) > 0 && !w.isFull() {
 		if bad, err := w.takeIn(1); bad != nil {
@@ -209,7 +209,7 @@ func TestLargeBlocks(t *testing.T) {
 	id, _ := ev.id(nil)
 	for range 2 { // both of its blocks
 		for range rows * maxShare {
-			w.enqueue([]*kgo.Record{{Key: fmt.Appendf(nil, "%x", id), Value: []byte(sampleEvent)}})
+			w.enqueue([]*kgo.Record{{Key: fmt.Appendf(nil, "%x", id), Value: []byte(sampleEvent)}}, 0)
 			if bad, err := w.takeIn(1); bad != nil {
 				t.Fatal(err)
 			}
@@ -251,7 +251,7 @@ func TestAbandonedRound(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	for range 3 { // the event, and twice its duplicate
-		w.enqueue([]*kgo.Record{record})
+		w.enqueue([]*kgo.Record{record}, 0)
 		if bad, err := w.takeIn(1); bad != nil {
 			t.Fatal(err)
 		}

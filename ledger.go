@@ -10,6 +10,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"strconv"
 	"text/tabwriter"
 
 	"github.com/ClickHouse/ch-go"
@@ -33,7 +34,7 @@ func auditTool(fs *flag.FlagSet) toolRun {
 			return err
 		}
 		l.print(w, *asJSON)
-		if l.difference() != 0 || l.aggregated != l.rows {
+		if l.difference() != 0 || l.unequal != 0 {
 			return errDiffers
 		}
 		return nil
@@ -44,9 +45,11 @@ func auditTool(fs *flag.FlagSet) toolRun {
 type ledger struct {
 	records, junk    int64
 	ids              map[eventID]place
+	replays          map[eventID]int    // how often it came back from the dead letters; only of those that did
 	at               [inTable + 1]int64 // how many of ids are in each place
 	lost             []eventID          // those that are nowhere but on the topic
 	rows, aggregated int64
+	unequal          int64 // by how much they differ, hour by hour
 }
 
 type place uint8
@@ -60,7 +63,7 @@ const (
 
 // readLedger reads topics and tables. The events of erased users are left out.
 func readLedger(ctx context.Context, cfg *settings, r timeRange, erased map[string]bool) (*ledger, error) {
-	l := &ledger{ids: map[eventID]place{}}
+	l := &ledger{ids: map[eventID]place{}, replays: map[eventID]int{}}
 	var p eventParser
 	note := func(rec *kgo.Record, where place) {
 		ev, err := p.decode(rec.Value)
@@ -74,8 +77,13 @@ func readLedger(ctx context.Context, cfg *settings, r timeRange, erased map[stri
 			return
 		}
 		id, _ := ev.id(nil)
+		replays, _ := strconv.Atoi(header(rec, "replay_count"))
 		if where == onTopic {
-			l.records++
+			if l.records++; replays > l.replays[id] {
+				l.replays[id] = replays
+			}
+		} else if where == inDeadLetters && replays < l.replays[id] {
+			return // it has come back since
 		} else if _, known := l.ids[id]; !known {
 			return // older than what the topic still holds
 		}
@@ -122,15 +130,17 @@ func (l *ledger) readTables(ctx context.Context, cfg *settings, r timeRange) err
 	}
 	// The aggregate has whole hours: those entirely within the range are compared.
 	from, to := (r.from+hourSeconds-1)/hourSeconds*hourSeconds, r.to/hourSeconds*hourSeconds
-	var rows, aggregated proto.ColInt64
-	err = c.Do(ctx, ch.Query{
-		Body: st.sql(fmt.Sprintf("SELECT toInt64(ifNull((SELECT uniqExact(event_id) FROM {events} WHERE timestamp >= %[1]d AND timestamp < %[2]d), 0)) AS raw, "+
-			"toInt64(ifNull((SELECT sum(event_count) FROM {events_hourly} WHERE hour >= %[1]d AND hour < %[2]d), 0)) AS aggregated", from, to)),
-		Result: proto.Results{{Data: &rows}, {Data: &aggregated}},
-	})
-	if err == nil && len(rows) > 0 {
-		l.rows, l.aggregated = rows[0], aggregated[0]
-	}
+	var rows, aggregated, unequal proto.ColInt64
+	err = c.Do(ctx, eachRow(ch.Query{
+		Body: st.sql(fmt.Sprintf(`SELECT toInt64(sum(has)), toInt64(sum(counted)), toInt64(sum(abs(has - counted))) FROM (
+			SELECT name, ch, hour, sum(has) AS has, sum(counted) AS counted FROM (
+				SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, toStartOfHour(timestamp) AS hour, toInt64(uniqExact(event_id)) AS has, toInt64(0) AS counted
+				FROM {events} WHERE timestamp >= %[1]d AND timestamp < %[2]d GROUP BY name, ch, hour
+				UNION ALL
+				SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, hour, toInt64(0) AS has, sum(event_count) AS counted
+				FROM {events_hourly} WHERE hour >= %[1]d AND hour < %[2]d GROUP BY name, ch, hour
+			) GROUP BY name, ch, hour)`, from, to)),
+	}, func(i int) { l.rows, l.aggregated, l.unequal = rows[i], aggregated[i], unequal[i] }, &rows, &aggregated, &unequal))
 	return err
 }
 
@@ -159,6 +169,7 @@ func (l *ledger) print(w io.Writer, asJSON bool) {
 		{"records that are no event", "no_event", l.junk},
 		{"distinct rows in whole hours", "distinct_rows", l.rows},
 		{"counted in events_hourly", "aggregated", l.aggregated},
+		{"counted too few or too many, hour by hour", "unequal", l.unequal},
 	} {
 		object[f.key] = f.n
 		fmt.Fprintf(t, "%s\t%d\t\n", f.words, f.n)

@@ -98,8 +98,8 @@ func TestRewind(t *testing.T) {
 }
 
 // TestTornFarBack: an instance dies with as many rounds stored and not committed as there may be, and the last one is in events
-// only. The next instance, whose blocks are smaller, meets it among what it reads again, and mends it; also behind a record of
-// a producer whose clock is ahead.
+// only. The next instance, whose blocks are smaller, meets it among what it reads again, and mends it, although the producer's
+// clock is ahead.
 func TestTornFarBack(t *testing.T) {
 	t.Parallel()
 	const rows = 10
@@ -117,11 +117,8 @@ func TestTornFarBack(t *testing.T) {
 	for i := range int64(events) {
 		line := fmt.Sprintf(`{"event_name":"far","user_id":"u%d","timestamp":%d}`, i, begun+i/anHour*hourSeconds)
 		id, _ := mustParse(t, &parser, line).id(nil)
-		rec := &kgo.Record{Topic: topic, Key: fmt.Appendf(nil, "%x", id), Value: []byte(line), Timestamp: time.Now()}
-		if i == events-uncommitted {
-			rec.Timestamp = rec.Timestamp.Add(5 * time.Minute)
-		}
-		kafka.Produce(t.Context(), rec, nil)
+		ahead := time.Now().Add(5 * time.Minute)
+		kafka.Produce(t.Context(), &kgo.Record{Topic: topic, Key: fmt.Appendf(nil, "%x", id), Value: []byte(line), Timestamp: ahead}, nil)
 	}
 	if err := kafka.Flush(t.Context()); err != nil {
 		t.Fatal(err)
@@ -257,4 +254,33 @@ func TestHeldPartitionsLeave(t *testing.T) {
 	if ins.catchUp(ctx); ctx.Err() != nil {
 		t.Error("no round is taken any more")
 	}
+}
+
+// TestAttachedTwice: a backup's partition is attached beside what is there. An instance that reads all of it again takes the rows
+// that are there twice for what they are, and the aggregate stays as it is.
+func TestAttachedTwice(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t)
+	db := space(env, "CLICKHOUSE_DATABASE")
+	p := startProgram(t, env)
+	begun := (time.Now().Unix()/hourSeconds - 5) * hourSeconds
+	var body []byte
+	for i := range 400 {
+		body = fmt.Appendf(body, `{"event_name":"attached","user_id":"u%d","timestamp":%d}`+"\n", i, begun+int64(i))
+	}
+	postAll(t, p, [][]byte{body})
+	drained(p)
+	p.terminate()
+	clickhouseQuery(t, fmt.Sprintf("CREATE TABLE %[1]s.backup AS %[1]s.events", db))
+	part := clickhouseQuery(t, "SELECT DISTINCT partition_id FROM system.parts WHERE active AND database = '"+db+"' AND table = 'events'")
+	for _, move := range [][2]string{{"backup", "events"}, {"events", "backup"}} {
+		clickhouseQuery(t, fmt.Sprintf("ALTER TABLE %s.%s ATTACH PARTITION ID '%s' FROM %[1]s.%[4]s", db, move[0], part, move[1]))
+	}
+	if out, code := subcommand(t, env, "rewind -to start"); code != 0 {
+		t.Fatal(out)
+	}
+	p = startProgram(t, env)
+	drained(p)
+	clickhouseQuery(t, "OPTIMIZE TABLE "+db+".events FINAL")
+	mustCount(t, env, "attached", 400)
 }

@@ -56,6 +56,11 @@ func (s *store) prepare(ctx context.Context, partitions int) (shards []*store, e
 			return nil, err
 		} else if unplaced := slices.ContainsFunc(shards, func(sh *store) bool { return sh.unplaced }); err != nil && unplaced {
 			return nil, fmt.Errorf("the first start needs every shard: %w", err)
+		} else if placed := slices.ContainsFunc(shards, func(sh *store) bool { return !sh.unplaced }); !placed && s.idle != nil {
+			// Who consumes already does not know of the cluster, or a table would say so.
+			if err := s.idle(ctx); err != nil {
+				return nil, err
+			}
 		}
 	}
 	for i, sh := range shards {

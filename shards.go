@@ -49,7 +49,7 @@ func (s *store) shards(ctx context.Context) (all []*store, err error) {
 	}
 	replicated := slices.ContainsFunc(replicas, func(list []string) bool { return len(list) > 1 })
 	for i, list := range replicas {
-		shard := &store{options: s.options, database: s.database, cluster: s.cluster, fsync: s.fsync, keepDays: s.keepDays, decides: s.decides, idle: s.idle,
+		shard := &store{options: s.options, database: s.database, cluster: s.cluster, fsync: s.fsync, keepDays: s.keepDays, decides: s.decides,
 			number: i + 1, of: len(replicas), replicas: list, replicated: replicated}
 		shard.userBits.Store(s.userBits.Load())
 		all = append(all, shard)
@@ -94,8 +94,6 @@ func (s *store) checkPlacement(ctx context.Context, c asker) (unplaced bool, err
 	switch {
 	case has == wanted:
 		return unplaced, nil
-	case has == "" && rows == 0 && s.idle != nil: // who consumes already does not know of the cluster, or the table would say so
-		return true, s.idle(ctx)
 	case has == "" && rows == 0:
 		return true, nil
 	}

@@ -30,6 +30,7 @@ func TestShards(t *testing.T) {
 	}
 	t.Run("away", testShardAway)
 	t.Run("unknown", testShardsUnknown)
+	t.Run("emptied", testShardEmptied)
 	t.Run("changed", testShardsChanged)
 	t.Run("grown", testShardsGrown)
 }
@@ -286,6 +287,30 @@ func testShardsUnknown(t *testing.T) {
 	if err := alone.cmd.Wait(); err == nil || !strings.Contains(alone.log.String(), "the only shard") {
 		t.Errorf("%v, log:\n%s", err, alone.log)
 	}
+}
+
+// testShardEmptied: a shard comes back without its disk, while another instance consumes and after the only one has started.
+func testShardEmptied(t *testing.T) {
+	env := newSpace(t)
+	db := space(env, "CLICKHOUSE_DATABASE")
+	second := strings.Split(stackEnv(t, "CLICKHOUSE_HTTP_PORT"), ",")[1]
+	p, beside := startProgram(t, env), startProgram(t, env)
+	drained(p)
+	queryAt(t, second, "DROP DATABASE "+db+" SYNC")
+	p.terminate()
+	p = startProgram(t, env)
+	p.terminate()
+	beside.terminate()
+	queryAt(t, second, "DROP DATABASE "+db+" SYNC")
+	control(t, "/clickhouse/2/stop")
+	p = &program{t: t, env: append(env[:len(env):len(env)], "SERVER_PORT="+freePort(t))}
+	p.url = "http://127.0.0.1:" + space(p.env, "SERVER_PORT")
+	p.start()
+	p.await("without a shard", time.Minute, func() bool { return strings.Contains(p.log.String(), "the others go on") })
+	control(t, "/clickhouse/2/start")
+	p.await("with its tables", time.Minute, func() bool {
+		return queryAt(t, second, "SELECT count() FROM system.tables WHERE database = '"+db+"' AND name = 'events'") == "1"
+	})
 }
 
 // testShardsGrown: events of one server are placed on three while others come in, and again when the topic has more

@@ -24,9 +24,8 @@ const (
 	sampleInterval = 250 * time.Millisecond
 	// maxSamples is an hour of samples a second apart; a lag beyond that keeps the watermark where it is.
 	maxSamples = 3600
-	// producersRefresh is how long the API's producers may place records by the old number of partitions: each looks every
-	// sampleInterval, and asks the brokers at most every 5 s.
-	producersRefresh = 10 * time.Second
+	// metadataWait is how long a client may wait with a look at the topic's partitions that it was asked for, with a margin.
+	metadataWait = 10 * time.Second
 )
 
 // watermark knows the newest moment up to which everything that Kafka acknowledged is stored, and how many records are not.
@@ -48,19 +47,21 @@ const (
 //
 // A record on another partition than its key's goes back to the main topic. When the topic has grown, that is every second one:
 // so no look is quiet until all that may have been on the wrong partition has been read. Of a record that another producer
-// wrote under the wrong key nothing is known, and it may be missing until it is there.
+// wrote under the wrong key, or an instance that was paused while the topic grew, nothing is known: it may be missing until it
+// is there.
 type watermark struct {
-	kafka        *kgo.Client // the API's producer
-	admin        *kadm.Client
-	topic, group string
-	through      atomic.Int64 // Unix seconds, 0 while unknown
-	stored       storedSignal
-	samples      []sample           // oldest first; only run touches it, and what follows
-	retried      []int64            // (2) of the last look, nil before the first
-	moving       []int64            // records below may be on the wrong partition, because the topic has grown
-	moveUntil    time.Time          // so may those that are produced until then
-	gone         map[string][]int64 // committed offsets that belong to a deleted topic of the same name
-	progress     atomic.Pointer[progress]
+	kafka         *kgo.Client // the API's producer
+	admin         *kadm.Client
+	topic, group  string
+	producersLate time.Duration // after a growth the API's producers may place records by the old number for so long
+	through       atomic.Int64  // Unix seconds, 0 while unknown
+	stored        storedSignal
+	samples       []sample           // oldest first; only run touches it, and what follows
+	retried       []int64            // (2) of the last look, nil before the first
+	moving        []int64            // records below may be on the wrong partition, because the topic has grown
+	moveUntil     time.Time          // so may those that are produced until then
+	gone          map[string][]int64 // committed offsets that belong to a deleted topic of the same name
+	progress      atomic.Pointer[progress]
 }
 
 // progress is what a look found.
@@ -78,7 +79,7 @@ type sample struct {
 }
 
 func newWatermark(kafka *kgo.Client, cfg *settings) *watermark {
-	return &watermark{kafka: kafka, admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup, gone: map[string][]int64{}}
+	return &watermark{kafka: kafka, admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup, producersLate: cfg.ackTimeout + metadataWait, gone: map[string][]int64{}}
 }
 
 // partitionLags is the lag of each partition, nil while unknown.
@@ -148,7 +149,7 @@ func (w *watermark) look(ctx context.Context) error {
 		if before > 0 {
 			slog.Warn("the topic has more partitions than before", "topic", w.topic, "partitions", len(ends), "before", before)
 			w.kafka.ForceMetadataRefresh() // or it would place keys by the old number for minutes
-			w.moveUntil = now.Add(producersRefresh)
+			w.moveUntil = now.Add(w.producersLate)
 		}
 	}
 	if !now.After(w.moveUntil) {

@@ -94,16 +94,14 @@ type worker struct {
 	came   map[int32]*arrival // by partition
 }
 
-// arrival is when a partition came here, and how many of its first records may still have been taken in by an owner
-// that died.
+// arrival is a partition that came here: how many of its first records may still have been taken in by an owner that died, and
+// where the partition ended when the first of them were fetched. What came later nobody else has had.
 type arrival struct {
-	at   time.Time
 	left int
+	end  int64 // 0 before the first fetch
 }
 
 const (
-	// rereadMargin is how far the producers' clocks may be ahead of ours.
-	rereadMargin = 10 * time.Second
 	// rereadBlocks is how many blocks of WORKER_BATCH_SIZE a former owner can have stored of a partition and not committed:
 	// heldBlocks of them, and what it has stored since, within a few commitIntervals.
 	rereadBlocks = 2 * heldBlocks
@@ -124,10 +122,10 @@ func newWorker(limits blockLimits, partitions int, queued *backlog, call *roundC
 }
 
 // assign is told that a partition came here, whose first records may be reread.
-func (w *worker) assign(partition int32, at time.Time, reread int) {
+func (w *worker) assign(partition int32, reread int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.came[partition] = &arrival{at.Add(rereadMargin), reread}
+	w.came[partition] = &arrival{left: reread}
 }
 
 // limit says when a block is full from now on.
@@ -138,12 +136,15 @@ func (w *worker) limit(l blockLimits) {
 	w.wake.Signal()
 }
 
-// enqueue takes over records of one partition, at least one.
-func (w *worker) enqueue(records []*kgo.Record) {
+// enqueue takes over records of one partition, at least one, which ended at end when they were fetched.
+func (w *worker) enqueue(records []*kgo.Record, end int64) {
 	for _, rec := range records {
 		w.backlog.add(rec)
 	}
 	w.mu.Lock()
+	if a := w.came[records[0].Partition]; a != nil && a.end == 0 {
+		a.end = end
+	}
 	w.queue = append(w.queue, records)
 	w.mu.Unlock()
 	w.wake.Signal()
@@ -263,10 +264,10 @@ func (w *worker) pass(n int) {
 	last := head[n-1]
 	w.cur.offsets[last.Partition] = kgo.EpochOffset{Epoch: last.LeaderEpoch, Offset: last.Offset + 1}
 	for _, rec := range head[:n] {
-		if a := w.came[rec.Partition]; a != nil {
-			if a.left--; a.left <= 0 {
+		if a := w.came[rec.Partition]; a != nil && !rec.Attrs.IsControl() {
+			if a.left--; a.left <= 0 || rec.Offset >= a.end {
 				delete(w.came, rec.Partition)
-			} else if rec.Timestamp.Before(a.at) {
+			} else {
 				w.cur.reread = true
 			}
 		}

@@ -142,6 +142,7 @@ type replay struct {
 	lines  *bufio.Scanner
 	file   *os.File
 	line   int64
+	broken string           // why the file was not read to its end
 	flight map[int64][]byte // lines without an outcome
 	names  map[string]*replayed
 }
@@ -166,7 +167,7 @@ func openReplay(path string) (*replay, error) {
 }
 
 func (r *replay) append(body []byte, tickets []int64, separator byte) ([]byte, []int64, bool) {
-	for r.lines.Scan() {
+	for r.broken == "" && r.lines.Scan() {
 		r.line++
 		line := r.lines.Bytes()
 		if len(line) == 0 {
@@ -178,8 +179,8 @@ func (r *replay) append(body []byte, tickets []int64, separator byte) ([]byte, [
 		r.flight[r.line] = append([]byte(nil), line...)
 		return append(body, line...), append(tickets, r.line), true
 	}
-	if err := r.lines.Err(); err != nil {
-		fmt.Fprintf(os.Stderr, "load: line %d: %v\n", r.line+1, err)
+	if err := r.lines.Err(); err != nil && r.broken == "" { // it would go on in the middle of the line
+		r.broken = fmt.Sprintf("line %d could not be read, and what follows was not sent: %v", r.line+1, err)
 	}
 	r.file.Close()
 	return body, tickets, false

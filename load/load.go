@@ -89,6 +89,9 @@ func (l *Loader) shortOf(interrupted bool) (why []string) {
 	if interrupted {
 		why = append(why, "interrupted")
 	}
+	if r, is := l.src.(*replay); is && r.broken != "" {
+		why = append(why, r.broken)
+	}
 	if due := l.sent.Load() + l.unsent; l.unsent*100 > due {
 		why = append(why, fmt.Sprintf("%d of %d events could not be sent in time", l.unsent, due))
 	}

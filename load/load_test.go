@@ -288,6 +288,14 @@ func TestLoadFile(t *testing.T) {
 	if code := Run([]string{"-file", path, "-rate", "0", "-url", newPeer(t, &peer{})}, io.Discard, io.Discard); code != 0 {
 		t.Errorf("all were accepted, code %d", code)
 	}
+	lines[1500] = strings.Repeat("x", 70<<10)
+	if err := os.WriteFile(path, []byte(strings.Join(lines, "\n")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var said bytes.Buffer
+	if code := Run([]string{"-file", path, "-rate", "0", "-url", newPeer(t, &peer{})}, io.Discard, &said); code != 1 || strings.Count(said.String(), "line 1501 could not be read") != 1 {
+		t.Errorf("a line is too long, code %d: %s", code, &said)
+	}
 	for _, want := range []string{"line 42: ", "line 2501: "} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the report has no %q:\n%s", want, &out)
