@@ -114,10 +114,7 @@ func BenchmarkInsert(b *testing.B) {
 		b.Run(fmt.Sprintf("rows=%d", blocks*2000), func(b *testing.B) {
 			env := newSpace(b)
 			cfg := settingsFrom(b, env)
-			st := newStore(cfg)
-			if _, err := st.prepare(b.Context(), 0); err != nil {
-				b.Fatal(err)
-			}
+			st := preparedStore(b, cfg)
 			in := newInserter(st, cfg, &newStats().store, nil, newRoundCall(), membership{isMember: func(context.Context) error { return nil }})
 			ev := mustParse(b, new(eventParser), sampleEvent)
 			serial := uint64(0)

@@ -257,10 +257,7 @@ func TestBrokenNamed(t *testing.T) {
 func TestBrokenUnread(t *testing.T) {
 	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
-	st := newStore(cfg)
-	if _, err := st.prepare(t.Context(), 0); err != nil {
-		t.Fatal(err)
-	}
+	st := preparedStore(t, cfg)
 	for range 3 {
 		clickhouseQuery(t, "INSERT INTO "+st.database+".events (event_id, event_name, timestamp) SELECT toString(rand64()), 'unread', now() FROM numbers(100)")
 	}

@@ -239,10 +239,7 @@ func TestTornBesideOthers(t *testing.T) {
 func TestFence(t *testing.T) {
 	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
-	st := newStore(cfg)
-	if _, err := st.prepare(t.Context(), 0); err != nil {
-		t.Fatal(err)
-	}
+	st := preparedStore(t, cfg)
 	stored := func() string { return clickhouseQuery(t, "SELECT count() FROM "+st.database+".events") }
 	asked := 0
 	in := newInserter(st, cfg, &newStats().store, nil, newRoundCall(), membership{isMember: func(context.Context) error {
@@ -269,10 +266,7 @@ func TestFence(t *testing.T) {
 func TestSameBlockAgain(t *testing.T) {
 	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
-	st := newStore(cfg)
-	if _, err := st.prepare(t.Context(), 0); err != nil {
-		t.Fatal(err)
-	}
+	st := preparedStore(t, cfg)
 	in := newInserter(st, cfg, &newStats().store, nil, newRoundCall(), membership{isMember: func(context.Context) error { return nil }})
 	ev := mustParse(t, new(eventParser), sampleEvent)
 	id, _ := ev.id(nil)

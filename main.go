@@ -44,13 +44,16 @@ const usage = `event-ingestion takes events over HTTP and answers metrics about 
 Settings:
 `
 
+// helpFlags are what package flag takes for a request for help.
+var helpFlags = []string{"-h", "-help", "--help"}
+
 func main() {
 	command := ""
 	if len(os.Args) > 1 {
 		command = os.Args[1]
 	}
 	if alone := []string{"serve", "version", "help"}; len(os.Args) > 2 && slices.Contains(alone, command) {
-		if help := []string{"-h", "-help", "--help"}; !slices.Contains(help, os.Args[2]) {
+		if !slices.Contains(helpFlags, os.Args[2]) {
 			fmt.Fprintf(os.Stderr, "%s: unexpected argument %q\n", command, os.Args[2])
 			os.Exit(2)
 		}

@@ -116,24 +116,16 @@ func (ins *inserter) mend(ctx context.Context) {
 
 // catchUp mends and commits until a next owner would read all that is stored and not committed as possibly torn.
 func (ins *inserter) catchUp(ctx context.Context) {
-	what := ins.store.name("commit offsets; nothing more is stored until that works")
-	for failed := false; ctx.Err() == nil; sleep(ctx, mendTick) {
-		if ins.heldRows >= ins.mostHeld {
-			ins.next = time.Time{}
-			ins.mend(ctx)
+	for ins.heldRows >= ins.mostHeld && ctx.Err() == nil {
+		ins.next = time.Time{}
+		if ins.mend(ctx); ins.heldRows >= ins.mostHeld {
+			sleep(ctx, mendTick)
 		}
-		if ins.heldRows >= ins.mostHeld {
-			continue
-		}
-		err := ins.committed(ctx, ins.mostHeld-ins.heldRows)
-		if err == nil && failed {
-			ins.stats.troubles.clear(what)
-		}
-		if err == nil {
-			return
-		}
-		failed = true
-		ins.stats.troubles.note(what, err)
+	}
+	if ctx.Err() == nil {
+		ins.persist(ctx, "commit offsets; nothing more is stored until that works", func() error {
+			return ins.committed(ctx, ins.mostHeld-ins.heldRows)
+		})
 	}
 }
 
@@ -144,7 +136,7 @@ func (ins *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool
 	}
 	// What a command mends it may have seen before we mended it: nothing is believed beside it.
 	mending, err := ins.store.most(ctx, ins, ch.Query{
-		Body:       "SELECT count() FROM system.processes WHERE startsWith(query_id, {id:String})",
+		Body:       "SELECT count() FROM system.processes WHERE query_id = {id:String}",
 		Parameters: []proto.Parameter{parameter("id", ins.store.mendingID())},
 	})
 	if err != nil || mending > 0 {

@@ -171,13 +171,20 @@ func TestRebuild(t *testing.T) {
 	}
 }
 
-// newTables makes the tables as they are, with events of two days in them that ClickHouse got an hour ago.
-func newTables(t *testing.T, env []string) *store {
+// preparedStore makes the tables, without events.
+func preparedStore(t testing.TB, cfg *settings) *store {
 	t.Helper()
-	st := newStore(settingsFrom(t, env))
+	st := newStore(cfg)
 	if _, err := st.prepare(t.Context(), 0); err != nil {
 		t.Fatal(err)
 	}
+	return st
+}
+
+// newTables makes the tables as they are, with events of two days in them that ClickHouse got an hour ago.
+func newTables(t *testing.T, env []string) *store {
+	t.Helper()
+	st := preparedStore(t, settingsFrom(t, env))
 	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (created_at, event_id, event_name, user_id, timestamp) SELECT now64(3) - 3600, SHA256(toString(number)), 'e', toString(number %% 99), now() - 4000 - number FROM numbers(150000)", st.database))
 	return st
 }

@@ -23,8 +23,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"math/rand/v2"
-	"strconv"
 	"text/tabwriter"
 	"time"
 
@@ -106,8 +104,9 @@ type unequal struct {
 	InHourly int64  `json:"in_events_hourly"`
 }
 
-// mendingID is how the id of a command's mending begins. No group's inserts have a space there.
-func (s *store) mendingID() string { return "mending " + s.database + " " }
+// mendingID is the id of a command's mending: ClickHouse refuses a second one beside it, such as beside that of a command that was
+// killed. No group's inserts have a space there.
+func (s *store) mendingID() string { return "mending " + s.database }
 
 // reconcile is reconcileEach that prints a table.
 func reconcile(ctx context.Context, st *store, hours string, quiet int, dryRun bool, w io.Writer) (rows int, err error) {
@@ -151,7 +150,7 @@ func reconcileEach(ctx context.Context, st *store, hours string, quiet int, dryR
 				s.do(func(ctx context.Context, c asker) error {
 					return c.Do(ctx, ch.Query{
 						Body:     sh.sql(fmt.Sprintf(addDifferences, "events_hourly") + differing),
-						QueryID:  sh.mendingID() + strconv.FormatUint(rand.Uint64(), 36),
+						QueryID:  sh.mendingID(),
 						Settings: sh.inserting(),
 					})
 				})

@@ -225,7 +225,7 @@ func TestReconcileBesideMend(t *testing.T) {
 		ended <- err
 	}()
 	p.await("the command's insert", time.Minute, func() bool {
-		return clickhouseQuery(t, "SELECT count() FROM system.processes WHERE startsWith(query_id, 'mending "+db+"') AND read_rows > 0") == "1"
+		return clickhouseQuery(t, "SELECT count() FROM system.processes WHERE query_id = 'mending "+db+"' AND read_rows > 0") == "1"
 	})
 	p = startProgram(t, env)
 	if err := <-ended; err != nil {
@@ -239,10 +239,7 @@ func TestReconcileBesideMend(t *testing.T) {
 func TestHeldPartitionsLeave(t *testing.T) {
 	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
-	st := newStore(cfg)
-	if _, err := st.prepare(t.Context(), 0); err != nil {
-		t.Fatal(err)
-	}
+	st := preparedStore(t, cfg)
 	w := idleWorker(10)
 	ins := newInserter(st, cfg, &newStats().store, []*worker{w}, w.call, membership{
 		alone: func() bool { return true }, committed: func(context.Context, int) error { return nil },

@@ -171,8 +171,11 @@ var (
 
 // adopt takes CLICKHOUSE_FSYNC and RETENTION_DAYS from the tables, unless this program decides about them.
 func (s *store) adopt(ctx context.Context, c asker) error {
+	if s.decides {
+		return nil
+	}
 	made, err := s.madeBy(ctx, c, "events")
-	if err != nil || made == "" || s.decides {
+	if err != nil || made == "" {
 		return err
 	}
 	if m := fsyncOf.FindStringSubmatch(made); m != nil {

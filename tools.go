@@ -55,7 +55,7 @@ type badArgument struct{ error }
 // settings that are wrong.
 func runTool(name string, args []string, stdout, stderr io.Writer) int {
 	if name == "dlq" {
-		if len(args) == 1 && slices.Contains([]string{"-h", "-help", "--help", "help"}, args[0]) {
+		if len(args) == 1 && (args[0] == "help" || slices.Contains(helpFlags, args[0])) {
 			fmt.Fprint(stdout, dlqUsage)
 			return 0
 		}
