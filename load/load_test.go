@@ -222,9 +222,10 @@ func TestLoadStall(t *testing.T) {
 		}
 		return false
 	}
-	// One connection: the requests due in the stall are late by 600 ms down to nothing, 60 of the 100.
+	// One connection: the requests due in the stall are late by 600 ms down to nothing, 60 of the 100. A slow machine does not
+	// catch up with the last of them, and says so.
 	_, r, stderr := runLoadAgainst(t, &peer{before: stall}, "-rate 100 -bulk 1 -duration 1s -connections 1")
-	if r.Latency["p50"] < 60 || r.Latency["p90"] < 400 || r.Sent != 100 || strings.Contains(stderr, "not sent") {
+	if r.Latency["p50"] < 60 || r.Latency["p90"] < 400 || r.Sent+r.Unsent != 100 || strings.Contains(stderr, "not sent") != (r.Unsent > 0) {
 		t.Errorf("the stall is hidden: %+v %s", r, stderr)
 	}
 	slow := func(int, http.ResponseWriter) bool { time.Sleep(400 * time.Millisecond); return false }
