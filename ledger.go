@@ -1,15 +1,20 @@
 // The ledger: what was acknowledged against what is stored.
 //
-// ledger.go owns the subcommand audit, which reads the topics and the tables independently of the program's own bookkeeping.
+// ledger.go owns the subcommand audit, which reads the topics and the tables independently of the program's own bookkeeping. Its
+// memory is bounded: what does not fit is read in several passes.
 
 package main
 
 import (
 	"context"
+	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"flag"
 	"fmt"
 	"io"
+	"maps"
+	"math"
 	"strconv"
 	"text/tabwriter"
 
@@ -19,17 +24,24 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
+// fateBytes is about what a pass holds of an event: an entry of a map that may be half empty.
+const fateBytes = 96
+
 func auditTool(fs *flag.FlagSet) toolRun {
 	var r timeRange
 	r.flags(fs)
 	asJSON := fs.Bool("json", false, "the figures as a JSON object")
+	memory := fs.Int("memory", 1024, "MiB for the ids of events; more than fit are read in several passes")
 	erased := map[string]bool{}
 	fs.Func("erased", "user_id that was erased from the tables: its events are left out; may be given several times", func(s string) error { erased[s] = true; return nil })
 	return func(ctx context.Context, cfg *settings, _ []string, w io.Writer) error {
 		if err := r.check(); err != nil {
 			return err
 		}
-		l, err := readLedger(ctx, cfg, r, erased)
+		if *memory < 1 {
+			return badArgument{fmt.Errorf("-memory %d has to be at least 1", *memory)}
+		}
+		l, err := readLedger(ctx, cfg, r, erased, *memory<<20/fateBytes)
 		if err != nil {
 			return err
 		}
@@ -44,10 +56,9 @@ func auditTool(fs *flag.FlagSet) toolRun {
 // ledger counts events by where they are. An event in several places counts for the last of these.
 type ledger struct {
 	records, junk    int64
-	ids              map[eventID]place
-	replays          map[eventID]int    // how often it came back from the dead letters; only of those that did
-	at               [inTable + 1]int64 // how many of ids are in each place
-	lost             []eventID          // those that are nowhere but on the topic
+	distinct         int64
+	at               [inTable + 1]int64 // how many events are in each place
+	nowhere          []string           // ids of the first that are nowhere but on the topic
 	rows, aggregated int64
 	unequal          int64 // by how much they differ, hour by hour
 }
@@ -61,73 +72,119 @@ const (
 	inTable
 )
 
-// readLedger reads topics and tables. The events of erased users are left out.
-func readLedger(ctx context.Context, cfg *settings, r timeRange, erased map[string]bool) (*ledger, error) {
-	l := &ledger{ids: map[eventID]place{}, replays: map[eventID]int{}}
-	var p eventParser
-	note := func(rec *kgo.Record, where place) {
-		ev, err := p.decode(rec.Value)
-		if err != nil {
-			if where == onTopic {
-				l.junk++
+// fate is what is known of an event.
+type fate struct {
+	records int32 // on the topic
+	replays int16 // how often it came back from the dead letters
+	place   place
+}
+
+// pass is one reading of topics and tables, for the events whose ids begin with 64 bits of the range first to last. When more
+// than most of them turn up it gives half of the range to a later pass: memory is bounded, however long the topic is.
+type pass struct {
+	first, last uint64
+	most        int
+	fates       map[eventID]fate
+	junk        int64
+}
+
+// readLedger reads topics and tables, at most so many events at a time. The events of erased users are left out.
+func readLedger(ctx context.Context, cfg *settings, r timeRange, erased map[string]bool, most int) (*ledger, error) {
+	l := &ledger{nowhere: []string{}}
+	for first := uint64(0); ; {
+		p := &pass{first: first, last: math.MaxUint64, most: most, fates: map[eventID]fate{}}
+		if err := p.read(ctx, cfg, r, erased); err != nil {
+			return nil, err
+		}
+		l.junk = p.junk // the same in each pass
+		for id, f := range p.fates {
+			l.records += int64(f.records)
+			l.distinct++
+			if l.at[f.place]++; f.place == onTopic && len(l.nowhere) < maxNowhere {
+				l.nowhere = append(l.nowhere, hex.EncodeToString(id[:]))
 			}
-			return
 		}
-		if ev.timestamp < r.from || ev.timestamp >= r.to || erased[string(ev.userID)] {
-			return
+		if p.last == math.MaxUint64 {
+			return l, l.compareTables(ctx, cfg, r)
 		}
-		id, _ := ev.id(nil)
-		replays, _ := strconv.Atoi(header(rec, "replay_count"))
-		if where == onTopic {
-			if l.records++; replays > l.replays[id] {
-				l.replays[id] = replays
-			}
-		} else if where == inDeadLetters && replays < l.replays[id] {
-			return // it has come back since
-		} else if _, known := l.ids[id]; !known {
-			return // older than what the topic still holds
-		}
-		l.ids[id] = max(l.ids[id], where)
+		first = p.last + 1
 	}
+}
+
+func (p *pass) read(ctx context.Context, cfg *settings, r timeRange, erased map[string]bool) error {
+	var parser eventParser
 	for where, suffix := range []string{onTopic: "", inDeadLetters: ".dlq", inRetry: ".retry"} {
 		group := ""
 		if place(where) == inRetry { // what is committed has been put back, or is dead
 			group = cfg.kafkaGroup + suffix
 		}
-		err := readRecords(ctx, cfg, cfg.kafkaTopic+suffix, group, func(rec *kgo.Record) { note(rec, place(where)) })
+		err := readRecords(ctx, cfg, cfg.kafkaTopic+suffix, group, func(rec *kgo.Record) {
+			ev, err := parser.decode(rec.Value)
+			if err != nil && place(where) == onTopic {
+				p.junk++
+			}
+			if err != nil || ev.timestamp < r.from || ev.timestamp >= r.to || erased[string(ev.userID)] {
+				return
+			}
+			id, _ := ev.id(nil)
+			replays, _ := strconv.ParseInt(header(rec, "replay_count"), 10, 16)
+			p.note(id, place(where), int16(replays))
+		})
 		if err != nil {
-			return nil, err
+			return err
 		}
 	}
-	if err := l.readTables(ctx, cfg, r); err != nil {
-		return nil, err
-	}
-	for id, where := range l.ids {
-		if l.at[where]++; where == onTopic {
-			l.lost = append(l.lost, id)
-		}
-	}
-	return l, nil
+	return p.readTable(ctx, newStore(cfg), r)
 }
 
-func (l *ledger) readTables(ctx context.Context, cfg *settings, r timeRange) error {
-	st := newStore(cfg)
+func (p *pass) has(id *eventID) bool {
+	begin := binary.BigEndian.Uint64(id[:])
+	return begin >= p.first && begin <= p.last
+}
+
+// note takes down where an event was found. What is not on the topic is older than what that still holds, and no matter.
+func (p *pass) note(id eventID, where place, replays int16) {
+	if !p.has(&id) {
+		return
+	}
+	f, known := p.fates[id]
+	switch {
+	case where == onTopic:
+		f.records++
+		f.replays = max(f.replays, replays)
+	case !known, where == inDeadLetters && replays < f.replays: // a letter that has come back since
+		return
+	}
+	f.place = max(f.place, where)
+	p.fates[id] = f
+	for len(p.fates) > p.most {
+		p.last = p.first + (p.last-p.first)/2
+		maps.DeleteFunc(p.fates, func(id eventID, _ fate) bool { return !p.has(&id) })
+	}
+}
+
+// readTable looks for the pass's events in the table.
+func (p *pass) readTable(ctx context.Context, st *store, r timeRange) error {
 	c, err := st.dial(ctx)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
 	var got proto.ColFixedStr32
-	err = c.Do(ctx, eachRow(ch.Query{
-		Body: st.sql(fmt.Sprintf("SELECT DISTINCT event_id FROM {events} WHERE timestamp >= %d AND timestamp < %d", r.from, r.to)),
-	}, func(i int) {
-		if _, known := l.ids[got[i]]; known { // else older than what the topic still holds
-			l.ids[got[i]] = inTable
-		}
-	}, &got))
+	return c.Do(ctx, eachRow(ch.Query{
+		Body: st.sql(fmt.Sprintf("SELECT event_id FROM {events} WHERE timestamp >= %d AND timestamp < %d"+
+			" AND substring(event_id, 1, 8) BETWEEN unhex('%016x') AND unhex('%016x')", r.from, r.to, p.first, p.last)),
+	}, func(i int) { p.note(got[i], inTable, 0) }, &got))
+}
+
+// compareTables counts both tables, hour by hour.
+func (l *ledger) compareTables(ctx context.Context, cfg *settings, r timeRange) error {
+	st := newStore(cfg)
+	c, err := st.dial(ctx)
 	if err != nil {
 		return err
 	}
+	defer c.Close()
 	// The aggregate has whole hours: those entirely within the range are compared.
 	from, to := (r.from+hourSeconds-1)/hourSeconds*hourSeconds, r.to/hourSeconds*hourSeconds
 	var rows, aggregated, unequal proto.ColInt64
@@ -147,21 +204,20 @@ func (l *ledger) readTables(ctx context.Context, cfg *settings, r timeRange) err
 // difference is how many acknowledged events are nowhere.
 func (l *ledger) difference() int64 { return l.at[onTopic] }
 
-// print writes the figures, and at most ten ids of lost events.
+// maxNowhere is how many ids of lost events are printed.
+const maxNowhere = 10
+
+// print writes the figures, and the ids of lost events.
 func (l *ledger) print(w io.Writer, asJSON bool) {
-	distinct, nowhere := int64(len(l.ids)), []string{}
-	for _, id := range l.lost[:min(len(l.lost), 10)] {
-		nowhere = append(nowhere, fmt.Sprintf("%x", id))
-	}
-	object := map[string]any{"nowhere": nowhere}
+	object := map[string]any{"nowhere": l.nowhere}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	for _, f := range []struct {
 		words, key string
 		n          int64
 	}{
 		{"records on the topic", "records", l.records},
-		{"duplicates", "duplicates", l.records - distinct},
-		{"distinct events", "distinct_events", distinct},
+		{"duplicates", "duplicates", l.records - l.distinct},
+		{"distinct events", "distinct_events", l.distinct},
 		{"stored", "stored", l.at[inTable]},
 		{"waiting for a retry", "waiting", l.at[inRetry]},
 		{"dead letters", "dead_letters", l.at[inDeadLetters]},
@@ -179,10 +235,10 @@ func (l *ledger) print(w io.Writer, asJSON bool) {
 		return
 	}
 	t.Flush()
-	for _, id := range nowhere {
+	for _, id := range l.nowhere {
 		fmt.Fprintf(w, "nowhere: %s\n", id)
 	}
-	if len(l.lost) > len(nowhere) {
+	if l.difference() > int64(len(l.nowhere)) {
 		fmt.Fprintln(w, "…")
 	}
 }

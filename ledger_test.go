@@ -3,8 +3,11 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
+	"math"
 	"net/http"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -31,6 +34,34 @@ func TestAuditOfHours(t *testing.T) {
 	}
 	if out, code := subcommand(t, env, "audit"); code != 1 || !strings.Contains(out, "counted too few or too many, hour by hour  200") {
 		t.Error(code, out)
+	}
+}
+
+// TestAuditInPasses: what is read in many passes, for want of memory, is what is read in one.
+func TestAuditInPasses(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t)
+	p := startProgram(t, env)
+	var lines [][]byte
+	for i := range 400 {
+		lines = append(lines, fmt.Appendf(nil, `{"event_name":"passes","user_id":"u%d","timestamp":%d}`, i, time.Now().Unix()-hourSeconds))
+	}
+	postAll(t, p, [][]byte{bytes.Join(lines, []byte("\n")), bytes.Join(lines[:100], []byte("\n"))})
+	drained(p)
+	clickhouseQuery(t, fmt.Sprintf("DELETE FROM %s.events WHERE user_id = 'u7'", space(env, "CLICKHOUSE_DATABASE")))
+	read := func(most int) *ledger {
+		l, err := readLedger(t.Context(), settingsFrom(t, env), timeRange{0, maxUnixSeconds}, nil, most)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	whole := read(math.MaxInt)
+	if whole.records < 500 || whole.distinct != 400 || whole.at[inTable] != 399 || len(whole.nowhere) != 1 {
+		t.Errorf("%+v", whole)
+	}
+	if passes := read(30); !reflect.DeepEqual(passes, whole) {
+		t.Errorf("in one pass %+v, in several %+v", whole, passes)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"os"
 	"os/exec"
@@ -294,7 +295,7 @@ func mustHold(p *program, l *load.Loader) {
 	drained(p)
 	mustCount(t, p.env, l.Config.Event, l.Distinct())
 	mustAgree(t, l, p.url)
-	ledger, err := readLedger(t.Context(), settingsFrom(t, p.env), timeRange{0, maxUnixSeconds}, nil)
+	ledger, err := readLedger(t.Context(), settingsFrom(t, p.env), timeRange{0, maxUnixSeconds}, nil, math.MaxInt)
 	if err != nil {
 		t.Fatal(err)
 	}
