@@ -185,7 +185,7 @@ func preparedStore(t testing.TB, cfg *settings) *store {
 func newTables(t *testing.T, env []string) *store {
 	t.Helper()
 	st := preparedStore(t, settingsFrom(t, env))
-	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (created_at, event_id, event_name, user_id, timestamp) SELECT now64(3) - 3600, SHA256(toString(number)), 'e', toString(number %% 99), now() - 4000 - number FROM numbers(150000)", st.database))
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (created_at, event_id, event_name, user_id, timestamp) SELECT now64(3) - 3600, SHA256(toString(number)), 'e', toString(number %% 99), %d - number FROM numbers(150000)", st.database, time.Now().Unix()-4000))
 	return st
 }
 
