@@ -151,23 +151,22 @@ func loadSettings(getenv func(string) string) (*settings, error) {
 			bad = append(bad, fmt.Errorf("%s: %w", shown, err))
 		}
 	}
-	if (c.tlsCertFile == "") != (c.tlsKeyFile == "") {
-		bad = append(bad, errors.New("TLS_CERT_FILE and TLS_KEY_FILE: only one of them is set, HTTPS needs both"))
+	contradicts := func(is bool, format string, values ...any) {
+		if is {
+			bad = append(bad, fmt.Errorf(format, values...))
+		}
 	}
-	switch { // settings that contradict each other, once each of them is good
-	case len(bad) > 0:
-	case c.kafkaSASL != "none" && (c.kafkaUsername == "" || c.kafkaPassword == ""):
-		bad = append(bad, fmt.Errorf("KAFKA_SASL_MECHANISM=%s: needs KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD", c.kafkaSASL))
-	case c.kafkaSASL == "none" && c.kafkaUsername != "":
-		bad = append(bad, errors.New("KAFKA_SASL_USERNAME: needs KAFKA_SASL_MECHANISM, or nobody logs in"))
-	case c.kafkaMinISR > c.kafkaReplication:
-		bad = append(bad, fmt.Errorf("KAFKA_MIN_ISR=%d: cannot be above KAFKA_REPLICATION_FACTOR=%d, nothing would ever be acknowledged", c.kafkaMinISR, c.kafkaReplication))
-	case slices.ContainsFunc(c.writeKeys, func(k string) bool { return slices.Contains(c.apiKeys, k) }):
-		bad = append(bad, errors.New("WRITE_KEYS: one of them is in API_KEYS, too, and could read what is stored"))
-	case c.kafkaLinger >= c.ackTimeout:
-		bad = append(bad, fmt.Errorf("KAFKA_LINGER=%s: has to be below ACK_TIMEOUT=%s, or nothing is acknowledged in time", c.kafkaLinger, c.ackTimeout))
-	case c.ackTimeout >= c.writeTimeout:
-		bad = append(bad, fmt.Errorf("ACK_TIMEOUT=%s: has to be below SERVER_WRITE_TIMEOUT=%s, or the answer cannot be sent", c.ackTimeout, c.writeTimeout))
+	if len(bad) == 0 { // else they may have no values
+		contradicts((c.tlsCertFile == "") != (c.tlsKeyFile == ""), "TLS_CERT_FILE and TLS_KEY_FILE: only one of them is set, HTTPS needs both")
+		contradicts(c.kafkaSASL != "none" && (c.kafkaUsername == "" || c.kafkaPassword == ""),
+			"KAFKA_SASL_MECHANISM=%s: needs KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD", c.kafkaSASL)
+		contradicts(c.kafkaSASL == "none" && c.kafkaUsername != "", "KAFKA_SASL_USERNAME: needs KAFKA_SASL_MECHANISM, or nobody logs in")
+		contradicts(c.kafkaMinISR > c.kafkaReplication,
+			"KAFKA_MIN_ISR=%d: cannot be above KAFKA_REPLICATION_FACTOR=%d, nothing would ever be acknowledged", c.kafkaMinISR, c.kafkaReplication)
+		contradicts(slices.ContainsFunc(c.writeKeys, func(k string) bool { return slices.Contains(c.apiKeys, k) }),
+			"WRITE_KEYS: one of them is in API_KEYS, too, and could read what is stored")
+		contradicts(c.kafkaLinger >= c.ackTimeout, "KAFKA_LINGER=%s: has to be below ACK_TIMEOUT=%s, or nothing is acknowledged in time", c.kafkaLinger, c.ackTimeout)
+		contradicts(c.ackTimeout >= c.writeTimeout, "ACK_TIMEOUT=%s: has to be below SERVER_WRITE_TIMEOUT=%s, or the answer cannot be sent", c.ackTimeout, c.writeTimeout)
 	}
 	if len(bad) > 0 {
 		return nil, fmt.Errorf("bad settings:\n%w", errors.Join(bad...))

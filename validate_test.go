@@ -370,8 +370,12 @@ func TestSettings(t *testing.T) {
 	if err != nil || cfg.workerCount != 20 || cfg.workerBatchSize != 2000 || cfg.workerBatchTimeout != 50*time.Millisecond || cfg.serverPort != 8080 {
 		t.Errorf("defaults: %+v, %v", cfg, err)
 	}
-	if _, err := loadSettings(func(k string) string { return map[string]string{"KAFKA_MIN_ISR": "3"}[k] }); err == nil {
-		t.Error("more in-sync replicas than replicas were taken")
+	contradict := map[string]string{"KAFKA_MIN_ISR": "3", "KAFKA_LINGER": "10s", "KAFKA_SASL_USERNAME": "u", "TLS_KEY_FILE": "f"}
+	_, err = loadSettings(func(k string) string { return contradict[k] })
+	for name := range contradict {
+		if err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("that %s contradicts another one is not said: %v", name, err)
+		}
 	}
 	if _, err := loadSettings(func(k string) string { return map[string]string{"CLICKHOUSE_HOST": "::1"}[k] }); err != nil {
 		t.Error(err)
