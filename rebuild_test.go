@@ -342,6 +342,19 @@ func TestTornWhileCounting(t *testing.T) {
 	look()
 }
 
+// TestRebuildAfterClockAhead: ClickHouse's clock was ahead when the table was made anew before.
+func TestRebuildAfterClockAhead(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t)
+	db := newTables(t, env).database
+	clickhouseQuery(t, fmt.Sprintf("ALTER TABLE %s.events_hourly MODIFY COMMENT '%d'", db, time.Now().Add(time.Hour).UnixMilli()))
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %[1]s.events_hourly SELECT * FROM %[1]s.events_hourly", db)) // all of it twice
+	if err := rebuildHourly(t.Context(), settingsFrom(t, env), io.Discard); err != nil {
+		t.Error(err)
+	}
+	countedOnce(t, db)
+}
+
 // TestReconcileBesideSlowInsert: an insert stands in events for longer than the command takes for quiet, and in events_hourly not yet.
 func TestReconcileBesideSlowInsert(t *testing.T) {
 	t.Parallel()

@@ -220,6 +220,8 @@ func (r rebuild) make() {
 func (r rebuild) begin() (since int64) {
 	const view = "CREATE MATERIALIZED VIEW {database}.%s{on cluster} TO {database}.%s AS SELECT {counted} FROM {database}.events" +
 		" WHERE created_at >= fromUnixTimestamp64Milli(%d) GROUP BY event_name, channel, hour"
+	// The clock may have been ahead when the present table was made, and takeOver would take it for the newer one.
+	r.change("ALTER TABLE {database}.events_hourly{on cluster} MODIFY COMMENT '0'")
 	for lead := firstLead; ; lead *= 2 {
 		r.say("the new table is made")
 		r.change("DROP VIEW IF EXISTS {database}." + viewNext + "{on cluster} SYNC")
