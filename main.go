@@ -367,12 +367,8 @@ func (s *system) runConsumers(ctx context.Context, side *sideProducer) {
 		s.ready.consumer.Store(c)
 		c.run(ctx, s.finish)
 		s.ready.consumer.Store(nil)
-		before := s.partitions
-		if ctx.Err() != nil || !s.untilDone(ctx, "prepare the topics", s.prepareTopics) {
-			return
-		}
 		// The tables may not fit any more: events may have been placed anew while nothing was heard of this instance.
-		if (s.partitions != before || s.cfg.clickhouseCluster != "") && !s.untilDone(ctx, "prepare the tables", s.prepareTables) {
+		if ctx.Err() != nil || !s.untilDone(ctx, "prepare the topics", s.prepareTopics) || !s.untilDone(ctx, "prepare the tables", s.prepareTables) {
 			return
 		}
 		side.refresh()

@@ -86,7 +86,7 @@ func (ins *inserter) mend(ctx context.Context) {
 				delete(ins.hours, hour)
 			}
 			pause = lookShare * took
-			if ins.atOnce *= 2; took > lookTime {
+			if ins.atOnce = max(lookHours, 2*len(hours)); took > lookTime {
 				ins.atOnce = lookHours
 			}
 		}

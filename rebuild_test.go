@@ -341,3 +341,38 @@ func TestTornWhileCounting(t *testing.T) {
 	}
 	look()
 }
+
+// TestRebuildAfterClockAhead: ClickHouse's clock was ahead when the table was made anew before.
+func TestRebuildAfterClockAhead(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t)
+	db := newTables(t, env).database
+	clickhouseQuery(t, fmt.Sprintf("ALTER TABLE %s.events_hourly MODIFY COMMENT '%d'", db, time.Now().Add(time.Hour).UnixMilli()))
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %[1]s.events_hourly SELECT * FROM %[1]s.events_hourly", db)) // all of it twice
+	if err := rebuildHourly(t.Context(), settingsFrom(t, env), io.Discard); err != nil {
+		t.Error(err)
+	}
+	countedOnce(t, db)
+}
+
+// TestReconcileBesideSlowInsert: an insert stands in events for longer than the command takes for quiet, and in events_hourly not yet.
+func TestReconcileBesideSlowInsert(t *testing.T) {
+	t.Parallel()
+	st := newTables(t, newSpace(t))
+	for i := range 2 {
+		clickhouseQuery(t, fmt.Sprintf("ALTER TABLE %s.events_hourly ADD CONSTRAINT slow%d CHECK sleepEachRow(2.5) = 0", st.database, i))
+	}
+	ended := make(chan bool, 1)
+	go func() { // ends with the insert
+		ended <- tryQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, user_id, timestamp) SETTINGS async_insert = 0 VALUES (SHA256('slow'), 'slow', 'u', now() - 7200)", st.database))
+	}()
+	const quiet = 1
+	stands := fmt.Sprintf("SELECT count() FROM %s.events WHERE event_name = 'slow' AND created_at < now64(3) - %d", st.database, quiet)
+	for deadline := time.Now().Add(time.Minute); clickhouseQuery(t, stands) == "0" && time.Now().Before(deadline); {
+		sleep(t.Context(), 10*time.Millisecond)
+	}
+	if _, err := reconcile(t.Context(), st, timeRange{0, maxUnixSeconds}.hours(), quiet, false, io.Discard); err != nil || !<-ended {
+		t.Error("the command or the insert failed: ", err)
+	}
+	countedOnce(t, st.database)
+}

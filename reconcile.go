@@ -125,8 +125,6 @@ func reconcile(ctx context.Context, st *store, hours string, quiet int, dryRun b
 // reconcileEach hands the rows that differ, shard by shard, to each and, unless dryRun, mends them. It returns how many there
 // were. hours is a condition; what was written within the last quiet seconds is left out.
 func reconcileEach(ctx context.Context, st *store, hours string, quiet int, dryRun bool, each func(unequal)) (rows int, err error) {
-	differing := fmt.Sprintf(differences, "FINAL", hours,
-		fmt.Sprintf("(event_count != 0 OR revenue != 0) AND last_written <= now64(3) - %d", quiet), "events_hourly")
 	shards, err := st.shards(ctx)
 	failures := []error{err}
 	for _, sh := range shards {
@@ -134,9 +132,10 @@ func reconcileEach(ctx context.Context, st *store, hours string, quiet int, dryR
 		failures = append(failures, sh.session(ctx, io.Discard, func(s *session) {
 			s.do(sh.readStates)
 			s.do(sh.syncReplica)
-			if quiet == 0 { // what is at work now stands in one of the tables, perhaps
-				s.awaitInserts(s.now(), never)
-			}
+			written := s.now() - int64(quiet)*1000
+			s.awaitInserts(written, never) // one that is still at work stands in one of the tables, perhaps
+			differing := fmt.Sprintf(differences, "FINAL", hours,
+				fmt.Sprintf("(event_count != 0 OR revenue != 0) AND last_written <= fromUnixTimestamp64Milli(%d)", written), "events_hourly")
 			var name, channel, hour proto.ColStr
 			var missing, has proto.ColInt64
 			s.ask(ch.Query{
@@ -221,6 +220,8 @@ func (r rebuild) make() {
 func (r rebuild) begin() (since int64) {
 	const view = "CREATE MATERIALIZED VIEW {database}.%s{on cluster} TO {database}.%s AS SELECT {counted} FROM {database}.events" +
 		" WHERE created_at >= fromUnixTimestamp64Milli(%d) GROUP BY event_name, channel, hour"
+	// The clock may have been ahead when the present table was made, and takeOver would take it for the newer one.
+	r.change("ALTER TABLE {database}.events_hourly{on cluster} MODIFY COMMENT '0'")
 	for lead := firstLead; ; lead *= 2 {
 		r.say("the new table is made")
 		r.change("DROP VIEW IF EXISTS {database}." + viewNext + "{on cluster} SYNC")

@@ -9,6 +9,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kmsg"
 	"io"
+	"math"
 	"net/http"
 	"strings"
 	"sync/atomic"
@@ -250,6 +251,22 @@ func TestHeldPartitionsLeave(t *testing.T) {
 	defer cancel()
 	if ins.catchUp(ctx); ctx.Err() != nil {
 		t.Error("no round is taken any more")
+	}
+}
+
+// TestManyLooks: an instance that has looked at an hour many times, each time in a moment, can still do so.
+func TestManyLooks(t *testing.T) {
+	t.Parallel()
+	cfg := settingsFrom(t, newSpace(t))
+	st := preparedStore(t, cfg)
+	ins := newInserter(st, cfg, &newStats().store, nil, newRoundCall(), membership{alone: func() bool { return true }})
+	ins.atOnce = math.MaxInt/2 + 1 // what one hour after the other had made of it
+	for range 3 {
+		ins.noteHour(400000)
+		ins.next = time.Time{}
+		if ins.mend(t.Context()); len(ins.hours) > 0 {
+			t.Error("the hour is not looked at")
+		}
 	}
 }
 

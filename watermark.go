@@ -156,7 +156,10 @@ func (w *watermark) look(ctx context.Context) error {
 		w.moving = slices.Clone(ends)
 	}
 	atMost(w.moving, ends)
-	if before := w.progress.Load(); before != nil && !atLeast(stored, before.committed) { // rewound: what was stored is missing
+	before := w.progress.Load()
+	rewound := before != nil && !atLeast(stored, before.committed) // what was stored is missing
+	ahead := slices.ContainsFunc(w.samples, func(s sample) bool { return s.at.Unix() > now.Unix() })
+	if rewound || ahead || w.through.Load() >= now.Unix() { // or the clock was set back: it has not been then yet
 		w.through.Store(0)
 		w.samples = w.samples[:0]
 	}

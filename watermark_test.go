@@ -281,3 +281,29 @@ func TestGrowthIsNotClaimed(t *testing.T) {
 	}
 	mustCount(t, env, "claim", events)
 }
+
+// TestClockSetBack: the clock was an hour ahead when the last looks were taken. What they knew is not claimed for the hour to come.
+func TestClockSetBack(t *testing.T) {
+	t.Parallel()
+	cfg := settingsFrom(t, newSpace(t))
+	side := newTestSideProducer(t, cfg)
+	w := newWatermark(side.kafka, cfg)
+	ahead := time.Now().Add(time.Hour)
+	look := func() {
+		t.Helper()
+		if err := w.look(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if through := w.through.Load(); through >= time.Now().Unix() {
+			t.Errorf("complete through %d s from now", through-time.Now().Unix())
+		}
+	}
+	look()
+	w.samples = []sample{{ahead, make([]int64, cfg.kafkaPartitions)}}
+	look()
+	if err := side.requeue(t.Context(), []*kgo.Record{{Key: []byte("k"), Value: []byte("not stored")}}); err != nil {
+		t.Fatal(err)
+	}
+	w.through.Store(ahead.Unix())
+	look()
+}
