@@ -55,6 +55,18 @@ func postAll(t *testing.T, p *program, bodies [][]byte) {
 	clients.Wait()
 }
 
+// numbered makes NDJSON bodies of at most each events: number i is of user u<i> and happened at at(i).
+func numbered(name string, events, each int, at func(i int) int64) (bodies [][]byte) {
+	for i := range events {
+		if i%each == 0 {
+			bodies = append(bodies, nil)
+		}
+		last := &bodies[len(bodies)-1]
+		*last = fmt.Appendf(*last, `{"event_name":%q,"user_id":"u%d","timestamp":%d}`+"\n", name, i, at(i))
+	}
+	return bodies
+}
+
 // TestLittleMemory: events over many hours, each sent three times in another order, with memory for a small part of
 // their ids or for none, with other numbers of workers and partitions, and a kill between.
 func TestLittleMemory(t *testing.T) {
@@ -137,15 +149,9 @@ func TestTopicGrows(t *testing.T) {
 	t.Parallel()
 	env := faultSpace(t, "KAFKA_PARTITIONS=5")
 	p := startProgram(t, env)
-	var bodies [][]byte
 	const events = 8000
 	at := time.Now().Unix()
-	for i := range events {
-		if i%200 == 0 {
-			bodies = append(bodies, nil)
-		}
-		bodies[i/200] = fmt.Appendf(bodies[i/200], `{"event_name":"grows","user_id":"u%d","timestamp":%d}`+"\n", i, at-int64(i%300))
-	}
+	bodies := numbered("grows", events, 200, func(i int) int64 { return at - int64(i%300) })
 	postAll(t, p, bodies[:len(bodies)/2])
 	growTopic(t, env, 12)
 	postAll(t, p, bodies)
@@ -341,14 +347,7 @@ func TestManyRejected(t *testing.T) {
 	clickhouseQuery(t, "ALTER TABLE "+space(env, "CLICKHOUSE_DATABASE")+".events ADD CONSTRAINT tenth CHECK user_id NOT LIKE '%0'")
 	at := time.Now().Unix()
 	const events = 20_000
-	var bodies [][]byte
-	for i := range events {
-		if i%500 == 0 {
-			bodies = append(bodies, nil)
-		}
-		bodies[i/500] = fmt.Appendf(bodies[i/500], `{"event_name":"tenth","user_id":"u%d","timestamp":%d}`+"\n", i, at-int64(i%3000))
-	}
-	postAll(t, p, bodies)
+	postAll(t, p, numbered("tenth", events, 500, func(i int) int64 { return at - int64(i%3000) }))
 	p.await("stored but for the rejected", time.Minute, func() bool {
 		return clickhouseQuery(t, "SELECT count() FROM "+space(env, "CLICKHOUSE_DATABASE")+".events") == fmt.Sprint(events*9/10)
 	})

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bytes"
 	"fmt"
 	"math"
 	"net/http"
@@ -19,11 +18,7 @@ func TestAuditOfHours(t *testing.T) {
 	env := newSpace(t)
 	p := startProgram(t, env)
 	begun := (time.Now().Unix()/hourSeconds - 5) * hourSeconds
-	var body []byte
-	for i := range 400 {
-		body = fmt.Appendf(body, `{"event_name":"hours","user_id":"u%d","timestamp":%d}`+"\n", i, begun+int64(i%2)*hourSeconds)
-	}
-	postAll(t, p, [][]byte{body})
+	postAll(t, p, numbered("hours", 400, 400, func(i int) int64 { return begun + int64(i%2)*hourSeconds }))
 	drained(p)
 	if out, code := subcommand(t, env, "audit"); code != 0 {
 		t.Error(code, out)
@@ -42,11 +37,9 @@ func TestAuditInPasses(t *testing.T) {
 	t.Parallel()
 	env := newSpace(t)
 	p := startProgram(t, env)
-	var lines [][]byte
-	for i := range 400 {
-		lines = append(lines, fmt.Appendf(nil, `{"event_name":"passes","user_id":"u%d","timestamp":%d}`, i, time.Now().Unix()-hourSeconds))
-	}
-	postAll(t, p, [][]byte{bytes.Join(lines, []byte("\n")), bytes.Join(lines[:100], []byte("\n"))})
+	at := time.Now().Unix() - hourSeconds
+	bodies := numbered("passes", 400, 100, func(int) int64 { return at })
+	postAll(t, p, append(bodies, bodies[0]))
 	drained(p)
 	clickhouseQuery(t, fmt.Sprintf("DELETE FROM %s.events WHERE user_id = 'u7'", space(env, "CLICKHOUSE_DATABASE")))
 	read := func(most int) *ledger {

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"fmt"
 	"testing"
 	"time"
 
@@ -18,10 +17,8 @@ func TestProfileThatChangesQueries(t *testing.T) {
 	env := append(faultSpace(t), "CLICKHOUSE_USERNAME=odd", "DEDUPE_MEMORY=0")
 	p := startProgram(t, env)
 	const events = 3000
-	bodies := make([][]byte, events/500)
-	for i := range events {
-		bodies[i/500] = fmt.Appendf(bodies[i/500], `{"event_name":"odd","user_id":"u%d","timestamp":%d}`+"\n", i, time.Now().Unix()-int64(i)*3)
-	}
+	now := time.Now().Unix()
+	bodies := numbered("odd", events, 500, func(i int) int64 { return now - int64(i)*3 })
 	for range 2 {
 		postAll(t, p, bodies)
 		drained(p)

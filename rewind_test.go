@@ -171,13 +171,8 @@ func TestCommitsRefused(t *testing.T) {
 	const rows, events = 10, 3000
 	env := faultSpace(t, "KAFKA_BROKERS="+strings.Join(brokers.ListenAddrs(), ","), "KAFKA_PARTITIONS=1", fmt.Sprint("WORKER_BATCH_SIZE=", rows))
 	p := startProgram(t, env)
-	var body []byte
-	for i := range events {
-		if body = fmt.Appendf(body, `{"event_name":"uncommitted","user_id":"u%d","timestamp":%d}`+"\n", i, time.Now().Unix()); i%1000 == 999 {
-			postAll(t, p, [][]byte{body})
-			body = nil
-		}
-	}
+	now := time.Now().Unix()
+	postAll(t, p, numbered("uncommitted", events, 1000, func(int) int64 { return now }))
 	p.await("refused", time.Minute, func() bool { return strings.Contains(p.log.String(), "commit offsets; nothing more is stored") })
 	stored := clickhouseQuery(t, "SELECT count() <= "+fmt.Sprint(heldBlocks*rows+rows*maxShare)+" FROM "+space(env, "CLICKHOUSE_DATABASE")+".events")
 	if stored != "1" {
@@ -195,12 +190,8 @@ func TestReconcileBesideMend(t *testing.T) {
 	db, topic, group := space(env, "CLICKHOUSE_DATABASE"), space(env, "KAFKA_TOPIC"), space(env, "KAFKA_CONSUMER_GROUP")
 	const events = 12000
 	begun := (time.Now().Unix()/hourSeconds - 5) * hourSeconds
-	bodies := make([][]byte, events/1000)
-	for i := range events {
-		bodies[i/1000] = fmt.Appendf(bodies[i/1000], `{"event_name":"race","user_id":"u%d","timestamp":%d}`+"\n", i, begun+int64(i)%3600)
-	}
 	p := startProgram(t, env)
-	postAll(t, p, bodies)
+	postAll(t, p, numbered("race", events, 1000, func(i int) int64 { return begun + int64(i)%3600 }))
 	drained(p)
 	p.terminate()
 	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %[1]s.events_hourly SELECT * REPLACE (toInt64(-1000) AS event_count) FROM %[1]s.events_hourly LIMIT 1", db))
@@ -278,11 +269,7 @@ func TestAttachedTwice(t *testing.T) {
 	db := space(env, "CLICKHOUSE_DATABASE")
 	p := startProgram(t, env)
 	begun := (time.Now().Unix()/hourSeconds - 5) * hourSeconds
-	var body []byte
-	for i := range 400 {
-		body = fmt.Appendf(body, `{"event_name":"attached","user_id":"u%d","timestamp":%d}`+"\n", i, begun+int64(i))
-	}
-	postAll(t, p, [][]byte{body})
+	postAll(t, p, numbered("attached", 400, 400, func(i int) int64 { return begun + int64(i) }))
 	drained(p)
 	p.terminate()
 	clickhouseQuery(t, fmt.Sprintf("CREATE TABLE %[1]s.backup AS %[1]s.events", db))

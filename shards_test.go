@@ -321,14 +321,7 @@ func testShardsGrown(t *testing.T) {
 	p := startProgram(t, env)
 	now := time.Now().Unix()
 	history := func(p *program) {
-		var bodies [][]byte
-		for i := range 2000 {
-			if i%500 == 0 {
-				bodies = append(bodies, nil)
-			}
-			bodies[i/500] = fmt.Appendf(bodies[i/500], `{"event_name":"history","user_id":"u%d","timestamp":%d}`+"\n", i, now-int64(i%4)*9*daySeconds-int64(i))
-		}
-		postAll(t, p, bodies)
+		postAll(t, p, numbered("history", 2000, 500, func(i int) int64 { return now - int64(i%4)*9*daySeconds - int64(i) }))
 	}
 	history(p)
 	l, done := loadInto(t, p.url, 1000, time.Hour)

@@ -239,11 +239,8 @@ func TestGrowthIsNotClaimed(t *testing.T) {
 	between.shut.Store(true)
 	between.cutAnswers()
 	const events = 400
-	var body []byte
-	for i := range events {
-		body = fmt.Appendf(body, `{"event_name":"claim","user_id":"u%d","timestamp":%d}`+"\n", i, time.Now().Unix()-int64(i%300))
-	}
-	postAll(t, p, [][]byte{body})
+	now := time.Now().Unix()
+	postAll(t, p, numbered("claim", events, events, func(i int) int64 { return now - int64(i%300) }))
 	answered := time.Now().Unix()
 	time.Sleep(8 * sampleInterval) // looks that know of one partition, and of all events there
 	growTopic(t, env, 2)
