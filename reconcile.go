@@ -146,13 +146,7 @@ func reconcileEach(ctx context.Context, st *store, hours string, quiet int, dryR
 				each(unequal{hour.Row(i), name.Row(i), channel.Row(i), has[i] + missing[i], has[i]})
 			}, &name, &channel, &hour, &missing, &has)
 			if rows > before && !dryRun {
-				s.do(func(ctx context.Context, c asker) error {
-					return c.Do(ctx, ch.Query{
-						Body:     sh.sql(fmt.Sprintf(addDifferences, "events_hourly") + differing),
-						QueryID:  sh.mendingID(),
-						Settings: sh.inserting(),
-					})
-				})
+				s.insert(ch.Query{Body: fmt.Sprintf(addDifferences, "events_hourly") + differing, QueryID: sh.mendingID()})
 			}
 		}))
 	}
@@ -262,8 +256,8 @@ func (r rebuild) exchangeViews() {
 	if r.has(viewNext) { // else that was done, and inserts go on: none may find events without a view
 		r.say("the views are made anew")
 		r.change("DROP VIEW IF EXISTS {database}.events_hourly_mv{on cluster} SYNC")
-		r.do(r.store.makeTables)
-		r.do(r.store.makeViews)
+		r.makeTables()
+		r.makeViews()
 		r.change("DROP VIEW IF EXISTS {database}." + viewNext + "{on cluster} SYNC")
 	}
 	r.say("inserts go on")
@@ -277,12 +271,9 @@ func (r rebuild) mend(since int64) {
 		fmt.Sprintf("hour IN (SELECT toStartOfHour(timestamp) FROM {database}.events WHERE created_at >= fromUnixTimestamp64Milli(%d))", since),
 		"event_count != 0 OR revenue != 0", tableRebuilt)
 	n := r.number("SELECT count() FROM " + differing)
-	r.do(func(ctx context.Context, c asker) error {
-		if n == 0 {
-			return nil
-		}
-		return c.Do(ctx, ch.Query{Body: r.store.sql(fmt.Sprintf(addDifferences, tableRebuilt) + differing), Settings: r.store.inserting()})
-	})
+	if n > 0 {
+		r.insert(ch.Query{Body: fmt.Sprintf(addDifferences, tableRebuilt) + differing})
+	}
 	r.say(fmt.Sprintf("events_hourly is made anew; %d of its rows had to be mended", n))
 }
 
@@ -297,85 +288,6 @@ func (r rebuild) syncReplicas(table string) {
 func (r rebuild) sinceOf(table string) int64 {
 	return r.number("SELECT max(toUInt64OrZero(comment)) FROM system.tables WHERE database = '{database}' AND name = '" + table + "'")
 }
-
-// session is a command's steps on one server, of which each needs those before it. Its first error stays: after it nothing is
-// asked, changed or said, every number is 0, and no wait lasts.
-type session struct {
-	ctx   context.Context
-	store *store
-	conn  asker
-	out   io.Writer
-	err   error
-}
-
-// session takes steps on a connection of their own, and returns their first error, with the shard's name.
-func (s *store) session(ctx context.Context, out io.Writer, steps func(*session)) error {
-	err := s.connected(ctx, func(c asker) error {
-		r := session{ctx: ctx, store: s, conn: c, out: out}
-		steps(&r)
-		return r.err
-	})
-	if err != nil && s.of > 1 {
-		err = fmt.Errorf("%s: %w", s.name("ClickHouse"), err)
-	}
-	return err
-}
-
-// do takes a step.
-func (s *session) do(step func(context.Context, asker) error) {
-	if s.err == nil {
-		s.err = step(s.ctx, s.conn)
-	}
-}
-
-func (s *session) fail(why string) {
-	s.do(func(context.Context, asker) error { return errors.New(why) })
-}
-
-func (s *session) say(what string) {
-	if s.err == nil {
-		fmt.Fprintln(s.out, s.store.name(what))
-	}
-}
-
-func (s *session) change(statements ...string) {
-	for _, stmt := range statements {
-		s.do(func(ctx context.Context, c asker) error { return s.store.change(ctx, c, stmt) })
-	}
-}
-
-// dropTable drops a table of any size: ClickHouse would refuse one of more than 50 GB.
-func (s *session) dropTable(name string) {
-	s.change("DROP TABLE IF EXISTS {database}." + name + "{on cluster} SYNC SETTINGS max_table_size_to_drop = 0")
-}
-
-// ask runs a query, see eachRow.
-func (s *session) ask(q ch.Query, row func(i int), columns ...proto.ColResult) {
-	q.Body = s.store.sql(q.Body)
-	s.do(func(ctx context.Context, c asker) error { return c.Do(ctx, eachRow(q, row, columns...)) })
-}
-
-// number asks for one UInt64.
-func (s *session) number(sql string) (n int64) {
-	s.do(func(ctx context.Context, c asker) error {
-		answer, err := number(ctx, c, ch.Query{Body: s.store.sql(sql)})
-		n = int64(answer)
-		return err
-	})
-	return n
-}
-
-// has says whether one of the tables exists.
-func (s *session) has(tables ...string) (is bool) {
-	s.do(func(ctx context.Context, c asker) (err error) {
-		is, err = s.store.has(ctx, c, tables...)
-		return err
-	})
-	return is
-}
-
-// now is the server's clock, in Unix milliseconds.
-func (s *session) now() int64 { return s.number("SELECT toUInt64(toUnixTimestamp64Milli(now64(3)))") }
 
 // awaitInserts returns once begun has passed and no insert from before it is still running, or at until. Both are in the
 // server's Unix milliseconds, and so is the time that it returns.
@@ -416,16 +328,12 @@ func (s *session) eachDay(what, table, where, insert string) {
 			s.say(what + " " + month)
 			told = month
 		}
-		s.do(func(ctx context.Context, c asker) error {
-			during := fmt.Sprintf("timestamp >= %d AND timestamp < %d AND %s", day.Unix(), day.Unix()+daySeconds, where)
-			err := c.Do(ctx, ch.Query{
-				Body:     s.store.sql(fmt.Sprintf(insert, during)),
-				Settings: append(s.store.inserting(), ch.Setting{Key: "max_bytes_before_external_group_by", Value: "1000000000"}),
+		selected := fmt.Sprintf("timestamp >= %d AND timestamp < %d AND %s", day.Unix(), day.Unix()+daySeconds, where)
+		s.during(what+" "+day.Format(time.DateOnly), func() {
+			s.insert(ch.Query{
+				Body:     fmt.Sprintf(insert, selected),
+				Settings: []ch.Setting{{Key: "max_bytes_before_external_group_by", Value: "1000000000"}},
 			})
-			if err != nil {
-				err = fmt.Errorf("%s %s: %w", what, day.Format(time.DateOnly), err)
-			}
-			return err
 		})
 	}
 }

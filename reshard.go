@@ -103,7 +103,7 @@ func (r *reshard) run(ctx context.Context, dryRun bool) error {
 	if err := r.plan(ctx, found); err != nil || dryRun {
 		return err
 	}
-	if err := r.each(ctx, move.prepare, move.prepareViews, move.copy, move.count, move.shut); err != nil {
+	if err := r.each(ctx, move.prepare, move.makeViews, move.copy, move.count, move.shut); err != nil {
 		return err
 	}
 	if err := r.each(ctx, move.compare); err != nil {
@@ -218,13 +218,11 @@ func (m move) prepare() {
 	if m.has(tableNext, tableRebuilt) || m.store.userBits.Load() != wantedUserBits {
 		m.fail("events_hourly has to be made anew first, with `event-ingestion reconcile -rebuild` and CLICKHOUSE_CLUSTER as it was")
 	}
-	m.do(m.store.makeTables)
+	m.makeTables()
 	if m.placed().of == 0 { // An instance that starts meanwhile must not take the new server's empty table for a shard's.
 		m.change("ALTER TABLE {database}.events MODIFY COMMENT '" + fmt.Sprintf(placementForm, 0, 0, 0) + "'")
 	}
 }
-
-func (m move) prepareViews() { m.do(m.store.makeViews) }
 
 // copy fills events_moved. What an earlier run has copied stays, but for its last month.
 func (m move) copy() {

@@ -9,6 +9,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"regexp"
 	"slices"
@@ -42,12 +43,12 @@ func (s *store) prepare(ctx context.Context, partitions int) (shards []*store, e
 	}
 	failed := make([]error, len(shards))
 	// A view of all shards can be made when all have the tables.
-	for _, step := range []func(*store, context.Context, asker) error{(*store).prepareTables, (*store).prepareViews} {
+	for _, step := range []func(*session){(*session).prepareTables, (*session).prepareViews} {
 		var steps sync.WaitGroup
 		for i, sh := range shards {
 			if failed[i] == nil {
 				steps.Go(func() { // ends with ctx
-					failed[i] = sh.connected(ctx, func(c asker) error { return step(sh, ctx, c) })
+					failed[i] = sh.session(ctx, io.Discard, step)
 				})
 			}
 		}
@@ -82,84 +83,65 @@ func (s *store) prepareLate(ctx context.Context, c asker) error {
 	if !s.late.Load() {
 		return nil
 	}
-	err := s.prepareTables(ctx, c)
-	if err == nil {
-		err = s.prepareViews(ctx, c)
-	}
-	s.late.Store(err != nil)
-	return err
+	steps := session{ctx: ctx, store: s, conn: c}
+	steps.prepareTables()
+	steps.prepareViews()
+	s.late.Store(steps.err != nil)
+	return steps.err
 }
 
 // prepareTables is prepare for all but the views and the placement of one shard.
-func (s *store) prepareTables(ctx context.Context, c asker) (err error) {
-	if err := s.attach(ctx, c); err != nil { // a real fault shows in the next query
+func (s *session) prepareTables() {
+	if err := s.store.attach(s.ctx, s.conn); err != nil { // a real fault shows in the next query
 		slog.Debug("attach tables", "error", err)
 	}
-	if s.rebuilding, err = s.has(ctx, c, tableNext, tableRebuilt, eventsMoved); err != nil { // before the states, which change with its end
-		return err
+	s.store.rebuilding = s.has(tableNext, tableRebuilt, eventsMoved) // before the states, which change with its end
+	s.do(s.store.readStates)
+	s.do(s.store.checkPlacement)
+	if s.err != nil {
+		return
 	}
-	if err := s.readStates(ctx, c); err != nil {
-		return err
-	}
-	if s.unplaced, err = s.checkPlacement(ctx, c); err != nil {
-		return err
-	}
-	if s.rebuilding { // and it may be about to exchange the tables: nothing to be changed beside that
+	if s.store.rebuilding { // and it may be about to exchange the tables: nothing to be changed beside that
 		slog.Warn("tables are being made anew and stay as they are; when no `event-ingestion reconcile -rebuild` or reshard runs, run it again: it finishes what one has begun")
-		return nil
+		return
 	}
-	if err := s.makeTables(ctx, c); err != nil {
-		return err
-	}
-	if bits := s.userBits.Load(); bits != wantedUserBits {
+	s.makeTables()
+	if bits := s.store.userBits.Load(); s.err == nil && bits != wantedUserBits {
 		slog.Warn("events_hourly has user states of another precision, which works and is slow; `event-ingestion reconcile -rebuild` makes it anew from events while ingestion goes on",
 			"bits", bits, "wanted", wantedUserBits)
 	}
-	return nil
 }
 
 // prepareViews does what prepareTables left.
-func (s *store) prepareViews(ctx context.Context, c asker) error {
-	if s.unplaced {
-		if err := s.place(ctx); err != nil {
-			return fmt.Errorf("note which shard this is: %w", err)
-		}
-		s.unplaced = false
+func (s *session) prepareViews() {
+	if s.store.unplaced {
+		s.do(s.store.place)
 	}
-	if s.rebuilding {
-		return nil
+	if !s.store.rebuilding {
+		s.makeViews()
 	}
-	return s.makeViews(ctx, c)
 }
 
 // makeTables runs the statements of schema.sql, but for those of makeViews, and sees to the retention.
-func (s *store) makeTables(ctx context.Context, c asker) error {
-	if err := s.adopt(ctx, c); err != nil {
-		return err
-	}
-	if err := s.apply(ctx, c, false); err != nil {
-		return err
-	}
+func (s *session) makeTables() {
+	s.adopt()
+	s.apply(false)
 	for table, column := range map[string]string{"events": "timestamp", "events_hourly": "hour"} {
-		if err := s.applyRetention(ctx, c, table, column); err != nil {
-			return fmt.Errorf("apply RETENTION_DAYS to %s: %w", table, err)
-		}
+		s.during("apply RETENTION_DAYS to "+table, func() { s.applyRetention(table, column) })
 	}
-	return nil
 }
 
 // makeViews makes those that read all shards.
-func (s *store) makeViews(ctx context.Context, c asker) error { return s.apply(ctx, c, true) }
+func (s *session) makeViews() { s.apply(true) }
 
-func (s *store) apply(ctx context.Context, c asker, views bool) error {
-	for _, stmt := range schemaStatements {
-		if strings.Contains(stmt, "CREATE OR REPLACE VIEW") == views {
-			if err := s.change(ctx, c, stmt); err != nil {
-				return fmt.Errorf("apply schema.sql: %w", err)
+func (s *session) apply(views bool) {
+	s.during("apply schema.sql", func() {
+		for _, stmt := range schemaStatements {
+			if strings.Contains(stmt, "CREATE OR REPLACE VIEW") == views {
+				s.change(stmt)
 			}
 		}
-	}
-	return nil
+	})
 }
 
 // ttlOf finds the TTL in a statement that makes a table, daysOf and fsyncOf what two settings have made of it.
@@ -170,63 +152,52 @@ var (
 )
 
 // adopt takes CLICKHOUSE_FSYNC and RETENTION_DAYS from the tables, unless this program decides about them.
-func (s *store) adopt(ctx context.Context, c asker) error {
-	if s.decides {
-		return nil
+func (s *session) adopt() {
+	if s.store.decides {
+		return
 	}
-	made, err := s.madeBy(ctx, c, "events")
-	if err != nil || made == "" {
-		return err
+	made := s.madeBy("events")
+	if s.err != nil || made == "" {
+		return
 	}
 	if m := fsyncOf.FindStringSubmatch(made); m != nil {
-		s.fsync = m[1]
+		s.store.fsync = m[1]
 	}
-	s.keepDays = 0
+	s.store.keepDays = 0
 	if m := daysOf.FindStringSubmatch(made); m != nil {
-		s.keepDays, err = strconv.Atoi(m[1])
+		s.store.keepDays, s.err = strconv.Atoi(m[1])
 	}
-	return err
 }
 
 // madeBy is the statement that makes a table as it is; empty when there is none.
-func (s *store) madeBy(ctx context.Context, c asker, table string) (statement string, err error) {
+func (s *session) madeBy(table string) (statement string) {
 	var made proto.ColStr
-	err = c.Do(ctx, eachRow(ch.Query{
-		Body: s.sql("SELECT create_table_query FROM system.tables WHERE database = '{database}' AND name = '" + table + "'"),
-	}, func(i int) { statement = made.Row(i) }, &made))
-	return statement, err
+	s.ask(ch.Query{Body: "SELECT create_table_query FROM system.tables WHERE database = '{database}' AND name = '" + table + "'"},
+		func(i int) { statement = made.Row(i) }, &made)
+	return statement
 }
 
 // applyRetention gives a table the TTL that RETENTION_DAYS asks for, or takes it away. All of a month has one time to go, or the
 // two tables, whose parts are merged differently, would differ for up to a month. A change has ClickHouse look at every part
 // once, without writing its rows again (materialize_ttl_recalculate_only); without a change nothing happens.
-func (s *store) applyRetention(ctx context.Context, c asker, table, column string) error {
-	made, err := s.madeBy(ctx, c, table)
-	if err != nil || made == "" {
-		return err
+func (s *session) applyRetention(table, column string) {
+	made := s.madeBy(table)
+	if s.err != nil || made == "" {
+		return
 	}
 	has, wanted, change := "", "", "REMOVE TTL"
 	if m := ttlOf.FindStringSubmatch(made); m != nil {
 		has = m[1]
 	}
-	if s.keepDays > 0 {
-		wanted = fmt.Sprintf("(toStartOfMonth(%s) + toIntervalMonth(1)) + toIntervalDay(%d)", column, s.keepDays)
+	if s.store.keepDays > 0 {
+		wanted = fmt.Sprintf("(toStartOfMonth(%s) + toIntervalMonth(1)) + toIntervalDay(%d)", column, s.store.keepDays)
 		change = "MODIFY TTL " + wanted
 	}
-	if has == wanted || has != "" && !s.decides {
-		return nil
+	if has == wanted || has != "" && !s.store.decides {
+		return
 	}
 	slog.Warn("RETENTION_DAYS changes a table", "table", table, "ttl", wanted, "before", has)
-	return s.change(ctx, c, "ALTER TABLE {database}."+table+"{on cluster} "+change)
-}
-
-// change runs a statement that answers nothing: with replicas, when every one has done it.
-func (s *store) change(ctx context.Context, c asker, stmt string) error {
-	q := ch.Query{Body: s.sql(stmt)}
-	if s.replicated {
-		q.Settings = []ch.Setting{{Key: "distributed_ddl_output_mode", Value: "none"}} // else it answers a row a replica
-	}
-	return c.Do(ctx, q)
+	s.change("ALTER TABLE {database}." + table + "{on cluster} " + change)
 }
 
 // readStates sets userBits to what events_hourly has.
@@ -240,17 +211,6 @@ func (s *store) readStates(ctx context.Context, c asker) error {
 		s.userBits.Store(int32(bits))
 	}
 	return nil
-}
-
-// has says whether one of the tables exists.
-func (s *store) has(ctx context.Context, c asker, tables ...string) (bool, error) {
-	n, err := number(ctx, c, ch.Query{
-		Body: s.sql("SELECT count() FROM system.tables WHERE database = '{database}' AND name IN ('" + strings.Join(tables, "', '") + "')"),
-	})
-	if err != nil {
-		err = fmt.Errorf("look for tables: %w", err)
-	}
-	return n > 0, err
 }
 
 // schemaStatements are those of schema.sql, definitions its DEFINEs: name and text, in turns.

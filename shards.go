@@ -72,15 +72,16 @@ func (s *store) placement() string {
 
 const placementForm = "shard %d of %d, by partition of %d"
 
-// checkPlacement compares what a shard's table says with what the cluster and the topic say now. unplaced means that the table
+// checkPlacement compares what a shard's table says with what the cluster and the topic say now, and sets unplaced: the table
 // says nothing yet, or does not exist.
-func (s *store) checkPlacement(ctx context.Context, c asker) (unplaced bool, err error) {
+func (s *store) checkPlacement(ctx context.Context, c asker) error {
+	s.unplaced = false
 	if s.partitions == 0 {
-		return false, nil
+		return nil
 	}
 	has, rows, err := s.placementAt(ctx, c)
 	if err != nil {
-		return false, err
+		return err
 	}
 	wanted := s.placement()
 	if has == "" && rows > 0 && s.replicated { // a comment is not replicated: this replica may have come later
@@ -89,15 +90,16 @@ func (s *store) checkPlacement(ctx context.Context, c asker) (unplaced bool, err
 			has = cmp.Or(has, comment)
 			return err
 		})
-		unplaced = has == wanted && wanted != ""
+		s.unplaced = has == wanted && wanted != ""
 	}
 	switch {
 	case has == wanted:
-		return unplaced, nil
+		return nil
 	case has == "" && rows == 0:
-		return true, nil
+		s.unplaced = true
+		return nil
 	}
-	return false, fmt.Errorf("%w: %s.events at %s is %q and would have to be %q; set back what was changed, or run `event-ingestion reshard`",
+	return fmt.Errorf("%w: %s.events at %s is %q and would have to be %q; set back what was changed, or run `event-ingestion reshard`",
 		errPlacement, s.database, s.replicas[0], cmp.Or(has, "the only shard"), cmp.Or(wanted, "the only shard"))
 }
 
@@ -120,10 +122,14 @@ func (s *store) placementAt(ctx context.Context, c asker) (comment string, rows 
 }
 
 // place writes the comment, on every replica.
-func (s *store) place(ctx context.Context) error {
-	return s.eachReplica(ctx, func(c asker) error {
+func (s *store) place(ctx context.Context, _ asker) error {
+	err := s.eachReplica(ctx, func(c asker) error {
 		return c.Do(ctx, ch.Query{Body: fmt.Sprintf("ALTER TABLE %s.events MODIFY COMMENT '%s'", s.database, s.placement())})
 	})
+	if s.unplaced = err != nil; err != nil {
+		return fmt.Errorf("note which shard this is: %w", err)
+	}
+	return nil
 }
 
 // eachReplica calls f for each server of the shard, with a connection of its own.

@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"strconv"
 	"strings"
@@ -148,6 +149,111 @@ func (s *store) connected(ctx context.Context, f func(asker) error) error {
 	}
 	return err
 }
+
+// session is steps on one server, of which each needs those before it. Its first error stays: after it nothing is asked,
+// changed or said, every number is 0, and no wait lasts.
+type session struct {
+	ctx   context.Context
+	store *store
+	conn  asker
+	out   io.Writer
+	err   error
+}
+
+// session takes steps on a connection of their own, and returns their first error, with the shard's name.
+func (s *store) session(ctx context.Context, out io.Writer, steps func(*session)) error {
+	err := s.connected(ctx, func(c asker) error {
+		r := session{ctx: ctx, store: s, conn: c, out: out}
+		steps(&r)
+		return r.err
+	})
+	if err != nil && s.of > 1 {
+		err = fmt.Errorf("%s: %w", s.name("ClickHouse"), err)
+	}
+	return err
+}
+
+// do takes a step.
+func (s *session) do(step func(context.Context, asker) error) {
+	if s.err == nil {
+		s.err = step(s.ctx, s.conn)
+	}
+}
+
+func (s *session) fail(why string) {
+	s.do(func(context.Context, asker) error { return errors.New(why) })
+}
+
+func (s *session) say(what string) {
+	if s.err == nil {
+		fmt.Fprintln(s.out, s.store.name(what))
+	}
+}
+
+// during takes steps, and says of their error what was attempted.
+func (s *session) during(what string, steps func()) {
+	if s.err != nil {
+		return
+	}
+	if steps(); s.err != nil {
+		s.err = fmt.Errorf("%s: %w", what, s.err)
+	}
+}
+
+// run runs a query, with the braces of schema.sql.
+func (s *session) run(q ch.Query) {
+	q.Body = s.store.sql(q.Body)
+	s.do(func(ctx context.Context, c asker) error { return c.Do(ctx, q) })
+}
+
+// ask is run for a query that answers, see eachRow.
+func (s *session) ask(q ch.Query, row func(i int), columns ...proto.ColResult) {
+	s.run(eachRow(q, row, columns...))
+}
+
+// insert is run for an INSERT … SELECT.
+func (s *session) insert(q ch.Query) {
+	q.Settings = append(q.Settings, s.store.inserting()...)
+	s.run(q)
+}
+
+// change runs statements that answer nothing: with replicas, each when every one has done it.
+func (s *session) change(statements ...string) {
+	for _, stmt := range statements {
+		q := ch.Query{Body: stmt}
+		if s.store.replicated {
+			q.Settings = []ch.Setting{{Key: "distributed_ddl_output_mode", Value: "none"}} // else it answers a row a replica
+		}
+		s.run(q)
+	}
+}
+
+// dropTable drops a table of any size: ClickHouse would refuse one of more than 50 GB.
+func (s *session) dropTable(name string) {
+	s.change("DROP TABLE IF EXISTS {database}." + name + "{on cluster} SYNC SETTINGS max_table_size_to_drop = 0")
+}
+
+// number asks for one UInt64.
+func (s *session) number(sql string) (n int64) {
+	s.do(func(ctx context.Context, c asker) error {
+		answer, err := number(ctx, c, ch.Query{Body: s.store.sql(sql)})
+		n = int64(answer)
+		return err
+	})
+	return n
+}
+
+// has says whether one of the tables exists.
+func (s *session) has(tables ...string) (is bool) {
+	s.during("look for tables", func() {
+		names := strings.Join(tables, "', '")
+		is = s.number("SELECT count() FROM system.tables WHERE database = '{database}' AND name IN ('"+names+"')") > 0
+	})
+	return is
+}
+
+// now is the server's clock, in Unix milliseconds.
+func (s *session) now() int64 { return s.number("SELECT toUInt64(toUnixTimestamp64Milli(now64(3)))") }
 
 // saysOtherStates is whether a query failed because events_hourly was made anew since readStates: the query says another
 // precision than the table has.
