@@ -105,7 +105,7 @@ func readLedger(ctx context.Context, cfg *settings, r timeRange, erased map[stri
 			}
 		}
 		if p.last == math.MaxUint64 {
-			return l, l.compareTables(ctx, cfg, r)
+			return l, newStore(cfg).session(ctx, io.Discard, func(s *session) { l.compareTables(s, r) })
 		}
 		first = p.last + 1
 	}
@@ -134,7 +134,7 @@ func (p *pass) read(ctx context.Context, cfg *settings, r timeRange, erased map[
 			return err
 		}
 	}
-	return p.readTable(ctx, newStore(cfg), r)
+	return newStore(cfg).session(ctx, io.Discard, func(s *session) { p.readTable(s, r) })
 }
 
 func (p *pass) has(id *eventID) bool {
@@ -164,41 +164,29 @@ func (p *pass) note(id eventID, where place, replays int16) {
 }
 
 // readTable looks for the pass's events in the table.
-func (p *pass) readTable(ctx context.Context, st *store, r timeRange) error {
-	c, err := st.dial(ctx)
-	if err != nil {
-		return err
-	}
-	defer c.Close()
+func (p *pass) readTable(s *session, r timeRange) {
 	var got proto.ColFixedStr32
-	return c.Do(ctx, eachRow(ch.Query{
-		Body: st.sql(fmt.Sprintf("SELECT event_id FROM {events} WHERE timestamp >= %d AND timestamp < %d"+
-			" AND substring(event_id, 1, 8) BETWEEN unhex('%016x') AND unhex('%016x')", r.from, r.to, p.first, p.last)),
-	}, func(i int) { p.note(got[i], inTable, 0) }, &got))
+	s.ask(ch.Query{
+		Body: fmt.Sprintf("SELECT event_id FROM {events} WHERE timestamp >= %d AND timestamp < %d"+
+			" AND substring(event_id, 1, 8) BETWEEN unhex('%016x') AND unhex('%016x')", r.from, r.to, p.first, p.last),
+	}, func(i int) { p.note(got[i], inTable, 0) }, &got)
 }
 
 // compareTables counts both tables, hour by hour.
-func (l *ledger) compareTables(ctx context.Context, cfg *settings, r timeRange) error {
-	st := newStore(cfg)
-	c, err := st.dial(ctx)
-	if err != nil {
-		return err
-	}
-	defer c.Close()
+func (l *ledger) compareTables(s *session, r timeRange) {
 	// The aggregate has whole hours: those entirely within the range are compared.
 	from, to := (r.from+hourSeconds-1)/hourSeconds*hourSeconds, r.to/hourSeconds*hourSeconds
 	var rows, aggregated, unequal proto.ColInt64
-	err = c.Do(ctx, eachRow(ch.Query{
-		Body: st.sql(fmt.Sprintf(`SELECT toInt64(sum(has)), toInt64(sum(counted)), toInt64(sum(abs(has - counted))) FROM (
+	s.ask(ch.Query{
+		Body: fmt.Sprintf(`SELECT toInt64(sum(has)), toInt64(sum(counted)), toInt64(sum(abs(has - counted))) FROM (
 			SELECT name, ch, hour, sum(has) AS has, sum(counted) AS counted FROM (
 				SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, toStartOfHour(timestamp) AS hour, toInt64(uniqExact(event_id)) AS has, toInt64(0) AS counted
 				FROM {events} WHERE timestamp >= %[1]d AND timestamp < %[2]d GROUP BY name, ch, hour
 				UNION ALL
 				SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, hour, toInt64(0) AS has, sum(event_count) AS counted
 				FROM {events_hourly} WHERE hour >= %[1]d AND hour < %[2]d GROUP BY name, ch, hour
-			) GROUP BY name, ch, hour)`, from, to)),
-	}, func(i int) { l.rows, l.aggregated, l.unequal = rows[i], aggregated[i], unequal[i] }, &rows, &aggregated, &unequal))
-	return err
+			) GROUP BY name, ch, hour)`, from, to),
+	}, func(i int) { l.rows, l.aggregated, l.unequal = rows[i], aggregated[i], unequal[i] }, &rows, &aggregated, &unequal)
 }
 
 // difference is how many acknowledged events are nowhere.
