@@ -67,11 +67,12 @@ type consumer struct {
 
 // lane is the way to one shard: partition p is stored by shard p mod shards, see shards.go.
 type lane struct {
-	workers  []*worker
-	inserter *inserter
-	backlog  *backlog
-	has      atomic.Int32 // of its partitions are assigned
-	paused   bool         // nothing is fetched for it; only the poll loop knows
+	partitions []int32 // all of the shard, whoever has them
+	workers    []*worker
+	inserter   *inserter
+	backlog    *backlog
+	has        atomic.Int32 // of its partitions are assigned
+	paused     bool         // nothing is fetched for it; only the poll loop knows
 }
 
 // newConsumer returns a consumer of the topic, which has so many partitions; it starts over when another number was seen.
@@ -83,13 +84,16 @@ func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow f
 	c.limits = blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / roundShare / int64(max(cfg.workerCount, len(shards))))}
 	for i, st := range shards {
 		l := &lane{backlog: newBacklog(cfg.consumeMemory / queueShare / int64(len(shards)))}
+		for p := i; p < partitions; p += len(shards) {
+			l.partitions = append(l.partitions, int32(p))
+		}
 		call := newRoundCall()
 		for range max(1, (cfg.workerCount+len(shards)-1-i)/len(shards)) {
 			l.workers = append(l.workers, newWorker(c.limits, partitions, l.backlog, call, side))
 		}
 		l.inserter = newInserter(st, cfg, stats, l.workers, call, membership{
 			isMember: c.isMember,
-			alone:    func() bool { return int(l.has.Load()) == (partitions+len(shards)-1-i)/len(shards) },
+			alone:    func() bool { return int(l.has.Load()) == len(l.partitions) },
 			stored: func(offsets map[int32]kgo.EpochOffset) {
 				c.kafka.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{c.topic: offsets})
 			},
@@ -227,7 +231,7 @@ func (c *consumer) makeRoom(ctx context.Context) {
 			bytes := l.backlog.bytes.Load()
 			if l.paused && bytes <= l.backlog.limit/2 {
 				l.paused = false
-				c.kafka.ResumeFetchPartitions(c.partitionsOf(l))
+				c.kafka.ResumeFetchPartitions(map[string][]int32{c.topic: l.partitions})
 			}
 			if bytes > l.backlog.limit && !l.paused {
 				full = append(full, l)
@@ -240,7 +244,7 @@ func (c *consumer) makeRoom(ctx context.Context) {
 		if room {
 			for _, l := range full {
 				l.paused = true
-				c.kafka.PauseFetchPartitions(c.partitionsOf(l))
+				c.kafka.PauseFetchPartitions(map[string][]int32{c.topic: l.partitions})
 			}
 			return
 		}
@@ -274,17 +278,6 @@ func (c *consumer) shareRounds() {
 			w.limit(blockLimits{share(c.limits.rows, n), share(c.limits.bytes, len(busy))})
 		}
 	}
-}
-
-// partitionsOf are all of a lane, whoever has them.
-func (c *consumer) partitionsOf(l *lane) map[string][]int32 {
-	var list []int32
-	for p := range int32(c.parts) {
-		if c.lane(p) == l {
-			list = append(list, p)
-		}
-	}
-	return map[string][]int32{c.topic: list}
 }
 
 // readEvents is what fails when a poll does.
