@@ -38,8 +38,10 @@ const (
 	pollRecords = 10000
 	// pollWait bounds a poll in which nothing comes, so that a grown topic is noticed.
 	pollWait = time.Second
-	// fullWait is the time between two looks at queues that are full, and bounds a poll while a lane is paused.
-	fullWait = 100 * time.Millisecond
+	// pausedWait is the same while a lane is paused, so that its room is noticed.
+	pausedWait = 100 * time.Millisecond
+	// fullWait is the time between two looks at queues that are full: they do not run empty meanwhile.
+	fullWait = 5 * time.Millisecond
 	// CONSUME_MEMORY is for what waits in the queues (one part), the records of two rounds, the one that is sent and the
 	// one that fills (two parts), the same as columns (two parts), and what the client fetches ahead.
 	queueShare = 8
@@ -83,7 +85,7 @@ func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow f
 	}
 	c.limits = blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / roundShare / int64(max(cfg.workerCount, len(shards))))}
 	for i, st := range shards {
-		l := &lane{backlog: newBacklog(cfg.consumeMemory / queueShare / int64(len(shards)))}
+		l := &lane{backlog: &backlog{limit: cfg.consumeMemory / queueShare / int64(len(shards))}}
 		for p := i; p < partitions; p += len(shards) {
 			l.partitions = append(l.partitions, int32(p))
 		}
@@ -197,7 +199,7 @@ func (c *consumer) poll(ctx context.Context) {
 	for ctx.Err() == nil {
 		wait := pollWait
 		if slices.ContainsFunc(c.lanes, func(l *lane) bool { return l.paused }) {
-			wait = fullWait
+			wait = pausedWait
 		}
 		fetches := poll(ctx, c.kafka, pollRecords, wait, c.failed)
 		c.noteGrowth()
@@ -248,11 +250,7 @@ func (c *consumer) makeRoom(ctx context.Context) {
 			}
 			return
 		}
-		select {
-		case <-full[0].backlog.room:
-		case <-time.After(fullWait):
-		case <-ctx.Done():
-		}
+		sleep(ctx, fullWait)
 	}
 }
 

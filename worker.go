@@ -22,25 +22,18 @@ import (
 // lockRecords is how many records a worker takes in before it lets the inserter at its block: about 0.2 ms.
 const lockRecords = 128
 
-// backlog bounds the bytes of records that wait in the workers' queues.
+// backlog is the bytes of records that wait in the workers' queues, and how many may.
 type backlog struct {
 	limit int64
 	bytes atomic.Int64
-	room  chan struct{} // the bytes are within the limit, or were since the last look
 }
 
 // recordOverhead is about what a record takes in memory beside its bytes: kgo.Record, and its places in slices.
 const recordOverhead = 200
 
-func newBacklog(limit int64) *backlog { return &backlog{limit: limit, room: make(chan struct{}, 1)} }
-
 func (b *backlog) add(rec *kgo.Record) { b.bytes.Add(int64(recordBytes(rec) + recordOverhead)) }
 
-func (b *backlog) remove(rec *kgo.Record) {
-	if b.bytes.Add(-int64(recordBytes(rec)+recordOverhead)) <= b.limit {
-		notify(b.room, struct{}{})
-	}
-}
+func (b *backlog) remove(rec *kgo.Record) { b.bytes.Add(-int64(recordBytes(rec) + recordOverhead)) }
 
 // roundCall is how workers ask for a round.
 type roundCall struct {
