@@ -59,7 +59,6 @@ type consumer struct {
 	stats         *storeStats
 	failed        func(error)            // told what a poll says, each time
 	has           map[int32]struct{}     // the partitions that are assigned; for the group's callbacks, which come one at a time
-	assigned      atomic.Int32           // how many
 	limits        blockLimits            // of a block, when all workers have partitions
 	workers       int                    // WORKER_COUNT
 	member        atomic.Pointer[string] // the group's name for this instance since the first assignment
@@ -257,7 +256,6 @@ func (c *consumer) makeRoom(ctx context.Context) {
 // shareRounds gives the workers of a lane larger blocks when few of them have partitions, because other lanes or instances store
 // the rest. Else the rounds of many inserters would be small, and an insert costs the same whatever it holds.
 func (c *consumer) shareRounds() {
-	c.assigned.Store(int32(len(c.has)))
 	busy, has := map[*worker]bool{}, map[*lane]int32{}
 	for p := range c.has {
 		busy[c.worker(p)] = true

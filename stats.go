@@ -189,26 +189,22 @@ func (s *stats) watch(current *atomic.Pointer[consumer], wm *watermark, bodies *
 	gauge("event_ingestion_stored_behind_seconds",
 		"Seconds for which nothing was stored of a partition that has records waiting; 0 when none stands still.",
 		func() float64 { worst, _, _ := wm.stalled(); return worst.Seconds() })
-	gauge("event_ingestion_partitions_assigned", "Partitions of the main topic that this instance has.", func() float64 {
-		if c := current.Load(); c != nil {
-			return float64(c.assigned.Load())
-		}
-		return 0
-	})
-	sum := func(of func(*dedupe) int64) func() float64 {
+	sum := func(of func(*lane) int64) func() float64 {
 		return func() (total float64) {
 			if c := current.Load(); c != nil {
 				for _, l := range c.lanes {
-					total += float64(of(l.inserter.dedupe))
+					total += float64(of(l))
 				}
 			}
 			return total
 		}
 	}
+	gauge("event_ingestion_partitions_assigned", "Partitions of the main topic that this instance has.",
+		sum(func(l *lane) int64 { return int64(l.has.Load()) }))
 	gauge("event_ingestion_dedupe_bytes", "Memory of the ids that are known to be stored.",
-		sum(func(d *dedupe) int64 { return d.bytes.Load() }))
+		sum(func(l *lane) int64 { return l.inserter.dedupe.bytes.Load() }))
 	gauge("event_ingestion_dedupe_minutes", "Minutes of event time of which all ids are in memory.",
-		sum(func(d *dedupe) int64 { return d.sets.Load() }))
+		sum(func(l *lane) int64 { return l.inserter.dedupe.sets.Load() }))
 }
 
 // write prints every metric in Prometheus' text format. The library leaves HELP lines without a text; write puts it in.
