@@ -211,7 +211,7 @@ func (m *model) leave() {
 
 func (m *model) reconcile() {
 	st := newStore(settingsFrom(m.t, m.env))
-	if _, err := reconcile(m.t.Context(), st, timeRange{0, maxUnixSeconds}.hours(), quietSeconds, false, io.Discard); err != nil {
+	if _, err := reconcile(m.t.Context(), st, timeRange{0, maxUnixSeconds}.hours(), quietSeconds, false, func(unequal) {}); err != nil {
 		m.log = append(m.log, "(not possible now)") // ClickHouse may be on its way back
 	}
 }

@@ -160,7 +160,7 @@ func TestRebuild(t *testing.T) {
 	if counts[0] != counts[1] || counts[1] != counts[2] {
 		t.Errorf("%s rows, %s events, %s counted", counts[0], counts[1], counts[2])
 	}
-	if n, err := reconcile(t.Context(), newStore(cfg), timeRange{0, maxUnixSeconds}.hours(), 0, true, io.Discard); n != 0 || err != nil {
+	if n, err := reconcile(t.Context(), newStore(cfg), timeRange{0, maxUnixSeconds}.hours(), 0, true, func(unequal) {}); n != 0 || err != nil {
 		t.Errorf("%d rows differ, %v", n, err)
 	}
 	if got := clickhouseQuery(t, fmt.Sprintf("SELECT arraySort(groupArray(name)) FROM system.tables WHERE database = '%s'", db)); got != "['events','events_all','events_between','events_between_by_day','events_hourly','events_hourly_mv']" {
@@ -371,7 +371,7 @@ func TestReconcileBesideSlowInsert(t *testing.T) {
 	for deadline := time.Now().Add(time.Minute); clickhouseQuery(t, stands) == "0" && time.Now().Before(deadline); {
 		sleep(t.Context(), 10*time.Millisecond)
 	}
-	if _, err := reconcile(t.Context(), st, timeRange{0, maxUnixSeconds}.hours(), quiet, false, io.Discard); err != nil || !<-ended {
+	if _, err := reconcile(t.Context(), st, timeRange{0, maxUnixSeconds}.hours(), quiet, false, func(unequal) {}); err != nil || !<-ended {
 		t.Error("the command or the insert failed: ", err)
 	}
 	countedOnce(t, st.database)

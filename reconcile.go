@@ -75,13 +75,18 @@ func reconcileTool(fs *flag.FlagSet) toolRun {
 		ctx, cancel := context.WithTimeout(ctx, time.Hour)
 		defer cancel()
 		return exclusively(ctx, cfg, *dryRun, func(ctx context.Context) error {
-			if *asJSON {
-				lines := json.NewEncoder(w)
-				_, err := reconcileEach(ctx, newStore(cfg), r.hours(), quietSeconds, *dryRun, func(d unequal) { lines.Encode(d) })
-				return err
-			}
-			n, err := reconcile(ctx, newStore(cfg), r.hours(), quietSeconds, *dryRun, w)
-			if err == nil {
+			t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+			head := "HOUR\tEVENT\tCHANNEL\tIN EVENTS\tIN EVENTS_HOURLY\n"
+			n, err := reconcile(ctx, newStore(cfg), r.hours(), quietSeconds, *dryRun, func(d unequal) {
+				if *asJSON {
+					json.NewEncoder(w).Encode(d)
+					return
+				}
+				fmt.Fprintf(t, "%s%s\t%s\t%s\t%d\t%d\n", head, d.Hour, d.Event, d.Channel, d.InEvents, d.InHourly)
+				head = ""
+			})
+			t.Flush()
+			if err == nil && !*asJSON {
 				fmt.Fprintf(w, "%d rows of events_hourly differ from events\n", n)
 			}
 			return err
@@ -108,23 +113,9 @@ type unequal struct {
 // killed. No group's inserts have a space there.
 func (s *store) mendingID() string { return "mending " + s.database }
 
-// reconcile is reconcileEach that prints a table.
-func reconcile(ctx context.Context, st *store, hours string, quiet int, dryRun bool, w io.Writer) (rows int, err error) {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	defer t.Flush()
-	begun := false
-	return reconcileEach(ctx, st, hours, quiet, dryRun, func(d unequal) {
-		if !begun {
-			fmt.Fprintln(t, "HOUR\tEVENT\tCHANNEL\tIN EVENTS\tIN EVENTS_HOURLY")
-			begun = true
-		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%d\n", d.Hour, d.Event, d.Channel, d.InEvents, d.InHourly)
-	})
-}
-
-// reconcileEach hands the rows that differ, shard by shard, to each and, unless dryRun, mends them. It returns how many there
-// were. hours is a condition; what was written within the last quiet seconds is left out.
-func reconcileEach(ctx context.Context, st *store, hours string, quiet int, dryRun bool, each func(unequal)) (rows int, err error) {
+// reconcile hands the rows that differ, shard by shard, to each and, unless dryRun, mends them. It returns how many there were.
+// hours is a condition; what was written within the last quiet seconds is left out.
+func reconcile(ctx context.Context, st *store, hours string, quiet int, dryRun bool, each func(unequal)) (rows int, err error) {
 	shards, err := st.shards(ctx)
 	failures := []error{err}
 	for _, sh := range shards {

@@ -8,7 +8,6 @@ import (
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kmsg"
-	"io"
 	"math"
 	"net/http"
 	"strings"
@@ -213,7 +212,7 @@ func TestReconcileBesideMend(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() { // ends with the query, which takes seconds
 		hour := timeRange{begun, begun + hourSeconds}
-		_, err := reconcile(t.Context(), newStore(settingsFrom(t, append(env, "CLICKHOUSE_USERNAME=slow"))), hour.hours(), 0, false, io.Discard)
+		_, err := reconcile(t.Context(), newStore(settingsFrom(t, append(env, "CLICKHOUSE_USERNAME=slow"))), hour.hours(), 0, false, func(unequal) {})
 		ended <- err
 	}()
 	p.await("the command's insert", time.Minute, func() bool {

@@ -225,7 +225,7 @@ func rewind(ctx context.Context, cfg *settings, at time.Time, dryRun bool, w io.
 		fmt.Fprintf(w, "%d records would be read again\n", records)
 		return nil
 	}
-	rows, err := reconcile(ctx, newStore(cfg), timeRange{0, maxUnixSeconds}.hours(), 0, false, io.Discard)
+	rows, err := reconcile(ctx, newStore(cfg), timeRange{0, maxUnixSeconds}.hours(), 0, false, func(unequal) {})
 	if err != nil {
 		return fmt.Errorf("make events_hourly agree with events before anything is read again: %w", err)
 	}
