@@ -173,13 +173,10 @@ func (w *worker) takeBlock() *block {
 	if cap(w.spare.records) > 2*w.limits.rows {
 		w.spare = newBlock(w.limits.rows)
 	}
-	if len(w.cur.offsets) == 0 {
-		if cap(w.cur.records) > 2*w.limits.rows {
-			w.cur = newBlock(w.limits.rows)
-		}
+	w.cur, w.spare = w.spare, w.cur
+	if len(w.spare.offsets) == 0 {
 		return nil
 	}
-	w.cur, w.spare = w.spare, w.cur
 	w.wake.Broadcast()
 	return w.spare
 }
