@@ -146,8 +146,8 @@ func (ins *inserter) repair(ctx context.Context, failure error) {
 	if err == nil && r.dialed {
 		err = ins.lookAside(ctx)
 	}
+	ins.stats.troubles.note(ins.store.name("mend broken parts"), err)
 	if err != nil {
-		ins.stats.troubles.note(ins.store.name("mend broken parts"), err)
 		r.notBefore = time.Now().Add(repairPause)
 	}
 }

@@ -90,15 +90,13 @@ func (ins *inserter) mend(ctx context.Context) {
 				ins.atOnce = lookHours
 			}
 		}
+		ins.stats.troubles.note(what, err)
 		if err != nil {
 			ins.atOnce = max(1, ins.atOnce/2) // it may have taken too long
 			ins.store.broken.note(err)
 			if saysOtherStates(err) {
 				ins.store.readStates(ctx, ins) // an error comes back at the next look
 			}
-			ins.stats.troubles.note(what, err)
-		} else {
-			ins.stats.troubles.clear(what)
 		}
 		if err != nil || len(ins.hours) == 0 {
 			pause = max(mendInterval, lookShare*took)

@@ -259,8 +259,13 @@ func newTroubles() *troubles {
 	return &troubles{open: map[string]trouble{}, ever: map[string]bool{}, told: map[string]telling{}}
 }
 
-// note says that what ("insert", "create topics") has failed, once more or for the first time, and will be tried again.
+// note says that what ("insert", "create topics") has failed, once more or for the first time, and will be tried again; without
+// an error, that it works.
 func (t *troubles) note(what string, err error) {
+	if err == nil {
+		t.clear(what)
+		return
+	}
 	cause, now := firstLine(err.Error()), time.Now()
 	cause = cause[:min(len(cause), maxErrorMessage)]
 	t.mu.Lock()

@@ -114,9 +114,7 @@ func (w *watermark) stalled() (worst, all time.Duration, waiting int64) {
 func (w *watermark) run(ctx context.Context, failing *troubles) {
 	const what = "ask Kafka how far everything is stored"
 	for sleep(ctx, sampleInterval) == nil {
-		if err := w.look(ctx); err == nil {
-			failing.clear(what)
-		} else if ctx.Err() == nil {
+		if err := w.look(ctx); ctx.Err() == nil {
 			failing.note(what, err)
 		}
 	}
