@@ -56,15 +56,15 @@ type watermark struct {
 	producersLate time.Duration // after a growth the API's producers may place records by the old number for so long
 	through       atomic.Int64  // Unix seconds, 0 while unknown
 	stored        storedSignal
-	samples       []sample           // oldest first; only run touches it, and what follows
-	retried       []int64            // (2) of the last look, nil before the first
-	moving        []int64            // records below may be on the wrong partition, because the topic has grown
-	moveUntil     time.Time          // so may those that are produced until then
-	gone          map[string][]int64 // committed offsets that belong to a deleted topic of the same name
-	progress      atomic.Pointer[progress]
+	samples       []sample                 // oldest first; only run touches it, and what follows
+	retried       []int64                  // (2) of the last look, nil before the first
+	moving        []int64                  // records below may be on the wrong partition, because the topic has grown
+	moveUntil     time.Time                // so may those that are produced until then
+	gone          map[string][]int64       // committed offsets that belong to a deleted topic of the same name
+	progress      atomic.Pointer[progress] // of the last look
 }
 
-// progress is what a look found.
+// progress is what a look found; nothing before the first.
 type progress struct {
 	committed []int64     // by partition, as the brokers say
 	lags      []int64     // by partition
@@ -79,24 +79,21 @@ type sample struct {
 }
 
 func newWatermark(kafka *kgo.Client, cfg *settings) *watermark {
-	return &watermark{kafka: kafka, admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup, producersLate: cfg.ackTimeout + metadataWait, gone: map[string][]int64{}}
+	w := &watermark{
+		kafka: kafka, admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup,
+		producersLate: cfg.ackTimeout + metadataWait, gone: map[string][]int64{},
+	}
+	w.progress.Store(new(progress))
+	return w
 }
 
 // partitionLags is the lag of each partition, nil while unknown.
-func (w *watermark) partitionLags() []int64 {
-	if p := w.progress.Load(); p != nil {
-		return p.lags
-	}
-	return nil
-}
+func (w *watermark) partitionLags() []int64 { return w.progress.Load().lags }
 
 // stalled returns for how long nothing was stored of the worst partition with waiting records, and of any such partition, and
 // how many records wait in all.
 func (w *watermark) stalled() (worst, all time.Duration, waiting int64) {
 	p := w.progress.Load()
-	if p == nil {
-		return 0, 0, 0
-	}
 	for i, lag := range p.lags {
 		if lag > 0 {
 			d := time.Since(p.since[i])
@@ -154,8 +151,7 @@ func (w *watermark) look(ctx context.Context) error {
 		w.moving = slices.Clone(ends)
 	}
 	atMost(w.moving, ends)
-	before := w.progress.Load()
-	rewound := before != nil && !atLeast(stored, before.committed) // what was stored is missing
+	rewound := !atLeast(stored, w.progress.Load().committed) // what was stored is missing
 	ahead := slices.ContainsFunc(w.samples, func(s sample) bool { return s.at.Unix() > now.Unix() })
 	if rewound || ahead || w.through.Load() >= now.Unix() { // or the clock was set back: it has not been then yet
 		w.through.Store(0)
@@ -207,12 +203,10 @@ func (w *watermark) advance(now time.Time, stored, ends []int64, quiet bool) {
 
 // standing is since when each partition has made no progress, now when it has, or has no lag.
 func (w *watermark) standing(now time.Time, committed, ends []int64) []time.Time {
-	since := slices.Repeat([]time.Time{now}, len(ends))
-	if before := w.progress.Load(); before != nil {
-		for p := range min(len(before.since), len(before.committed), len(committed), len(ends)) {
-			if committed[p] == before.committed[p] && committed[p] < ends[p] {
-				since[p] = before.since[p]
-			}
+	since, before := slices.Repeat([]time.Time{now}, len(ends)), w.progress.Load()
+	for p := range min(len(before.since), len(before.committed), len(committed), len(ends)) {
+		if committed[p] == before.committed[p] && committed[p] < ends[p] {
+			since[p] = before.since[p]
 		}
 	}
 	return since

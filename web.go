@@ -382,15 +382,13 @@ func (p *pipeline) sample(now time.Time) {
 		"accepted": p.stats.ingest.accepted.Get(), "stored": p.stats.store.rows.Get(),
 		"duplicates": p.stats.store.duplicates.Get(), "dead_letters": p.stats.side.deadLetters(),
 	}
-	values := map[string]float64{"lag": 0, "retries": 0}
+	found := p.watermark.progress.Load()
+	values := map[string]float64{"lag": 0, "retries": float64(found.retries)}
 	if age := p.watermark.stored.age(); age > 0 { // else it is not known yet
 		values["freshness_seconds"] = age.Seconds()
 	}
-	if found := p.watermark.progress.Load(); found != nil {
-		values["retries"] = float64(found.retries)
-		for _, lag := range found.lags {
-			values["lag"] += float64(lag)
-		}
+	for _, lag := range found.lags {
+		values["lag"] += float64(lag)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
