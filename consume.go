@@ -42,10 +42,9 @@ const (
 	pausedWait = 100 * time.Millisecond
 	// fullWait is the time between two looks at queues that are full: they do not run empty meanwhile.
 	fullWait = 5 * time.Millisecond
-	// CONSUME_MEMORY is for what waits in the queues (one part), the records of two rounds, the one that is sent and the
-	// one that fills (two parts), the same as columns (two parts), and what the client fetches ahead.
-	queueShare = 8
-	roundShare = 8
+	// memoryParts are those of CONSUME_MEMORY: what waits in the queues (one), the records of two rounds, the one that is sent
+	// and the one that fills (two), the same as columns (two), and what the client fetches ahead.
+	memoryParts = 8
 )
 
 // consumer reads the main topic in the group, spread over the workers.
@@ -82,9 +81,9 @@ func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow f
 		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, partitionsNow: partitionsNow, stats: stats, failed: failed,
 		has: map[int32]struct{}{}, workers: cfg.workerCount,
 	}
-	c.limits = blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / roundShare / int64(max(cfg.workerCount, len(shards))))}
+	c.limits = blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / memoryParts / int64(max(cfg.workerCount, len(shards))))}
 	for i, st := range shards {
-		l := &lane{backlog: &backlog{limit: cfg.consumeMemory / queueShare / int64(len(shards))}}
+		l := &lane{backlog: &backlog{limit: cfg.consumeMemory / memoryParts / int64(len(shards))}}
 		for p := i; p < partitions; p += len(shards) {
 			l.partitions = append(l.partitions, int32(p))
 		}
