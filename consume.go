@@ -59,6 +59,7 @@ type consumer struct {
 	failed        func(error)            // told what a poll says, each time
 	has           map[int32]struct{}     // the partitions that are assigned; for the group's callbacks, which come one at a time
 	limits        blockLimits            // of a block, when all workers have partitions
+	maxQueued     int64                  // bytes of records that wait for one lane
 	workers       int                    // WORKER_COUNT
 	member        atomic.Pointer[string] // the group's name for this instance since the first assignment
 	owned         context.Context
@@ -70,7 +71,7 @@ type lane struct {
 	partitions []int32 // all of the shard, whoever has them
 	workers    []*worker
 	inserter   *inserter
-	backlog    *backlog
+	queued     atomic.Int64 // bytes of the records that wait in its workers' queues
 	has        atomic.Int32 // of its partitions are assigned
 	paused     bool         // nothing is fetched for it; only the poll loop knows
 }
@@ -82,14 +83,15 @@ func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow f
 		has: map[int32]struct{}{}, workers: cfg.workerCount,
 	}
 	c.limits = blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / memoryParts / int64(max(cfg.workerCount, len(shards))))}
+	c.maxQueued = cfg.consumeMemory / memoryParts / int64(len(shards))
 	for i, st := range shards {
-		l := &lane{backlog: &backlog{limit: cfg.consumeMemory / memoryParts / int64(len(shards))}}
+		l := new(lane)
 		for p := i; p < partitions; p += len(shards) {
 			l.partitions = append(l.partitions, int32(p))
 		}
 		call := newRoundCall()
 		for range max(1, (cfg.workerCount+len(shards)-1-i)/len(shards)) {
-			l.workers = append(l.workers, newWorker(c.limits, partitions, l.backlog, call, side))
+			l.workers = append(l.workers, newWorker(c.limits, partitions, &l.queued, call, side))
 		}
 		l.inserter = newInserter(st, cfg, stats, l.workers, call, membership{
 			isMember: c.isMember,
@@ -228,15 +230,15 @@ func (c *consumer) makeRoom(ctx context.Context) {
 		var full []*lane
 		room := false
 		for _, l := range c.lanes {
-			bytes := l.backlog.bytes.Load()
-			if l.paused && bytes <= l.backlog.limit/2 {
+			bytes := l.queued.Load()
+			if l.paused && bytes <= c.maxQueued/2 {
 				l.paused = false
 				c.kafka.ResumeFetchPartitions(map[string][]int32{c.topic: l.partitions})
 			}
-			if bytes > l.backlog.limit && !l.paused {
+			if bytes > c.maxQueued && !l.paused {
 				full = append(full, l)
 			}
-			room = room || bytes <= l.backlog.limit && !l.paused
+			room = room || bytes <= c.maxQueued && !l.paused
 		}
 		if len(full) == 0 {
 			return

@@ -13,6 +13,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -355,7 +356,7 @@ func TestHotPathAllocations(t *testing.T) {
 
 // idleWorker takes in what is put into its queue, of a topic with one partition.
 func idleWorker(rows int) *worker {
-	return newWorker(blockLimits{rows, 1 << 30}, 1, &backlog{limit: 1 << 40}, newRoundCall(), nil)
+	return newWorker(blockLimits{rows, 1 << 30}, 1, new(atomic.Int64), newRoundCall(), nil)
 }
 
 func TestSettings(t *testing.T) {

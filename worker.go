@@ -22,18 +22,8 @@ import (
 // lockRecords is how many records a worker takes in before it lets the inserter at its block: about 0.2 ms.
 const lockRecords = 128
 
-// backlog is the bytes of records that wait in the workers' queues, and how many may.
-type backlog struct {
-	limit int64
-	bytes atomic.Int64
-}
-
-// recordOverhead is about what a record takes in memory beside its bytes: kgo.Record, and its places in slices.
-const recordOverhead = 200
-
-func (b *backlog) add(rec *kgo.Record) { b.bytes.Add(int64(recordBytes(rec) + recordOverhead)) }
-
-func (b *backlog) remove(rec *kgo.Record) { b.bytes.Add(-int64(recordBytes(rec) + recordOverhead)) }
+// queuedBytes is about what a record takes in memory while it waits: its bytes, 200 for kgo.Record, and its places in slices.
+func queuedBytes(rec *kgo.Record) int64 { return int64(recordBytes(rec) + 200) }
 
 // roundCall is how workers ask for a round.
 type roundCall struct {
@@ -67,7 +57,7 @@ type blockLimits struct {
 
 // worker turns the records of its partitions into rows.
 type worker struct {
-	backlog *backlog
+	queued  *atomic.Int64 // bytes of what waits in the queues of the lane
 	call    *roundCall
 	side    *sideProducer
 	router  kgo.TopicPartitioner // tells the partition of a key
@@ -104,9 +94,9 @@ const (
 	maxShare = 8
 )
 
-func newWorker(limits blockLimits, partitions int, queued *backlog, call *roundCall, side *sideProducer) *worker {
+func newWorker(limits blockLimits, partitions int, queued *atomic.Int64, call *roundCall, side *sideProducer) *worker {
 	w := &worker{
-		limits: limits, backlog: queued, call: call, side: side, parts: partitions, router: kgo.StickyKeyPartitioner(nil).ForTopic(""),
+		limits: limits, queued: queued, call: call, side: side, parts: partitions, router: kgo.StickyKeyPartitioner(nil).ForTopic(""),
 		cur: newBlock(limits.rows), spare: newBlock(limits.rows), came: map[int32]*arrival{},
 	}
 	w.wake.L = &w.mu
@@ -132,7 +122,7 @@ func (w *worker) limit(l blockLimits) {
 // enqueue takes over records of one partition, at least one, which ended at end when they were fetched.
 func (w *worker) enqueue(records []*kgo.Record, end int64) {
 	for _, rec := range records {
-		w.backlog.add(rec)
+		w.queued.Add(queuedBytes(rec))
 	}
 	w.mu.Lock()
 	if a := w.came[records[0].Partition]; a != nil && a.end == 0 {
@@ -152,7 +142,7 @@ func (w *worker) drop(partition int32) {
 			return false
 		}
 		for _, rec := range records {
-			w.backlog.remove(rec)
+			w.queued.Add(-queuedBytes(rec))
 		}
 		return true
 	})
@@ -261,7 +251,7 @@ func (w *worker) pass(n int) {
 				w.cur.reread = true
 			}
 		}
-		w.backlog.remove(rec)
+		w.queued.Add(-queuedBytes(rec))
 	}
 	if w.queue[0] = head[n:]; n == len(head) {
 		w.queue[0], w.queue = nil, w.queue[1:]
