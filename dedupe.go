@@ -46,7 +46,7 @@ type dedupe struct {
 	database string
 	budget   int64        // DEDUPE_MEMORY, bytes of all sets
 	bytes    atomic.Int64 // never above budget, a table and its larger successor included
-	sets     atomic.Int64 // len(minutes)
+	sets     atomic.Int64 // len(minutes) in the last round
 	minutes  map[int64]*idSet
 	wanted   map[int64]int // rows that had to be looked up, by minute
 	round    uint64
@@ -67,7 +67,6 @@ func newDedupe(a asker, database string, budget int64) *dedupe {
 func (d *dedupe) forgetAll() {
 	d.minutes, d.wanted = map[int64]*idSet{}, map[int64]int{}
 	d.bytes.Store(0)
-	d.sets.Store(0)
 }
 
 // prepare does what needs ClickHouse before the round can be checked: it loads minutes that are worth it, and looks up
@@ -92,6 +91,7 @@ func (d *dedupe) prepare(ctx context.Context, round []*block) error {
 			d.doubtful += n
 		}
 	}
+	d.sets.Store(int64(len(d.minutes)))
 	if d.doubtful == 0 {
 		return nil
 	}
@@ -252,7 +252,6 @@ func (d *dedupe) read(ctx context.Context, spans []timeRange) error {
 			d.drop(m)
 		}
 	}
-	d.sets.Store(int64(len(d.minutes)))
 	slog.Debug("loaded into the dedupe's memory", "minutes", len(loading), "bytes", d.bytes.Load())
 	return err
 }
@@ -298,5 +297,4 @@ func (d *dedupe) free(need int64) bool {
 func (d *dedupe) drop(minute int64) {
 	d.bytes.Add(-d.minutes[minute].bytes() - setOverhead)
 	delete(d.minutes, minute)
-	d.sets.Store(int64(len(d.minutes)))
 }
