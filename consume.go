@@ -162,11 +162,12 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 	defer cancel()
 	context.AfterFunc(c.owned, cancel)
 	var workers, inserters sync.WaitGroup
+	working, stopWorkers := context.WithCancel(context.Background())
 	insertCtx, cancelInserts := context.WithCancel(c.owned)
 	stopInserters := make(chan struct{})
 	for _, l := range c.lanes {
 		for _, w := range l.workers {
-			workers.Go(w.run) // ends with w.close
+			workers.Go(func() { w.run(working) }) // ends with stopWorkers
 		}
 		inserters.Go(func() { l.inserter.run(insertCtx, stopInserters) }) // ends with stopInserters, or insertCtx
 	}
@@ -178,11 +179,7 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 	end, cancelEnd := finish()
 	defer cancelEnd()
 	context.AfterFunc(end, cancelInserts)
-	for _, l := range c.lanes {
-		for _, w := range l.workers {
-			w.close()
-		}
-	}
+	stopWorkers()
 	workers.Wait()
 	close(stopInserters)
 	inserters.Wait()

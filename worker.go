@@ -65,12 +65,10 @@ type worker struct {
 	parser  eventParser
 	idInput []byte
 	keyed   kgo.Record // for router
-	open    context.Context
-	end     context.CancelFunc // ends open, under mu
 
 	mu     sync.Mutex // guards everything below
 	limits blockLimits
-	wake   sync.Cond       // queue has records, cur has room, or open has ended
+	wake   sync.Cond       // queue has records, cur has room, or run has to end
 	queue  [][]*kgo.Record // what is left of fetches, each of one partition and never empty
 	cur    *block
 	spare  *block             // the inserter's, from takeBlock to reset
@@ -100,7 +98,6 @@ func newWorker(limits blockLimits, partitions int, queued *atomic.Int64, call *r
 		cur: newBlock(limits.rows), spare: newBlock(limits.rows), came: map[int32]*arrival{},
 	}
 	w.wake.L = &w.mu
-	w.open, w.end = context.WithCancel(context.Background())
 	return w
 }
 
@@ -148,13 +145,6 @@ func (w *worker) drop(partition int32) {
 	})
 }
 
-func (w *worker) close() {
-	w.mu.Lock()
-	w.end()
-	w.mu.Unlock()
-	w.wake.Broadcast()
-}
-
 // takeBlock gives the inserter what the worker has, nil when that is nothing, and the worker an empty block. The
 // inserter has emptied the last one it took before it takes the next. A block that grew under other limits goes.
 func (w *worker) takeBlock() *block {
@@ -171,21 +161,26 @@ func (w *worker) takeBlock() *block {
 	return w.spare
 }
 
-// run takes in records until close.
-func (w *worker) run() {
+// run takes in records until ctx is done.
+func (w *worker) run(ctx context.Context) {
+	defer context.AfterFunc(ctx, func() {
+		w.mu.Lock() // or it might be about to wait
+		defer w.mu.Unlock()
+		w.wake.Broadcast()
+	})()
 	for {
 		w.mu.Lock()
-		for w.open.Err() == nil && (len(w.queue) == 0 || w.isFull()) {
+		for ctx.Err() == nil && (len(w.queue) == 0 || w.isFull()) {
 			w.wake.Wait()
 		}
-		if w.open.Err() != nil {
+		if ctx.Err() != nil {
 			w.mu.Unlock()
 			return
 		}
 		bad, why := w.takeIn(lockRecords)
 		w.mu.Unlock()
 		if bad != nil {
-			w.redirect(bad, why)
+			w.redirect(ctx, bad, why)
 		}
 	}
 }
@@ -276,14 +271,14 @@ func (p *eventParser) decode(value []byte) (*event, error) {
 // redirect sends a record that cannot become a row here where it belongs: what is no event to the dead letters, an event under
 // another key or on another partition back to the topic. It moves past the record once that is acknowledged, unless the
 // partition was lost meanwhile: then the next owner does it again.
-func (w *worker) redirect(rec *kgo.Record, why error) {
+func (w *worker) redirect(ctx context.Context, rec *kgo.Record, why error) {
 	var err error
 	if errors.Is(why, errMisplaced) {
 		ev, _ := w.parser.decode(rec.Value) // once more, and again without complaint
 		id, _ := ev.id(nil)
-		err = w.side.requeue(w.open, []*kgo.Record{{Key: hex.AppendEncode(nil, id[:]), Value: rec.Value, Headers: rec.Headers}})
+		err = w.side.requeue(ctx, []*kgo.Record{{Key: hex.AppendEncode(nil, id[:]), Value: rec.Value, Headers: rec.Headers}})
 	} else {
-		err = w.side.deadLetter(w.open, rec, why)
+		err = w.side.deadLetter(ctx, rec, why)
 	}
 	if err != nil {
 		return
