@@ -144,9 +144,8 @@ func (s *session) apply(views bool) {
 	})
 }
 
-// ttlOf finds the TTL in a statement that makes a table, daysOf and fsyncOf what two settings have made of it.
+// daysOf and fsyncOf find what two settings have made of a statement that makes a table.
 var (
-	ttlOf   = regexp.MustCompile(` TTL (.*?) SETTINGS `)
 	daysOf  = regexp.MustCompile(` TTL .*toIntervalDay\((\d+)\) SETTINGS `)
 	fsyncOf = regexp.MustCompile(`fsync_after_insert = (\d)`)
 )
@@ -185,10 +184,9 @@ func (s *session) applyRetention(table, column string) {
 	if s.err != nil || made == "" {
 		return
 	}
-	has, wanted, change := "", "", "REMOVE TTL"
-	if m := ttlOf.FindStringSubmatch(made); m != nil {
-		has = m[1]
-	}
+	_, ttl, _ := strings.Cut(made, " TTL ")
+	has, _, _ := strings.Cut(ttl, " SETTINGS ")
+	wanted, change := "", "REMOVE TTL"
 	if s.store.keepDays > 0 {
 		wanted = fmt.Sprintf("(toStartOfMonth(%s) + toIntervalMonth(1)) + toIntervalDay(%d)", column, s.store.keepDays)
 		change = "MODIFY TTL " + wanted
