@@ -159,9 +159,6 @@ const (
 	never = 1 << 62
 )
 
-// rebuild is one run on one server. Its store has the wanted precision, whatever the old table has.
-type rebuild struct{ *session }
-
 // rebuildHourly makes events_hourly what schema.sql now says. It takes as long as ClickHouse needs to read events once.
 func rebuildHourly(ctx context.Context, cfg *settings, out io.Writer) error {
 	shards, err := newStore(cfg).prepare(ctx, 0) // in the precision that the tables have
@@ -171,113 +168,108 @@ func rebuildHourly(ctx context.Context, cfg *settings, out io.Writer) error {
 	if len(shards) > 1 && shards[0].replicated {
 		return errors.New("several shards of replicas cannot be made anew by this command")
 	}
-	// The tables of all shards are filled before the first is exchanged: queries over shards of two precisions fail.
-	for _, step := range []func(rebuild){rebuild.make, rebuild.takeOver} {
-		for _, st := range shards {
-			st.userBits.Store(wantedUserBits)
-			if err := st.session(ctx, out, func(s *session) { step(rebuild{s}) }); err != nil {
-				return err
-			}
-		}
+	for _, st := range shards {
+		st.userBits.Store(wantedUserBits) // whatever the old table has
 	}
-	return nil
+	// The tables of all shards are filled before the first is exchanged: queries over shards of two precisions fail.
+	return inTurn(ctx, shards, out, makeNext, exchangeHourly)
 }
 
-// make makes and fills the new table, unless that was done before.
-func (r rebuild) make() {
-	if r.has(tableRebuilt) {
+// makeNext makes and fills the new table, unless that was done before.
+func makeNext(s *session) {
+	if s.has(tableRebuilt) {
 		return
 	}
-	if r.has(eventsMoved) {
-		r.fail("a reshard has begun: let it finish first")
+	if s.has(eventsMoved) {
+		s.fail("a reshard has begun: let it finish first")
 	}
-	r.do(r.store.syncReplica)
-	since := r.begin()
-	r.fill("events", tableNext, fmt.Sprintf("created_at < fromUnixTimestamp64Milli(%d)", since))
-	r.syncReplicas(tableNext)
-	if r.sinceOf(tableNext) != since {
-		r.fail("another rebuild has begun")
+	s.do(s.store.syncReplica)
+	since := beginNext(s)
+	s.fill("events", tableNext, fmt.Sprintf("created_at < fromUnixTimestamp64Milli(%d)", since))
+	s.syncReplicas(tableNext)
+	if s.sinceOf(tableNext) != since {
+		s.fail("another rebuild has begun")
 	}
 }
 
-// begin makes the new table and its view. since, in Unix milliseconds, divides the two counts: when begin returns it has
+// beginNext makes the new table and its view. since, in Unix milliseconds, divides the two counts: when it returns it has
 // passed, and every row from before it is visible.
-func (r rebuild) begin() (since int64) {
+func beginNext(s *session) (since int64) {
 	const view = "CREATE MATERIALIZED VIEW {database}.%s{on cluster} TO {database}.%s AS SELECT {counted} FROM {database}.events" +
 		" WHERE created_at >= fromUnixTimestamp64Milli(%d) GROUP BY event_name, channel, hour"
-	// The clock may have been ahead when the present table was made, and takeOver would take it for the newer one.
-	r.change("ALTER TABLE {database}.events_hourly{on cluster} MODIFY COMMENT '0'")
+	// The clock may have been ahead when the present table was made, and exchangeHourly would take it for the newer one.
+	s.change("ALTER TABLE {database}.events_hourly{on cluster} MODIFY COMMENT '0'")
 	for lead := firstLead; ; lead *= 2 {
-		r.say("the new table is made")
-		r.change("DROP VIEW IF EXISTS {database}." + viewNext + "{on cluster} SYNC")
-		r.dropTable(tableNext)
-		r.change(statementsOf("events_hourly", tableNext)...)
-		since = r.now() + lead.Milliseconds()
-		r.change(fmt.Sprintf("ALTER TABLE {database}.%s{on cluster} MODIFY COMMENT '%d'", tableNext, since),
+		s.say("the new table is made")
+		s.change("DROP VIEW IF EXISTS {database}." + viewNext + "{on cluster} SYNC")
+		s.dropTable(tableNext)
+		s.change(statementsOf("events_hourly", tableNext)...)
+		since = s.now() + lead.Milliseconds()
+		s.change(fmt.Sprintf("ALTER TABLE {database}.%s{on cluster} MODIFY COMMENT '%d'", tableNext, since),
 			fmt.Sprintf(view, viewNext, tableNext, since))
-		if r.awaitInserts(r.now(), since) < since {
-			r.awaitInserts(since, never)
+		if s.awaitInserts(s.now(), since) < since {
+			s.awaitInserts(since, never)
 			return since
 		}
 	}
 }
 
-// takeOver puts the filled table in the old one's place. It can be repeated from any point: of the two tables the new one has
-// the later moment in its comment.
-func (r rebuild) takeOver() {
-	if r.has(tableRebuilt) {
-		r.say("an exchange of tables has begun, it is finished now")
+// exchangeHourly puts the filled table in the old one's place. It can be repeated from any point: of the two tables the new one
+// has the later moment in its comment.
+func exchangeHourly(s *session) {
+	if s.has(tableRebuilt) {
+		s.say("an exchange of tables has begun, it is finished now")
 	} else {
-		r.say("inserts wait")
-		r.change("RENAME TABLE {database}." + tableNext + " TO {database}." + tableRebuilt + "{on cluster}")
+		s.say("inserts wait")
+		s.change("RENAME TABLE {database}." + tableNext + " TO {database}." + tableRebuilt + "{on cluster}")
 	}
-	r.awaitInserts(r.now(), never) // these still feed both tables
-	rebuilt, hourly := r.sinceOf(tableRebuilt), r.sinceOf("events_hourly")
+	s.awaitRunning() // these still feed both tables
+	rebuilt, hourly := s.sinceOf(tableRebuilt), s.sinceOf("events_hourly")
 	if rebuilt > hourly {
-		r.mend(rebuilt)
-		r.say("the tables are exchanged")
-		r.syncReplicas(tableRebuilt)
-		r.change("EXCHANGE TABLES {database}.events_hourly AND {database}." + tableRebuilt + "{on cluster}")
+		mendRebuilt(s, rebuilt)
+		s.say("the tables are exchanged")
+		s.syncReplicas(tableRebuilt)
+		s.change("EXCHANGE TABLES {database}.events_hourly AND {database}." + tableRebuilt + "{on cluster}")
 	}
-	r.exchangeViews()
+	exchangeViews(s)
 }
 
 // exchangeViews gives the new table the view. Inserts go on when the other view, whose target is gone, is dropped.
-func (r rebuild) exchangeViews() {
-	if r.has(viewNext) { // else that was done, and inserts go on: none may find events without a view
-		r.say("the views are made anew")
-		r.change("DROP VIEW IF EXISTS {database}.events_hourly_mv{on cluster} SYNC")
-		r.makeTables()
-		r.makeViews()
-		r.change("DROP VIEW IF EXISTS {database}." + viewNext + "{on cluster} SYNC")
+func exchangeViews(s *session) {
+	if s.has(viewNext) { // else that was done, and inserts go on: none may find events without a view
+		s.say("the views are made anew")
+		s.change("DROP VIEW IF EXISTS {database}.events_hourly_mv{on cluster} SYNC")
+		s.makeTables()
+		s.makeViews()
+		s.change("DROP VIEW IF EXISTS {database}." + viewNext + "{on cluster} SYNC")
 	}
-	r.say("inserts go on")
-	r.dropTable(tableRebuilt)
+	s.say("inserts go on")
+	s.dropTable(tableRebuilt)
 }
 
-// mend compares the hours written to meanwhile: an insert that was torn was mended in the old table only. Nobody else knows the
-// new one yet, and inserts wait, so that an hour that is always written to can be compared, too.
-func (r rebuild) mend(since int64) {
+// mendRebuilt compares the hours written to meanwhile: an insert that was torn was mended in the old table only. Nobody else knows
+// the new one yet, and inserts wait, so that an hour that is always written to can be compared, too.
+func mendRebuilt(s *session, since int64) {
 	differing := fmt.Sprintf(differences, "FINAL",
 		fmt.Sprintf("hour IN (SELECT toStartOfHour(timestamp) FROM {database}.events WHERE created_at >= fromUnixTimestamp64Milli(%d))", since),
 		"event_count != 0 OR revenue != 0", tableRebuilt)
-	n := r.number("SELECT count() FROM " + differing)
+	n := s.number("SELECT count() FROM " + differing)
 	if n > 0 {
-		r.insert(ch.Query{Body: fmt.Sprintf(addDifferences, tableRebuilt) + differing})
+		s.insert(ch.Query{Body: fmt.Sprintf(addDifferences, tableRebuilt) + differing})
 	}
-	r.say(fmt.Sprintf("events_hourly is made anew; %d of its rows had to be mended", n))
+	s.say(fmt.Sprintf("events_hourly is made anew; %d of its rows had to be mended", n))
 }
 
 // syncReplicas waits until every replica has the table's parts.
-func (r rebuild) syncReplicas(table string) {
-	if r.store.replicated {
-		r.change("SYSTEM SYNC REPLICA{on cluster} {database}." + table)
+func (s *session) syncReplicas(table string) {
+	if s.store.replicated {
+		s.change("SYSTEM SYNC REPLICA{on cluster} {database}." + table)
 	}
 }
 
 // sinceOf is the moment that a table's comment names, 0 when it was not made by a rebuild.
-func (r rebuild) sinceOf(table string) int64 {
-	return r.number("SELECT max(toUInt64OrZero(comment)) FROM system.tables WHERE database = '{database}' AND name = '" + table + "'")
+func (s *session) sinceOf(table string) int64 {
+	return s.number("SELECT max(toUInt64OrZero(comment)) FROM system.tables WHERE database = '{database}' AND name = '" + table + "'")
 }
 
 // awaitInserts returns once begun has passed and no insert from before it is still running, or at until. Both are in the
@@ -298,6 +290,9 @@ func (s *session) awaitInserts(begun, until int64) (now int64) {
 	}
 	return now
 }
+
+// awaitRunning waits for the inserts that run now.
+func (s *session) awaitRunning() { s.awaitInserts(s.now(), never) }
 
 // fill counts the rows of events that a condition names.
 func (s *session) fill(events, hourly, where string) {

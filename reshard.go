@@ -38,9 +38,6 @@ type reshard struct {
 	idle   func() error // fails while an instance consumes
 }
 
-// move is a run's part on one server.
-type move struct{ *session }
-
 // placed is what a server has. number, of and partitions are what its table says, 0 when nothing; bytes are of both tables.
 type placed struct {
 	number, of, partitions int
@@ -82,7 +79,7 @@ func (r *reshard) run(ctx context.Context, dryRun bool) error {
 		return err
 	}
 	var found []placed
-	if err := r.each(ctx, func(m move) { found = append(found, m.placed()) }); err != nil {
+	if err := r.each(ctx, func(s *session) { found = append(found, placedOn(s)) }); err != nil {
 		return err
 	}
 	begun := slices.ContainsFunc(found, func(p placed) bool { return p.copied || p.shut })
@@ -103,36 +100,28 @@ func (r *reshard) run(ctx context.Context, dryRun bool) error {
 	if err := r.plan(ctx, found); err != nil || dryRun {
 		return err
 	}
-	if err := r.each(ctx, move.prepare, move.makeViews, move.copy, move.count, move.shut); err != nil {
+	if err := r.each(ctx, prepareCopy, (*session).makeViews, copyEvents, countCopy, shutInserts); err != nil {
 		return err
 	}
-	if err := r.each(ctx, move.compare); err != nil {
-		return errors.Join(err, r.each(ctx, move.reopen, move.drop))
+	if err := r.each(ctx, compareCopy); err != nil {
+		return errors.Join(err, r.each(ctx, reopenInserts, dropCopies))
 	}
 	return r.takeOver(ctx)
 }
 
 // takeOver puts the copies in the place of the old tables. Inserts stay shut out until all events are where they belong.
 func (r *reshard) takeOver(ctx context.Context) error {
-	if err := r.each(ctx, move.exchange); err != nil {
+	if err := r.each(ctx, exchangeEvents); err != nil {
 		return err
 	}
 	if err := r.idle(); err != nil { // it started before the exchange, and is shut out; any later one is refused
 		return err
 	}
-	return r.each(ctx, move.open, move.drop)
+	return r.each(ctx, openInserts, dropCopies)
 }
 
-// each takes the steps one after the other, each on all servers before the next.
-func (r *reshard) each(ctx context.Context, steps ...func(move)) error {
-	for _, step := range steps {
-		for _, st := range r.shards {
-			if err := st.session(ctx, r.out, func(s *session) { step(move{s}) }); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
+func (r *reshard) each(ctx context.Context, steps ...func(*session)) error {
+	return inTurn(ctx, r.shards, r.out, steps...)
 }
 
 // mustBeWhole refuses servers that do not have all that was placed before.
@@ -159,13 +148,13 @@ func mustBeWhole(found []placed) error {
 func (r *reshard) plan(ctx context.Context, found []placed) error {
 	rows := make([]uint64, len(found))
 	var all, bytes uint64
-	err := r.each(ctx, func(m move) {
-		p := found[m.store.number-1]
+	err := r.each(ctx, func(s *session) {
+		p := found[s.store.number-1]
 		if all, bytes = all+p.rows, bytes+p.bytes; p.rows == 0 {
 			return // it may have no table yet
 		}
 		var shard, count proto.ColUInt64
-		m.ask(ch.Query{Body: "SELECT toUInt64(" + m.store.shardOf() + ") AS shard, count() FROM {database}.events GROUP BY shard"},
+		s.ask(ch.Query{Body: "SELECT toUInt64(" + s.store.shardOf() + ") AS shard, count() FROM {database}.events GROUP BY shard"},
 			func(i int) { rows[shard[i]] += count[i] }, &shard, &count)
 	})
 	if err != nil {
@@ -191,114 +180,112 @@ func (s *store) shardOf() string {
 	return fmt.Sprintf("bitAnd(kafkaMurmurHash(lower(hex(event_id))), 0x7fffffff) %% %d %% %d", s.partitions, s.of)
 }
 
-func (m move) placed() (p placed) {
+// placedOn asks a server.
+func placedOn(s *session) (p placed) {
 	var comment string
-	m.do(func(ctx context.Context, c asker) (err error) {
-		comment, p.rows, err = m.store.placementAt(ctx, c)
+	s.do(func(ctx context.Context, c asker) (err error) {
+		comment, p.rows, err = s.store.placementAt(ctx, c)
 		return err
 	})
 	if _, err := fmt.Sscanf(comment, placementForm, &p.number, &p.of, &p.partitions); err != nil && p.rows > 0 {
 		p.number, p.of = 1, 1
 	}
-	p.inPlace = comment == m.store.placement() && (comment != "" || m.store.of == 1)
-	p.copied, p.shut = m.has(eventsMoved), m.has(hourlyBefore)
+	p.inPlace = comment == s.store.placement() && (comment != "" || s.store.of == 1)
+	p.copied, p.shut = s.has(eventsMoved), s.has(hourlyBefore)
 	var bytes, free proto.ColUInt64
-	m.ask(ch.Query{Body: `
+	s.ask(ch.Query{Body: `
 		SELECT ifNull(sum(total_bytes), 0), ifNull((SELECT max(unreserved_space) FROM system.disks), 0)
 		FROM system.tables WHERE database = '{database}' AND name IN ('events', 'events_hourly', '` + hourlyBefore + `')`},
 		func(i int) { p.bytes, p.free = bytes[i], free[i] }, &bytes, &free)
 	return p
 }
 
-// prepare makes the tables of a server that is new, and undoes what a run that was cut off has shut.
-func (m move) prepare() {
-	m.reopen()
-	m.ended() // ClickHouse goes on with what a run that was killed has begun
-	m.do(m.store.readStates)
-	if m.has(tableNext, tableRebuilt) || m.store.userBits.Load() != wantedUserBits {
-		m.fail("events_hourly has to be made anew first, with `event-ingestion reconcile -rebuild` and CLICKHOUSE_CLUSTER as it was")
+// prepareCopy makes the tables of a server that is new, and undoes what a run that was cut off has shut.
+func prepareCopy(s *session) {
+	reopenInserts(s)
+	s.awaitRunning() // ClickHouse goes on with what a run that was killed has begun
+	s.do(s.store.readStates)
+	if s.has(tableNext, tableRebuilt) || s.store.userBits.Load() != wantedUserBits {
+		s.fail("events_hourly has to be made anew first, with `event-ingestion reconcile -rebuild` and CLICKHOUSE_CLUSTER as it was")
 	}
-	m.makeTables()
-	if m.placed().of == 0 { // An instance that starts meanwhile must not take the new server's empty table for a shard's.
-		m.change("ALTER TABLE {database}.events MODIFY COMMENT '" + fmt.Sprintf(placementForm, 0, 0, 0) + "'")
+	s.makeTables()
+	if placedOn(s).of == 0 { // An instance that starts meanwhile must not take the new server's empty table for a shard's.
+		s.change("ALTER TABLE {database}.events MODIFY COMMENT '" + fmt.Sprintf(placementForm, 0, 0, 0) + "'")
 	}
 }
 
-// copy fills events_moved. What an earlier run has copied stays, but for its last month.
-func (m move) copy() {
-	if !m.isCopy() {
-		m.dropTable(eventsMoved)
-		m.change(statementsOf("events", eventsMoved)...)
-		m.change("ALTER TABLE {database}." + eventsMoved + " MODIFY COMMENT '" + m.store.placement() + "'")
+// copyEvents fills events_moved. What an earlier run has copied stays, but for its last month.
+func copyEvents(s *session) {
+	if !hasCopy(s) {
+		s.dropTable(eventsMoved)
+		s.change(statementsOf("events", eventsMoved)...)
+		s.change("ALTER TABLE {database}." + eventsMoved + " MODIFY COMMENT '" + s.store.placement() + "'")
 	}
-	from := m.number("SELECT toUInt64(toUnixTimestamp(toStartOfMonth(max(timestamp)), 'UTC')) FROM {database}." + eventsMoved)
+	from := s.number("SELECT toUInt64(toUnixTimestamp(toStartOfMonth(max(timestamp)), 'UTC')) FROM {database}." + eventsMoved)
 	if from > 0 {
-		m.change("ALTER TABLE {database}." + eventsMoved + " DROP PARTITION " + time.Unix(from, 0).UTC().Format("200601") +
+		s.change("ALTER TABLE {database}." + eventsMoved + " DROP PARTITION " + time.Unix(from, 0).UTC().Format("200601") +
 			" SETTINGS max_partition_size_to_drop = 0")
 	}
 	var names proto.ColStr
 	var columns []string
-	m.ask(ch.Query{Body: "SELECT name FROM system.columns WHERE database = '{database}' AND table = '" + eventsMoved + "'"},
+	s.ask(ch.Query{Body: "SELECT name FROM system.columns WHERE database = '{database}' AND table = '" + eventsMoved + "'"},
 		func(i int) { columns = append(columns, names.Row(i)) }, &names)
 	list := strings.Join(columns, ", ")
-	m.eachDay("copying", "{events}", fmt.Sprintf("timestamp >= %d AND %s", from, m.belongs()),
+	s.eachDay("copying", "{events}", fmt.Sprintf("timestamp >= %d AND %s", from, s.store.belongs()),
 		"INSERT INTO {database}."+eventsMoved+" ("+list+") SELECT "+list+" FROM {events} FINAL WHERE %s")
 }
 
 // belongs is a condition: the event belongs on this server.
-func (m move) belongs() string { return fmt.Sprintf("%s = %d", m.store.shardOf(), m.store.number-1) }
+func (s *store) belongs() string { return fmt.Sprintf("%s = %d", s.shardOf(), s.number-1) }
 
-// isCopy says whether events_moved has, or is to have, what belongs here: else it is the old events.
-func (m move) isCopy() bool {
-	return m.number(fmt.Sprintf("SELECT count() FROM system.tables WHERE database = '{database}' AND name = '%s' AND comment = '%s'",
-		eventsMoved, m.store.placement())) > 0
+// hasCopy says whether events_moved has, or is to have, what belongs here: else it is the old events.
+func hasCopy(s *session) bool {
+	return s.number(fmt.Sprintf("SELECT count() FROM system.tables WHERE database = '{database}' AND name = '%s' AND comment = '%s'",
+		eventsMoved, s.store.placement())) > 0
 }
 
-// count fills events_hourly_moved.
-func (m move) count() {
-	m.dropTable(hourlyMoved)
-	m.change(statementsOf("events_hourly", hourlyMoved)...)
-	m.say("counting what was copied")
-	m.fill(eventsMoved, hourlyMoved, "1")
+// countCopy fills events_hourly_moved.
+func countCopy(s *session) {
+	s.dropTable(hourlyMoved)
+	s.change(statementsOf("events_hourly", hourlyMoved)...)
+	s.say("counting what was copied")
+	s.fill(eventsMoved, hourlyMoved, "1")
 }
 
-// shut ends inserts: their view has no target.
-func (m move) shut() {
-	m.say("inserts are shut out")
-	m.change("RENAME TABLE {database}.events_hourly TO {database}." + hourlyBefore)
-	m.ended()
+// shutInserts ends inserts: their view has no target.
+func shutInserts(s *session) {
+	s.say("inserts are shut out")
+	s.change("RENAME TABLE {database}.events_hourly TO {database}." + hourlyBefore)
+	s.awaitRunning()
 }
 
-// ended waits for the inserts that run now.
-func (m move) ended() { m.awaitInserts(m.now(), never) }
-
-func (m move) reopen() {
-	m.change("RENAME TABLE IF EXISTS {database}." + hourlyBefore + " TO {database}.events_hourly")
+func reopenInserts(s *session) {
+	s.change("RENAME TABLE IF EXISTS {database}." + hourlyBefore + " TO {database}.events_hourly")
 }
 
-// compare fails unless the copy has each event that belongs here, once.
-func (m move) compare() {
+// compareCopy fails unless the copy has each event that belongs here, once.
+func compareCopy(s *session) {
 	const ids = "SELECT sum(cityHash64(event_id)) FROM "
-	if m.number(ids+"{database}."+eventsMoved) != m.number(ids+"{events} FINAL WHERE "+m.belongs()) {
-		m.fail("events has changed while it was copied: an instance consumed")
+	if s.number(ids+"{database}."+eventsMoved) != s.number(ids+"{events} FINAL WHERE "+s.store.belongs()) {
+		s.fail("events has changed while it was copied: an instance consumed")
 	}
 }
 
-func (m move) exchange() {
-	if m.isCopy() {
-		m.say("the copy takes the place of events")
-		m.change("EXCHANGE TABLES {database}.events AND {database}." + eventsMoved)
+func exchangeEvents(s *session) {
+	if hasCopy(s) {
+		s.say("the copy takes the place of events")
+		s.change("EXCHANGE TABLES {database}.events AND {database}." + eventsMoved)
 	}
 }
 
-func (m move) open() {
-	m.say("inserts are let in")
-	m.change("RENAME TABLE IF EXISTS {database}." + hourlyMoved + " TO {database}.events_hourly")
+func openInserts(s *session) {
+	s.say("inserts are let in")
+	s.change("RENAME TABLE IF EXISTS {database}." + hourlyMoved + " TO {database}.events_hourly")
 }
 
-// drop removes what is no longer needed, in the end the table that says that inserts were shut out.
-func (m move) drop() {
-	m.dropTable(hourlyMoved)
-	m.dropTable(eventsMoved)
-	m.dropTable(hourlyBefore)
+// dropCopies removes what is no longer needed, in the end the table that says that inserts were shut out.
+func dropCopies(s *session) {
+	s.dropTable(hourlyMoved)
+	s.dropTable(eventsMoved)
+	s.dropTable(hourlyBefore)
 }

@@ -173,6 +173,18 @@ func (s *store) session(ctx context.Context, out io.Writer, steps func(*session)
 	return err
 }
 
+// inTurn takes the steps one after the other, each on all shards before the next.
+func inTurn(ctx context.Context, shards []*store, out io.Writer, steps ...func(*session)) error {
+	for _, step := range steps {
+		for _, st := range shards {
+			if err := st.session(ctx, out, step); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // do takes a step.
 func (s *session) do(step func(context.Context, asker) error) {
 	if s.err == nil {
