@@ -78,7 +78,6 @@ type inserter struct {
 	failing atomic.Bool      // what is tried now has failed before
 	tried   time.Time        // the last time whether a late shard answers
 	round   []*block         // what is still to be stored: one block a worker, or what is left of them
-	queries uint64           // number of the last insert
 	empty   proto.Input      // the columns of a block without rows
 	small   *block           // for gathered
 	unknown bool             // the last insert has been given rows and got no answer
@@ -416,10 +415,7 @@ func (ins *inserter) gathered() []*block {
 }
 
 // queryID is a new one of this inserter's.
-func (ins *inserter) queryID() string {
-	ins.queries++
-	return fmt.Sprint(ins.mine, ins.queries)
-}
+func (ins *inserter) queryID() string { return ins.mine + strconv.FormatUint(rand.Uint64(), 36) }
 
 // Do runs one of the inserter's queries on its connection, and drops the connection when that fails: whatever state
 // it is in, the next attempt starts clean.
