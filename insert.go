@@ -249,7 +249,7 @@ func (ins *inserter) insertRows(ctx context.Context) error {
 				}
 			}
 			err := ins.insertOnce(ctx)
-			if isRejection(err) { // and has stored nothing
+			if ch.IsErr(err, rejections...) { // and has stored nothing
 				rejection, err, ins.unknown = err, nil, false
 			}
 			return err

@@ -298,8 +298,6 @@ var rejections = []proto.Error{
 	proto.ErrTooLargeStringSize, proto.ErrTooLargeArraySize,
 }
 
-func isRejection(err error) bool { return ch.IsErr(err, rejections...) }
-
 // parameter is a query parameter of type String. The server takes the value for a quoted literal, and what is in the
 // quotes for a field of TSV: each layer has its escapes. ch-go's Parameters knows neither.
 func parameter(key, value string) proto.Parameter {
