@@ -56,7 +56,7 @@ func TestBalancer(t *testing.T) {
 	if err != nil {
 		t.Skip("haproxy is not installed")
 	}
-	env := newSpace(t, "MAX_IN_FLIGHT_BYTES_PER_CLIENT=0", "SHUTDOWN_DELAY=500ms")
+	env := newSpace(t, "MAX_IN_FLIGHT_BYTES_PER_CLIENT=0", "SHUTDOWN_DELAY=1500ms") // some checks, also on a busy machine
 	instances := []*program{startProgram(t, env), startProgram(t, env), startProgram(t, env)}
 	b := startBalancer(t, haproxy, instances, "inter 1s", "inter 100ms")
 
