@@ -168,7 +168,7 @@ func TestPage(t *testing.T) {
 			var body []byte
 			for i := range 1000 {
 				body = fmt.Appendf(body, `{"event_name":%q,"user_id":"u%d","channel":"web","campaign_id":"c%d","timestamp":%d,"metadata":{"price":5091.8}}`+"\n",
-					[]string{"view", "purchase"}[i%2], i%70, i%5, time.Now().Unix()-int64(i))
+					[]string{"view", "purchase"}[i%2], i%70, i%12, time.Now().Unix()-int64(i))
 			}
 			if status, _, answer := p.ask("POST", bulkPath, body, "Content-Type: "+ndjson, "X-API-Key: "+firstKey); status != http.StatusAccepted {
 				t.Fatal(status, answer)

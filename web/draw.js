@@ -154,6 +154,8 @@ export class Chart {
   }
 }
 
+const largest = 10 // the API names no more groups of a kind
+
 // List is the largest groups of one kind; choose, when given, is what a click on one does. A row stays while its numbers
 // change, and so does the focus on it.
 export class List {
@@ -161,10 +163,12 @@ export class List {
     Object.assign(this, { choose, rows: new Map() })
     this.body = element('tbody')
     this.none = element('p', { class: 'soft' }, 'none in this range')
-    this.node = element('div', { class: 'card' }, element('h2', {}, title), element('table', {}, this.body), this.none)
+    this.cut = element('small', { hidden: '' }, `the ${largest} largest`)
+    this.node = element('div', { class: 'card' }, element('h2', {}, `${title} `, this.cut), element('table', {}, this.body), this.none)
   }
 
   show(groups) {
+    this.cut.hidden = groups.length < largest
     const most = Math.max(...groups.map(g => g.total_count), 1)
     this.rows = new Map(groups.map(g => [g.key, this.rows.get(g.key) || this.row(g.key)]))
     for (const g of groups) {

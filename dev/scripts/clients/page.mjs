@@ -86,6 +86,7 @@ try {
   const answer = await tab.evaluate(key => fetch('/api/v1/overview', { headers: { 'X-API-Key': key } }).then(r => r.json()), key)
   const number = new Intl.NumberFormat('en'), want = [answer.total_count, answer.unique_users, answer.purchases, Math.round(answer.revenue), answer.active_campaigns].map(n => number.format(n))
   check(`cards ${shown}, the API says ${want}`, shown.every((s, i) => s.replace(/^TRY\s/, '') === want[i]))
+  check('a list that is cut does not say so, or a whole one does', JSON.stringify(await tab.$$eval('#lists h2 small', all => all.map(e => e.hidden))) === '[true,true,false]')
   check('a table behind the chart differs', (await tab.$$eval('#charts figure:first-child td', all => all.reduce((n, td) => n + +td.textContent.replaceAll(',', ''), 0))) >= 1000)
   for (const [width, scheme] of [[360, 'dark'], [1280, 'dark'], [2560, 'light'], [360, 'light']]) await look(width, scheme)
   check('the last five minutes are not drawn', await tab.$('#pipeline .spark path'))
