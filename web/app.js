@@ -193,5 +193,6 @@ $('copy').addEventListener('click', async () => {
 })
 document.addEventListener('visibilitychange', () => document.hidden ? clearTimeout(timer) : refresh())
 setInterval(age, 1000)
+addEventListener('hashchange', () => { recall(); refresh() }) // somebody's address, opened in this tab
 recall()
 refresh()

@@ -117,6 +117,10 @@ try {
   await until('filtered', () => document.querySelectorAll('#lists .card:nth-child(2) tr').length === 1)
   check('the choice is not in the address', tab.url().includes('event_name=purchase'))
 
+  // Another address in the same tab is another choice.
+  await tab.evaluate(() => { location.hash = 'range=3600&channel=&event_name=view' })
+  await until('followed the address', () => document.querySelector('#charts h2').textContent === 'Events by minute' && document.querySelector('#lists .card:nth-child(2) th').textContent === 'view')
+
   // ClickHouse away: the numbers stay, dimmed, and the banner says from when they are.
   refusals = true
   await ask('filtered')
