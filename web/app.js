@@ -54,7 +54,15 @@ async function refresh() {
   // Whole buckets up to the open one: the chart begins with a whole one, and ClickHouse reads no raw events of a cut hour.
   const range = +controls.range.value, to = now(), step = range <= 3600 ? 60 : range <= 86400 ? 3600 : 86400
   const from = Math.floor(to / step) * step - range + step
-  const [pipelineAnswer, answer, earlier] = await Promise.allSettled([call('/api/v1/pipeline'), overview(from, to).finally(() => { took = Date.now() - started }), periodBefore(from, to, range)])
+  // The pipeline is drawn as soon as it is there: it needs no ClickHouse, which may let the others wait.
+  const showPipeline = call('/api/v1/pipeline').then(p => {
+    if (mine === asked) {
+      $('pipeline').replaceChildren(...pipeline(p))
+      links(p.links)
+    }
+    return p
+  })
+  const [pipelineAnswer, answer, earlier] = await Promise.allSettled([showPipeline, overview(from, to).finally(() => { took = Date.now() - started }), periodBefore(from, to, range)])
   if (mine !== asked) return // a later question is on its way
   let pause = pollEvery
   if (answer.status === 'fulfilled') {
@@ -63,10 +71,6 @@ async function refresh() {
     pause = Math.min(Math.max(pollEvery, 10 * took), pollAtMost) // a tenth of ClickHouse's time at most
   }
   const p = pipelineAnswer.value
-  if (p) {
-    $('pipeline').replaceChildren(...pipeline(p))
-    links(p.links)
-  }
   $('pipeline').classList.toggle('stale', !p)
   tell(answer.reason, p?.consumers)
   if (controls.auto.checked && !isLocked(answer.reason)) timer = setTimeout(refresh, pause)
@@ -107,7 +111,7 @@ const clock = second => new Date(second * 1000).toLocaleTimeString('en-GB')
 
 // age counts every second, whatever the API does.
 function age() {
-  if (!shown) return
+  if (!shown) return $('age').replaceChildren()
   const through = shown.complete_through
   const seconds = through && Math.max(0, now() - through)
   $('age').textContent = !through ? 'catching up with a backlog' : `complete to ${seconds < 120 ? `${seconds} s` : seconds < 7200 ? `${Math.floor(seconds / 60)} min` : `${Math.floor(seconds / 3600)} h`} ago`
@@ -192,7 +196,7 @@ $('copy').addEventListener('click', async () => {
   await navigator.clipboard.writeText($('curl').textContent).then(() => { $('copy').textContent = 'Copied' }, () => getSelection().selectAllChildren($('curl')))
 })
 document.addEventListener('visibilitychange', () => document.hidden ? clearTimeout(timer) : refresh())
-setInterval(age, 1000)
+setInterval(() => shown && age(), 1000)
 addEventListener('hashchange', () => { recall(); refresh() }) // somebody's address, opened in this tab
 recall()
 refresh()

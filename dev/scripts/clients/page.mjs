@@ -121,6 +121,19 @@ try {
   await tab.evaluate(() => { location.hash = 'range=3600&channel=&event_name=view' })
   await until('followed the address', () => document.querySelector('#charts h2').textContent === 'Events by minute' && document.querySelector('#lists .card:nth-child(2) th').textContent === 'view')
 
+  // While ClickHouse lets the numbers wait, the pipeline is there, and the page says that it asks.
+  const held = []
+  const hold = r => r.url().includes('/overview') ? held.push(r) : r.continue()
+  await tab.setRequestInterception(true)
+  tab.on('request', hold)
+  await tab.reload()
+  await until('drew the pipeline first', () => document.querySelector('#pipeline .spark') && document.getElementById('age').textContent === 'asking …')
+  tab.off('request', hold)
+  for (const r of held) await r.continue()
+  await tab.setRequestInterception(false)
+  await until('drew the numbers', () => document.querySelector('#totals b'))
+  await tab.evaluate(axe)
+
   // ClickHouse away: the numbers stay, dimmed, and the banner says from when they are.
   refusals = true
   await ask('filtered')
