@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"io"
 	"os"
@@ -104,6 +105,61 @@ func TestClients(t *testing.T) {
 				t.Errorf("properties of %s events arrived as they were sent", got)
 			}
 		})
+	}
+}
+
+// TestReadmeClients runs what README says of the clients, word for word but for key and address, with keys set.
+func TestReadmeClients(t *testing.T) {
+	dir := cmp.Or(os.Getenv("CLIENTS"), os.Getenv("PAGE_MODULES"))
+	if dir == "" {
+		t.Skip("needs the clients: make test-clients")
+	}
+	chromium, err := exec.LookPath("chromium")
+	if err != nil {
+		t.Skip("chromium is not installed")
+	}
+	oneClock(t)
+	t.Parallel()
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	library, err := os.ReadFile(dir + "/node_modules/@segment/analytics-next/dist/umd/index.js")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := freePort(t)
+	snippet := func(begin, end string) string {
+		_, code, ok := strings.Cut(string(readme), begin)
+		code, _, done := strings.Cut(code, end)
+		if !ok || !done {
+			t.Fatalf("README has nothing from %q to %q", begin, end)
+		}
+		return strings.NewReplacer("'KEY'", "'"+firstKey+"'", "localhost:8080", "127.0.0.1:"+port).Replace(code)
+	}
+	page := "<script>" + strings.ReplaceAll(string(library), "</script", `<\/script`) + "</script><script>const { AnalyticsBrowser } = AnalyticsNext\n" +
+		snippet("import { AnalyticsBrowser } from '@segment/analytics-next'\n", "```") +
+		"\nanalytics.track('last').then(() => fetch('/report?said=sent'))</script>"
+	origin, open := visit(t, chromium, map[string]string{"/": page}, 1)
+	env := newSpace(t, "SERVER_PORT="+port, "API_KEYS="+secondKey, "WRITE_KEYS="+firstKey, "CORS_ORIGINS="+origin)
+	p := startProgram(t, env)
+	open()
+	for name, command := range map[string]*exec.Cmd{
+		"Node":   exec.Command("node", "-e", snippet("// Node: npm install @segment/analytics-node\n", "```")),
+		"Python": exec.Command(dir+"/venv/bin/python", "-c", snippet("# Python: pip install segment-analytics-python\n", "```")),
+	} {
+		command.Env = append(os.Environ(), "NODE_PATH="+dir+"/node_modules")
+		if out, err := command.CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s", name, err, out)
+		}
+	}
+	got := ""
+	p.await("stored what each client sent", time.Minute, func() bool {
+		got = clickhouseQuery(t, "SELECT groupArray(channel) FROM (SELECT channel FROM "+space(env, "CLICKHOUSE_DATABASE")+".events WHERE event_name = 'product_view' ORDER BY channel)")
+		return len(got) >= len("['api','api','web']")
+	})
+	if got != "['api','api','web']" {
+		t.Errorf("stored are events of %s", got)
 	}
 }
 
