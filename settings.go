@@ -224,12 +224,18 @@ func keys(s string) ([]string, error) {
 	return list, nil
 }
 
+// origins takes what a browser can send: it writes hosts in lower case and ASCII, and leaves the scheme's own port out.
 func origins(s string) ([]string, error) {
 	list := strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
 	for _, o := range list {
 		_, ok := link(o)
-		if u, _ := url.Parse(o); o != "*" && !(ok && u.Scheme+"://"+u.Host == o) {
+		u, _ := url.Parse(o)
+		if o != "*" && !(ok && u.Scheme+"://"+u.Host == o) {
 			return nil, fmt.Errorf("%q has to be scheme://host or scheme://host:port, or *", o)
+		}
+		isOther := func(r rune) bool { return r > unicode.MaxASCII || unicode.IsUpper(r) }
+		if own := map[string]string{"http": "80", "https": "443"}; o != "*" && (u.Port() == own[u.Scheme] || strings.ContainsFunc(o, isOther)) {
+			return nil, fmt.Errorf("%q is no origin that a browser sends: lower case, xn--… for other letters, no :80 after http and no :443 after https", o)
 		}
 	}
 	return list, nil

@@ -389,6 +389,7 @@ func TestSettings(t *testing.T) {
 		{"API_KEYS", " , "}, {"WRITE_KEYS", ","}, // no key lets everybody in
 		{"KAFKA_BROKERS", "a:b"}, {"KAFKA_BROKERS", "a:9092,b:0"}, {"KAFKA_BROKERS", "a:65536"}, {"CLICKHOUSE_HOST", "[::1]:9000"}, {"CLICKHOUSE_HOST", "http://localhost"},
 		{"KAFKA_SASL_USERNAME", "u"}, {"KAFKA_LINGER", "10s"}, {"RETENTION_DAYS", "30"},
+		{"CORS_ORIGINS", "https://a.example,https://Shop.example"}, {"CORS_ORIGINS", "https://shop.example:443"}, {"CORS_ORIGINS", "http://maça.example"}, {"CORS_ORIGINS", "null"},
 		{"CLOCK_SKEW", "1.5s"}, {"KAFKA_TOPIC", "a b"}, {"KAFKA_TOPIC", ".."}, {"KAFKA_TOPIC", strings.Repeat("t", 244)},
 	} {
 		_, err := loadSettings(func(k string) string { return map[string]string{c.name: c.value}[k] })
