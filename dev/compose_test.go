@@ -181,7 +181,7 @@ func TestComposePasswords(t *testing.T) {
 			}
 		}
 	}
-	for name, fallback := range map[string]string{"API_KEYS": "", "WRITE_KEYS": "", "CORS_ORIGINS": "", "RETENTION_DAYS": "0"} {
+	for name, fallback := range map[string]string{"API_KEYS": "", "WRITE_KEYS": "", "CORS_ORIGINS": "", "CLOCK_SKEW": "1s", "RETENTION_DAYS": "0"} {
 		for env, want := range map[string]string{"": fallback, name + "=31": "31"} {
 			p := stack(t, []string{env}, composeFile, scaleFile)
 			for _, instance := range instances(p) {
