@@ -47,7 +47,7 @@ var (
 	errOverBudget   = errors.New("too much is in flight")
 	errOverShare    = errors.New("too much of this key, or of this address without a key, is in flight")
 	errBodyTooLarge = errors.New("the body is larger than the limit")
-	errEncoding     = errors.New("unsupported content encoding: send gzip, zstd or none")
+	errEncoding     = errors.New("send gzip, zstd or none")
 	errTimeUp       = errors.New("the time for this request is up")
 )
 
