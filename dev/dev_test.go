@@ -264,7 +264,7 @@ func TestTakenPort(t *testing.T) {
 	flags := append(onPorts(t, t.TempDir()), "-clickhouse-port", strconv.Itoa(port))
 	out, err := dev(append(flags, "--", "true")...).CombinedOutput()
 	want := fmt.Sprintf("port %d is taken by pid %d (", port, os.Getpid())
-	if exitStatus(err) != 1 || !strings.Contains(string(out), want) || strings.Contains(string(out), "ready") {
+	if exitStatus(err) != 1 || !strings.Contains(string(out), want) || !strings.Contains(string(out), "-clickhouse-port 19000 -clickhouse-http-port 18123 -- true\n") || strings.Contains(string(out), "ready") {
 		t.Fatalf("want %q: %v\n%s", want, err, out)
 	}
 }

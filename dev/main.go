@@ -94,7 +94,7 @@ func run(cfg *config) (code int, err error) {
 	}
 	defer lock.release()
 	if err := portsFree(cfg.ports()); err != nil {
-		return 1, err
+		return 1, fmt.Errorf("%w\nother ports: %s -kafka-ports 19092,19093 -clickhouse-port 19000 -clickhouse-http-port 18123 -- %s", err, os.Args[0], strings.Join(cfg.args, " "))
 	}
 	engine, err := findEngine(ctx)
 	if err != nil {
