@@ -33,7 +33,7 @@ func auditTool(fs *flag.FlagSet) toolRun {
 	asJSON := fs.Bool("json", false, "the figures as a JSON object")
 	memory := fs.Int("memory", 1024, "MiB for the ids of events; more than fit are read in several passes")
 	erased := map[string]bool{}
-	fs.Func("erased", "user_id that was erased from the tables: its events are left out; may be given several times", func(s string) error { erased[s] = true; return nil })
+	fs.Func("erased", "user_id that was erased: its events are left out, and none may be in the tables; may be given several times", func(s string) error { erased[s] = true; return nil })
 	return func(ctx context.Context, cfg *settings, _ []string, w io.Writer) error {
 		if err := r.check(); err != nil {
 			return err
@@ -45,8 +45,11 @@ func auditTool(fs *flag.FlagSet) toolRun {
 		if err != nil {
 			return err
 		}
+		if err := l.countErased(ctx, cfg, erased); err != nil {
+			return err
+		}
 		l.print(w, *asJSON)
-		if l.difference() != 0 || l.unequal != 0 {
+		if l.difference() != 0 || l.unequal != 0 || l.unerased != 0 {
 			return errDiffers
 		}
 		return nil
@@ -61,6 +64,7 @@ type ledger struct {
 	nowhere          []string           // ids of the first that are nowhere but on the topic
 	rows, aggregated int64
 	unequal          int64 // by how much they differ, hour by hour
+	unerased         int64 // rows of erased users, of whatever time
 }
 
 type place uint8
@@ -189,6 +193,28 @@ func (l *ledger) compareTables(s *session, r timeRange) {
 	}, func(i int) { l.rows, l.aggregated, l.unequal = rows[i], aggregated[i], unequal[i] }, &rows, &aggregated, &unequal)
 }
 
+// countErased looks for rows of erased users, which a record that was still to be read, or a rewind, has brought back.
+func (l *ledger) countErased(ctx context.Context, cfg *settings, erased map[string]bool) error {
+	if len(erased) == 0 {
+		return nil
+	}
+	st := newStore(cfg)
+	c, err := st.dial(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	for user := range erased {
+		var n proto.ColUInt64
+		err := c.Do(ctx, eachRow(ch.Query{Body: st.sql("SELECT count() FROM {events} WHERE user_id = {user:String}"), Parameters: []proto.Parameter{parameter("user", user)}},
+			func(i int) { l.unerased += int64(n[i]) }, &n))
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // difference is how many acknowledged events are nowhere.
 func (l *ledger) difference() int64 { return l.at[onTopic] }
 
@@ -214,6 +240,7 @@ func (l *ledger) print(w io.Writer, asJSON bool) {
 		{"distinct rows in whole hours", "distinct_rows", l.rows},
 		{"counted in events_hourly", "aggregated", l.aggregated},
 		{"counted too few or too many, hour by hour", "unequal", l.unequal},
+		{"rows of erased users", "unerased", l.unerased},
 	} {
 		object[f.key] = f.n
 		fmt.Fprintf(t, "%s\t%d\t\n", f.words, f.n)

@@ -83,7 +83,7 @@ func TestErasure(t *testing.T) {
 	postAll(t, p, [][]byte{body})
 	drained(p)
 	mustCount(t, env, "erase", 300)
-	l, done := loadInto(t, p.url, 300, time.Hour)
+	l, done := loadInto(t, p.url, 300, time.Hour, "-users", "100") // others than the erased one
 	doc, err := os.ReadFile("deploy/README.md")
 	if err != nil {
 		t.Fatal(err)
@@ -110,6 +110,9 @@ func TestErasure(t *testing.T) {
 		t.Fatalf("the recipe is %q", said)
 	}
 	mustCount(t, env, "erase", 270)
+	if out, code := subcommand(t, env, "audit -erased user_123 -erased user_124"); code != 1 || !regexp.MustCompile(`(?m)rows of erased users +30$`).MatchString(out) {
+		t.Errorf("an audit does not see that a user's rows are there: exit code %d\n%s", code, out)
+	}
 	if got := clickhouseQuery(t, "SELECT uniqCombined64Merge(17)(unique_users_state) FROM "+db+".events_hourly WHERE event_name = 'erase'"); got != "9" {
 		t.Errorf("%s users are left, want 9", got)
 	}
