@@ -138,6 +138,12 @@ func TestSenders(t *testing.T) {
 		t.Errorf("what is refused for ever: %v, %.200s", err, out)
 	}
 	p.awaitCount("rest", 1)
+	if _, err := exec.LookPath("python3"); err == nil {
+		out, err := exec.Command("python3", "-c", senderText(t, "send.py")+fmt.Sprintf("send(%q, %q, [{'event_name': 'py'}])", p.url, firstKey)).CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "user_id is required") {
+			t.Errorf("send.py does not say what is refused: %v, %s", err, out)
+		}
+	}
 }
 
 // TestPageSender runs the page's sender in a browser; nothing that it still holds when the page goes away may be lost.

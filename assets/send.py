@@ -10,6 +10,6 @@ def send(url, key, events, pause=0.2):
             if not any(e["code"] == "unavailable" for e in answer["errors"]): return answer
         except (OSError, http.client.IncompleteRead, http.client.BadStatusLine) as e:  # no answer, a part of one, or one that says no
             code = getattr(e, "code", 503)
-            if code != 429 and code < 500: raise
+            if code != 429 and code < 500: e.msg = e.read().decode(); raise  # not valid, or the key is not
         time.sleep(pause)
         pause = min(2 * pause, 10)
