@@ -143,9 +143,7 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	in.produce(q)
-	n := q.acknowledged()
-	stored := wait && n > 0 && n == len(q.records) && in.awaitStored(w, r, q)
-	in.answerBulk(w, q, stored)
+	in.answerBulk(w, q, wait && in.awaitStored(w, r, q))
 }
 
 // encode checks every event of the request and appends the good ones as records, the bad ones as entries of the answer's
@@ -356,7 +354,7 @@ func errNoEvents(list string) error {
 }
 
 func errNotEnvelope(list string) error {
-	return fmt.Errorf("the body must be a JSON object with an %q array", list)
+	return fmt.Errorf("the body must be a JSON object, in which %q is an array", list)
 }
 
 // eachLine calls do with each line of an NDJSON body; blank lines are skipped.

@@ -248,10 +248,13 @@ func wantsStored(w http.ResponseWriter, r *http.Request) (wait, ok bool) {
 	return is, !is || value == "stored"
 }
 
-// awaitStored waits until the request's events, all acknowledged, are stored; false when that takes too long. It first gives
-// back the body and the records' bytes. What the request keeps still counts as in flight, which bounds how many can wait.
+// awaitStored waits until the request's events are stored; false when that takes too long, or not all are acknowledged. It first
+// gives back the body and the records' bytes. What the request keeps still counts as in flight, which bounds how many can wait.
 func (in *ingester) awaitStored(w http.ResponseWriter, r *http.Request, q *ingestRequest) bool {
 	now := time.Now()
+	if n := q.acknowledged(); n == 0 || n < len(q.records) {
+		return false
+	}
 	q.account.put(&q.body)
 	q.account.put(&q.arena)
 	until := now.Add(storedTimeout)

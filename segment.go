@@ -38,6 +38,10 @@ func (s *segment) serve(w http.ResponseWriter, r *http.Request, kind string) {
 	if takes(w, r, typeJSON) == "" {
 		return
 	}
+	wait, ok := wantsStored(w, r)
+	if !ok {
+		return
+	}
 	from := &s.in.singles
 	if kind == "batch" {
 		from = &s.in.bulks
@@ -67,7 +71,7 @@ func (s *segment) serve(w http.ResponseWriter, r *http.Request, kind string) {
 		s.in.stats.refusedItems(code).Add(n)
 	}
 	s.in.produce(q)
-	s.answer(w, q)
+	s.answer(w, q, wait && s.in.awaitStored(w, r, q))
 }
 
 // encodeSegment is encode for Segment's messages. key is the body's writeKey, which points into the body.
@@ -320,7 +324,7 @@ func (p *eventParser) isoTime(v *jsonValue) {
 }
 
 // answer says 200 only when Kafka has every valid item.
-func (s *segment) answer(w http.ResponseWriter, q *ingestRequest) {
+func (s *segment) answer(w http.ResponseWriter, q *ingestRequest, stored bool) {
 	success := q.acknowledged()
 	s.in.stats.accepted.Add(success)
 	s.in.stats.refused.Add(q.failed)
@@ -329,7 +333,11 @@ func (s *segment) answer(w http.ResponseWriter, q *ingestRequest) {
 		writeUnavailable(w, q.failure())
 		return
 	}
-	writeJSON(w, http.StatusOK, []byte(`{"success":true,"errors":[`), q.errors.bytes(), []byte(`]}`))
+	end := `]}`
+	if stored {
+		end = `],"status":"stored"}`
+	}
+	writeJSON(w, http.StatusOK, []byte(`{"success":true,"errors":[`), q.errors.bytes(), []byte(end))
 }
 
 // appendItemEntries appends an entry for each problem of an item.

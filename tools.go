@@ -243,7 +243,7 @@ func mustBeIdle(ctx context.Context, admin *kadm.Client, group string) error {
 		return fmt.Errorf("describe group %s: %w", group, err)
 	}
 	if members := groups[group].Members; len(members) > 0 {
-		return fmt.Errorf("group %s has %d members at %s: stop the program first, or wait until the group has missed those that were killed",
+		return fmt.Errorf("group %s has members, %d of them, such as one at %s: stop the program first, or wait until the group has missed those that were killed",
 			group, len(members), members[0].ClientHost)
 	}
 	return nil
