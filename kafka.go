@@ -62,7 +62,8 @@ func newProducer(cfg *settings, more ...kgo.Opt) (*kgo.Client, error) {
 		kgo.MaxBufferedRecords(int(min(cfg.maxInFlightBytes/minEventBytes, 1<<30))), // never reached: the byte budget is full first
 		kgo.RecordDeliveryTimeout(cfg.ackTimeout),
 		kgo.ProduceRequestTimeout(cfg.ackTimeout),
-		kgo.UnknownTopicRetries(-1), // topics are created at start, possibly after the first request
+		kgo.MetadataMinAge(sampleInterval), // a look by older partitions would claim what others put on new ones; 5 s by default
+		kgo.UnknownTopicRetries(-1),        // topics are created at start, possibly after the first request
 	}, more...)...)
 }
 
