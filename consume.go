@@ -196,7 +196,7 @@ func (c *consumer) poll(ctx context.Context) {
 			wait = fullWait
 		}
 		fetches := poll(ctx, c.kafka, pollRecords, wait, c.failed)
-		c.noteGrowth()
+		c.noteGrowth(c.partitionsNow())
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 && c.owned.Err() == nil {
 				c.stats.consumed.Add(len(p.Records))
@@ -358,10 +358,22 @@ var errGivenUp = errors.New("the consumer group did not hear from this instance 
 var errGrown = errors.New("the topic has another number of partitions than before: every key has to be looked at anew")
 
 // noteGrowth ends the consumer when the topic was seen with another number of partitions.
-func (c *consumer) noteGrowth() {
-	if n := c.partitionsNow(); n > 0 && n != c.parts {
+func (c *consumer) noteGrowth(n int) {
+	if n > 0 && n != c.parts {
 		c.abandon(errGrown)
 	}
+}
+
+// askPartitions asks how many partitions the topic has at this moment: what was seen last may be seconds old.
+func (c *consumer) askPartitions(ctx context.Context) (int, error) {
+	req, topic := kmsg.NewPtrMetadataRequest(), kmsg.NewMetadataRequestTopic()
+	topic.Topic = &c.topic
+	req.Topics = append(req.Topics, topic)
+	resp, err := req.RequestWith(ctx, c.kafka)
+	if err != nil || len(resp.Topics) == 0 {
+		return 0, err
+	}
+	return len(resp.Topics[0].Partitions), kerr.ErrorForCode(resp.Topics[0].ErrorCode)
 }
 
 // isMember asks the group's coordinator whether this instance belongs to the group at this moment, under the name that it
@@ -374,7 +386,11 @@ func (c *consumer) isMember(ctx context.Context) error {
 	if name := c.member.Load(); name == nil || *name != req.MemberID {
 		c.abandon(errGivenUp)
 	}
-	c.noteGrowth() // a key's records may be somebody else's now; poll may wait for room and not see it
+	parts, err := c.askPartitions(ctx)
+	if err != nil {
+		return fmt.Errorf("ask Kafka for the partitions of topic %s: %w", c.topic, err)
+	}
+	c.noteGrowth(parts) // a key's records may be somebody else's now
 	if c.owned.Err() != nil {
 		return context.Cause(c.owned)
 	}

@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"hash/crc32"
@@ -206,6 +207,40 @@ func TestTopicGrowsUnheard(t *testing.T) {
 	drained(p)
 	mustCount(t, env, "grown", 1)
 	mustCount(t, env, "large", many)
+}
+
+// TestGrowthBeforeTheNextLook: a topic grows, and this instance has not noticed. Another one may have, and store events of ours from
+// their new partitions: the question before an insert finds out.
+func TestGrowthBeforeTheNextLook(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t, "KAFKA_PARTITIONS=1")
+	cfg := settingsFrom(t, env)
+	unnoticed := func() int { return 1 }
+	c, err := newConsumer(cfg, []*store{preparedStore(t, cfg)}, 1, unnoticed, newTestSideProducer(t, cfg), &newStats().store, func(error) {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
+	defer stop()
+	ended := make(chan struct{})
+	go func() { // ends with stop
+		defer close(ended)
+		c.run(ctx, func() (context.Context, context.CancelFunc) {
+			return context.WithTimeout(context.Background(), time.Second)
+		})
+	}()
+	defer func() { stop(); <-ended }()
+	for c.assigned.Load() == 0 && sleep(ctx, 10*time.Millisecond) == nil {
+	}
+	if err := c.isMember(ctx); err != nil {
+		t.Fatal(err)
+	}
+	growTopic(t, env, 2)
+	for deadline := time.Now().Add(10 * time.Second); c.isMember(ctx) != errGrown; sleep(ctx, 10*time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("it may insert by the old partitions")
+		}
+	}
 }
 
 // metric is what an instance's admin listener says of one.
