@@ -44,11 +44,13 @@ const (
 	// one that fills (two parts), the same as columns (two parts), and what the client fetches ahead.
 	queueShare = 8
 	roundShare = 8
+	aheadShare = 3 // eighths of it
 )
 
 // consumer reads the main topic in the group, spread over the workers.
 type consumer struct {
 	kafka         *kgo.Client
+	ahead         *ahead
 	topic         string
 	group         string
 	parts         int        // partitions of the topic
@@ -79,6 +81,7 @@ func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow f
 	c := &consumer{
 		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, partitionsNow: partitionsNow, stats: stats, failed: failed,
 		has: map[int32]struct{}{}, workers: cfg.workerCount,
+		ahead: &ahead{Decompressor: kgo.DefaultDecompressor(), limit: cfg.consumeMemory / 8 * aheadShare},
 	}
 	c.limits = blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / roundShare / int64(max(cfg.workerCount, len(shards))))}
 	for i, st := range shards {
@@ -106,6 +109,7 @@ func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow f
 		kgo.FetchMinBytes(fetchBytes),
 		kgo.FetchMaxBytes(8<<20),
 		kgo.FetchMaxPartitionBytes(1<<20),
+		kgo.WithDecompressor(c.ahead),
 		kgo.KeepControlRecords(), // the end of a transaction takes an offset: without it nothing would be stored up to the end
 		kgo.FetchIsolationLevel(kgo.ReadCommitted()),
 		kgo.OnPartitionsAssigned(c.onAssigned),
@@ -138,7 +142,7 @@ func poll(ctx context.Context, kafka *kgo.Client, most int, wait time.Duration, 
 	defer cancel()
 	fetches, failing := kafka.PollRecords(waiting, most), false
 	fetches.EachError(func(_ string, _ int32, err error) {
-		if !errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+		if !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, errAhead) && ctx.Err() == nil {
 			failing = true
 			failed(err)
 		}
@@ -204,6 +208,9 @@ func (c *consumer) poll(ctx context.Context) {
 			}
 		})
 		c.kafka.AllowRebalance()
+		if c.kafka.BufferedFetchRecords() == 0 {
+			c.ahead.bytes.Store(0)
+		}
 		c.makeRoom(ctx)
 	}
 }

@@ -305,14 +305,8 @@ func TestTransactions(t *testing.T) {
 // through when it is back. The program runs without the race detector, whose memory would be counted.
 func TestLargeEvents(t *testing.T) {
 	alone(t)
-	binary := filepath.Join(t.TempDir(), "event-ingestion")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", binary, ".") // as make build does: most of it is there
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
 	env := faultSpace(t)
-	p := startBinary(t, binary, env)
+	p := startBinary(t, builtBinary(t), env)
 	control(t, "/clickhouse/stop")
 	t.Cleanup(func() { control(t, "/clickhouse/start") })
 	events := moreInTorture(10_000, 20_000)
@@ -348,6 +342,44 @@ func TestLargeEvents(t *testing.T) {
 	if peak > 512<<20 {
 		t.Errorf("%d MiB resident", peak>>20)
 	}
+}
+
+// TestCompressedEvents: what waits is compressed a hundredfold, so that little of it on Kafka is a lot of memory.
+func TestCompressedEvents(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t, "KAFKA_COMPRESSION=zstd")
+	preparedStore(t, settingsFrom(t, env))
+	binary, events, filler := builtBinary(t), 0, strings.Repeat("z", 15_000)
+	api := startBinary(t, binary, append(slices.Clone(env), "ROLE=api"))
+	for range 12 {
+		bodies := make([][]byte, 8) // not all of them at once: the test's own memory
+		for i := range bodies {
+			for range 500 {
+				bodies[i] = fmt.Appendf(bodies[i], `{"event_name":"dense","user_id":"u%d","timestamp":%d,"metadata":{"x":"%s"}}`+"\n", events, time.Now().Unix()-100, filler)
+				events++
+			}
+		}
+		postAll(t, api, bodies)
+	}
+	api.terminate()
+	p := startBinary(t, binary, env)
+	drained(p)
+	if peak := peakMemory(t, p); peak > 512<<20 {
+		t.Errorf("%d MiB resident", peak>>20)
+	}
+	mustCount(t, env, "dense", int64(events))
+}
+
+// builtBinary is the program as make build makes it, whose memory is not that of the race detector.
+func builtBinary(t *testing.T) string {
+	t.Helper()
+	binary := filepath.Join(t.TempDir(), "event-ingestion")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", binary, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return binary
 }
 
 // peakMemory is the most that the program has had resident, in bytes.
