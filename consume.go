@@ -43,13 +43,15 @@ const (
 	// fullWait is the time between two looks at queues that are full: they do not run empty meanwhile.
 	fullWait = 5 * time.Millisecond
 	// memoryParts are those of CONSUME_MEMORY: what waits in the queues (one), the records of two rounds, the one that is sent
-	// and the one that fills (two), the same as columns (two), and what the client fetches ahead.
+	// and the one that fills (two), the same as columns (two), and what the client fetches ahead (aheadParts).
 	memoryParts = 8
+	aheadParts  = 3
 )
 
 // consumer reads the main topic in the group, spread over the workers.
 type consumer struct {
 	kafka         *kgo.Client
+	ahead         *ahead
 	topic         string
 	group         string
 	parts         int        // partitions of the topic
@@ -81,6 +83,7 @@ func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow f
 	c := &consumer{
 		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, partitionsNow: partitionsNow, stats: stats, failed: failed,
 		has: map[int32]struct{}{}, workers: cfg.workerCount,
+		ahead: &ahead{Decompressor: kgo.DefaultDecompressor(), limit: cfg.consumeMemory / memoryParts * aheadParts},
 	}
 	c.limits = blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / memoryParts / int64(max(cfg.workerCount, len(shards))))}
 	c.maxQueued = cfg.consumeMemory / memoryParts / int64(len(shards))
@@ -112,6 +115,7 @@ func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow f
 		kgo.FetchMinBytes(fetchBytes),
 		kgo.FetchMaxBytes(8<<20),
 		kgo.FetchMaxPartitionBytes(1<<20),
+		kgo.WithDecompressor(c.ahead),
 		kgo.KeepControlRecords(), // the end of a transaction takes an offset: without it nothing would be stored up to the end
 		kgo.FetchIsolationLevel(kgo.ReadCommitted()),
 		kgo.OnPartitionsAssigned(c.onAssigned),
@@ -144,7 +148,7 @@ func poll(ctx context.Context, kafka *kgo.Client, most int, wait time.Duration, 
 	defer cancel()
 	fetches, failing := kafka.PollRecords(waiting, most), false
 	fetches.EachError(func(_ string, _ int32, err error) {
-		if !errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+		if !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, errAhead) && ctx.Err() == nil {
 			failing = true
 			failed(err)
 		}
@@ -199,7 +203,7 @@ func (c *consumer) poll(ctx context.Context) {
 			wait = pausedWait
 		}
 		fetches := poll(ctx, c.kafka, pollRecords, wait, c.failed)
-		c.noteGrowth()
+		c.noteGrowth(c.partitionsNow())
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 && c.owned.Err() == nil {
 				c.stats.consumed.Add(len(p.Records))
@@ -207,6 +211,9 @@ func (c *consumer) poll(ctx context.Context) {
 			}
 		})
 		c.kafka.AllowRebalance()
+		if c.kafka.BufferedFetchRecords() == 0 {
+			c.ahead.bytes.Store(0)
+		}
 		c.makeRoom(ctx)
 	}
 }
@@ -345,10 +352,22 @@ var errGivenUp = errors.New("the consumer group did not hear from this instance 
 var errGrown = errors.New("the topic has another number of partitions than before: every key has to be looked at anew")
 
 // noteGrowth ends the consumer when the topic was seen with another number of partitions.
-func (c *consumer) noteGrowth() {
-	if n := c.partitionsNow(); n > 0 && n != c.parts {
+func (c *consumer) noteGrowth(n int) {
+	if n > 0 && n != c.parts {
 		c.abandon(errGrown)
 	}
+}
+
+// askPartitions asks how many partitions the topic has at this moment: what was seen last may be seconds old.
+func (c *consumer) askPartitions(ctx context.Context) (int, error) {
+	req, topic := kmsg.NewPtrMetadataRequest(), kmsg.NewMetadataRequestTopic()
+	topic.Topic = &c.topic
+	req.Topics = append(req.Topics, topic)
+	resp, err := req.RequestWith(ctx, c.kafka)
+	if err != nil || len(resp.Topics) == 0 {
+		return 0, err
+	}
+	return len(resp.Topics[0].Partitions), kerr.ErrorForCode(resp.Topics[0].ErrorCode)
 }
 
 // isMember asks the group's coordinator whether this instance belongs to the group at this moment, under the name that it
@@ -361,7 +380,11 @@ func (c *consumer) isMember(ctx context.Context) error {
 	if name := c.member.Load(); name == nil || *name != req.MemberID {
 		c.abandon(errGivenUp)
 	}
-	c.noteGrowth() // a key's records may be somebody else's now; poll may wait for room and not see it
+	parts, err := c.askPartitions(ctx)
+	if err != nil {
+		return fmt.Errorf("ask Kafka for the partitions of topic %s: %w", c.topic, err)
+	}
+	c.noteGrowth(parts) // a key's records may be somebody else's now
 	if c.owned.Err() != nil {
 		return context.Cause(c.owned)
 	}

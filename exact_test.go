@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"hash/crc32"
@@ -214,6 +215,40 @@ func TestTopicGrowsUnheard(t *testing.T) {
 	mustCount(t, env, "large", many)
 }
 
+// TestGrowthBeforeTheNextLook: a topic grows, and this instance has not noticed. Another one may have, and store events of ours from
+// their new partitions: the question before an insert finds out.
+func TestGrowthBeforeTheNextLook(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t, "KAFKA_PARTITIONS=1")
+	cfg := settingsFrom(t, env)
+	unnoticed := func() int { return 1 }
+	c, err := newConsumer(cfg, []*store{preparedStore(t, cfg)}, 1, unnoticed, newTestSideProducer(t, cfg), &newStats().store, func(error) {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
+	defer stop()
+	ended := make(chan struct{})
+	go func() { // ends with stop
+		defer close(ended)
+		c.run(ctx, func() (context.Context, context.CancelFunc) {
+			return context.WithTimeout(context.Background(), time.Second)
+		})
+	}()
+	defer func() { stop(); <-ended }()
+	for c.lanes[0].has.Load() == 0 && sleep(ctx, 10*time.Millisecond) == nil {
+	}
+	if err := c.isMember(ctx); err != nil {
+		t.Fatal(err)
+	}
+	growTopic(t, env, 2)
+	for deadline := time.Now().Add(10 * time.Second); c.isMember(ctx) != errGrown; sleep(ctx, 10*time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("it may insert by the old partitions")
+		}
+	}
+}
+
 // metric is what an instance's admin listener says of one.
 func metric(t testing.TB, adminPort, name string) (value float64) {
 	t.Helper()
@@ -276,14 +311,8 @@ func TestTransactions(t *testing.T) {
 // through when it is back. The program runs without the race detector, whose memory would be counted.
 func TestLargeEvents(t *testing.T) {
 	alone(t)
-	binary := filepath.Join(t.TempDir(), "event-ingestion")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", binary, ".") // as make build does: most of it is there
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
 	env := faultSpace(t)
-	p := startBinary(t, binary, env)
+	p := startBinary(t, builtBinary(t), env)
 	control(t, "/clickhouse/stop")
 	t.Cleanup(func() { control(t, "/clickhouse/start") })
 	events := moreInTorture(10_000, 20_000)
@@ -319,6 +348,44 @@ func TestLargeEvents(t *testing.T) {
 	if peak > 512<<20 {
 		t.Errorf("%d MiB resident", peak>>20)
 	}
+}
+
+// TestCompressedEvents: what waits is compressed a hundredfold, so that little of it on Kafka is a lot of memory.
+func TestCompressedEvents(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t, "KAFKA_COMPRESSION=zstd")
+	preparedStore(t, settingsFrom(t, env))
+	binary, events, filler := builtBinary(t), 0, strings.Repeat("z", 15_000)
+	api := startBinary(t, binary, append(slices.Clone(env), "ROLE=api"))
+	for range 12 {
+		bodies := make([][]byte, 8) // not all of them at once: the test's own memory
+		for i := range bodies {
+			for range 500 {
+				bodies[i] = fmt.Appendf(bodies[i], `{"event_name":"dense","user_id":"u%d","timestamp":%d,"metadata":{"x":"%s"}}`+"\n", events, time.Now().Unix()-100, filler)
+				events++
+			}
+		}
+		postAll(t, api, bodies)
+	}
+	api.terminate()
+	p := startBinary(t, binary, env)
+	drained(p)
+	if peak := peakMemory(t, p); peak > 512<<20 {
+		t.Errorf("%d MiB resident", peak>>20)
+	}
+	mustCount(t, env, "dense", int64(events))
+}
+
+// builtBinary is the program as make build makes it, whose memory is not that of the race detector.
+func builtBinary(t *testing.T) string {
+	t.Helper()
+	binary := filepath.Join(t.TempDir(), "event-ingestion")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", binary, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return binary
 }
 
 // peakMemory is the most that the program has had resident, in bytes.

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/ClickHouse/ch-go"
@@ -62,8 +63,28 @@ func newProducer(cfg *settings, more ...kgo.Opt) (*kgo.Client, error) {
 		kgo.MaxBufferedRecords(int(min(cfg.maxInFlightBytes/minEventBytes, 1<<30))), // never reached: the byte budget is full first
 		kgo.RecordDeliveryTimeout(cfg.ackTimeout),
 		kgo.ProduceRequestTimeout(cfg.ackTimeout),
-		kgo.UnknownTopicRetries(-1), // topics are created at start, possibly after the first request
+		kgo.MetadataMinAge(sampleInterval), // a look by older partitions would claim what others put on new ones; 5 s by default
+		kgo.UnknownTopicRetries(-1),        // topics are created at start, possibly after the first request
 	}, more...)...)
+}
+
+// ahead bounds the bytes that a consumer has decompressed and not taken yet: a fetch may be compressed a thousandfold.
+type ahead struct {
+	kgo.Decompressor
+	limit int64
+	bytes atomic.Int64
+}
+
+var errAhead = errors.New("as much is decompressed as there is room for")
+
+// Decompress refuses a batch beyond the limit: the client hands on those before it, and fetches the rest again.
+func (a *ahead) Decompress(src []byte, codec kgo.CompressionCodecType) ([]byte, error) {
+	if a.bytes.Load() > a.limit {
+		return nil, errAhead
+	}
+	batch, err := a.Decompressor.Decompress(src, codec)
+	a.bytes.Add(int64(len(batch)))
+	return batch, err
 }
 
 // leaveAtLeast is how long the group has to answer a goodbye, even when the rest took all the time.

@@ -279,6 +279,48 @@ func TestGrowthIsNotClaimed(t *testing.T) {
 	mustCount(t, env, "claim", events)
 }
 
+// TestGrowthIsSeen: another instance puts a record on a partition that is new, which nobody reads yet. A look in the seconds after that
+// does not claim it.
+func TestGrowthIsSeen(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t, "KAFKA_PARTITIONS=1")
+	cfg := settingsFrom(t, env)
+	newTestSideProducer(t, cfg)
+	producer, err := newProducer(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer producer.Close()
+	w := newWatermark(producer, cfg)
+	look := func() (through int64) {
+		t.Helper()
+		if err := w.look(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		return w.through.Load()
+	}
+	for look() == 0 {
+		sleep(t.Context(), sampleInterval)
+	}
+	growTopic(t, env, 2)
+	other, err := newProducer(cfg, kgo.RecordPartitioner(kgo.ManualPartitioner()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if err := other.ProduceSync(t.Context(), &kgo.Record{Topic: cfg.kafkaTopic, Partition: 1, Value: []byte("new")}).FirstErr(); err != nil {
+		t.Fatal(err)
+	}
+	for acked := time.Now().Unix(); time.Now().Unix() < acked+2; sleep(t.Context(), sampleInterval) {
+		if look() >= acked {
+			t.Fatal("it claims a record that is not stored")
+		}
+	}
+	if now := time.Now().Unix(); look() >= now-2 {
+		t.Error("it claims a record that is not stored")
+	}
+}
+
 // TestClockSetBack: the clock was an hour ahead when the last looks were taken. What they knew is not claimed for the hour to come.
 func TestClockSetBack(t *testing.T) {
 	t.Parallel()
