@@ -298,30 +298,31 @@ func (ins *inserter) settle(ctx context.Context) error {
 
 // awaitInserts waits until no insert is at work that may still add rows to this instance's partitions: none of its own, whose
 // answer may have been lost, and none of others that was running when partitions came here; the last one of an instance that was
-// killed may still be. The replica then has what they have added. It returns whether another instance inserts.
-func (ins *inserter) awaitInserts(ctx context.Context) (others bool, err error) {
-	const toBeWaitedFor = 2 // and 1 is another one
+// killed may still be. The replica then has what they have added. It returns for how long others have been inserting, the one that
+// began first; 0 when there is none.
+func (ins *inserter) awaitInserts(ctx context.Context) (others time.Duration, err error) {
+	const toBeWaitedFor = 1e12 // on top of milliseconds
 	for attempt := 0; ; attempt++ {
 		since := time.Duration(math.MaxInt64)
 		if came := ins.cameAt.Load(); came != nil {
 			since = time.Since(*came)
 		}
 		most, err := ins.store.most(ctx, ins, ch.Query{
-			Body: "SELECT toUInt64(max(if(startsWith(query_id, {mine:String}) OR elapsed > {since:Float64}, 2, 1)))" +
+			Body: "SELECT toUInt64(max(if(startsWith(query_id, {mine:String}) OR elapsed > {since:Float64}, 1e12, 1 + elapsed * 1000)))" +
 				" FROM system.processes WHERE startsWith(query_id, {group:String})",
 			Parameters: []proto.Parameter{parameter("group", ins.group), parameter("mine", ins.mine), parameter("since", fmt.Sprint(since.Seconds()))},
 		})
 		if err != nil {
-			return false, err
+			return 0, err
 		}
 		if most < toBeWaitedFor {
-			return most > 0, ins.store.syncReplica(ctx, ins)
+			return time.Duration(most) * time.Millisecond, ins.store.syncReplica(ctx, ins)
 		}
 		if attempt == 20 { // a second
 			slog.Info("waiting for an insert that ClickHouse still works at")
 		}
 		if err := sleep(ctx, minBackoff/2); err != nil {
-			return false, err
+			return 0, err
 		}
 	}
 }

@@ -28,6 +28,8 @@ const (
 	lookShare    = 10
 	// mendTick is the least time between two looks of which the first did not settle it.
 	mendTick = 100 * time.Millisecond
+	// busyLooks is how many looks in a row have to find a difference where somebody always inserts.
+	busyLooks = 10
 	// A look is at lookHours to begin with, and at twice as many after one that took less than lookTime: rounds wait for it.
 	lookHours = 24
 	lookTime  = 200 * time.Millisecond
@@ -43,6 +45,9 @@ type torn struct {
 	next     time.Time                 // of the next look
 	atOnce   int                       // hours of the next look
 	seen     []string                  // differences, by the last look in which nobody inserted
+	last     []string                  // differences, by the last look
+	since    time.Time                 // of the first look of those that found them
+	times    int                       // how many looks in a row these are
 	mended   []string                  // of them, what was mended last
 	trusted  bool                      // the last look found none
 	heldRows int                       // at most so many of a worker have been stored since there is an hour to look at
@@ -71,7 +76,8 @@ func (t *torn) noteHour(hour int64) {
 
 // mend lets what is held be committed, when every noted hour agrees. It takes its turn between rounds, so that no insert
 // of this instance runs. Where other instances insert, a difference is believed that two looks in a row have found, each in a
-// moment in which nobody inserted, and agreement that two looks in a row have found.
+// moment in which nobody inserted, or many looks, after every insert that was at work at the first one has ended: an insert stands
+// in events alone for a moment. Agreement is believed that two looks in a row have found.
 func (ins *inserter) mend(ctx context.Context) {
 	ins.repair(ctx, nil)
 	if len(ins.hours) > 0 && !time.Now().Before(ins.next) {
@@ -140,7 +146,7 @@ func (ins *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool
 	if err != nil || mending > 0 {
 		return false, err
 	}
-	alone := ins.alone()
+	alone, started := ins.alone(), time.Now()
 	before, err := ins.awaitInserts(ctx)
 	if err != nil {
 		return false, err
@@ -156,18 +162,24 @@ func (ins *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool
 	if err != nil {
 		return false, err
 	}
-	quiet := alone || !before && !after
+	quiet := alone || before == 0 && after == 0
+	if !slices.Equal(seen, ins.last) {
+		ins.last, ins.since, ins.times = seen, started, 0
+	}
+	ins.times++
 	if len(seen) == 0 {
 		agree = quiet || ins.trusted
-		ins.seen, ins.mended, ins.trusted = nil, nil, !agree
+		if ins.seen, ins.trusted = nil, !agree; agree {
+			ins.mended = nil
+		}
 		return agree, nil
 	}
 	ins.trusted = false
-	if !quiet {
-		return false, nil
+	certain := alone || quiet && slices.Equal(seen, ins.seen) || ins.times >= busyLooks && after < time.Since(ins.since)
+	if quiet {
+		ins.seen = seen
 	}
-	certain := alone || slices.Equal(seen, ins.seen)
-	if ins.seen = seen; !certain {
+	if !certain {
 		return false, nil
 	}
 	slog.Warn("events_hourly does not agree with events after a fault, mending", "rows", len(seen), "first", seen[0])

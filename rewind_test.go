@@ -5,18 +5,21 @@ package main
 import (
 	"context"
 	"fmt"
-	"github.com/twmb/franz-go/pkg/kerr"
-	"github.com/twmb/franz-go/pkg/kfake"
-	"github.com/twmb/franz-go/pkg/kmsg"
 	"math"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/ClickHouse/ch-go"
+	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
 // TestRewind: events are lost in one table, in both, or are as they were at an earlier time; after a rewind both tables
@@ -242,6 +245,43 @@ func TestHeldPartitionsLeave(t *testing.T) {
 	if ins.catchUp(ctx); ctx.Err() != nil {
 		t.Error("no round is taken any more")
 	}
+}
+
+// TestTornBesideMany: so many instances insert that there is no moment in which none does. A torn hour is mended all the same.
+func TestTornBesideMany(t *testing.T) {
+	t.Parallel()
+	cfg := settingsFrom(t, newSpace(t))
+	st := preparedStore(t, cfg)
+	hour := time.Now().Unix()/hourSeconds - 5
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, user_id, timestamp) SELECT SHA256(toString(number)), 'many', 'u', %d FROM numbers(100)", st.database, hour*hourSeconds))
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %[1]s.events_hourly SELECT * REPLACE (toInt64(-30) AS event_count) FROM %[1]s.events_hourly", st.database))
+	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
+	var others sync.WaitGroup
+	defer others.Wait()
+	defer stop()
+	for n := range 2 {
+		others.Go(func() { // ends with stop
+			for i := 0; ctx.Err() == nil; i++ {
+				st.connected(ctx, func(c asker) error {
+					return c.Do(ctx, ch.Query{Body: "SELECT sleep(0.3)", QueryID: fmt.Sprint(cfg.kafkaGroup, "-", n, "-", i), Result: proto.Results{{Data: new(proto.ColUInt8)}}})
+				})
+			}
+		})
+	}
+	reached := false
+	ins := newInserter(st, cfg, &newStats().store, nil, newRoundCall(), membership{
+		alone: func() bool { return false }, stored: func(map[int32]kgo.EpochOffset) { reached = true },
+	})
+	ins.noteHour(hour)
+	ins.held[0] = kgo.EpochOffset{Offset: 1}
+	for !reached && ctx.Err() == nil {
+		ins.mend(ctx)
+		sleep(ctx, mendTick)
+	}
+	if !reached {
+		t.Error("offsets wait")
+	}
+	countedOnce(t, st.database)
 }
 
 // TestManyLooks: an instance that has looked at an hour many times, each time in a moment, can still do so.
