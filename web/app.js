@@ -130,11 +130,10 @@ function draw(o, earlier) {
   for (const [i, groups] of [o.channels, o.event_names, o.campaigns].entries()) lists[i].show(groups)
 }
 
-// options offers the largest event names. It leaves the list alone while that is the same: it may be open.
+// options offers the largest event names; any other can be typed. It leaves the list alone while that is the same: it may be open.
 function options(names) {
-  const select = controls.event_name
-  if (names.join('\n') === [...select.options].slice(1).map(o => o.value).join('\n')) return
-  select.replaceChildren(element('option', { value: '' }, 'all'), ...names.map(name => element('option', { value: name }, name)))
+  if (names.join('\n') === [...$('names').options].map(o => o.value).join('\n')) return
+  $('names').replaceChildren(...names.map(name => element('option', { value: name })))
 }
 
 function choose(name) {
@@ -155,7 +154,6 @@ function remember() {
 
 function recall() {
   for (const [name, value] of new URLSearchParams(location.hash.slice(1))) {
-    if (name === 'event_name' && value) options([value])
     if (['range', 'channel', 'event_name'].includes(name)) controls[name].value = value
   }
   if (!controls.range.value) controls.range.value = 86400
@@ -177,6 +175,7 @@ async function send(event, said) {
 }
 
 $('controls').addEventListener('change', () => { remember(); refresh() })
+controls.event_name.addEventListener('search', () => choose(controls.event_name.value)) // also when it is cleared
 $('controls').addEventListener('submit', e => e.preventDefault())
 $('login').addEventListener('submit', e => {
   e.preventDefault()
