@@ -219,7 +219,7 @@ func TestTopicGrowsUnheard(t *testing.T) {
 // their new partitions: the question before an insert finds out.
 func TestGrowthBeforeTheNextLook(t *testing.T) {
 	t.Parallel()
-	env := newSpace(t, "KAFKA_PARTITIONS=1")
+	env := newSpace(t, "KAFKA_PARTITIONS=1", "WORKER_COUNT=1") // whose memory is not that of other tests
 	cfg := settingsFrom(t, env)
 	unnoticed := func() int { return 1 }
 	c, err := newConsumer(cfg, []*store{preparedStore(t, cfg)}, 1, unnoticed, newTestSideProducer(t, cfg), &newStats().store, func(error) {})

@@ -122,17 +122,18 @@ func (p *pass) read(ctx context.Context, cfg *settings, r timeRange, erased map[
 		if place(where) == inRetry { // what is committed has been put back, or is dead
 			group = cfg.kafkaGroup + suffix
 		}
-		err := readRecords(ctx, cfg, cfg.kafkaTopic+suffix, group, func(rec *kgo.Record) {
+		err := readRecords(ctx, cfg, cfg.kafkaTopic+suffix, group, func(rec *kgo.Record) error {
 			ev, err := parser.decode(rec.Value)
 			if err != nil && place(where) == onTopic {
 				p.junk++
 			}
 			if err != nil || ev.timestamp < r.from || ev.timestamp >= r.to || erased[string(ev.userID)] {
-				return
+				return nil
 			}
 			id, _ := ev.id(nil)
 			replays, _ := strconv.ParseInt(header(rec, "replay_count"), 10, 16)
 			p.note(id, place(where), int16(replays))
+			return nil
 		})
 		if err != nil {
 			return err
@@ -259,8 +260,8 @@ func (l *ledger) print(w io.Writer, asJSON bool) {
 }
 
 // readRecords hands each record of a topic to f that the group has not committed, all of them without a group, up to where the
-// partitions end when it starts.
-func readRecords(ctx context.Context, cfg *settings, topic, group string, f func(*kgo.Record)) error {
+// partitions end when it starts. An error of f ends it.
+func readRecords(ctx context.Context, cfg *settings, topic, group string, f func(*kgo.Record) error) error {
 	kafka, err := newKafka(cfg, "event-ingestion-audit", kgo.FetchMaxWait(fetchWait), kgo.KeepControlRecords(), kgo.FetchIsolationLevel(kgo.ReadCommitted()))
 	if err != nil {
 		return err
@@ -299,15 +300,19 @@ func readRecords(ctx context.Context, cfg *settings, topic, group string, f func
 		if err := fetches.Err(); err != nil {
 			return fmt.Errorf("read topic %s: %w", topic, err)
 		}
+		var failed error
 		fetches.EachRecord(func(rec *kgo.Record) {
 			end := left[rec.Partition] // 0 when all of it is read
-			if rec.Offset < end && !rec.Attrs.IsControl() {
-				f(rec)
+			if failed == nil && rec.Offset < end && !rec.Attrs.IsControl() {
+				failed = f(rec)
 			}
 			if rec.Offset+1 >= end {
 				delete(left, rec.Partition)
 			}
 		})
+		if failed != nil {
+			return failed
+		}
 	}
 	return nil
 }

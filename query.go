@@ -165,7 +165,9 @@ func newQueryCheck(rawQuery string, known ...string) *queryCheck {
 }
 
 func (c *queryCheck) fail(field, code, message string) {
-	c.problems = append(c.problems, problem{field, code, field + " " + message})
+	if len(c.problems) < maxProblems {
+		c.problems = append(c.problems, problem{field, code, field + " " + message})
+	}
 }
 
 // filters reads what metrics and overview have in common, but for the range.
