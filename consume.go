@@ -358,18 +358,6 @@ func (c *consumer) noteGrowth(n int) {
 	}
 }
 
-// askPartitions asks how many partitions the topic has at this moment: what was seen last may be seconds old.
-func (c *consumer) askPartitions(ctx context.Context) (int, error) {
-	req, topic := kmsg.NewPtrMetadataRequest(), kmsg.NewMetadataRequestTopic()
-	topic.Topic = &c.topic
-	req.Topics = append(req.Topics, topic)
-	resp, err := req.RequestWith(ctx, c.kafka)
-	if err != nil || len(resp.Topics) == 0 {
-		return 0, err
-	}
-	return len(resp.Topics[0].Partitions), kerr.ErrorForCode(resp.Topics[0].ErrorCode)
-}
-
 // isMember asks the group's coordinator whether this instance belongs to the group at this moment, under the name that it
 // was given its partitions by: franz-go joins under another one without a word when a rebalance finds the old one
 // unknown. A no ends the consumer; what is no answer has to be asked again.
@@ -380,9 +368,9 @@ func (c *consumer) isMember(ctx context.Context) error {
 	if name := c.member.Load(); name == nil || *name != req.MemberID {
 		c.abandon(errGivenUp)
 	}
-	parts, err := c.askPartitions(ctx)
+	parts, err := partitionsOf(ctx, c.kafka, c.topic)
 	if err != nil {
-		return fmt.Errorf("ask Kafka for the partitions of topic %s: %w", c.topic, err)
+		return err
 	}
 	c.noteGrowth(parts) // a key's records may be somebody else's now
 	if c.owned.Err() != nil {

@@ -19,6 +19,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
 	"github.com/twmb/franz-go/pkg/sasl/plain"
 	"github.com/twmb/franz-go/pkg/sasl/scram"
 )
@@ -63,7 +64,7 @@ func newProducer(cfg *settings, more ...kgo.Opt) (*kgo.Client, error) {
 		kgo.MaxBufferedRecords(int(min(cfg.maxInFlightBytes/minEventBytes, 1<<30))), // never reached: the byte budget is full first
 		kgo.RecordDeliveryTimeout(cfg.ackTimeout),
 		kgo.ProduceRequestTimeout(cfg.ackTimeout),
-		kgo.MetadataMinAge(sampleInterval), // a look by older partitions would claim what others put on new ones; 5 s by default
+		kgo.MetadataMinAge(sampleInterval), // the watermark waits for new partitions to be known; 5 s by default
 		kgo.UnknownTopicRetries(-1),        // topics are created at start, possibly after the first request
 	}, more...)...)
 }
@@ -176,6 +177,24 @@ func ensureTopics(ctx context.Context, kafka *kgo.Client, cfg *settings) (partit
 		}
 	}
 	return partitions, nil
+}
+
+// partitionsOf asks how many partitions a topic has at this moment: what a client knows may be seconds old.
+func partitionsOf(ctx context.Context, kafka *kgo.Client, topic string) (int, error) {
+	req, asked := kmsg.NewPtrMetadataRequest(), kmsg.NewMetadataRequestTopic()
+	asked.Topic = &topic
+	req.Topics = append(req.Topics, asked)
+	resp, err := req.RequestWith(ctx, kafka)
+	if err == nil && len(resp.Topics) != 1 {
+		err = errors.New("no answer about it")
+	}
+	if err == nil {
+		err = kerr.ErrorForCode(resp.Topics[0].ErrorCode)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("ask Kafka for the partitions of topic %s: %w", topic, err)
+	}
+	return len(resp.Topics[0].Partitions), nil
 }
 
 const (

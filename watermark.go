@@ -139,6 +139,10 @@ func (w *watermark) look(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if n, err := partitionsOf(ctx, w.kafka, w.topic); err != nil || n != len(ends) { // there may be records on those that are new
+		w.kafka.ForceMetadataRefresh()
+		return err
+	}
 	if before := len(w.partitionLags()); len(ends) > before {
 		w.moveUntil = now // it may have grown before the first look
 		if before > 0 {
