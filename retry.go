@@ -325,6 +325,10 @@ func (w *retryWorker) run(ctx context.Context, finish func() (context.Context, c
 		poll(ctx, w.kafka, 0, retryTick, w.failed).EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 {
 				w.side.stats.troubles.clear(readRetries)
+				now := time.Now()
+				for _, rec := range p.Records { // it ages by this clock from now on; one that comes from the future is new
+					rec.Timestamp = now.Add(-max(0, now.Sub(rec.Timestamp)))
+				}
 				w.kafka.PauseFetchPartitions(map[string][]int32{w.topic: {p.Partition}})
 				w.held[p.Partition] = append(w.held[p.Partition], p.Records...)
 			}
