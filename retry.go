@@ -110,11 +110,14 @@ func (s *sideProducer) retry(ctx context.Context, recs []*kgo.Record, message st
 	return s.produce(ctx, moved)
 }
 
-// requeue puts records on the main topic, under their keys. The error is deadLetter's.
+// requeue puts records on the main topic, under their keys, but for those that only say how a transaction ended. The error is
+// deadLetter's.
 func (s *sideProducer) requeue(ctx context.Context, recs []*kgo.Record) error {
-	back := make([]*kgo.Record, len(recs))
-	for i, rec := range recs {
-		back[i] = &kgo.Record{Topic: s.topic, Key: rec.Key, Value: rec.Value, Headers: rec.Headers}
+	var back []*kgo.Record
+	for _, rec := range recs {
+		if !rec.Attrs.IsControl() {
+			back = append(back, &kgo.Record{Topic: s.topic, Key: rec.Key, Value: rec.Value, Headers: rec.Headers})
+		}
 	}
 	return s.produce(ctx, back)
 }
