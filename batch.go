@@ -31,7 +31,7 @@ type block struct {
 	kept    []int                     // scratch of filter
 	row     event                     // scratch of event
 	records []*kgo.Record             // of the rows, for the case that ClickHouse rejects some
-	bytes   int                       // of keys and values of the records
+	bytes   int                       // of the records
 	reread  bool                      // some of the rows may have been stored by an owner that died over it
 	offsets map[int32]kgo.EpochOffset // by partition: how far it has been taken in, where to go on from
 }
@@ -74,7 +74,7 @@ func (b *block) rows() int { return len(b.timestamp.Data) }
 // at once.
 func (b *block) append(id *eventID, ev *event, rec *kgo.Record) {
 	b.records = append(b.records, rec)
-	b.bytes += len(rec.Key) + len(rec.Value)
+	b.bytes += recordBytes(rec)
 	b.eventID.Append(*id)
 	b.eventName.append(ev.name)
 	b.channel.append(ev.channel)

@@ -116,8 +116,6 @@ func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow f
 		kgo.FetchMaxBytes(8<<20),
 		kgo.FetchMaxPartitionBytes(1<<20),
 		kgo.WithDecompressor(c.ahead),
-		kgo.KeepControlRecords(), // the end of a transaction takes an offset: without it nothing would be stored up to the end
-		kgo.FetchIsolationLevel(kgo.ReadCommitted()),
 		kgo.OnPartitionsAssigned(c.onAssigned),
 		kgo.OnPartitionsRevoked(c.onRevoked),
 		kgo.OnPartitionsLost(c.onLost),
@@ -136,6 +134,8 @@ func newGroupClient(cfg *settings, clientID, suffix string, more ...kgo.Opt) (*k
 		kgo.SessionTimeout(cfg.kafkaSession),
 		kgo.HeartbeatInterval(cfg.kafkaSession / 4),
 		kgo.BlockRebalanceOnPoll(),
+		kgo.KeepControlRecords(), // the end of a transaction takes an offset: without it nothing would be done up to the end
+		kgo.FetchIsolationLevel(kgo.ReadCommitted()),
 		kgo.AutoCommitMarks(),
 		kgo.AutoCommitInterval(commitInterval),
 	}, more...)...)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 
@@ -226,6 +227,25 @@ func TestLargeBlocks(t *testing.T) {
 	}
 	if n := cap(w.cur.records) + cap(w.spare.records); n > 2*rows {
 		t.Errorf("the empty blocks have memory for %d rows", n)
+	}
+}
+
+// TestLargeHeaders: another producer's records have headers that are far larger than their events. A block has no more of them
+// than it may take memory.
+func TestLargeHeaders(t *testing.T) {
+	t.Parallel()
+	const fit, size = 10, 100 << 10
+	w := idleWorker(100)
+	w.limit(blockLimits{100, fit * size})
+	ev := mustParse(t, new(eventParser), sampleEvent)
+	id, _ := ev.id(nil)
+	rec := &kgo.Record{Key: fmt.Appendf(nil, "%x", id), Value: []byte(sampleEvent), Headers: []kgo.RecordHeader{{Key: "strange", Value: make([]byte, size)}}}
+	w.enqueue(slices.Repeat([]*kgo.Record{rec}, 100), 0)
+	if bad, err := w.takeIn(100); bad != nil {
+		t.Fatal(err)
+	}
+	if n := w.cur.rows(); n != fit {
+		t.Errorf("%d records in a block, want %d", n, fit)
 	}
 }
 

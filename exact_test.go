@@ -275,13 +275,14 @@ func TestTransactions(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer kafka.Close()
-	for _, end := range []kgo.TransactionEndTry{kgo.TryCommit, kgo.TryAbort} {
+	for i, end := range []kgo.TransactionEndTry{kgo.TryCommit, kgo.TryAbort, kgo.TryCommit, kgo.TryAbort} {
+		to := topic + []string{"", ".retry"}[i/2]
 		value := freshEvent(map[kgo.TransactionEndTry]string{kgo.TryCommit: "committed", kgo.TryAbort: "aborted"}[end])
 		id, _ := mustParse(t, new(eventParser), string(value)).id(nil)
 		if err := kafka.BeginTransaction(); err != nil {
 			t.Fatal(err)
 		}
-		if err := kafka.ProduceSync(t.Context(), &kgo.Record{Topic: topic, Key: fmt.Appendf(nil, "%x", id), Value: value}).FirstErr(); err != nil {
+		if err := kafka.ProduceSync(t.Context(), &kgo.Record{Topic: to, Key: fmt.Appendf(nil, "%x", id), Value: value}).FirstErr(); err != nil {
 			t.Fatal(err)
 		}
 		if err := kafka.EndTransaction(t.Context(), end); err != nil {
@@ -289,14 +290,14 @@ func TestTransactions(t *testing.T) {
 		}
 		drained(p)
 	}
-	mustCount(t, env, "committed", 1)
+	mustCount(t, env, "committed", 2)
 	mustCount(t, env, "aborted", 0)
 	if n := totalOf(readTopicEnds(t, env, ".dlq")); n != 0 {
 		t.Errorf("%d dead letters", n)
 	}
 	var l struct{ Records, Stored, Difference int }
 	out, code := subcommand(t, env, "audit -json")
-	if json.Unmarshal([]byte(out), &l); code != 0 || l.Records != 1 || l.Stored != 1 || l.Difference != 0 {
+	if json.Unmarshal([]byte(out), &l); code != 0 || l.Records != 2 || l.Stored != 2 || l.Difference != 0 {
 		t.Errorf("audit: %d %s", code, out)
 	}
 	behind := freshEvent("behind")

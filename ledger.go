@@ -6,6 +6,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/hex"
@@ -296,11 +297,17 @@ func readRecords(ctx context.Context, cfg *settings, topic, group string, f func
 	}
 	kafka.AddConsumePartitions(map[string]map[int32]kgo.Offset{topic: from})
 	for len(left) > 0 {
-		fetches := kafka.PollFetches(ctx)
-		if err := fetches.Err(); err != nil {
-			return fmt.Errorf("read topic %s: %w", topic, err)
-		}
 		var failed error
+		fetches := poll(ctx, kafka, 0, pollWait, func(err error) { failed = err })
+		if failed = cmp.Or(failed, ctx.Err()); failed != nil {
+			return fmt.Errorf("read topic %s: %w", topic, failed)
+		}
+		if fetches.NumRecords() == 0 { // what is left may have expired meanwhile
+			if starts, err = whole(admin.ListStartOffsets(ctx, topic)); err != nil {
+				return fmt.Errorf("starts of topic %s: %w", topic, err)
+			}
+			maps.DeleteFunc(left, func(p int32, end int64) bool { return starts[topic][p].Offset >= end })
+		}
 		fetches.EachRecord(func(rec *kgo.Record) {
 			end := left[rec.Partition] // 0 when all of it is read
 			if failed == nil && rec.Offset < end && !rec.Attrs.IsControl() {

@@ -3,6 +3,8 @@
 package main
 
 import (
+	"context"
+	crand "crypto/rand"
 	"fmt"
 	"math"
 	"net/http"
@@ -10,6 +12,9 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kgo"
 )
 
 // TestAuditOfHours: one hour lacks what another has too much of.
@@ -88,4 +93,29 @@ func TestAuditOfReplays(t *testing.T) {
 		clickhouseQuery(t, "TRUNCATE TABLE "+db+"."+table)
 	}
 	audit(1, `"difference":1`)
+}
+
+// TestAuditBesideRetention: what is still to be read expires. Nobody waits for it.
+func TestAuditBesideRetention(t *testing.T) {
+	t.Parallel()
+	cfg := settingsFrom(t, newSpace(t))
+	side := newTestSideProducer(t, cfg)
+	const records = 4
+	for range records { // of which one or two fill a fetch
+		rec := &kgo.Record{Topic: cfg.kafkaTopic, Key: []byte("k"), Value: make([]byte, 900_000)}
+		crand.Read(rec.Value)
+		if side.produce(t.Context(), []*kgo.Record{rec}) != nil {
+			t.Fatal("not acknowledged")
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	err := readRecords(ctx, cfg, cfg.kafkaTopic, "", func(rec *kgo.Record) error {
+		all := kadm.Offsets{cfg.kafkaTopic: {rec.Partition: {Topic: cfg.kafkaTopic, Partition: rec.Partition, At: records}}}
+		_, err := kadm.NewClient(side.kafka).DeleteRecords(ctx, all)
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
 }

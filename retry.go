@@ -110,11 +110,14 @@ func (s *sideProducer) retry(ctx context.Context, recs []*kgo.Record, message st
 	return s.produce(ctx, moved)
 }
 
-// requeue puts records on the main topic, under their keys. The error is deadLetter's.
+// requeue puts records on the main topic, under their keys, but for those that only say how a transaction ended. The error is
+// deadLetter's.
 func (s *sideProducer) requeue(ctx context.Context, recs []*kgo.Record) error {
-	back := make([]*kgo.Record, len(recs))
-	for i, rec := range recs {
-		back[i] = &kgo.Record{Topic: s.topic, Key: rec.Key, Value: rec.Value, Headers: rec.Headers}
+	var back []*kgo.Record
+	for _, rec := range recs {
+		if !rec.Attrs.IsControl() {
+			back = append(back, &kgo.Record{Topic: s.topic, Key: rec.Key, Value: rec.Value, Headers: rec.Headers})
+		}
 	}
 	return s.produce(ctx, back)
 }
@@ -325,6 +328,10 @@ func (w *retryWorker) run(ctx context.Context, finish func() (context.Context, c
 		poll(ctx, w.kafka, 0, retryTick, w.failed).EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 {
 				w.side.stats.troubles.clear(readRetries)
+				now := time.Now()
+				for _, rec := range p.Records { // it ages by this clock from now on; one that comes from the future is new
+					rec.Timestamp = now.Add(-max(0, now.Sub(rec.Timestamp)))
+				}
 				w.kafka.PauseFetchPartitions(map[string][]int32{w.topic: {p.Partition}})
 				w.held[p.Partition] = append(w.held[p.Partition], p.Records...)
 			}

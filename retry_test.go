@@ -94,7 +94,7 @@ func TestPutOffStopped(t *testing.T) {
 	}
 }
 
-// TestRetryWorkers: 20,000 records of 16 KB wait for an hour, and take little memory; those with a short delay pass them, each
+// TestRetryWorkers: 20,000 records of 16 KB wait for a minute, and take little memory; those with a short delay pass them, each
 // once, while workers come and go; what waits is still uncommitted in the end.
 func TestRetryWorkers(t *testing.T) {
 	t.Parallel()
@@ -109,7 +109,10 @@ func TestRetryWorkers(t *testing.T) {
 		recs := make([]*kgo.Record, n)
 		for i := range recs {
 			p := partition(i)
-			count := strconv.Itoa(int(p)/delayPartitions + 1)
+			count := "1"
+			if p >= delayPartitions {
+				count = "100" // the longest delay, from when they are read, because they are ahead
+			}
 			recs[i] = &kgo.Record{Topic: cfg.kafkaTopic + ".retry", Partition: p, Key: []byte(fmt.Sprint(at.UnixNano(), i)), Value: []byte(value), Timestamp: at,
 				Headers: []kgo.RecordHeader{{Key: "retry_count", Value: []byte(count)}}}
 		}
@@ -192,6 +195,26 @@ func totalOf(ns []int64) (total int64) {
 		total += n
 	}
 	return total
+}
+
+// TestPutOffByAnotherClock: who put a record off has a clock that is ahead. It waits no longer for that, and nothing behind it does.
+func TestPutOffByAnotherClock(t *testing.T) {
+	t.Parallel()
+	env := faultSpace(t)
+	p := startProgram(t, env)
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	for _, ahead := range []time.Duration{time.Hour, 0} {
+		rec := &kgo.Record{Topic: space(env, "KAFKA_TOPIC") + ".retry", Key: []byte("k"), Value: freshEvent("ahead"), Timestamp: time.Now().Add(ahead)}
+		if err := kafka.ProduceSync(t.Context(), rec).FirstErr(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	drained(p)
+	mustCount(t, env, "ahead", 2)
 }
 
 // TestTooLarge: topics that take less than the main one. A batch that is too large goes record by record, and a record that is
