@@ -100,6 +100,9 @@ func TestStrain(t *testing.T) {
 		{"no host", "GET /health HTTP/1.1\r\n\r\n", []int{400}},
 		{"two lengths", "POST " + onePath + " HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}", []int{400}},
 		{"length and chunks", "POST " + onePath + " HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{400}},
+		{"GET with a body", "GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", []int{400}},
+		{"GET with chunks", "GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", []int{400}},
+		{"GET with an empty body", "GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", []int{200}},
 		{"negative length", "POST " + onePath + " HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", []int{400}},
 	} {
 		conn := dial()
