@@ -36,6 +36,9 @@ const (
 	maxDropped = 4 * maxBulkBody
 	// maxZstdWindow bounds what a zstd frame may make the decoder allocate, whatever it claims.
 	maxZstdWindow = 8 << 20
+	// maxZstdReads bounds the reads of a zstd body, two a block: one of 16 bytes may bring tables that take microseconds to build.
+	// Blocks of 256 bytes stay below it, and so does a frame for each event.
+	maxZstdReads = 64 << 10
 	// firstRead is the size of the first buffer for a body without a length.
 	firstRead = 4<<10 - 1
 	// firstClaim caps the first buffer, whatever length a body claims: beyond it a request holds at most twice what was
@@ -48,6 +51,7 @@ var (
 	errOverShare    = errors.New("too much of this key, or of this address without a key, is in flight")
 	errBodyTooLarge = errors.New("the body is larger than the limit")
 	errEncoding     = errors.New("send gzip, zstd or none")
+	errTinyBlocks   = errors.New("its zstd blocks are too small: compress more at a time")
 	errTimeUp       = errors.New("the time for this request is up")
 )
 
@@ -137,9 +141,10 @@ func byteOrderMark(text []byte) error {
 
 // decompressor keeps the state of both decoders for the next body: about 40 KiB, and up to twice maxZstdWindow.
 type decompressor struct {
-	src  bytes.Reader // no bytes.Buffer: zstd would decode the whole of it at once, past the limit
-	gzip gzip.Reader
-	zstd *zstd.Decoder
+	src   bytes.Reader
+	gzip  gzip.Reader
+	zstd  *zstd.Decoder
+	reads int // of src that are left to zstd
 }
 
 // decompressors has one for each core. Decoding never waits, so more of them would only cost memory, of which a few bytes
@@ -159,7 +164,16 @@ func (d *decompressor) open(encoding string, raw []byte) (io.Reader, error) {
 	if encoding == "gzip" {
 		return &d.gzip, d.gzip.Reset(&d.src)
 	}
-	return d.zstd, d.zstd.Reset(&d.src)
+	d.reads = maxZstdReads
+	return d.zstd, d.zstd.Reset(d)
+}
+
+// Read gives the zstd decoder the body. A bytes.Buffer it would decode at once, past the limit.
+func (d *decompressor) Read(p []byte) (int, error) {
+	if d.reads--; d.reads < 0 {
+		return 0, errTinyBlocks
+	}
+	return d.src.Read(p)
 }
 
 // writeReadError answers a request whose body could not be read.

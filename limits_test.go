@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"syscall"
 	"testing"
@@ -99,6 +100,9 @@ func TestStrain(t *testing.T) {
 		{"no host", "GET /health HTTP/1.1\r\n\r\n", []int{400}},
 		{"two lengths", "POST " + onePath + " HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}", []int{400}},
 		{"length and chunks", "POST " + onePath + " HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{400}},
+		{"GET with a body", "GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", []int{400}},
+		{"GET with chunks", "GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", []int{400}},
+		{"GET with an empty body", "GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", []int{200}},
 		{"negative length", "POST " + onePath + " HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", []int{400}},
 	} {
 		conn := dial()
@@ -205,5 +209,32 @@ func TestBodyTooLarge(t *testing.T) {
 		if err != nil || !bytes.HasPrefix(answer, []byte("HTTP/1.1 413 ")) {
 			t.Errorf("%s: sent: %v, answer: %s", path, err, answer)
 		}
+	}
+}
+
+// TestTinyBlocks: a zstd body of half a million blocks, each with tables of its own, would take seconds to decompress. One that was
+// flushed after each event is fine.
+func TestTinyBlocks(t *testing.T) {
+	t.Parallel()
+	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &newStats().ingest)
+	event := freshEvent("b")
+	flushed := bytes.Repeat(zstded(event), maxBulkEvents)
+	// A frame with a block of 16 spaces, and blocks that repeat 3 of them: no literals, one sequence, three tables, its states.
+	tables := "\x28\xb5\x2f\xfd\x00\x58" + "\x82\x00\x00 " +
+		strings.Repeat("\x6c\x00\x00"+"\x00"+"\x01\xa8"+"\xe4\xff"+"\xe3\x7f"+"\xe4\xff"+"\x00\x00\x00\x04", 500_000) + "\x01\x00\x00"
+	for _, c := range []struct {
+		body []byte
+		size int
+		want string
+	}{{flushed, maxBulkEvents * len(event), ""}, {[]byte(tables), 0, "zstd blocks are too small"}} {
+		r := httptest.NewRequest("POST", bulkPath, bytes.NewReader(c.body))
+		r.Header.Set("Content-Encoding", "zstd")
+		acc := in.bodies.open(client{})
+		body, err := in.readBody(acc, r, maxBulkBody)
+		if got := fmt.Sprint(err); len(body.bytes()) != c.size || err == nil != (c.want == "") || !strings.Contains(got, c.want) {
+			t.Errorf("%d bytes, of %d compressed: %v, want %q", len(body.bytes()), len(c.body), err, c.want)
+		}
+		acc.put(&body)
+		acc.close()
 	}
 }

@@ -112,7 +112,7 @@ func (c *settings) settingsTable() []setting {
 
 		{"CLICKHOUSE_HOST", "localhost", "host of ClickHouse", as(&c.clickhouseHost, "a name or an address, without the port, which is CLICKHOUSE_PORT", hostName)},
 		{"CLICKHOUSE_PORT", "9000", "native port of ClickHouse", integer(&c.clickhousePort, 1, 65535)},
-		{"CLICKHOUSE_DATABASE", "event_ingestion", "database; created when missing", as(&c.clickhouseDatabase, "letters, digits and _, not starting with a digit", identifier)},
+		{"CLICKHOUSE_DATABASE", "event_ingestion", "database; created when missing", as(&c.clickhouseDatabase, "at most 150 letters, digits and _, not starting with a digit, and not system, table or function", identifier)},
 		{"CLICKHOUSE_USERNAME", "default", "user", text(&c.clickhouseUsername)},
 		{"CLICKHOUSE_PASSWORD", "", "password", text(&c.clickhousePassword)},
 		{"CLICKHOUSE_TLS", "false", "true speaks TLS to ClickHouse, whose port for it is usually 9440", as(&c.clickhouseTLS, "true or false", boolean)},
@@ -381,7 +381,11 @@ func hostName(s string) (string, bool) {
 // clusterName takes what can stand between quotes in SQL.
 func clusterName(s string) (string, bool) { return s, !strings.ContainsAny(s, "'\\`\"") }
 
-// identifier takes what can stand in SQL without quotes; the schema puts the database there so.
-func identifier(s string) (string, bool) { return s, sqlName.MatchString(s) }
+// identifier takes what can stand in SQL without quotes, also behind INSERT INTO, with room for the tables' names in those of files; the
+// schema puts the database there so.
+func identifier(s string) (string, bool) {
+	reserved := slices.Contains([]string{"system", "table", "function"}, strings.ToLower(s))
+	return s, sqlName.MatchString(s) && !reserved
+}
 
-var sqlName = regexp.MustCompile(`^[a-zA-Z_]\w*$`)
+var sqlName = regexp.MustCompile(`^[a-zA-Z_]\w{0,149}$`)

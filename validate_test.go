@@ -391,6 +391,7 @@ func TestSettings(t *testing.T) {
 		{"KAFKA_SASL_USERNAME", "u"}, {"KAFKA_LINGER", "10s"}, {"RETENTION_DAYS", "30"},
 		{"CORS_ORIGINS", "https://a.example,https://Shop.example"}, {"CORS_ORIGINS", "https://shop.example:443"}, {"CORS_ORIGINS", "http://maça.example"}, {"CORS_ORIGINS", "null"},
 		{"CLOCK_SKEW", "1.5s"}, {"KAFKA_TOPIC", "a b"}, {"KAFKA_TOPIC", ".."}, {"KAFKA_TOPIC", strings.Repeat("t", 244)},
+		{"CLICKHOUSE_DATABASE", "Table"}, {"CLICKHOUSE_DATABASE", "function"}, {"CLICKHOUSE_DATABASE", "system"}, {"CLICKHOUSE_DATABASE", strings.Repeat("d", 151)},
 	} {
 		_, err := loadSettings(func(k string) string { return map[string]string{c.name: c.value}[k] })
 		if err == nil || !strings.Contains(err.Error(), c.name) {

@@ -190,25 +190,24 @@ func (r *replay) where(line int64) string { return fmt.Sprintf("line %d", line) 
 
 // accepted reads the line with encoding/json: an independent count does not share the parser that it checks.
 func (r *replay) accepted(line int64) {
-	var e struct {
-		EventName string `json:"event_name"`
-		UserID    string `json:"user_id"`
-		Channel   string `json:"channel"`
-		Timestamp int64  `json:"timestamp"`
-		InsertID  string `json:"insert_id"`
-	}
-	if json.Unmarshal(r.flight[line], &e) != nil {
+	var e map[string]any
+	if err := json.Unmarshal(r.flight[line], &e); err != nil {
+		r.broken = fmt.Sprintf("line %d was accepted and cannot be counted: %v", line, err)
 		return
 	}
+	text := func(name string) string { s, _ := e[name].(string); return s }
+	name, user := text("event_name"), text("user_id")
+	number, _ := e["timestamp"].(float64)
+	at := int64(number)
 	delete(r.flight, line)
-	s := replayedOf(r.names, e.EventName)
-	id := sha256.Sum256(fmt.Appendf(nil, "%q %q %d %q %q", e.EventName, e.UserID, e.Timestamp, e.Channel, e.InsertID))
+	s := replayedOf(r.names, name)
+	id := sha256.Sum256(fmt.Appendf(nil, "%q %q %d %q %q", name, user, at, text("channel"), text("insert_id")))
 	if _, dup := s.ids[id]; dup {
 		return
 	}
 	s.ids[id] = struct{}{}
 	s.count++
-	s.add(e.UserID, e.Timestamp)
+	s.add(user, at)
 }
 
 func replayedOf(names map[string]*replayed, name string) *replayed {

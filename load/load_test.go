@@ -138,6 +138,7 @@ func TestLoadVerify(t *testing.T) {
 		{"-rate 0 -bulk 1000 -connections 2 -duration 300ms -verify -verify-timeout 5s", &peer{}, 0},
 		{"-rate 2000 -bulk 50 -duration 1s -gzip -verify -verify-timeout 5s", &peer{}, 0},
 		{"-rate 2000 -bulk 50 -duration 1s -verify -verify-timeout 1s", &peer{lose: true}, 1},
+		{"-rate 2000 -bulk 50 -duration 300ms -verify -verify-timeout 1500ms", &peer{late: true}, 1},
 		{"-rate 2000 -bulk 50 -duration 300ms", &peer{refuse: func(int, int, peerEvent) string { return "validation.required.error" }}, 1},
 	} {
 		code, r, stderr := runLoadAgainst(t, c.peer, c.args)
@@ -301,6 +302,24 @@ func TestLoadFile(t *testing.T) {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the report has no %q:\n%s", want, &out)
 		}
+	}
+}
+
+// TestLoadFileLost: a peer that stores nothing is found out, whatever else the lines have and however they write their numbers.
+func TestLoadFileLost(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "events.ndjson")
+	line := fmt.Sprintf(`{"event_name":"e","user_id":"u","timestamp":%d.0,"Timestamp":"now","Event_Name":"f"}`, time.Now().Unix())
+	if err := os.WriteFile(path, []byte(line), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := &peer{before: func(_ int, w http.ResponseWriter) bool {
+		w.WriteHeader(http.StatusAccepted)
+		fmt.Fprint(w, `{"success_count":1,"failed_count":0,"errors":[]}`)
+		return true
+	}}
+	code, r, _ := runLoadAgainst(t, p, "-rate 0 -verify -verify-timeout 1s -file "+path)
+	if code != 1 || len(r.Checks) != 3 || r.Checks[0] != (Check{"e total_count", 1, 0, false}) {
+		t.Errorf("code %d, %+v", code, r.Checks)
 	}
 }
 

@@ -90,15 +90,17 @@ type Check struct {
 	OK   bool   `json:"ok"`
 }
 
-// Verify asks the metrics endpoint until it agrees with what was accepted, or the time is up.
+// Verify asks the metrics endpoint until it agrees with what was accepted, and has all of it, or the time is up. Before that a right
+// count may be one of which something is missing and something is there twice, or is about to be.
 func (l *Loader) Verify(stderr io.Writer) (checks []Check) {
 	deadline := time.Now().Add(l.Config.verifyWait)
 	ctx, cancel := context.WithDeadline(context.Background(), deadline.Add(10*time.Second))
 	defer cancel()
+	ended := l.start.Add(l.Took).Unix()
 	for _, e := range l.src.expected() {
 		for {
 			a, err := l.askMetrics(ctx, e.event, e.from, e.to, "hour")
-			done := err == nil && a.Total == e.count
+			done := err == nil && a.Total == e.count && a.Through >= ended
 			if !done && time.Now().Before(deadline) {
 				time.Sleep(100 * time.Millisecond)
 				continue
