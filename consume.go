@@ -211,9 +211,7 @@ func (c *consumer) poll(ctx context.Context) {
 			}
 		})
 		c.kafka.AllowRebalance()
-		if c.kafka.BufferedFetchRecords() == 0 {
-			c.ahead.bytes.Store(0)
-		}
+		c.ahead.polled(c.kafka.BufferedFetchRecords())
 		c.makeRoom(ctx)
 	}
 }

@@ -74,6 +74,7 @@ type ahead struct {
 	kgo.Decompressor
 	limit int64
 	bytes atomic.Int64
+	seen  int64 // bytes at the last poll
 }
 
 var errAhead = errors.New("as much is decompressed as there is room for")
@@ -86,6 +87,15 @@ func (a *ahead) Decompress(src []byte, codec kgo.CompressionCodecType) ([]byte, 
 	batch, err := a.Decompressor.Decompress(src, codec)
 	a.bytes.Add(int64(len(batch)))
 	return batch, err
+}
+
+// polled is told after each poll how many records wait for the next one. When none does, and none was decompressed since the
+// last poll, everything is taken: else one broker's answer may still be on its way while that of another is polled.
+func (a *ahead) polled(waiting int64) {
+	if waiting == 0 {
+		a.bytes.CompareAndSwap(a.seen, 0)
+	}
+	a.seen = a.bytes.Load()
 }
 
 // leaveAtLeast is how long the group has to answer a goodbye, even when the rest took all the time.

@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/twmb/franz-go/pkg/kgo"
 )
 
 // TestStrain: clients that are slow, many, or send too much hold nobody else up.
@@ -236,5 +238,35 @@ func TestTinyBlocks(t *testing.T) {
 		}
 		acc.put(&body)
 		acc.close()
+	}
+}
+
+// asItIs has nothing to decompress.
+type asItIs struct{}
+
+func (asItIs) Decompress(src []byte, _ kgo.CompressionCodecType) ([]byte, error) { return src, nil }
+
+// TestDecompressedAhead: one broker's answer is decompressed, batch after batch, while all that another one sends is taken at once.
+// It is bounded all the same, and goes on when it is taken.
+func TestDecompressedAhead(t *testing.T) {
+	t.Parallel()
+	a := &ahead{Decompressor: asItIs{}, limit: 100}
+	batch := make([]byte, 60)
+	for range 3 {
+		n := 0
+		for ; n < 10; n++ {
+			if _, err := a.Decompress(batch, 0); err != nil {
+				break
+			}
+			a.polled(0)
+		}
+		if n != 2 {
+			t.Errorf("%d batches of 60 bytes are decompressed, want 2: the last is the first beyond 100", n)
+		}
+		a.polled(1)
+		if _, err := a.Decompress(batch, 0); err == nil {
+			t.Error("there is room before it was taken")
+		}
+		a.polled(0)
 	}
 }
