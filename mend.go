@@ -158,14 +158,15 @@ func (ins *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool
 	if err != nil {
 		return false, err
 	}
+	if !slices.Equal(seen, ins.last) {
+		ins.last, ins.since, ins.times = seen, started, 0
+	}
+	streak := time.Since(ins.since) // before the question: its answer takes time, and is as old as the question
 	after, err := ins.awaitInserts(ctx)
 	if err != nil {
 		return false, err
 	}
 	quiet := alone || before == 0 && after == 0
-	if !slices.Equal(seen, ins.last) {
-		ins.last, ins.since, ins.times = seen, started, 0
-	}
 	ins.times++
 	if len(seen) == 0 {
 		agree = quiet || ins.trusted
@@ -175,7 +176,7 @@ func (ins *inserter) lookAndMend(ctx context.Context, hours []int64) (agree bool
 		return agree, nil
 	}
 	ins.trusted = false
-	certain := alone || quiet && slices.Equal(seen, ins.seen) || ins.times >= busyLooks && after < time.Since(ins.since)
+	certain := alone || quiet && slices.Equal(seen, ins.seen) || ins.times >= busyLooks && after < streak
 	if quiet {
 		ins.seen = seen
 	}

@@ -284,6 +284,42 @@ func TestTornBesideMany(t *testing.T) {
 	countedOnce(t, st.database)
 }
 
+// TestTornBesideOneInsert: another instance's insert began just before the first look, and stands in events alone ever since. What is
+// seen is not mended beside it, however long answers take.
+func TestTornBesideOneInsert(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t)
+	preparedStore(t, settingsFrom(t, env))
+	between := newProxy(t, clickhouseAddress(t), nil)
+	cfg := settingsFrom(t, append(env, "CLICKHOUSE_PORT="+between.port()))
+	st, stats := newStore(cfg), &newStats().store
+	hour := time.Now().Unix()/hourSeconds - 5
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, user_id, timestamp) SELECT SHA256(toString(number)), 'one', 'u', %d FROM numbers(100)", st.database, hour*hourSeconds))
+	clickhouseQuery(t, "TRUNCATE TABLE "+st.database+".events_hourly")
+	ctx, stop := context.WithCancel(t.Context())
+	var other sync.WaitGroup
+	defer other.Wait()
+	defer stop()
+	id := cfg.kafkaGroup + "-other"
+	other.Go(func() { // ends with stop
+		newStore(settingsFrom(t, env)).connected(ctx, func(c asker) error {
+			return c.Do(ctx, eachRow(ch.Query{Body: "SELECT sleepEachRow(0.1) FROM system.numbers SETTINGS max_block_size = 1", QueryID: id}, func(int) {}, new(proto.ColUInt8)))
+		})
+	})
+	for clickhouseQuery(t, "SELECT count() FROM system.processes WHERE query_id = '"+id+"'") == "0" {
+	}
+	ins := newInserter(st, cfg, stats, nil, newRoundCall(), membership{alone: func() bool { return false }})
+	for range busyLooks - 1 {
+		if _, err := ins.lookAndMend(ctx, []int64{hour}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	between.late.Store(int64(200 * time.Millisecond))
+	if _, err := ins.lookAndMend(ctx, []int64{hour}); err != nil || stats.mended.Get() > 0 {
+		t.Errorf("%v, %d rows mended beside the insert that may be about to add them", err, stats.mended.Get())
+	}
+}
+
 // TestManyLooks: an instance that has looked at an hour many times, each time in a moment, can still do so.
 func TestManyLooks(t *testing.T) {
 	t.Parallel()
