@@ -206,6 +206,7 @@ func (c *consumer) poll(ctx context.Context) {
 		c.noteGrowth(c.partitionsNow())
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 && c.owned.Err() == nil {
+				c.stats.troubles.clear(readEvents)
 				c.stats.consumed.Add(len(p.Records))
 				c.worker(p.Partition).enqueue(p.Records, p.HighWatermark)
 			}
