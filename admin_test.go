@@ -26,8 +26,10 @@ func TestRequestIDs(t *testing.T) {
 			t.Errorf("%q: %v", forged, header)
 		}
 	}
-	if _, header, answer := p.ask("GET", "/none", nil); !strings.Contains(answer, `"request_id":"`+header.Get("X-Request-Id")+`"`) {
-		t.Errorf("made: %v %s", header, answer)
+	for _, path := range []string{"/none", "/web/none", "/swagger/none"} {
+		if _, header, answer := p.ask("GET", path, nil); !strings.Contains(answer, `"request_id":"`+header.Get("X-Request-Id")+`"`) {
+			t.Errorf("made: %v %s", header, answer)
+		}
 	}
 	found := false
 	for line := range strings.Lines(p.log.String()) {

@@ -147,17 +147,21 @@ type decompressor struct {
 	reads int // of src that are left to zstd
 }
 
-// decompressors has one for each core. Decoding never waits, so more of them would only cost memory, of which a few bytes
-// of zstd can claim a lot.
-var decompressors = func() chan *decompressor {
-	all := make(chan *decompressor, runtime.GOMAXPROCS(0))
+// maxDecompressors bounds what the decoders keep for ever, in nobody's budget, once bodies have claimed the largest window.
+const maxDecompressors = 4
+
+var decompressors = newDecompressors(runtime.GOMAXPROCS(0))
+
+// newDecompressors makes one for each core, as long as these are few: decoding never waits.
+func newDecompressors(cores int) chan *decompressor {
+	all := make(chan *decompressor, min(cores, maxDecompressors))
 	for range cap(all) {
 		// Concurrency 1 decodes in the caller: no goroutines to leak. The error would be of the options.
 		z, _ := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxZstdWindow))
 		all <- &decompressor{zstd: z}
 	}
 	return all
-}()
+}
 
 func (d *decompressor) open(encoding string, raw []byte) (io.Reader, error) {
 	d.src.Reset(raw)

@@ -212,9 +212,9 @@ func writeProblems(w http.ResponseWriter, problems []problem) {
 
 // appendRequestID ends an error's object with the request's id.
 func appendRequestID(b []byte, w http.ResponseWriter) []byte {
-	if x, ok := w.(*exchange); ok {
+	if id := w.Header()["X-Request-Id"]; len(id) == 1 { // w may be what compresses pages, and no exchange
 		b = append(b, `,"request_id":"`...)
-		b = append(b, x.id...)
+		b = append(b, id[0]...)
 		b = append(b, '"')
 	}
 	return append(b, '}')

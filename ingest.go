@@ -361,7 +361,7 @@ func errNotEnvelope(list string) error {
 func eachLine(body []byte, do func(line []byte) error) error {
 	n := 0
 	for line := range bytes.SplitSeq(body, []byte("\n")) {
-		if line = bytes.TrimSpace(line); len(line) == 0 {
+		if line = bytes.Trim(line, " \t\r"); len(line) == 0 { // what JSON calls white space, and no other
 			continue
 		}
 		if n++; n > maxBulkEvents {

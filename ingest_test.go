@@ -123,6 +123,7 @@ func TestContract(t *testing.T) {
 		{"text array", "POST", bulkPath, "text/plain", `[{` + good + `}]`, 400, `must be a JSON object`},
 		{"text that is no bulk", "POST", bulkPath, "text/plain", `hello`, 400, `"success_count":0,"failed_count":1`},
 		{"text empty", "POST", bulkPath, "text/plain", ``, 400, `no line with an event`},
+		{"ndjson, no space of JSON", "POST", bulkPath, ndjson, "{" + good + "}\n\u00a0{" + good + "}\n\v\n\t{" + good + "} \n", 207, `"success_count":2,"failed_count":2…"index":1…"index":2`},
 		{"ndjson empty", "POST", bulkPath, ndjson, "\n\n", 400, `no line with an event`},
 		{"mark", "POST", onePath, jsonCT, "\ufeff{}", 400, `byte order mark: send UTF-8 without one`},
 		{"bulk mark", "POST", bulkPath, jsonCT, "\ufeff{}", 400, `byte order mark`},

@@ -270,3 +270,10 @@ func TestDecompressedAhead(t *testing.T) {
 		a.polled(0)
 	}
 }
+
+// TestDecompressors: what they keep fits into what is reserved for all that no setting bounds, on any machine.
+func TestDecompressors(t *testing.T) {
+	if kept := cap(newDecompressors(64)) * maxZstdWindow; kept > restMemory {
+		t.Errorf("%d bytes of windows, of %d", kept, restMemory)
+	}
+}

@@ -80,7 +80,7 @@ func (q *ingestRequest) encodeSegment(ctx context.Context, kind string, now int6
 	r.reset(q.body.b)
 	var scratch []byte
 	note := func(v *jsonValue) {
-		if key == nil && v.kind == '"' && len(v.raw) <= maxTextBytes {
+		if len(key) == 0 && v.kind == '"' && len(v.raw) <= maxTextBytes {
 			key = v.text(&scratch)
 		}
 	}

@@ -117,6 +117,7 @@ func TestSegment(t *testing.T) {
 		{"key in the body", "/v1/batch", batch(inBody, item("")), "X-A: b", 200, `"success":true`},
 		{"key in the message", "/v1/t", item(inBody), "X-A: b", 200, `"success":true`},
 		{"key in each message", "/v1/b", batch("", item(inBody)), "X-A: b", 200, `"success":true`},
+		{"empty key in the message", "/v1/b", batch(inBody, item(`,"writeKey":""`)), "X-A: b", 200, `"success":true`},
 		{"key as everywhere", "/v1/b", batch("", item("")), "X-API-Key: " + firstKey, 200, `"success":true`},
 		{"as text", "/v1/t", item(inBody), "Content-Type: text/plain", 200, `"success":true`},
 		{"no key", "/v1/batch", batch("", item("")), "X-A: b", 401, `"error":"unauthorized"`},
