@@ -47,6 +47,11 @@ func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats
 		counts := st.route(rt.name)
 		mux.HandleFunc(rt.method+" "+rt.path, func(w http.ResponseWriter, r *http.Request) {
 			w.(*exchange).route = counts
+			if rt.method == http.MethodGet && r.ContentLength != 0 {
+				// Over HTTP/2 a MiB of it would lie in memory, in nobody's budget, for as long as the answer takes.
+				writeError(w, http.StatusBadRequest, "invalid request", r.Method+" has no body here")
+				return
+			}
 			rt.handler(w, r)
 		})
 		methods[rt.path] = append(methods[rt.path], rt.method)
@@ -72,9 +77,6 @@ func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats
 			case !ac.admits(x, r): // and has answered
 			case p == "" || p[0] != '/' || len(p) > 1 && path.Clean(p) != strings.TrimSuffix(p, "/"):
 				notFound(x, r) // the mux would answer an unclean path with an HTML redirect
-			case r.ContentLength != 0 && (r.Method == http.MethodGet || r.Method == http.MethodHead):
-				// Over HTTP/2 a MiB of it would lie in memory, in nobody's budget, for as long as the answer takes.
-				writeError(x, http.StatusBadRequest, "invalid request", r.Method+" has no body here")
 			default:
 				mux.ServeHTTP(x, r)
 			}
