@@ -80,13 +80,14 @@ type lane struct {
 
 // newConsumer returns a consumer of the topic, which has so many partitions; it starts over when another number was seen.
 func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow func() int, side *sideProducer, stats *storeStats, failed func(error)) (*consumer, error) {
+	part := cfg.consumeMemory / memoryParts
 	c := &consumer{
 		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, partitionsNow: partitionsNow, stats: stats, failed: failed,
 		has: map[int32]struct{}{}, workers: cfg.workerCount,
-		ahead: &ahead{Decompressor: kgo.DefaultDecompressor(), limit: cfg.consumeMemory / memoryParts * aheadParts},
+		ahead: &ahead{Decompressor: kgo.DefaultDecompressor(), limit: part * aheadParts},
 	}
-	c.limits = blockLimits{cfg.workerBatchSize, int(cfg.consumeMemory / memoryParts / int64(max(cfg.workerCount, len(shards))))}
-	c.maxQueued = cfg.consumeMemory / memoryParts / int64(len(shards))
+	c.limits = blockLimits{cfg.workerBatchSize, int(part / int64(max(cfg.workerCount, len(shards))))}
+	c.maxQueued = part / int64(len(shards))
 	for i, st := range shards {
 		l := new(lane)
 		for p := i; p < partitions; p += len(shards) {

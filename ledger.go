@@ -46,7 +46,7 @@ func auditTool(fs *flag.FlagSet) toolRun {
 		if err != nil {
 			return err
 		}
-		if err := l.countErased(ctx, cfg, erased); err != nil {
+		if err := newStore(cfg).session(ctx, io.Discard, func(s *session) { l.countErased(s, erased) }); err != nil {
 			return err
 		}
 		l.print(w, *asJSON)
@@ -196,25 +196,12 @@ func (l *ledger) compareTables(s *session, r timeRange) {
 }
 
 // countErased looks for rows of erased users, which a record that was still to be read, or a rewind, has brought back.
-func (l *ledger) countErased(ctx context.Context, cfg *settings, erased map[string]bool) error {
-	if len(erased) == 0 {
-		return nil
-	}
-	st := newStore(cfg)
-	c, err := st.dial(ctx)
-	if err != nil {
-		return err
-	}
-	defer c.Close()
+func (l *ledger) countErased(s *session, erased map[string]bool) {
 	for user := range erased {
 		var n proto.ColUInt64
-		err := c.Do(ctx, eachRow(ch.Query{Body: st.sql("SELECT count() FROM {events} WHERE user_id = {user:String}"), Parameters: []proto.Parameter{parameter("user", user)}},
-			func(i int) { l.unerased += int64(n[i]) }, &n))
-		if err != nil {
-			return err
-		}
+		s.ask(ch.Query{Body: "SELECT count() FROM {events} WHERE user_id = {user:String}", Parameters: []proto.Parameter{parameter("user", user)}},
+			func(i int) { l.unerased += int64(n[i]) }, &n)
 	}
-	return nil
 }
 
 // difference is how many acknowledged events are nowhere.
