@@ -39,17 +39,18 @@ const (
 
 // readiness answers GET /ready.
 type readiness struct {
-	kafka     *kgo.Client
-	store     *store
-	broken    func() string // in words, empty when no part is
-	watermark *watermark
-	troubles  *troubles
-	consumer  atomic.Pointer[consumer] // nil until it runs
-	stopping  atomic.Bool
-	consumes  bool // ROLE is not api
+	kafka      *kgo.Client
+	clickhouse *clickhouse
+	broken     *brokenParts
+	failed     func(error) // told what ClickHouse says when a query fails
+	watermark  *watermark
+	troubles   *troubles
+	consumer   atomic.Pointer[consumer] // nil until it runs
+	stopping   atomic.Bool
+	consumes   bool // ROLE is not api
 
 	mu        sync.Mutex // guards what follows; its holder asks while the others wait for the answer
-	conn      *ch.Client // its own, so that slow queries cannot occupy it; nil when the last attempt failed
+	conn      connection // its own, so that slow queries cannot occupy it
 	answered  time.Time
 	kafkaErr  error
 	tablesErr error
@@ -58,7 +59,7 @@ type readiness struct {
 func (rd *readiness) serve(w http.ResponseWriter, _ *http.Request) {
 	kafkaErr, tablesErr := rd.dependencies()
 	type check struct{ name, text string }
-	checks := []check{{"kafka", "ok"}, {"clickhouse", cmp.Or(rd.broken(), "ok")}}
+	checks := []check{{"kafka", "ok"}, {"clickhouse", cmp.Or(rd.broken.words(), "ok")}}
 	status, word := http.StatusOK, "ready"
 	if rd.stopping.Load() {
 		status, word = http.StatusServiceUnavailable, "stopping"
@@ -109,21 +110,13 @@ func (rd *readiness) dependencies() (kafkaErr, tablesErr error) {
 // failure without an answer is retried on a new one.
 func (rd *readiness) tables(ctx context.Context) (err error) {
 	for range 2 {
-		if rd.conn == nil || rd.conn.IsClosed() {
-			if rd.conn, err = rd.store.dial(ctx); err != nil {
-				return err
-			}
+		_, err = askNumber(ctx, &rd.conn, ch.Query{Body: rd.clickhouse.sql("SELECT count() FROM {events_hourly} WHERE event_name = ''")})
+		if err == nil {
+			return rd.broken.recheck(ctx, rd.clickhouse, &rd.conn)
 		}
-		conn := rd.conn
-		stop := context.AfterFunc(ctx, func() { conn.Close() }) // ch-go checks ctx only between two packets
-		_, err = number(ctx, conn, ch.Query{Body: "SELECT count() FROM " + rd.store.database + ".events_hourly WHERE event_name = ''"})
-		if stop() && err == nil {
-			return nil
-		}
-		conn.Close()
-		rd.conn = nil
+		rd.failed(err)
 		if ctx.Err() != nil {
-			return fmt.Errorf("ClickHouse at %s has not answered in %s", rd.store.options.Address, readyTimeout)
+			return fmt.Errorf("ClickHouse at %s has not answered in %s", rd.clickhouse.options.Address, readyTimeout)
 		}
 		if _, answered := ch.AsException(err); answered {
 			return err

@@ -8,6 +8,7 @@ package main
 
 import (
 	"math"
+	"time"
 
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
@@ -34,6 +35,16 @@ type block struct {
 	bytes   int                       // of the records
 	reread  bool                      // some of the rows may have been stored by an owner that died over it
 	offsets map[int32]kgo.EpochOffset // by partition: how far it has been taken in, where to go on from
+}
+
+// roundCall is how workers ask for a round.
+type roundCall struct {
+	arrived chan time.Time // when the first row came since the last round was taken
+	full    chan struct{}  // a block has its last row
+}
+
+func newRoundCall() *roundCall {
+	return &roundCall{arrived: make(chan time.Time, 1), full: make(chan struct{}, 1)}
 }
 
 // keeper is a column that rows can be taken out of: keep leaves these, which ascend. The column keeps its memory, unless no row
@@ -127,6 +138,46 @@ func (b *block) filter(keep func(row int) bool) (gone int) {
 	gone = b.rows() - len(b.kept)
 	b.keep(b.kept)
 	return gone
+}
+
+// part is a block of the rows [from, end).
+func (b *block) part(from, end int) *block {
+	part := newBlock(end - from)
+	for row := from; row < end; row++ {
+		part.append(b.id(row), b.event(row), b.records[row])
+	}
+	return part
+}
+
+// A round is small with so many rows of so many bytes: copying them takes 0.3 ms of CPU.
+const (
+	gatherRows  = 1000
+	gatherBytes = 1 << 20
+)
+
+// gather returns the blocks of a round, those of a small one as rows of into: ClickHouse takes a sixth less CPU for a hundred rows in
+// one block than in twenty.
+func gather(round []*block, into *block) []*block {
+	bytes := 0
+	for _, b := range round {
+		bytes += b.bytes
+	}
+	if len(round) == 1 || rowsOf(round) > gatherRows || bytes > gatherBytes {
+		return round
+	}
+	for _, b := range round {
+		for row := range b.rows() {
+			into.append(b.id(row), b.event(row), b.records[row])
+		}
+	}
+	return []*block{into}
+}
+
+func rowsOf(round []*block) (n int) {
+	for _, b := range round {
+		n += b.rows()
+	}
+	return n
 }
 
 // reset empties the block.

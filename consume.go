@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,8 +24,6 @@ import (
 const (
 	// drainTimeout bounds the wait for ClickHouse when partitions move; the group would give up on us at 60 s.
 	drainTimeout = 40 * time.Second
-	// failingDrain is the same for a shard that has just failed, of several: nobody knows when it will be back.
-	failingDrain = 3 * time.Second
 	// commitInterval bounds what a crash makes the next owner read again.
 	commitInterval = 250 * time.Millisecond
 	commitTimeout  = 5 * time.Second
@@ -38,8 +35,6 @@ const (
 	pollRecords = 10000
 	// pollWait bounds a poll in which nothing comes, so that a grown topic is noticed.
 	pollWait = time.Second
-	// pausedWait is the same while a lane is paused, so that its room is noticed.
-	pausedWait = 100 * time.Millisecond
 	// fullWait is the time between two looks at queues that are full: they do not run empty meanwhile.
 	fullWait = 5 * time.Millisecond
 	// memoryParts are those of CONSUME_MEMORY: what waits in the queues (one), the records of two rounds, the one that is sent
@@ -56,62 +51,46 @@ type consumer struct {
 	group         string
 	parts         int        // partitions of the topic
 	partitionsNow func() int // partitions that it was seen to have last
-	lanes         []*lane    // one a shard
+	workers       []*worker
+	inserter      *inserter
 	stats         *storeStats
 	failed        func(error)            // told what a poll says, each time
-	has           map[int32]struct{}     // the partitions that are assigned; for the group's callbacks, which come one at a time
-	limits        blockLimits            // of a block, when all workers have partitions
-	maxQueued     int64                  // bytes of records that wait for one lane
-	workers       int                    // WORKER_COUNT
+	queued        atomic.Int64           // bytes of the records that wait in the workers' queues
+	maxQueued     int64                  // of these
+	assigned      atomic.Int64           // partitions that this instance has; the group's callbacks, which come one at a time, change it
+	reread        int                    // records of a partition that comes here that may have been stored by another instance
 	member        atomic.Pointer[string] // the group's name for this instance since the first assignment
 	owned         context.Context
 	abandon       context.CancelCauseFunc // ends owned: nothing that was taken in may be stored any more
 }
 
-// lane is the way to one shard: partition p is stored by shard p mod shards, see shards.go.
-type lane struct {
-	partitions []int32 // all of the shard, whoever has them
-	workers    []*worker
-	inserter   *inserter
-	queued     atomic.Int64 // bytes of the records that wait in its workers' queues
-	has        atomic.Int32 // of its partitions are assigned
-	paused     bool         // nothing is fetched for it; only the poll loop knows
-}
-
-// newConsumer returns a consumer of the topic, which has so many partitions; it starts over when another number was seen.
-func newConsumer(cfg *settings, shards []*store, partitions int, partitionsNow func() int, side *sideProducer, stats *storeStats, failed func(error)) (*consumer, error) {
+// newConsumer returns a consumer of the topic, which has so many partitions; it starts over when another number was seen. queryFailed
+// is told what ClickHouse says when a query fails.
+func newConsumer(cfg *settings, db *clickhouse, queryFailed func(error), partitions int, partitionsNow func() int, side *sideProducer, stats *storeStats, failed func(error)) (*consumer, error) {
 	part := cfg.consumeMemory / memoryParts
 	c := &consumer{
-		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, partitionsNow: partitionsNow, stats: stats, failed: failed,
-		has: map[int32]struct{}{}, workers: cfg.workerCount,
-		ahead: &ahead{Decompressor: kgo.DefaultDecompressor(), limit: part * aheadParts},
+		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, partitionsNow: partitionsNow, stats: stats, failed: failed, maxQueued: part,
+		ahead:  &ahead{Decompressor: kgo.DefaultDecompressor(), limit: part * aheadParts},
+		reread: rereadBlocks * max(cfg.workerBatchSize, usualRows),
 	}
-	c.limits = blockLimits{cfg.workerBatchSize, int(part / int64(max(cfg.workerCount, len(shards))))}
-	c.maxQueued = part / int64(len(shards))
-	for i, st := range shards {
-		l := new(lane)
-		for p := i; p < partitions; p += len(shards) {
-			l.partitions = append(l.partitions, int32(p))
-		}
-		call := newRoundCall()
-		for range max(1, (cfg.workerCount+len(shards)-1-i)/len(shards)) {
-			l.workers = append(l.workers, newWorker(c.limits, partitions, &l.queued, call, side))
-		}
-		l.inserter = newInserter(st, cfg, stats, l.workers, call, membership{
-			isMember: c.isMember,
-			alone:    func() bool { return int(l.has.Load()) == len(l.partitions) },
-			stored: func(offsets map[int32]kgo.EpochOffset) {
-				c.kafka.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{c.topic: offsets})
-			},
-			committed: func(ctx context.Context, most int) error { return c.commit(ctx, l, most) },
-			rejected:  side.retry,
-		})
-		c.lanes = append(c.lanes, l)
+	call := newRoundCall()
+	var blocks []func() *block
+	for range cfg.workerCount {
+		w := newWorker(blockLimits{cfg.workerBatchSize, int(part / int64(cfg.workerCount))}, partitions, &c.queued, call, side)
+		c.workers, blocks = append(c.workers, w), append(blocks, w.takeBlock)
 	}
+	c.inserter = newInserter(db, cfg, stats, queryFailed, blocks, call, membership{
+		isMember: c.isMember,
+		alone:    func() bool { return int(c.assigned.Load()) == c.parts },
+		stored: func(offsets map[int32]kgo.EpochOffset) {
+			c.kafka.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{c.topic: offsets})
+		},
+		committed: c.commit,
+		rejected:  side.retry,
+	})
 	c.owned, c.abandon = context.WithCancelCause(context.Background())
 	var err error
 	c.kafka, err = newGroupClient(cfg, "event-ingestion-consumer", "",
-		kgo.Balancers(balancers(len(shards))...),
 		kgo.FetchMaxWait(fetchWait),
 		kgo.FetchMinBytes(fetchBytes),
 		kgo.FetchMaxBytes(8<<20),
@@ -166,16 +145,14 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	context.AfterFunc(c.owned, cancel)
-	var workers, inserters sync.WaitGroup
+	var workers, inserting sync.WaitGroup
 	working, stopWorkers := context.WithCancel(context.Background())
 	insertCtx, cancelInserts := context.WithCancel(c.owned)
-	stopInserters := make(chan struct{})
-	for _, l := range c.lanes {
-		for _, w := range l.workers {
-			workers.Go(func() { w.run(working) }) // ends with stopWorkers
-		}
-		inserters.Go(func() { l.inserter.run(insertCtx, stopInserters) }) // ends with stopInserters, or insertCtx
+	stopInserter := make(chan struct{})
+	for _, w := range c.workers {
+		workers.Go(func() { w.run(working) }) // ends with stopWorkers
 	}
+	inserting.Go(func() { c.inserter.run(insertCtx, stopInserter) }) // ends with stopInserter, or insertCtx
 	c.poll(ctx)
 
 	if c.owned.Err() != nil {
@@ -186,9 +163,9 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 	context.AfterFunc(end, cancelInserts)
 	stopWorkers()
 	workers.Wait()
-	close(stopInserters)
-	inserters.Wait()
-	commit, cancelCommit := endsBy(end, leaveAtLeast) // a shard that does not answer has taken all the time
+	close(stopInserter)
+	inserting.Wait()
+	commit, cancelCommit := endsBy(end, leaveAtLeast) // a ClickHouse that does not answer has taken all the time
 	defer cancelCommit()
 	if err := c.kafka.CommitMarkedOffsets(commit); err != nil {
 		slog.Warn("offsets not committed at the end, their records will be read again", "error", err)
@@ -199,11 +176,7 @@ func (c *consumer) run(ctx context.Context, finish func() (context.Context, cont
 
 func (c *consumer) poll(ctx context.Context) {
 	for ctx.Err() == nil {
-		wait := pollWait
-		if slices.ContainsFunc(c.lanes, func(l *lane) bool { return l.paused }) {
-			wait = pausedWait
-		}
-		fetches := poll(ctx, c.kafka, pollRecords, wait, c.failed)
+		fetches := poll(ctx, c.kafka, pollRecords, pollWait, c.failed)
 		c.noteGrowth(c.partitionsNow())
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 && c.owned.Err() == nil {
@@ -214,72 +187,13 @@ func (c *consumer) poll(ctx context.Context) {
 		})
 		c.kafka.AllowRebalance()
 		c.ahead.polled(c.kafka.BufferedFetchRecords())
-		c.makeRoom(ctx)
-	}
-}
-
-// lane is the one of a partition, and worker the partition's worker in it.
-func (c *consumer) lane(partition int32) *lane { return c.lanes[int(partition)%len(c.lanes)] }
-
-func (c *consumer) worker(partition int32) *worker {
-	workers := c.lane(partition).workers
-	return workers[int(partition)/len(c.lanes)%len(workers)]
-}
-
-// makeRoom waits until a queue is below its limit. A shard that stands still must not hold the others up: while another lane has
-// room, the partitions of a full one are not fetched, until half of what waits has gone. What the client had fetched of them
-// already is fetched again.
-func (c *consumer) makeRoom(ctx context.Context) {
-	for ctx.Err() == nil {
-		var full []*lane
-		room := false
-		for _, l := range c.lanes {
-			bytes := l.queued.Load()
-			if l.paused && bytes <= c.maxQueued/2 {
-				l.paused = false
-				c.kafka.ResumeFetchPartitions(map[string][]int32{c.topic: l.partitions})
-			}
-			if bytes > c.maxQueued && !l.paused {
-				full = append(full, l)
-			}
-			room = room || bytes <= c.maxQueued && !l.paused
-		}
-		if len(full) == 0 {
-			return
-		}
-		if room {
-			for _, l := range full {
-				l.paused = true
-				c.kafka.PauseFetchPartitions(map[string][]int32{c.topic: l.partitions})
-			}
-			return
-		}
-		sleep(ctx, fullWait)
-	}
-}
-
-// shareRounds gives the workers of a lane larger blocks when few of them have partitions, because other lanes or instances store
-// the rest. Else the rounds of many inserters would be small, and an insert costs the same whatever it holds.
-func (c *consumer) shareRounds() {
-	busy, has := map[*worker]bool{}, map[*lane]int32{}
-	for p := range c.has {
-		busy[c.worker(p)] = true
-		has[c.lane(p)]++
-	}
-	share := func(of, busy int) int { return max(of, min(of*c.workers/max(busy, 1), of*maxShare)) }
-	for _, l := range c.lanes {
-		l.has.Store(has[l])
-		n := 0
-		for _, w := range l.workers {
-			if busy[w] {
-				n++
-			}
-		}
-		for _, w := range l.workers {
-			w.limit(blockLimits{share(c.limits.rows, n), share(c.limits.bytes, len(busy))})
+		for c.queued.Load() > c.maxQueued && ctx.Err() == nil {
+			sleep(ctx, fullWait)
 		}
 	}
 }
+
+func (c *consumer) worker(partition int32) *worker { return c.workers[int(partition)%len(c.workers)] }
 
 // readEvents is what fails when a poll does.
 const readEvents = "read the main topic"
@@ -297,12 +211,10 @@ func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[s
 			c.abandon(errGrown)
 			return
 		}
-		c.lane(p).inserter.cameAt.Store(&came)
-		c.worker(p).assign(p, rereadBlocks*max(c.limits.rows, usualRows))
-		c.has[p] = struct{}{}
+		c.inserter.inserts.cameAt.Store(&came)
+		c.worker(p).assign(p, c.reread)
 	}
-	c.shareRounds()
-	slog.Info("partitions assigned", "count", len(topics[c.topic]), "all", len(c.has))
+	slog.Info("partitions assigned", "count", len(topics[c.topic]), "all", c.assigned.Add(int64(len(topics[c.topic]))))
 }
 
 // onRevoked lets partitions go: what is queued is dropped, what is in blocks is stored, marks are committed. Only then
@@ -312,28 +224,14 @@ func (c *consumer) onRevoked(ctx context.Context, kafka *kgo.Client, topics map[
 	if c.forget(leaving); len(leaving) == 0 {
 		return
 	}
-	var flushing sync.WaitGroup
-	for _, l := range c.lanes {
-		if !slices.ContainsFunc(leaving, func(p int32) bool { return c.lane(p) == l }) {
-			continue
-		}
-		flushing.Go(func() { // ends with ctx
-			limit := drainTimeout
-			if len(c.lanes) > 1 && l.inserter.failing.Load() { // all lanes wait for this one
-				limit = failingDrain
-			}
-			ctx, cancel := context.WithTimeout(ctx, limit)
-			defer cancel()
-			if err := l.inserter.flush(ctx, leaving); err != nil {
-				c.abandon(fmt.Errorf("partitions had to go before their rows were stored: %w", err))
-			}
-		})
-	}
-	if flushing.Wait(); c.owned.Err() != nil {
-		return
-	}
 	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
 	defer cancel()
+	if err := c.inserter.flush(ctx, leaving); err != nil {
+		c.abandon(fmt.Errorf("partitions had to go before their rows were stored: %w", err))
+	}
+	if c.owned.Err() != nil {
+		return
+	}
 	if err := kafka.CommitMarkedOffsets(ctx); err != nil {
 		slog.Warn("offsets not committed before partitions left, their records will be read again", "error", err)
 	}
@@ -391,15 +289,13 @@ func (c *consumer) isMember(ctx context.Context) error {
 	}
 }
 
-// commit sees to it that of each partition of a lane at most so many records may be committed and are not. Else whoever owns it
+// commit sees to it that of each partition at most so many records may be committed and are not. Else whoever owns it
 // next would not look at the oldest of them.
-func (c *consumer) commit(ctx context.Context, l *lane, most int) error {
+func (c *consumer) commit(ctx context.Context, most int) error {
 	var uncommitted int64
 	done := c.kafka.CommittedOffsets()[c.topic]
 	for p, o := range c.kafka.MarkedOffsets()[c.topic] {
-		if c.lane(p) == l {
-			uncommitted = max(uncommitted, o.Offset-done[p].Offset)
-		}
+		uncommitted = max(uncommitted, o.Offset-done[p].Offset)
 	}
 	if uncommitted <= int64(most) { // Fast path: it is committed every commitInterval
 		return nil
@@ -415,8 +311,6 @@ func (c *consumer) forget(lost []int32) {
 	}
 	for _, p := range lost {
 		c.worker(p).drop(p)
-		delete(c.has, p)
 	}
-	c.shareRounds()
-	slog.Info("partitions revoked", "count", len(lost), "all", len(c.has))
+	slog.Info("partitions revoked", "count", len(lost), "all", c.assigned.Add(-int64(len(lost))))
 }

@@ -43,22 +43,22 @@ const (
 // dedupe knows which events are stored. Only the inserter's goroutine uses it, except for bytes and sets.
 type dedupe struct {
 	asker
-	database string
-	budget   int64        // DEDUPE_MEMORY, bytes of all sets
-	bytes    atomic.Int64 // never above budget, a table and its larger successor included
-	sets     atomic.Int64 // len(minutes) in the last round
-	minutes  map[int64]*idSet
-	wanted   map[int64]int // rows that had to be looked up, by minute
-	round    uint64
-	stuck    uint64 // the round in which nothing was left to drop
+	db      *clickhouse
+	budget  int64        // DEDUPE_MEMORY, bytes of all sets
+	bytes   atomic.Int64 // never above budget, a table and its larger successor included
+	sets    atomic.Int64 // len(minutes) in the last round
+	minutes map[int64]*idSet
+	wanted  map[int64]int // rows that had to be looked up, by minute
+	round   uint64
+	stuck   uint64 // the round in which nothing was left to drop
 
 	tally    map[int64]int        // rows of the round, by minute
 	doubtful int                  // of them, those of minutes without a set
 	found    map[eventID]struct{} // of the rows looked up: those that ClickHouse has
 }
 
-func newDedupe(a asker, database string, budget int64) *dedupe {
-	d := &dedupe{asker: a, database: database, budget: budget, tally: map[int64]int{}, found: map[eventID]struct{}{}}
+func newDedupe(a asker, db *clickhouse, budget int64) *dedupe {
+	d := &dedupe{asker: a, db: db, budget: budget, tally: map[int64]int{}, found: map[eventID]struct{}{}}
 	d.forgetAll()
 	return d
 }
@@ -144,7 +144,7 @@ func (d *dedupe) lookUp(ctx context.Context, round []*block, all bool) error {
 		}
 	}
 	return d.Do(ctx, eachRow(ch.Query{
-		Body:          "SELECT event_id FROM " + d.database + ".events WHERE (event_name, timestamp, event_id) IN (SELECT name, at, id FROM doubtful)",
+		Body:          d.db.sql("SELECT event_id FROM {events anywhere}") + " WHERE (event_name, timestamp, event_id) IN (SELECT name, at, id FROM doubtful)",
 		ExternalTable: "doubtful",
 		ExternalData:  []proto.InputColumn{{Name: "name", Data: &name}, {Name: "at", Data: &at}, {Name: "id", Data: &id}},
 	}, func(i int) { d.found[got[i]] = struct{}{} }, &got))
@@ -207,7 +207,7 @@ func (d *dedupe) countHours(ctx context.Context, hours []int64) (map[int64]int64
 	var hour proto.ColUInt32
 	var n proto.ColInt64
 	err := d.Do(ctx, eachRow(ch.Query{
-		Body: fmt.Sprintf("SELECT toUnixTimestamp(hour) AS h, sum(event_count) FROM %s.events_hourly WHERE %s GROUP BY h", d.database, inHours(hours)),
+		Body: d.db.sql("SELECT toUnixTimestamp(hour) AS h, sum(event_count) FROM {events_hourly} WHERE ") + inHours(hours) + " GROUP BY h",
 	}, func(i int) { counts[int64(hour[i])/hourSeconds] = n[i] }, &hour, &n))
 	return counts, err
 }
@@ -232,8 +232,8 @@ func (d *dedupe) read(ctx context.Context, spans []timeRange) error {
 	var minute proto.ColUInt32
 	var key proto.ColUInt64
 	err := d.Do(ctx, eachRow(ch.Query{
-		Body: fmt.Sprintf("SELECT toUInt32(intDiv(toUnixTimestamp(timestamp), %d)), reinterpretAsUInt64(event_id) FROM %s.events WHERE %s",
-			minuteSeconds, d.database, strings.Join(where, " OR ")),
+		Body: fmt.Sprintf("SELECT toUInt32(intDiv(toUnixTimestamp(timestamp), %d)), reinterpretAsUInt64(event_id) FROM %s WHERE %s",
+			minuteSeconds, d.db.sql("{events anywhere}"), strings.Join(where, " OR ")),
 	}, func(i int) {
 		m := int64(minute[i])
 		switch set := d.minutes[m]; {

@@ -138,7 +138,7 @@ var hopeless = []error{
 
 // isHopeless says so of ClickHouse's errors, too.
 func isHopeless(err error) bool {
-	return errors.Is(err, errPlacement) || errors.Is(err, errNoCluster) || ch.IsErr(err, proto.ErrAuthenticationFailed) || slices.ContainsFunc(hopeless, func(h error) bool { return errors.Is(err, h) })
+	return errors.Is(err, errPartOfCluster) || errors.Is(err, errNoCluster) || ch.IsErr(err, proto.ErrAuthenticationFailed) || slices.ContainsFunc(hopeless, func(h error) bool { return errors.Is(err, h) })
 }
 
 // whole is what kadm was told, and the first error, if only of one partition, topic or group.

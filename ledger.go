@@ -46,7 +46,7 @@ func auditTool(fs *flag.FlagSet) toolRun {
 		if err != nil {
 			return err
 		}
-		if err := newStore(cfg).session(ctx, io.Discard, func(s *session) { l.countErased(s, erased) }); err != nil {
+		if err := newClickHouse(cfg).session(ctx, io.Discard, func(s *session) { l.countErased(s, erased) }); err != nil {
 			return err
 		}
 		l.print(w, *asJSON)
@@ -110,7 +110,7 @@ func readLedger(ctx context.Context, cfg *settings, r timeRange, erased map[stri
 			}
 		}
 		if p.last == math.MaxUint64 {
-			return l, newStore(cfg).session(ctx, io.Discard, func(s *session) { l.compareTables(s, r) })
+			return l, newClickHouse(cfg).session(ctx, io.Discard, func(s *session) { l.compareTables(s, r) })
 		}
 		first = p.last + 1
 	}
@@ -140,7 +140,7 @@ func (p *pass) read(ctx context.Context, cfg *settings, r timeRange, erased map[
 			return err
 		}
 	}
-	return newStore(cfg).session(ctx, io.Discard, func(s *session) { p.readTable(s, r) })
+	return newClickHouse(cfg).session(ctx, io.Discard, func(s *session) { p.readTable(s, r) })
 }
 
 func (p *pass) has(id *eventID) bool {

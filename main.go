@@ -7,7 +7,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -22,7 +21,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
 
 	"github.com/event-ingestion/event-ingestion/load"
@@ -34,7 +32,6 @@ const usage = `event-ingestion takes events over HTTP and answers metrics about 
   event-ingestion load       send events to a running system and report (load -h)
   event-ingestion audit      compare what Kafka acknowledged with what is stored, to the last event (audit -h)
   event-ingestion reconcile  make events_hourly agree with events (reconcile -h)
-  event-ingestion reshard    place events anew when the cluster or the topic has grown (reshard -h)
   event-ingestion rewind     read from Kafka again what ClickHouse lost (rewind -h)
   event-ingestion dlq        list, show and replay dead letters (dlq -h)
   event-ingestion healthcheck  exit 0 when the instance of this machine is ready, for containers
@@ -64,7 +61,7 @@ func main() {
 		os.Exit(serve())
 	case "load":
 		os.Exit(load.Run(os.Args[2:], os.Stdout, os.Stderr))
-	case "audit", "reconcile", "reshard", "rewind", "dlq", "healthcheck":
+	case "audit", "reconcile", "rewind", "dlq", "healthcheck":
 		os.Exit(runTool(command, os.Args[2:], os.Stdout, os.Stderr))
 	case "version", "-version", "--version":
 		fmt.Println(version(), runtime.Version())
@@ -119,9 +116,10 @@ func serve() int {
 type system struct {
 	cfg        *settings
 	stats      *stats
-	store      *store                   // for questions to all shards
-	shards     atomic.Pointer[[]*store] // nil until they are known
-	partitions int                      // of the main topic; only consume's goroutine looks
+	clickhouse *clickhouse
+	broken     *brokenParts
+	lacking    chan struct{} // a server of the cluster has no tables
+	partitions int           // of the main topic; only consume's goroutine looks
 	producer   *kgo.Client
 	watermark  *watermark
 	metrics    *metricsAPI
@@ -139,10 +137,9 @@ type system struct {
 
 // newSystem opens the listeners and the producer; nothing runs yet and no dependency has to be there.
 func newSystem(cfg *settings) (*system, error) {
-	s := &system{cfg: cfg, stats: newStats(), store: newStore(cfg)}
+	s := &system{cfg: cfg, stats: newStats(), clickhouse: newClickHouse(cfg), broken: &brokenParts{database: cfg.clickhouseDatabase}, lacking: make(chan struct{}, 1)}
 	s.failed, s.fail = context.WithCancelCause(context.Background())
-	s.store.decides = cfg.role != "api"
-	s.store.idle = func(ctx context.Context) error { return mustBeIdle(ctx, kadm.NewClient(s.producer), cfg.kafkaGroup) }
+	s.clickhouse.decides = cfg.role != "api"
 	addr := net.JoinHostPort(cfg.serverHost, fmt.Sprint(cfg.serverPort))
 	var err error
 	if s.access, err = newAccess(cfg); err != nil {
@@ -160,10 +157,10 @@ func newSystem(cfg *settings) (*system, error) {
 		return nil, fmt.Errorf("set up the Kafka producer: %w", err)
 	}
 	s.watermark = newWatermark(s.producer, cfg)
-	s.metrics = newMetricsAPI(s.store, s.watermark, func(err error) { noteBroken(s.knownShards(), err) })
-	quick := newStore(cfg) // hangs no longer than its question may
+	s.metrics = newMetricsAPI(s.clickhouse, s.watermark, s.queryFailed)
+	quick := newClickHouse(cfg) // hangs no longer than its question may
 	quick.options.HandshakeTimeout, quick.options.ReadTimeout = readyTimeout, readyTimeout
-	s.ready = &readiness{kafka: s.producer, store: quick, broken: s.brokenParts, watermark: s.watermark, troubles: s.stats.troubles, consumes: cfg.role != "api"}
+	s.ready = &readiness{kafka: s.producer, clickhouse: quick, conn: connection{to: quick}, broken: s.broken, failed: s.queryFailed, watermark: s.watermark, troubles: s.stats.troubles, consumes: cfg.role != "api"}
 	host, _ := os.Hostname()
 	s.pipeline = newPipeline(cfg, net.JoinHostPort(host, fmt.Sprint(cfg.serverPort)), s.stats, s.watermark, s.ready)
 	in := newIngester(s.producer, cfg, &s.stats.ingest)
@@ -171,31 +168,8 @@ func newSystem(cfg *settings) (*system, error) {
 	s.api = newServer(addr, s.routes(in), cfg, s.access, s.stats)
 	s.api.RegisterOnShutdown(in.stored.end)
 	s.admin = newAdminServer(cfg.adminAddr, s.stats)
-	s.stats.watch(&s.ready.consumer, s.watermark, &in.bodies, func() (n uint64) {
-		for _, st := range s.knownShards() {
-			n += uint64(st.broken.total.Load())
-		}
-		return n
-	})
+	s.stats.watch(&s.ready.consumer, s.watermark, &in.bodies, func() uint64 { return uint64(s.broken.total.Load()) })
 	return s, nil
-}
-
-// knownShards are the stores of all shards, or the one that leads to them.
-func (s *system) knownShards() []*store {
-	if known := s.shards.Load(); known != nil {
-		return *known
-	}
-	return []*store{s.store}
-}
-
-// brokenParts are those of all shards in words, empty when there are none.
-func (s *system) brokenParts() string {
-	for _, st := range s.knownShards() {
-		if words := st.broken.words(); words != "" {
-			return st.name(words)
-		}
-	}
-	return ""
 }
 
 // routes is everything that the API's listener answers, by ROLE.
@@ -310,11 +284,20 @@ func (s *system) finish() (context.Context, context.CancelFunc) {
 // has worked before is never hopeless: a broker that comes up may say so for a moment.
 func (s *system) trouble(what string, err error) {
 	s.stats.troubles.note(what, err)
-	placedAnew := s.cfg.role == "api" && errors.Is(err, errPlacement) // accepting goes on while events are
-	if isHopeless(err) && !placedAnew && !s.stats.troubles.hasWorked(what) {
+	if isHopeless(err) && !s.stats.troubles.hasWorked(what) {
 		s.fail(fmt.Errorf("%s: %w", what, err))
 	}
 }
+
+// queryFailed is told what ClickHouse says when a query fails.
+func (s *system) queryFailed(err error) {
+	s.broken.note(err)
+	if s.clickhouse.lacksTables(err) {
+		notify(s.lacking, struct{}{})
+	}
+}
+
+const prepareTables = "prepare the tables"
 
 // consume waits for Kafka and ClickHouse, prepares both, and stores what Kafka holds. The API accepts events meanwhile.
 func (s *system) consume(ctx context.Context) {
@@ -329,9 +312,20 @@ func (s *system) consume(ctx context.Context) {
 			s.fail(fmt.Errorf("%w; its records are gone, and a start begins with the new one", err))
 		}
 	})
-	if !s.untilDone(ctx, "prepare the tables", s.prepareTables) {
+	if !s.untilDone(ctx, prepareTables, s.clickhouse.prepare) {
 		return
 	}
+	watching.Go(func() { // ends with ctx
+		for {
+			select {
+			case <-s.lacking:
+				slog.Warn("a server of CLICKHOUSE_CLUSTER has no tables: it gets them")
+				s.untilDone(ctx, prepareTables, s.clickhouse.prepare)
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
 	if s.cfg.role == "api" {
 		<-ctx.Done()
 		return
@@ -358,7 +352,7 @@ func (s *system) consume(ctx context.Context) {
 // runConsumers runs one consumer after the other: each one that starts over is another one.
 func (s *system) runConsumers(ctx context.Context, side *sideProducer) {
 	for {
-		c, err := newConsumer(s.cfg, s.knownShards(), s.partitions, func() int { return len(s.watermark.partitionLags()) }, side,
+		c, err := newConsumer(s.cfg, s.clickhouse, s.queryFailed, s.partitions, func() int { return len(s.watermark.partitionLags()) }, side,
 			&s.stats.store, func(err error) { s.trouble(readEvents, err) })
 		if err != nil {
 			s.fail(fmt.Errorf("set up the consumer: %w", err))
@@ -367,8 +361,7 @@ func (s *system) runConsumers(ctx context.Context, side *sideProducer) {
 		s.ready.consumer.Store(c)
 		c.run(ctx, s.finish)
 		s.ready.consumer.Store(nil)
-		// The tables may not fit any more: events may have been placed anew while nothing was heard of this instance.
-		if ctx.Err() != nil || !s.untilDone(ctx, "prepare the topics", s.prepareTopics) || !s.untilDone(ctx, "prepare the tables", s.prepareTables) {
+		if ctx.Err() != nil || !s.untilDone(ctx, "prepare the topics", s.prepareTopics) { // which may have grown
 			return
 		}
 		side.refresh()
@@ -378,14 +371,6 @@ func (s *system) runConsumers(ctx context.Context, side *sideProducer) {
 func (s *system) prepareTopics(ctx context.Context) (err error) {
 	if err = s.ready.brokers(ctx); err == nil { // says in a moment what an admin request finds out in a minute
 		s.partitions, err = ensureTopics(ctx, s.producer, s.cfg)
-	}
-	return err
-}
-
-func (s *system) prepareTables(ctx context.Context) error {
-	shards, err := s.store.prepare(ctx, s.partitions)
-	if err == nil { // no consumer runs: the next one uses these
-		s.shards.Store(&shards)
 	}
 	return err
 }

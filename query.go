@@ -40,17 +40,18 @@ const (
 	queryConns = 8
 	// maxCampaigns is how many groups an answer by campaign has: anybody may make up campaigns.
 	maxCampaigns = 1000
-	// tablePause is the time between two attempts while a table is exchanged or detached.
-	tablePause = 50 * time.Millisecond
+	// tablePause is the time between two attempts while hours are recounted or a table is detached, tableAttempts how many there are.
+	tablePause    = 50 * time.Millisecond
+	tableAttempts = 20
 )
 
 // metricsAPI serves GET /api/v1/metrics, and /api/v1/overview, which web.go adds.
 type metricsAPI struct {
-	store     *store
-	watermark *watermark
-	failed    func(error)                  // told what a query says
-	pool      func() (*chpool.Pool, error) // made when first used
-	shared    sharedAnswers                // of the overview
+	clickhouse *clickhouse
+	watermark  *watermark
+	failed     func(error)                  // told what a query says
+	pool       func() (*chpool.Pool, error) // made when first used
+	shared     sharedAnswers                // of the overview
 }
 
 // metricsQuery is a parsed request. Empty texts are no filter. from and to are Unix seconds, both inclusive.
@@ -78,11 +79,11 @@ type group struct {
 	Revenue json.Number `json:"revenue,omitempty"`
 }
 
-func newMetricsAPI(st *store, wm *watermark, failed func(error)) *metricsAPI {
+func newMetricsAPI(db *clickhouse, wm *watermark, failed func(error)) *metricsAPI {
 	pool := sync.OnceValues(func() (*chpool.Pool, error) {
-		return chpool.New(context.Background(), chpool.Options{ClientOptions: st.options, MaxConns: queryConns})
+		return chpool.New(context.Background(), chpool.Options{ClientOptions: db.options, MaxConns: queryConns})
 	})
-	m := &metricsAPI{store: st, watermark: wm, failed: failed, pool: pool}
+	m := &metricsAPI{clickhouse: db, watermark: wm, failed: failed, pool: pool}
 	m.shared.all = map[metricsQuery]sharedAnswer{}
 	return m
 }
@@ -212,11 +213,11 @@ func (c *queryCheck) rangeAndChannel(q *metricsQuery) {
 // the most time, and here each is merged once.
 func byDay(key, where string) string {
 	return strings.NewReplacer("{key}", key, "{where}", where).Replace(
-		"{each shard}(WITH {whole days} SELECT {key} AS key, {added up} FROM {database}.events_hourly" +
+		"(WITH {whole days} SELECT {key} AS key, {added up} FROM {events_hourly}" +
 			" WHERE {in whole days} AND {where} GROUP BY key" +
-			" UNION ALL SELECT {key} AS key, {added up} FROM {database}.events_hourly WHERE {in whole hours} AND {where} GROUP BY key" +
-			" UNION ALL SELECT {key} AS key, {counts of events} FROM (SELECT *, toStartOfHour(timestamp) AS hour FROM {database}.events)" +
-			" WHERE {in seconds} AND {where} GROUP BY key){/each shard}")
+			" UNION ALL SELECT {key} AS key, {added up} FROM {events_hourly} WHERE {in whole hours} AND {where} GROUP BY key" +
+			" UNION ALL SELECT {key} AS key, {counts of events} FROM (SELECT *, toStartOfHour(timestamp) AS hour FROM {events})" +
+			" WHERE {in seconds} AND {where} GROUP BY key)")
 }
 
 // byHour is byDay for a key that needs the hour.
@@ -251,7 +252,7 @@ func (q *metricsQuery) parameters() []proto.Parameter {
 // sql writes the query: one row per key, and one over all keys, marked by is_total, because a user in two groups counts once
 // in the total.
 func (q *metricsQuery) sql() string {
-	const figures = " AS key, toUInt64(sum(event_count)) AS total, uniqCombined64Merge({user bits})(unique_users_state) AS users, "
+	const figures = " AS key, toUInt64(sum(event_count)) AS total, uniqCombined64Merge(17)(unique_users_state) AS users, "
 	where := q.where()
 	withTotal := func(key, order string) string {
 		return "SELECT key" + figures + "toUInt8(grouping(key) = 1) AS is_total FROM " + byDay(key, where) +
@@ -275,7 +276,7 @@ func (q *metricsQuery) sql() string {
 		return besideTotal(half("< ")+" UNION ALL "+half(">= "), "key")
 	case "campaign": // only the raw table knows campaigns
 		return besideTotal("SELECT * FROM (SELECT CAST(campaign_id, 'String') AS key, count() AS total,"+
-			" uniqCombined64({user bits})(user_id) AS users, toUInt8(0) AS is_total FROM {events} WHERE "+where+" AND "+inRange+
+			" uniqCombined64(17)(user_id) AS users, toUInt8(0) AS is_total FROM {events} WHERE "+where+" AND "+inRange+
 			" GROUP BY campaign_id ORDER BY total DESC, key LIMIT "+
 			strconv.Itoa(maxCampaigns+1)+")", "total DESC, key") // one more shows that there are more
 	}
@@ -315,26 +316,22 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResul
 }
 
 // do runs a query on a pooled connection. The server may have closed it, and with a restart all of the pool, of which ch-go puts
-// one back now and then, so a failure without an answer is retried, after reset, on each. While events_hourly is exchanged for
-// a table with other states, or a table is detached for its broken part, the query is retried, with the precision there is.
+// one back now and then, so a failure without an answer is retried, after reset, on each. While hours are recounted, or a table is
+// detached by a person, the query is retried for a second.
 func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error {
 	pool, err := m.pool()
 	if err != nil {
 		return err
 	}
-	body := query.Body
+	query.Body = m.clickhouse.sql(query.Body)
 	query.Settings = []ch.Setting{{Key: "max_execution_time", Value: "10"}, {Key: "enable_positional_arguments", Value: "0"}}
 	for attempt := 0; ; attempt++ {
 		reset()
-		query.Body = m.store.sql(body)
 		err = pool.Do(ctx, query)
 		_, answered := ch.AsException(err)
 		switch {
-		case (saysOtherStates(err) || ch.IsErr(err, proto.ErrUnknownTable)) && attempt < 20:
+		case ch.IsErr(err, proto.ErrUnknownTable, proto.ErrFunctionThrowIfValueIsNonZero) && attempt < tableAttempts:
 			if sleep(ctx, tablePause) != nil {
-				return err
-			}
-			if e := m.store.readStates(ctx, pool); e != nil {
 				return err
 			}
 		case err == nil || answered || attempt >= 2*queryConns || ctx.Err() != nil:

@@ -1,17 +1,18 @@
--- The tables, in the order in which an event meets them. Applied at every start: each statement is idempotent, and a table's
--- changes follow the statement that creates it, so that a new table and one from years ago come out the same. None rewrites
--- a part: a start is as fast with a billion rows.
--- {database} is replaced by the setting CLICKHOUSE_DATABASE; with replicas {on cluster} and {replicated} say ON CLUSTER and
--- Replicated, else nothing. Each shard of CLICKHOUSE_CLUSTER answers what stands between {each shard} and {/each shard} for
--- itself, from one snapshot of its tables. DEFINE is ours: it names what later definitions and the program use. A statement
--- ends with a semicolon at the end of a line.
+-- The tables. Applied at every start, on every server: each statement is idempotent, and none rewrites a part, so that a start is as
+-- fast with a billion rows. A statement ends with a semicolon at the end of a line.
+--
+-- events is the last of the three that an insert needs: no row can come before everything is there that counts it.
+--
+-- {database} is replaced by the setting CLICKHOUSE_DATABASE. {events} and {events_hourly} are the rows of all servers. Statements
+-- with {cluster} are only for CLICKHOUSE_CLUSTER; where its shards have replicas, {Replicated} and {path} make the engines
+-- Replicated ones. DEFINE is ours: it names what later definitions and the program use.
 
 DEFINE {revenue of events} AS sumIf(toDecimal128(price, 4), event_name = 'purchase' AND currency IN ('TRY', ''));
 
 -- What is counted of events: by the view at insert, in the cut hours of a query, by reconcile.
 DEFINE {counts of events} AS
     toInt64(count()) AS event_count,
-    uniqCombined64State({user bits})(user_id) AS unique_users_state,
+    uniqCombined64State(17)(user_id) AS unique_users_state,
     {revenue of events} AS revenue,
     uniqCombined64StateIf(12)(campaign_id, campaign_id != '') AS campaigns_state,
     max(timestamp) AS last_at;
@@ -25,7 +26,7 @@ DEFINE {counted} AS
 -- The same for rows that are already counted.
 DEFINE {added up} AS
     sum(event_count) AS event_count,
-    uniqCombined64MergeState({user bits})(unique_users_state) AS unique_users_state,
+    uniqCombined64MergeState(17)(unique_users_state) AS unique_users_state,
     sum(revenue) AS revenue,
     uniqCombined64MergeState(12)(campaigns_state) AS campaigns_state,
     max(last_at) AS last_at;
@@ -33,13 +34,16 @@ DEFINE {added up} AS
 -- The column names of both.
 DEFINE {counts} AS event_count, unique_users_state, revenue, campaigns_state, last_at;
 
+-- 0, or an error while hours between {from} and {to} are recounted.
+DEFINE {settled} AS (SELECT throwIf(count() > 0, 'these hours are being recounted') FROM {database}.recounts WHERE first <= {to:UInt32} AND last >= {from:UInt32});
+
 -- The whole hours of a range, from and to included: [first_hour, end_hour). The last hour is whole, too, when it has no event
 -- from after the end, as when the end is now. A query sees one snapshot of a table, so events that come in meanwhile are in
--- neither place.
+-- neither place. While hours of the range are recounted there is no answer.
 DEFINE {whole hours} AS
-    intDiv({from:UInt32} + 3599, 3600) * 3600 AS first_hour,
+    intDiv({from:UInt32} + 3599, 3600) * 3600 + {settled} AS first_hour,
     intDiv({to:UInt32} + 1, 3600) * 3600 AS last_hour,
-    last_hour + if((SELECT max(last_at) FROM {database}.events_hourly WHERE hour = last_hour) <= {to:UInt32}, 3600, 0) AS end_hour;
+    last_hour + if({nothing after}, 3600, 0) AS end_hour;
 
 -- And its whole days: [first_day, end_day).
 DEFINE {whole days} AS
@@ -55,56 +59,26 @@ DEFINE {in seconds} AS timestamp >= {from:UInt32} AND timestamp <= {to:UInt32} A
 -- What the seconds have, in the columns of events_hourly.
 DEFINE {cut hours} AS
     SELECT {counted}
-    FROM {database}.events
+    FROM {events}
     WHERE {in seconds}
     GROUP BY event_name, channel, hour;
 
-CREATE DATABASE IF NOT EXISTS {database}{on cluster};
+CREATE DATABASE IF NOT EXISTS {database};
 
--- One row per event. The sorting key answers "which of these ids are here?" by primary key, and the cut hours of a metrics
--- query by event_name and time. ReplacingMergeTree merges away a duplicate that got past the dedupe.
-CREATE TABLE IF NOT EXISTS {database}.events{on cluster}
+-- The hours that `reconcile -recount` is counting anew at the moment: none, or one row. Questions about them wait.
+CREATE TABLE IF NOT EXISTS {database}.recounts
 (
-    event_id    FixedString(32)          COMMENT 'SHA-256 of event_name|user_id|timestamp|channel and, when there is one, |insert_id, raw; lower(hex(event_id)) is the API''s event_id',
-    event_name  LowCardinality(String),
-    channel     LowCardinality(String)   COMMENT 'web, mobile_app, api or empty',
-    campaign_id LowCardinality(String),
-    user_id     String                   CODEC(ZSTD(1)),
-    timestamp   DateTime('UTC')          CODEC(T64, LZ4),
-    tags        Array(LowCardinality(String)),
-    metadata    String                   COMMENT 'a JSON object, or empty' CODEC(ZSTD(1)),
-    price       Decimal(18, 4)           COMMENT 'metadata.price, 0 when absent or no number',
-    currency    LowCardinality(String)   COMMENT 'metadata.currency',
-    created_at  DateTime64(3, 'UTC')     DEFAULT now64(3) COMMENT 'when ClickHouse got the row' CODEC(DoubleDelta, LZ4)
+    first DateTime('UTC'),
+    last  DateTime('UTC') COMMENT 'the last second'
 )
-ENGINE = {replicated}ReplacingMergeTree
-PARTITION BY toYYYYMM(timestamp)
-ORDER BY (event_name, timestamp, event_id)
-SETTINGS
-    -- Parts below this size keep all columns in one file: a third less CPU for a small insert.
-    min_bytes_for_wide_part = 67108864,
-    -- A lookup unpacks one granule per id: less than half of the CPU of 8192 rows, and inserts cost the same. It cannot be
-    -- changed later: an existing table keeps its own.
-    index_granularity = 1024;
-
--- Ids are random bytes: compressing them gains nothing, and a lookup would have to unpack them.
-ALTER TABLE {database}.events{on cluster} MODIFY COLUMN event_id CODEC(NONE);
-
--- Queries by campaign unpack the timestamp of every row: DoubleDelta takes nearly three times the CPU for that, and saves 0.4
--- bytes an event.
-ALTER TABLE {database}.events{on cluster} MODIFY COLUMN timestamp CODEC(T64, LZ4);
-
--- Statistics of every part, the server's default, are for joins and would cost 0.4 µs an event for nothing. ClickHouse does
--- not remember inserted blocks: the program knows what is stored, and what was lost may have to be inserted again. {fsync} is
--- the setting CLICKHOUSE_FSYNC; merged parts need none, because their sources are kept for 8 minutes. With RETENTION_DAYS the
--- program gives both tables a TTL: a part is dropped once all of it is too old, and none is rewritten for it. Merges are more
--- than half of what inserts cost: with a base of 10 instead of 5 a row goes through fewer of them, and the table has up to
--- twice as many parts.
-ALTER TABLE {database}.events{on cluster} MODIFY SETTING auto_statistics_types = '', merge_selector_base = 10, non_replicated_deduplication_window = 0,
-    fsync_after_insert = {fsync}, fsync_part_directory = {fsync}, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
+ENGINE = MergeTree
+ORDER BY first;
 
 -- One row per event_name, channel and hour: what the metrics endpoint and the dashboards read.
-CREATE TABLE IF NOT EXISTS {database}.events_hourly{on cluster}
+--
+-- The projection has the same per day, in every merged part and so never out of step with it: a month is 30 states to merge, not
+-- 720. A part that was just inserted has a few rows and does without, which saves a seventh of the CPU of a small insert.
+CREATE TABLE IF NOT EXISTS {database}.events_hourly
 (
     event_name         LowCardinality(String),
     channel            LowCardinality(String),
@@ -112,82 +86,118 @@ CREATE TABLE IF NOT EXISTS {database}.events_hourly{on cluster}
     -- Signed, so that a reconciliation can take back what was counted twice.
     event_count        SimpleAggregateFunction(sum, Int64),
     -- 17 bits: exact to about 4,000 users, 0.3 % error beyond, at most 96 KiB a row. Queries and merges pay for bits.
-    unique_users_state AggregateFunction(uniqCombined64({user bits}), String),
+    unique_users_state AggregateFunction(uniqCombined64(17), String),
     revenue            SimpleAggregateFunction(sum, Decimal(38, 4)) COMMENT 'of purchases in TRY',
-    campaigns_state    AggregateFunction(uniqCombined64(12), LowCardinality(String))
+    campaigns_state    AggregateFunction(uniqCombined64(12), LowCardinality(String)),
+    last_at            SimpleAggregateFunction(max, DateTime('UTC')) COMMENT 'timestamp of the newest event',
+    PROJECTION daily
+    (
+        SELECT event_name, channel, toStartOfDay(hour), {added up}
+        GROUP BY event_name, channel, toStartOfDay(hour)
+    )
 )
-ENGINE = {replicated}AggregatingMergeTree
+ENGINE = {Replicated}AggregatingMergeTree{path}
 PARTITION BY toYYYYMM(hour)
 ORDER BY (event_name, channel, hour)
 SETTINGS
     min_bytes_for_wide_part = 67108864,
     -- States are large: a query over a few hours unpacks half as much.
-    index_granularity_bytes = 1048576;
+    index_granularity_bytes = 1048576,
+    materialize_projections_on_insert = 0, materialize_projections_on_merge = 1, deduplicate_merge_projection_mode = 'rebuild',
+    auto_statistics_types = '', non_replicated_deduplication_window = 0, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
 
--- Rows from before this column existed may have an event in the hour's last second.
-ALTER TABLE {database}.events_hourly{on cluster} ADD COLUMN IF NOT EXISTS last_at SimpleAggregateFunction(max, DateTime('UTC')) DEFAULT hour + 3599 COMMENT 'timestamp of the newest event';
-
-ALTER TABLE {database}.events_hourly{on cluster} MODIFY SETTING auto_statistics_types = '', non_replicated_deduplication_window = 0, deduplicate_merge_projection_mode = 'rebuild',
-    materialize_projections_on_insert = 0, materialize_projections_on_merge = 1,
-    fsync_after_insert = {fsync}, fsync_part_directory = {fsync}, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
-
--- The same per day, in every merged part and so never out of step with it: a month is 30 states to merge, not 720. A part that
--- was just inserted has a few rows and does without, which saves a seventh of the CPU of a small insert.
-ALTER TABLE {database}.events_hourly{on cluster} ADD PROJECTION IF NOT EXISTS daily
+-- Its columns are named so that it can be made before events.
+CREATE MATERIALIZED VIEW IF NOT EXISTS {database}.events_hourly_mv TO {database}.events_hourly
 (
-    SELECT event_name, channel, toStartOfDay(hour), {added up}
-    GROUP BY event_name, channel, toStartOfDay(hour)
-);
-
-CREATE MATERIALIZED VIEW IF NOT EXISTS {database}.events_hourly_mv{on cluster} TO {database}.events_hourly AS
-SELECT {counted}
+    event_name LowCardinality(String), channel LowCardinality(String), hour DateTime('UTC'), event_count Int64,
+    unique_users_state AggregateFunction(uniqCombined64(17), String), revenue Decimal(38, 4),
+    campaigns_state AggregateFunction(uniqCombined64(12), LowCardinality(String)), last_at DateTime('UTC')
+)
+AS SELECT {counted}
 FROM {database}.events
 GROUP BY event_name, channel, hour;
 
-ALTER TABLE {database}.events_hourly_mv{on cluster} MODIFY QUERY
-SELECT {counted}
-FROM {database}.events
-GROUP BY event_name, channel, hour;
+-- One row per event. The sorting key answers "which of these ids are here?" by primary key, and the cut hours of a metrics
+-- query by event_name and time. ReplacingMergeTree merges away a duplicate that got past the dedupe.
+CREATE TABLE IF NOT EXISTS {database}.events
+(
+    -- Ids are random bytes: compressing them gains nothing, and a lookup would have to unpack them.
+    event_id    FixedString(32)          COMMENT 'SHA-256 of event_name|user_id|timestamp|channel and, when there is one, |insert_id, raw; lower(hex(event_id)) is the API''s event_id' CODEC(NONE),
+    event_name  LowCardinality(String),
+    channel     LowCardinality(String)   COMMENT 'web, mobile_app, api or empty',
+    campaign_id LowCardinality(String),
+    user_id     String                   CODEC(ZSTD(1)),
+    -- Queries by campaign unpack the timestamp of every row: DoubleDelta takes nearly three times the CPU for that, and saves 0.4
+    -- bytes an event.
+    timestamp   DateTime('UTC')          CODEC(T64, LZ4),
+    tags        Array(LowCardinality(String)),
+    metadata    String                   COMMENT 'a JSON object, or empty' CODEC(ZSTD(1)),
+    price       Decimal(18, 4)           COMMENT 'metadata.price, 0 when absent or no number',
+    currency    LowCardinality(String)   COMMENT 'metadata.currency',
+    created_at  DateTime64(3, 'UTC')     DEFAULT now64(3) COMMENT 'when ClickHouse got the row' CODEC(DoubleDelta, LZ4)
+)
+ENGINE = {Replicated}ReplacingMergeTree{path}
+PARTITION BY toYYYYMM(timestamp)
+ORDER BY (event_name, timestamp, event_id)
+SETTINGS
+    -- Parts below this size keep all columns in one file: a third less CPU for a small insert.
+    min_bytes_for_wide_part = 67108864,
+    -- A lookup unpacks one granule per id: less than half of the CPU of 8192 rows, and inserts cost the same. It cannot be
+    -- changed later: an existing table keeps its own.
+    index_granularity = 1024,
+    -- Merges are more than half of what inserts cost: with a base of 10 instead of 5 a row goes through fewer of them, and the
+    -- table has up to twice as many parts.
+    merge_selector_base = 10,
+    -- Statistics of every part, the server's default, are for joins and would cost 0.4 µs an event for nothing.
+    auto_statistics_types = '',
+    -- ClickHouse does not remember inserted blocks: the program knows what is stored, and what was lost may have to be inserted again.
+    non_replicated_deduplication_window = 0,
+    -- With RETENTION_DAYS the program gives both tables a TTL: a part is dropped once all of it is too old, and none is rewritten.
+    ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
+
+-- {fsync} is the setting CLICKHOUSE_FSYNC; merged parts need none, because their sources are kept for 8 minutes.
+ALTER TABLE {database}.events MODIFY SETTING fsync_after_insert = {fsync}, fsync_part_directory = {fsync};
+
+ALTER TABLE {database}.events_hourly MODIFY SETTING fsync_after_insert = {fsync}, fsync_part_directory = {fsync};
+
+-- What leads to all servers. A row's server follows from its id; a lookup asks all, so that the cluster may grow.
+CREATE OR REPLACE TABLE {database}.events_distributed AS {database}.events
+ENGINE = Distributed({cluster}, {database}, events, reinterpretAsUInt64(event_id));
+
+CREATE OR REPLACE TABLE {database}.events_hourly_distributed AS {database}.events_hourly
+ENGINE = Distributed({cluster}, {database}, events_hourly, rand());
 
 -- What happened from one Unix second to another, both included, in the columns of events_hourly: whole hours from there, the
 -- cut hours at both ends from events. Use:
 -- SELECT sum(event_count) FROM events_between(from = 1767139200, to = 1767225600) WHERE channel = 'web'
-CREATE OR REPLACE VIEW {database}.events_between{on cluster} AS
+CREATE OR REPLACE VIEW {database}.events_between AS
+WITH
+    {whole hours}
 SELECT event_name, channel, hour, {counts}
-FROM {each shard}
-(
-    WITH
-        {whole hours}
-    SELECT event_name, channel, hour, {counts}
-    FROM {database}.events_hourly
-    WHERE hour >= first_hour AND hour < end_hour
-    UNION ALL
-    {cut hours}
-){/each shard}{from every shard};
+FROM {events_hourly}
+WHERE hour >= first_hour AND hour < end_hour
+UNION ALL
+{cut hours};
 
 -- The same for queries that do not need the hour, ten times as fast over a month: a whole day has its first hour.
-CREATE OR REPLACE VIEW {database}.events_between_by_day{on cluster} AS
-SELECT event_name, channel, hour, {counts}
-FROM {each shard}
+CREATE OR REPLACE VIEW {database}.events_between_by_day AS
+WITH
+    {whole days}
+SELECT event_name, channel, day AS hour, {counts}
+FROM
 (
-    WITH
-        {whole days}
-    SELECT event_name, channel, day AS hour, {counts}
-    FROM
-    (
-        SELECT event_name, channel, toStartOfDay(hour) AS day, {added up}
-        FROM {database}.events_hourly
-        WHERE {in whole days}
-        GROUP BY event_name, channel, toStartOfDay(hour)
-    )
-    UNION ALL
-    SELECT event_name, channel, hour, {counts}
-    FROM {database}.events_hourly
-    WHERE {in whole hours}
-    UNION ALL
-    {cut hours}
-){/each shard}{from every shard};
+    SELECT event_name, channel, toStartOfDay(hour) AS day, {added up}
+    FROM {events_hourly}
+    WHERE {in whole days}
+    GROUP BY event_name, channel, toStartOfDay(hour)
+)
+UNION ALL
+SELECT event_name, channel, hour, {counts}
+FROM {events_hourly}
+WHERE {in whole hours}
+UNION ALL
+{cut hours};
 
--- The rows of events on all shards.
-CREATE OR REPLACE VIEW {database}.events_all{on cluster} AS
+-- The rows of events on all servers.
+CREATE OR REPLACE VIEW {database}.events_all AS
 SELECT * FROM {events};

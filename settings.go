@@ -117,7 +117,7 @@ func (c *settings) settingsTable() []setting {
 		{"CLICKHOUSE_PASSWORD", "", "password", text(&c.clickhousePassword)},
 		{"CLICKHOUSE_TLS", "false", "true speaks TLS to ClickHouse, whose port for it is usually 9440", as(&c.clickhouseTLS, "true or false", boolean)},
 		{"CLICKHOUSE_TLS_CA_FILE", "", "certificates in PEM that sign that of ClickHouse; empty means the system's", to(&c.clickhouseCA, certificates)},
-		{"CLICKHOUSE_CLUSTER", "", "name of a cluster that the server knows: Kafka partition p is stored by its shard p mod shards; `reshard` changes the number of shards", as(&c.clickhouseCluster, "a name without quotes and backslashes", clusterName)},
+		{"CLICKHOUSE_CLUSTER", "", "name of a cluster that the server knows: events are spread over its servers by ClickHouse's Distributed engine", as(&c.clickhouseCluster, "a name without quotes and backslashes", clusterName)},
 		{"CLICKHOUSE_FSYNC", "false", "true has each insert wait for ClickHouse's disk, so that a power cut loses nothing of it; about an eighth of the highest rate", as(&c.clickhouseFsync, "true or false", boolean)},
 		{"RETENTION_DAYS", "0", "ClickHouse drops events, and what was counted of them, after so many days, a month at a time; at least 31, 0 keeps all", to(&c.retentionDays, retention)},
 

@@ -189,22 +189,20 @@ func (s *stats) watch(current *atomic.Pointer[consumer], wm *watermark, bodies *
 	gauge("event_ingestion_stored_behind_seconds",
 		"Seconds for which nothing was stored of a partition that has records waiting; 0 when none stands still.",
 		func() float64 { worst, _, _ := wm.stalled(); return worst.Seconds() })
-	sum := func(of func(*lane) int64) func() float64 {
-		return func() (total float64) {
+	of := func(n func(*consumer) int64) func() float64 {
+		return func() float64 {
 			if c := current.Load(); c != nil {
-				for _, l := range c.lanes {
-					total += float64(of(l))
-				}
+				return float64(n(c))
 			}
-			return total
+			return 0
 		}
 	}
 	gauge("event_ingestion_partitions_assigned", "Partitions of the main topic that this instance has.",
-		sum(func(l *lane) int64 { return int64(l.has.Load()) }))
+		of(func(c *consumer) int64 { return c.assigned.Load() }))
 	gauge("event_ingestion_dedupe_bytes", "Memory of the ids that are known to be stored.",
-		sum(func(l *lane) int64 { return l.inserter.dedupe.bytes.Load() }))
+		of(func(c *consumer) int64 { return c.inserter.dedupe.bytes.Load() }))
 	gauge("event_ingestion_dedupe_minutes", "Minutes of event time of which all ids are in memory.",
-		sum(func(l *lane) int64 { return l.inserter.dedupe.sets.Load() }))
+		of(func(c *consumer) int64 { return c.inserter.dedupe.sets.Load() }))
 }
 
 // write prints every metric in Prometheus' text format. The library leaves HELP lines without a text; write puts it in.

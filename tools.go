@@ -31,7 +31,7 @@ type tool func(*flag.FlagSet) toolRun
 type toolRun func(ctx context.Context, cfg *settings, args []string, w io.Writer) error
 
 var tools = map[string]tool{
-	"audit": auditTool, "reconcile": reconcileTool, "reshard": reshardTool, "rewind": rewindTool, "healthcheck": healthcheckTool,
+	"audit": auditTool, "reconcile": reconcileTool, "rewind": rewindTool, "healthcheck": healthcheckTool,
 	"dlq list": dlqListTool, "dlq show": dlqShowTool, "dlq replay": dlqReplayTool,
 }
 
@@ -92,14 +92,10 @@ func exclusively(ctx context.Context, cfg *settings, dryRun bool, change func(co
 	if dryRun {
 		return change(ctx)
 	}
-	shards, err := newStore(cfg).shards(ctx)
-	if err != nil {
-		return err
-	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	for attempt := 0; ; attempt++ {
-		c, err := shards[0].dial(ctx)
+		c, err := ch.Dial(ctx, newClickHouse(cfg).options)
 		if err != nil {
 			return err
 		}
@@ -215,7 +211,7 @@ func rewind(ctx context.Context, cfg *settings, at time.Time, dryRun bool, w io.
 		fmt.Fprintf(w, "%d records would be read again\n", records)
 		return nil
 	}
-	rows, err := reconcile(ctx, newStore(cfg), timeRange{0, maxUnixSeconds}.hours(), 0, false, func(unequal) {})
+	rows, err := reconcile(ctx, newClickHouse(cfg), timeRange{0, maxUnixSeconds}.hours(), 0, false, func(unequal) {})
 	if err != nil {
 		return fmt.Errorf("make events_hourly agree with events before anything is read again: %w", err)
 	}

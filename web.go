@@ -213,7 +213,7 @@ const (
 func (q *metricsQuery) overviewSQL() string {
 	const (
 		figures = "sum(event_count) AS total, toString(sum(revenue)) AS money, " +
-			"uniqCombined64Merge({user bits})(unique_users_state) AS users, uniqCombined64Merge(12)(campaigns_state) AS campaigns"
+			"uniqCombined64Merge(17)(unique_users_state) AS users, uniqCombined64Merge(12)(campaigns_state) AS campaigns"
 		noUsers = "toUInt64(0) AS users, toUInt64(0) AS campaigns"
 		perPair = "tuple(CAST(event_name, 'String'), CAST(channel, 'String'))"
 	)

@@ -25,16 +25,6 @@ const lockRecords = 128
 // queuedBytes is about what a record takes in memory while it waits: its bytes, 200 for kgo.Record, and its places in slices.
 func queuedBytes(rec *kgo.Record) int64 { return int64(recordBytes(rec) + 200) }
 
-// roundCall is how workers ask for a round.
-type roundCall struct {
-	arrived chan time.Time // when the first row came since the last round was taken
-	full    chan struct{}  // a block has its last row
-}
-
-func newRoundCall() *roundCall {
-	return &roundCall{arrived: make(chan time.Time, 1), full: make(chan struct{}, 1)}
-}
-
 // notify puts v into a channel with room for one, unless an earlier one waits there.
 func notify[T any](c chan T, v T) {
 	select {
@@ -57,7 +47,7 @@ type blockLimits struct {
 
 // worker turns the records of its partitions into rows.
 type worker struct {
-	queued  *atomic.Int64 // bytes of what waits in the queues of the lane
+	queued  *atomic.Int64 // bytes of what waits in the queues of all workers
 	call    *roundCall
 	side    *sideProducer
 	router  kgo.TopicPartitioner // tells the partition of a key
@@ -66,8 +56,8 @@ type worker struct {
 	idInput []byte
 	keyed   kgo.Record // for router
 
-	mu     sync.Mutex // guards everything below
 	limits blockLimits
+	mu     sync.Mutex      // guards everything below
 	wake   sync.Cond       // queue has records, cur has room, or run has to end
 	queue  [][]*kgo.Record // what is left of fetches, each of one partition and never empty
 	cur    *block
@@ -88,8 +78,6 @@ const (
 	rereadBlocks = 2 * heldBlocks
 	// usualRows is the default of WORKER_BATCH_SIZE: a former owner may have had a larger one than ours.
 	usualRows = 2000
-	// maxShare is how many times as large a block may be when other workers have no partitions.
-	maxShare = 8
 )
 
 func newWorker(limits blockLimits, partitions int, queued *atomic.Int64, call *roundCall, side *sideProducer) *worker {
@@ -106,14 +94,6 @@ func (w *worker) assign(partition int32, reread int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.came[partition] = &arrival{left: reread}
-}
-
-// limit says when a block is full from now on.
-func (w *worker) limit(l blockLimits) {
-	w.mu.Lock()
-	w.limits = l
-	w.mu.Unlock()
-	w.wake.Signal()
 }
 
 // enqueue takes over records of one partition, at least one, which ended at end when they were fetched.
@@ -146,13 +126,10 @@ func (w *worker) drop(partition int32) {
 }
 
 // takeBlock gives the inserter what the worker has, nil when that is nothing, and the worker an empty block. The
-// inserter has emptied the last one it took before it takes the next. A block that grew under other limits goes.
+// inserter has emptied the last one it took before it takes the next.
 func (w *worker) takeBlock() *block {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if cap(w.spare.records) > 2*w.limits.rows {
-		w.spare = newBlock(w.limits.rows)
-	}
 	w.cur, w.spare = w.spare, w.cur
 	if len(w.spare.offsets) == 0 {
 		return nil

@@ -56,7 +56,8 @@ type clickhouse struct {
 	engine               engine
 	dir, log, settings   string // the data, and two files beside it
 	nativePort, httpPort int
-	cluster              []int // native ports of all shards
+	cluster              []int // native ports of the cluster's servers
+	replicas             bool  // which are one shard
 	taken                []int // all ports of the stack
 	keepFree             int   // bytes of the disk that it leaves alone
 	logLevel             string
@@ -85,7 +86,7 @@ func newClickHouse(cfg *config, e engine, shard int) *clickhouse {
 		name = fmt.Sprintf("clickhouse-%d", shard+1)
 	}
 	c := &clickhouse{
-		engine: e, nativePort: cfg.native[shard], httpPort: cfg.http[shard], cluster: cfg.native, taken: cfg.ports(), keepFree: cfg.keepFree * megabyte, logLevel: "warning",
+		engine: e, nativePort: cfg.native[shard], httpPort: cfg.http[shard], cluster: cfg.native[:cfg.shards-cfg.later], replicas: cfg.replicas, taken: cfg.ports(), keepFree: cfg.keepFree * megabyte, logLevel: "warning",
 		dir:      filepath.Join(cfg.data, name),
 		log:      filepath.Join(cfg.data, name+".log"),
 		settings: filepath.Join(cfg.data, name+".xml"),
@@ -129,23 +130,32 @@ func (c *clickhouse) start(ctx context.Context) error {
 	return nil
 }
 
-// settingsXML is clickhouse.xml, with the cluster of all shards when there are several, and those of the first ones, shards_1
-// and so on, which may grow into it.
+// settingsXML is clickhouse.xml, with the cluster of all servers when there are several.
 func (c *clickhouse) settingsXML() []byte {
 	if len(c.cluster) == 1 {
 		return clickhouseSettings
 	}
 	const end = "</clickhouse>"
-	shards, clusters := "", ""
-	for i, port := range c.cluster {
-		shards += fmt.Sprintf("<shard><replica><host>127.0.0.1</host><port>%d</port></replica></shard>", port)
-		name := clusterName
-		if i+1 < len(c.cluster) {
-			name = fmt.Sprintf("%s_%d", clusterName, i+1)
-		}
-		clusters += fmt.Sprintf("<%s>%s</%[1]s>", name, shards)
+	start, between := "<shard>", "</shard><shard>"
+	if c.replicas {
+		start, between = "<shard><internal_replication>true</internal_replication>", ""
 	}
-	return bytes.Replace(clickhouseSettings, []byte(end), []byte("<remote_servers>"+clusters+"</remote_servers>\n"+end), 1)
+	var servers []string
+	for _, port := range c.cluster {
+		servers = append(servers, fmt.Sprintf("<replica><host>127.0.0.1</host><port>%d</port></replica>", port))
+	}
+	cluster := fmt.Sprintf("<remote_servers><%s>%s%s</shard></%[1]s></remote_servers>\n", clusterName, start, strings.Join(servers, between))
+	return bytes.Replace(clickhouseSettings, []byte(end), []byte(cluster+end), 1)
+}
+
+// join makes the server one of a cluster of all servers. A clickhouse-local reads its settings only when it starts.
+func (c *clickhouse) join(ctx context.Context, cluster []int) error {
+	c.down()
+	c.cluster = cluster
+	if err := os.WriteFile(c.settings, c.settingsXML(), 0o644); err != nil {
+		return err
+	}
+	return c.up(ctx)
 }
 
 // childPort is where the shield passes connections on to.

@@ -5,7 +5,8 @@
 //	POST /clickhouse/start     returns when it answers queries
 //	POST /clickhouse/pause     SIGSTOP: connections stay open and nothing answers
 //	POST /clickhouse/resume    SIGCONT
-//	                           of one shard: /clickhouse/2/kill and so on, counted from 1; else all of them
+//	                           of one server: /clickhouse/2/kill and so on, counted from 1; else all of them
+//	POST /clickhouse/join      the servers of -later join the cluster; each server starts over for it, one after the other
 //	POST /kafka/stop           closes both brokers and every connection; of a cluster, kill -9 of every node
 //	POST /kafka/kill/{node}    kill -9 of one node of a cluster; DEV_KAFKA_NODES has the names
 //	POST /kafka/start          the same ports and data; returns when all brokers answer
@@ -53,6 +54,16 @@ func serveControl(kafka kafka, shards []*clickhouse) (*http.Server, error) {
 		for i, ch := range shards {
 			actions[fmt.Sprintf("/clickhouse/%d/%s", i+1, verb)] = func(r *http.Request) error { return action(ch, r) }
 		}
+	}
+	actions["/clickhouse/join"] = func(r *http.Request) (err error) {
+		var all []int
+		for _, ch := range shards {
+			all = append(all, ch.nativePort)
+		}
+		for _, ch := range shards {
+			err = errors.Join(err, ch.join(r.Context(), all))
+		}
+		return err
 	}
 	for path, action := range actions {
 		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {

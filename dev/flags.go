@@ -50,7 +50,9 @@ type config struct {
 	kafka      string // kindEmbedded or kindCluster
 	compose    string
 	kafkaPorts []int
-	shards     int
+	shards     int   // servers of ClickHouse
+	later      int   // of these, so many join the cluster only when a test says so
+	replicas   bool  // the servers are one shard
 	nativePort int   // as the command line says it
 	httpPort   int   // the same
 	native     []int // one a shard
@@ -89,6 +91,8 @@ func parseFlags(args []string, out io.Writer) (*config, error) {
 	fs.StringVar(&cfg.compose, "compose", "docker-compose.yml", "`FILE` that a cluster is derived from")
 	fs.StringVar(&kafkaPorts, "kafka-ports", "29092,29093", "a broker on each of these `PORTS` of 127.0.0.1")
 	fs.IntVar(&cfg.shards, "shards", 1, "so many ClickHouse servers, `N`, each a shard of one cluster")
+	fs.IntVar(&cfg.later, "later", 0, "of these, the last `N` are no part of the cluster until /clickhouse/join")
+	fs.BoolVar(&cfg.replicas, "replicas", false, "the servers are one shard, as if their tables were replicated, which takes a Keeper")
 	fs.IntVar(&cfg.nativePort, "clickhouse-port", 9000, "ClickHouse's native `PORT`; more servers have the ports behind it")
 	fs.IntVar(&cfg.httpPort, "clickhouse-http-port", 8123, "ClickHouse's HTTP `PORT`; more servers have the ports behind it")
 	fs.IntVar(&cfg.keepFree, "keep-free", keepFree, "ClickHouse leaves the last so many `MB` of its disk alone; KEEP_FREE_MB sets the default")
@@ -137,6 +141,9 @@ func parseFlags(args []string, out io.Writer) (*config, error) {
 	}
 	if cfg.shards < 1 || cfg.shards > maxShards {
 		return nil, fmt.Errorf("-shards %d has to be 1 to %d", cfg.shards, maxShards)
+	}
+	if cfg.later < 0 || cfg.later > 0 && cfg.later >= cfg.shards-1 || cfg.later > 0 && cfg.replicas {
+		return nil, fmt.Errorf("-later %d leaves no cluster: -shards %d has to be two more, without -replicas", cfg.later, cfg.shards)
 	}
 	for i := range cfg.shards {
 		cfg.native, cfg.http = append(cfg.native, cfg.nativePort+i), append(cfg.http, cfg.httpPort+i)
