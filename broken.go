@@ -23,6 +23,8 @@ import (
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 const (
@@ -128,7 +130,7 @@ func (ins *inserter) repair(ctx context.Context, failure error) {
 		go func() { // ends with the parts, or with ctx
 			defer r.checking.Store(false)
 			ins.store.checkParts(ctx, since)
-			if sleep(ctx, checkAgain) == nil {
+			if troubles.Sleep(ctx, checkAgain) == nil {
 				ins.store.checkParts(ctx, since)
 			}
 		}()
@@ -146,7 +148,7 @@ func (ins *inserter) repair(ctx context.Context, failure error) {
 	if err == nil && r.dialed {
 		err = ins.lookAside(ctx)
 	}
-	ins.stats.troubles.note(ins.store.name("mend broken parts"), err)
+	ins.stats.troubles.Note(ins.store.name("mend broken parts"), err)
 	if err != nil {
 		r.notBefore = time.Now().Add(repairPause)
 	}
@@ -206,7 +208,7 @@ func (ins *inserter) attach(ctx context.Context) error {
 			ins.repairs.detached = false
 			return nil
 		}
-		if sleep(ctx, minBackoff) != nil {
+		if troubles.Sleep(ctx, minBackoff) != nil {
 			return fmt.Errorf("attach a table: %w", err)
 		}
 	}

@@ -20,6 +20,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 const (
@@ -155,7 +157,7 @@ func poll(ctx context.Context, kafka *kgo.Client, most int, wait time.Duration, 
 		}
 	})
 	if failing && fetches.NumRecords() == 0 {
-		sleep(waiting, minBackoff)
+		troubles.Sleep(waiting, minBackoff)
 	}
 	return fetches
 }
@@ -207,7 +209,7 @@ func (c *consumer) poll(ctx context.Context) {
 		c.noteGrowth(c.partitionsNow())
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 && c.owned.Err() == nil {
-				c.stats.troubles.clear(readEvents)
+				c.stats.troubles.Clear(readEvents)
 				c.stats.consumed.Add(len(p.Records))
 				c.worker(p.Partition).enqueue(p.Records, p.HighWatermark)
 			}
@@ -254,7 +256,7 @@ func (c *consumer) makeRoom(ctx context.Context) {
 			}
 			return
 		}
-		sleep(ctx, fullWait)
+		troubles.Sleep(ctx, fullWait)
 	}
 }
 
@@ -285,7 +287,7 @@ func (c *consumer) shareRounds() {
 const readEvents = "read the main topic"
 
 func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[string][]int32) {
-	c.stats.troubles.clear(readEvents)
+	c.stats.troubles.Clear(readEvents)
 	member, _ := kafka.GroupMetadata()
 	c.member.CompareAndSwap(nil, &member)
 	if len(topics[c.topic]) == 0 {

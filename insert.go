@@ -26,6 +26,8 @@ import (
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 const (
@@ -258,11 +260,11 @@ func (ins *inserter) insertRows(ctx context.Context) error {
 			return err
 		}
 		what := ins.store.name("insert rows that ClickHouse takes") // told once a minute, like every trouble
-		ins.stats.troubles.note(what, rejection)
+		ins.stats.troubles.Note(what, rejection)
 		if err := ins.dropRejected(ctx, rejection); err != nil {
 			return err
 		}
-		ins.stats.troubles.clear(what)
+		ins.stats.troubles.Clear(what)
 	}
 	return nil
 }
@@ -321,7 +323,7 @@ func (ins *inserter) awaitInserts(ctx context.Context) (others time.Duration, er
 		if attempt == 20 { // a second
 			slog.Info("waiting for an insert that ClickHouse still works at")
 		}
-		if err := sleep(ctx, minBackoff/2); err != nil {
+		if err := troubles.Sleep(ctx, minBackoff/2); err != nil {
 			return 0, err
 		}
 	}
@@ -333,7 +335,7 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 		err := try()
 		ins.failing.Store(err != nil)
 		if err == nil {
-			ins.stats.troubles.clear(ins.store.name(what))
+			ins.stats.troubles.Clear(ins.store.name(what))
 			return nil
 		}
 		ins.stats.failures.Inc()
@@ -342,11 +344,11 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 			return ctx.Err()
 		}
 		ins.repair(ctx, err)
-		ins.stats.troubles.note(ins.store.name(what), err)
+		ins.stats.troubles.Note(ins.store.name(what), err)
 		if ch.IsErr(err, proto.ErrUnknownTable) { // whoever detached it may have died before attaching
 			ins.store.connected(ctx, func(c asker) error { return ins.store.attach(ctx, c) })
 		}
-		sleep(ctx, pause/2+rand.N(pause/2))
+		troubles.Sleep(ctx, pause/2+rand.N(pause/2))
 	}
 }
 

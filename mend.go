@@ -19,6 +19,8 @@ import (
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 const (
@@ -96,7 +98,7 @@ func (ins *inserter) mend(ctx context.Context) {
 				ins.atOnce = lookHours
 			}
 		}
-		ins.stats.troubles.note(what, err)
+		ins.stats.troubles.Note(what, err)
 		if err != nil {
 			ins.atOnce = max(1, ins.atOnce/2) // it may have taken too long
 			ins.store.broken.note(err)
@@ -123,7 +125,7 @@ func (ins *inserter) catchUp(ctx context.Context) {
 	for ins.heldRows >= ins.mostHeld && ctx.Err() == nil {
 		ins.next = time.Time{}
 		if ins.mend(ctx); ins.heldRows >= ins.mostHeld {
-			sleep(ctx, mendTick)
+			troubles.Sleep(ctx, mendTick)
 		}
 	}
 	if ctx.Err() == nil {

@@ -22,6 +22,8 @@ import (
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/chpool"
 	"github.com/ClickHouse/ch-go/proto"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 // Codes of the metrics endpoint beside those of an event.
@@ -31,9 +33,6 @@ const (
 )
 
 const (
-	hourSeconds = 3600
-	// maxUnixSeconds is what ClickHouse's DateTime holds: 2106.
-	maxUnixSeconds = 1<<32 - 1
 	// queryTimeout bounds one metrics query, on the server too.
 	queryTimeout = 10 * time.Second
 	// queryConns bounds the queries that run at once; the next one waits its turn.
@@ -44,13 +43,12 @@ const (
 	tablePause = 50 * time.Millisecond
 )
 
-// metricsAPI serves GET /api/v1/metrics, and /api/v1/overview, which web.go adds.
+// metricsAPI serves GET /api/v1/metrics. The overview asks and answers through it, too.
 type metricsAPI struct {
-	store     *store
-	watermark *watermark
-	failed    func(error)                  // told what a query says
-	pool      func() (*chpool.Pool, error) // made when first used
-	shared    sharedAnswers                // of the overview
+	store   *store
+	through func() int64                 // Unix second up to which everything acknowledged is stored, 0 while unknown
+	failed  func(error)                  // told what a query says
+	pool    func() (*chpool.Pool, error) // made when first used
 }
 
 // metricsQuery is a parsed request. Empty texts are no filter. from and to are Unix seconds, both inclusive.
@@ -78,13 +76,11 @@ type group struct {
 	Revenue json.Number `json:"revenue,omitempty"`
 }
 
-func newMetricsAPI(st *store, wm *watermark, failed func(error)) *metricsAPI {
+func newMetricsAPI(st *store, through func() int64, failed func(error)) *metricsAPI {
 	pool := sync.OnceValues(func() (*chpool.Pool, error) {
 		return chpool.New(context.Background(), chpool.Options{ClientOptions: st.options, MaxConns: queryConns})
 	})
-	m := &metricsAPI{store: st, watermark: wm, failed: failed, pool: pool}
-	m.shared.all = map[metricsQuery]sharedAnswer{}
-	return m
+	return &metricsAPI{store: st, through: through, failed: failed, pool: pool}
 }
 
 func (m *metricsAPI) serve(w http.ResponseWriter, r *http.Request) {
@@ -106,7 +102,7 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
 	defer cancel()
 	var known *int64
-	if through := m.watermark.through.Load(); through != 0 { // before the query, which then sees at least that much
+	if through := m.through(); through != 0 { // before the query, which then sees at least that much
 		known = &through
 	}
 	body, err := ask(ctx, known)
@@ -331,7 +327,7 @@ func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error
 		_, answered := ch.AsException(err)
 		switch {
 		case (saysOtherStates(err) || ch.IsErr(err, proto.ErrUnknownTable)) && attempt < 20:
-			if sleep(ctx, tablePause) != nil {
+			if troubles.Sleep(ctx, tablePause) != nil {
 				return err
 			}
 			if e := m.store.readStates(ctx, pool); e != nil {

@@ -15,6 +15,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 // oldTables makes the tables as they were with user states of 19 bits, with events of 40 days in them.
@@ -286,7 +288,7 @@ func TestRebuildCutOffAtTheEnd(t *testing.T) {
 			for i := 0; ctx.Err() == nil; i++ {
 				insert := fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, user_id, timestamp) SETTINGS async_insert = 0 VALUES (SHA256('%d-%d'), 'many', 'u', now())", db, w, i)
 				if !tryQuery(t, insert) { // they wait
-					sleep(ctx, 10*time.Millisecond)
+					troubles.Sleep(ctx, 10*time.Millisecond)
 				}
 			}
 		})
@@ -325,7 +327,7 @@ func TestTornWhileCounting(t *testing.T) {
 					" SETTINGS max_block_size = 1, min_insert_block_size_rows = 1, min_insert_block_size_bytes = 1", db, n))
 			}()
 			for deadline := time.Now().Add(20 * time.Second); !behind() && time.Now().Before(deadline); {
-				sleep(t.Context(), 10*time.Millisecond)
+				troubles.Sleep(t.Context(), 10*time.Millisecond)
 			}
 			clickhouseQuery(t, "KILL QUERY WHERE startsWith(query, 'INSERT INTO "+db+".events ') SYNC")
 			if <-ended {
@@ -369,7 +371,7 @@ func TestReconcileBesideSlowInsert(t *testing.T) {
 	const quiet = 1
 	stands := fmt.Sprintf("SELECT count() FROM %s.events WHERE event_name = 'slow' AND created_at < now64(3) - %d", st.database, quiet)
 	for deadline := time.Now().Add(time.Minute); clickhouseQuery(t, stands) == "0" && time.Now().Before(deadline); {
-		sleep(t.Context(), 10*time.Millisecond)
+		troubles.Sleep(t.Context(), 10*time.Millisecond)
 	}
 	if _, err := reconcile(t.Context(), st, timeRange{0, maxUnixSeconds}.hours(), quiet, false, func(unequal) {}); err != nil || !<-ended {
 		t.Error("the command or the insert failed: ", err)

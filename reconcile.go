@@ -28,6 +28,8 @@ import (
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 // quietSeconds is how long nothing may have been written to an hour before it is trusted: an insert fills the raw table
@@ -286,7 +288,7 @@ func (s *session) awaitInserts(begun, until int64) (now int64) {
 		if now = s.now(); now >= until || now > begun && s.number(running) == 0 {
 			break
 		}
-		s.do(func(ctx context.Context, _ asker) error { return sleep(ctx, rebuildPoll) })
+		s.do(func(ctx context.Context, _ asker) error { return troubles.Sleep(ctx, rebuildPoll) })
 	}
 	return now
 }
