@@ -254,32 +254,32 @@ func committedOffsets(ctx context.Context, admin *kadm.Client, topic, group stri
 	return offsets, nil
 }
 
-// corrected corrects committed offsets, read before the ends, that do not fit the present topic. One beyond the end belongs to a
-// deleted topic of the same name, as long as it does not change. Records below the start of the log have expired, and nobody
+// corrected returns committed offsets, which were read before the ends, as they fit the present topic. One beyond the end belongs to
+// a deleted topic of the same name, as long as it does not change. Records below the start of the log have expired, and nobody
 // can store them any more. The result is as long as ends.
 func (w *watermark) corrected(ctx context.Context, topic string, committed, ends []int64) ([]int64, error) {
-	settled, gone := make([]int64, len(ends)), make([]int64, len(ends))
-	copy(settled, committed)
+	fitting, gone := make([]int64, len(ends)), make([]int64, len(ends))
+	copy(fitting, committed)
 	copy(gone, w.gone[topic])
-	for p := range settled {
-		if settled[p] > ends[p] || settled[p] == gone[p] {
-			gone[p], settled[p] = settled[p], 0
+	for p := range fitting {
+		if fitting[p] > ends[p] || fitting[p] == gone[p] {
+			gone[p], fitting[p] = fitting[p], 0
 		} else {
 			gone[p] = 0
 		}
 	}
 	w.gone[topic] = gone
-	if atLeast(settled, ends) {
-		return settled, nil
+	if atLeast(fitting, ends) {
+		return fitting, nil
 	}
 	starts, err := offsetsOf(w.admin.ListStartOffsets(ctx, topic))
 	if err != nil {
 		return nil, err
 	}
-	for p := range min(len(settled), len(starts)) {
-		settled[p] = max(settled[p], starts[p])
+	for p := range min(len(fitting), len(starts)) {
+		fitting[p] = max(fitting[p], starts[p])
 	}
-	return settled, nil
+	return fitting, nil
 }
 
 // offsetsOf returns what was listed of one topic, by partition.
