@@ -1,6 +1,7 @@
 // Who may call the API: keys, the browsers' origins, the certificate.
 //
-// access.go owns what can change while the program runs: SIGHUP reads the keys and the certificate again.
+// access.go decides, and http.go answers. It owns what can change while the program runs: SIGHUP reads the keys and the
+// certificate again.
 
 package main
 
@@ -9,7 +10,6 @@ import (
 	"crypto/tls"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -18,18 +18,14 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
-	"time"
 )
 
 // access decides about requests before they reach a handler.
 type access struct {
-	keys      atomic.Pointer[map[client]rights] // by the key's hash; empty lets everybody do everything
-	origins   []string
-	cert      atomic.Pointer[tls.Certificate]
-	tls       *tls.Config // nil without TLS
-	logShare  float64     // ACCESS_LOG
-	faultLogs atomic.Int64
-	second    atomic.Int64 // whose failures faultLogs counts
+	keys    atomic.Pointer[map[client]rights] // by the key's hash; empty lets everybody do everything
+	origins []string
+	cert    atomic.Pointer[tls.Certificate]
+	tls     *tls.Config // nil without TLS
 }
 
 // rights is what a key allows.
@@ -45,12 +41,9 @@ const (
 // because one host has all of it.
 type client [sha256.Size]byte
 
-// clientOf goes by address when the request has no valid key. Behind a proxy, that is the proxy's address.
-func clientOf(w http.ResponseWriter, r *http.Request) (c client) {
-	if x, ok := w.(*exchange); ok && x.client != (client{}) {
-		return x.client
-	}
-	from, err := netip.ParseAddrPort(r.RemoteAddr)
+// clientAt is whoever sends from an address, as of http.Request.RemoteAddr. Behind a proxy, that is the proxy's.
+func clientAt(remoteAddr string) (c client) {
+	from, err := netip.ParseAddrPort(remoteAddr)
 	if err != nil {
 		return client{} // a socket without addresses: all its clients count as one
 	}
@@ -61,11 +54,14 @@ func clientOf(w http.ResponseWriter, r *http.Request) (c client) {
 	return c
 }
 
-// maxFaultLogs is how many failed requests are logged a second.
-const maxFaultLogs = 10
+// verdict is what is to be answered instead of what was asked for; the zero value lets a request in.
+type verdict struct {
+	status          int
+	message, detail string // of an error
+}
 
 func newAccess(cfg *settings) (*access, error) {
-	a := &access{origins: cfg.corsOrigins, logShare: cfg.accessLog}
+	a := &access{origins: cfg.corsOrigins}
 	if err := a.load(cfg); err != nil {
 		return nil, err
 	}
@@ -119,44 +115,39 @@ func (a *access) reload() {
 	slog.Info("read again", "api_keys", len(cfg.apiKeys), "write_keys", len(cfg.writeKeys), "certificate", cfg.tlsCertFile)
 }
 
-// admits lets a request through, or answers it: a browser's preflight, one from a page that may not send, or one without a
-// valid key.
-func (a *access) admits(x *exchange, r *http.Request) bool {
-	if !a.crosses(x, r) {
-		return false
+// admits decides about a request, and says whose key it has: none for a browser's preflight, for one from a page that may not send,
+// and for one without a valid key. h are the answer's headers, which get what browsers have to know.
+func (a *access) admits(h http.Header, r *http.Request) (client, verdict) {
+	if v := a.crosses(h, r); v.status != 0 {
+		return client{}, v
 	}
 	given := keyOf(r)
-	inBody := strings.HasPrefix(r.URL.Path, "/v1/") && given == "" // where segment.go looks for it
+	inBody := strings.HasPrefix(r.URL.Path, "/v1/") && given == "" // where Segment's clients may have it
 	if isOpen := !strings.HasPrefix(r.URL.Path, "/api/") && !strings.HasPrefix(r.URL.Path, "/v1/"); isOpen || inBody {
-		return true
+		return client{}, verdict{}
 	}
 	may, key := a.rightsOf(given)
-	x.client = key
 	switch {
 	case may == mayAll, may == maySend && takesEvents(r):
-		return true
+		return key, verdict{}
 	case may == maySend:
-		writeError(x, http.StatusForbidden, "forbidden", "this key is one of WRITE_KEYS and may only send events")
-	default:
-		a.refuse(x, given)
+		return key, verdict{http.StatusForbidden, "forbidden", "this key is one of WRITE_KEYS and may only send events"}
 	}
-	return false
+	return key, unknownKey(given)
 }
 
-// crosses answers a preflight, and says whether the page that a request comes from may send it. The preflight of a page that may
+// crosses decides about a preflight, and whether the page that a request comes from may send it. The preflight of a page that may
 // not is told what the request would be: a 401 would send whoever looks for the cause after the key.
-func (a *access) crosses(w http.ResponseWriter, r *http.Request) bool {
-	origin, h := r.Header.Get("Origin"), w.Header()
+func (a *access) crosses(h http.Header, r *http.Request) verdict {
+	origin := r.Header.Get("Origin")
 	if len(a.origins) > 0 {
 		h.Add("Vary", "Origin") // also without an Origin: a cache must not give this answer to a page
 	}
 	if origin == "" {
-		return true
+		return verdict{}
 	}
 	_, host, _ := strings.Cut(origin, "://")
 	isOwnPage := host != "" && host == r.Host // under the name that the client used
-	// A browser sends these from any page without asking first: of the types that a form can have, this API takes only text.
-	unasked := r.Header.Get("Content-Type") == "" || mediaType(r) == typeText
 	switch method := r.Header.Get("Access-Control-Request-Method"); {
 	case slices.Contains(a.origins, "*") || slices.Contains(a.origins, origin):
 		h.Set("Access-Control-Allow-Origin", origin)
@@ -169,14 +160,20 @@ func (a *access) crosses(w http.ResponseWriter, r *http.Request) bool {
 			// X-Retry-Count is what Segment's client for browsers adds when it sends again.
 			h.Set("Access-Control-Allow-Headers", "Authorization, Content-Encoding, Content-Type, X-API-Key, X-Request-Id, X-Retry-Count")
 			h.Set("Access-Control-Max-Age", "600")
-			w.WriteHeader(http.StatusNoContent)
-			return false
+			return verdict{status: http.StatusNoContent}
 		}
-	case !isOwnPage && (r.Method == http.MethodPost && unasked || r.Method == http.MethodOptions && method != ""):
-		writeError(w, http.StatusForbidden, "forbidden", "pages of this origin may not send events: it is not in CORS_ORIGINS")
-		return false
+	case !isOwnPage && (r.Method == http.MethodPost && isUnasked(r) || r.Method == http.MethodOptions && method != ""):
+		return verdict{http.StatusForbidden, "forbidden", "pages of this origin may not send events: it is not in CORS_ORIGINS"}
 	}
-	return true
+	return verdict{}
+}
+
+// isUnasked says whether a browser sends a POST of r's type from any page without asking first: of the types that a form can
+// have, this API takes only text.
+func isUnasked(r *http.Request) bool {
+	given := r.Header.Get("Content-Type")
+	media, _, _ := strings.Cut(given, ";")
+	return given == "" || strings.EqualFold(strings.TrimSpace(media), "text/plain")
 }
 
 // takesEvents says whether a request goes to a route that takes events.
@@ -229,26 +226,10 @@ func (a *access) rightsOf(given string) (rights, client) {
 	return mayNothing, client{}
 }
 
-// refuse answers a request whose key is not known.
-func (a *access) refuse(w http.ResponseWriter, given string) {
-	w.Header().Set("WWW-Authenticate", `Bearer realm="event-ingestion"`)
-	detail := "the key is not valid"
+// unknownKey is the verdict on a request whose key is not known, or absent.
+func unknownKey(given string) verdict {
 	if given == "" {
-		detail = "send a key as Authorization: Bearer KEY, or as X-API-Key: KEY"
+		return verdict{http.StatusUnauthorized, "unauthorized", "send a key as Authorization: Bearer KEY, or as X-API-Key: KEY"}
 	}
-	writeError(w, http.StatusUnauthorized, "unauthorized", detail)
-}
-
-// logs decides whether a request is logged.
-func (a *access) logs(status int) bool {
-	if status >= http.StatusInternalServerError {
-		now := time.Now().Unix()
-		if a.second.Swap(now) != now {
-			a.faultLogs.Store(0)
-		}
-		if a.faultLogs.Add(1) <= maxFaultLogs {
-			return true
-		}
-	}
-	return a.logShare > 0 && rand.Float64() < a.logShare
+	return verdict{http.StatusUnauthorized, "unauthorized", "the key is not valid"}
 }

@@ -50,7 +50,7 @@ func TestRequestIDs(t *testing.T) {
 // metricNames are all metrics of the program's own, with what they are.
 func metricNames() map[string]string {
 	st := newStats()
-	st.watch(nil, nil, nil, nil) // nobody asks for values
+	st.watch(watched{}) // nobody asks for values
 	return st.help
 }
 

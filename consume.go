@@ -19,6 +19,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 const (
@@ -134,7 +136,7 @@ func poll(ctx context.Context, kafka *kgo.Client, most int, wait time.Duration, 
 		}
 	})
 	if failing && fetches.NumRecords() == 0 {
-		sleep(waiting, minBackoff)
+		troubles.Sleep(waiting, minBackoff)
 	}
 	return fetches
 }
@@ -180,7 +182,7 @@ func (c *consumer) poll(ctx context.Context) {
 		c.noteGrowth(c.partitionsNow())
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 && c.owned.Err() == nil {
-				c.stats.troubles.clear(readEvents)
+				c.stats.troubles.Clear(readEvents)
 				c.stats.consumed.Add(len(p.Records))
 				c.worker(p.Partition).enqueue(p.Records, p.HighWatermark)
 			}
@@ -188,7 +190,7 @@ func (c *consumer) poll(ctx context.Context) {
 		c.kafka.AllowRebalance()
 		c.ahead.polled(c.kafka.BufferedFetchRecords())
 		for c.queued.Load() > c.maxQueued && ctx.Err() == nil {
-			sleep(ctx, fullWait)
+			troubles.Sleep(ctx, fullWait)
 		}
 	}
 }
@@ -199,7 +201,7 @@ func (c *consumer) worker(partition int32) *worker { return c.workers[int(partit
 const readEvents = "read the main topic"
 
 func (c *consumer) onAssigned(_ context.Context, kafka *kgo.Client, topics map[string][]int32) {
-	c.stats.troubles.clear(readEvents)
+	c.stats.troubles.Clear(readEvents)
 	member, _ := kafka.GroupMetadata()
 	c.member.CompareAndSwap(nil, &member)
 	if len(topics[c.topic]) == 0 {

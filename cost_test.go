@@ -21,6 +21,8 @@ import (
 	"testing"
 	"time"
 	"unsafe"
+
+	"github.com/event-ingestion/event-ingestion/budget"
 )
 
 // Limits of a request's cost.
@@ -55,7 +57,7 @@ func (d discard) Write(b []byte) (int, error) { d.cost.answer += len(b); return 
 
 // costOf has a request of its own ingester read, checked, encoded and answered, all but Kafka's part.
 func costOf(single bool, media, encoding string, body []byte) (c cost) {
-	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &newStats().ingest)
+	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &newStats().ingest, nil)
 	r := httptest.NewRequest("POST", bulkPath, bytes.NewReader(body))
 	r.Header.Set("Content-Type", media)
 	if encoding != "" {
@@ -72,13 +74,13 @@ func costOf(single bool, media, encoding string, body []byte) (c cost) {
 	if q := in.receive(w, r, from); q == nil {
 		// and has answered
 	} else if single {
-		if _, problems, err := q.parser.parse(q.body.b); err != nil {
+		if _, problems, err := q.parser.parse(q.body.B); err != nil {
 			writeReadError(w, err)
 		} else if len(problems) > 0 {
 			writeProblems(w, problems)
 		}
-		c.held = in.bodies.used.Load()
-		in.release(q)
+		c.held = in.bodies.Used()
+		q.release()
 	} else {
 		err := error(nil)
 		if media == asSegment {
@@ -93,12 +95,12 @@ func costOf(single bool, media, encoding string, body []byte) (c cost) {
 			q.records = q.records[:0]
 			in.answerBulk(w, q, false)
 		}
-		c.held = in.bodies.used.Load()
-		in.release(q)
+		c.held = in.bodies.Used()
+		q.release()
 	}
 	c.cpu = threadTime() - cpu
 	c.allocated = allocatedBytes() - allocated
-	if used := in.bodies.used.Load(); used != 0 {
+	if used := in.bodies.Used(); used != 0 {
 		panic(fmt.Sprintf("%d bytes of the budget were not given back", used))
 	}
 	return c
@@ -358,41 +360,8 @@ func TestClientGone(t *testing.T) {
 	}
 	r := httptest.NewRequestWithContext(gone, "POST", bulkPath, bytes.NewReader(gzipped(bytes.Repeat(body, 100))))
 	r.Header.Set("Content-Encoding", "gzip")
-	if _, err := q.in.readBody(q.account, r, maxBulkBody); !errors.Is(err, context.Canceled) {
+	if _, err := readBody(q.account, r, maxBulkBody, time.Minute); !errors.Is(err, context.Canceled) {
 		t.Errorf("decompressed to the end: %v", err)
-	}
-}
-
-// TestShares: beyond its share a client is refused, but for its only request, and nobody else is; accounts last as long as
-// requests do.
-func TestShares(t *testing.T) {
-	var b byteBudget
-	b.limit, b.perClient = 100<<10, 10<<10
-	one, again, other := b.open(client{1}), b.open(client{1}), b.open(client{2})
-	if one != again || one == other || len(b.accounts) != 2 {
-		t.Fatalf("%d accounts", len(b.accounts))
-	}
-	for _, c := range []struct {
-		who  *account
-		n    int
-		want error
-	}{{one, 8 << 10, nil}, {again, 2 << 10, nil}, {one, 1, errOverShare}, {again, 1, errOverShare}, {other, 80 << 10, nil}, {other, 11 << 10, errOverBudget}, {other, 10 << 10, nil}, {other, 1, errOverBudget}} {
-		if err := c.who.take(c.n); err != c.want {
-			t.Errorf("%d bytes of %v: %v, want %v", c.n, c.who.client[0], err, c.want)
-		}
-	}
-	if one.used.Load() != 10<<10 || other.used.Load() != 90<<10 || b.used.Load() != 100<<10 {
-		t.Errorf("%d and %d of %d bytes used", one.used.Load(), other.used.Load(), b.used.Load())
-	}
-	other.give(90 << 10)
-	other.close()
-	again.close()
-	if err := one.take(80 << 10); err != nil { // alone
-		t.Error(err)
-	}
-	one.give(90 << 10)
-	if one.close(); len(b.accounts) != 0 || b.used.Load() != 0 {
-		t.Errorf("%d accounts are left, %d bytes", len(b.accounts), b.used.Load())
 	}
 }
 
@@ -421,16 +390,16 @@ func TestSameClient(t *testing.T) {
 func TestBudget(t *testing.T) {
 	body := []byte(strings.Repeat(costGood+"}\n", 1000)) // 55,000 bytes; with keys and records about half a MB
 	for _, limit := range []int64{1 << 10, 16 << 10, 100 << 10, 300 << 10} {
-		in := newIngester(nil, &settings{maxInFlightBytes: limit, ackTimeout: time.Minute}, &newStats().ingest)
+		in := newIngester(nil, &settings{maxInFlightBytes: limit, ackTimeout: time.Minute}, &newStats().ingest, nil)
 		c := cost{}
 		w := discard{http.Header{}, &c}
 		q := in.receive(w, httptest.NewRequest("POST", bulkPath, bytes.NewReader(body)), &in.bulks)
 		if q != nil {
 			err := q.encode(t.Context(), typeNDJSON, 1795441976)
-			if used := in.bodies.used.Load(); used > limit || used < int64(len(q.body.b)) {
+			if used := in.bodies.Used(); used > limit || used < int64(len(q.body.B)) {
 				t.Errorf("%d of %d bytes used", used, limit)
 			}
-			if in.release(q); !errors.Is(err, errOverBudget) {
+			if q.release(); !errors.Is(err, budget.ErrFull) {
 				t.Errorf("limit %d: %v", limit, err)
 			}
 			writeReadError(w, err)
@@ -438,7 +407,7 @@ func TestBudget(t *testing.T) {
 		if c.status != http.StatusServiceUnavailable {
 			t.Errorf("limit %d: status %d", limit, c.status)
 		}
-		if used := in.bodies.used.Load(); used != 0 {
+		if used := in.bodies.Used(); used != 0 {
 			t.Errorf("limit %d: %d bytes were not given back", limit, used)
 		}
 	}

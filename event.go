@@ -8,7 +8,6 @@ package main
 import (
 	"crypto/sha256"
 	"encoding/hex"
-	"math"
 	"strconv"
 )
 
@@ -28,8 +27,15 @@ type event struct {
 	metadata   []byte // a compact JSON object, or empty when absent
 }
 
+// Spans of event time, in seconds. maxUnixSeconds is the last one that ClickHouse's DateTime holds: 2106.
+const (
+	hourSeconds    = 3600
+	daySeconds     = 24 * hourSeconds
+	maxUnixSeconds = 1<<32 - 1
+)
+
 // storable says whether ClickHouse's DateTime can hold the event's time. checkAge implies it.
-func (e *event) storable() bool { return e.timestamp >= 0 && e.timestamp <= math.MaxUint32 }
+func (e *event) storable() bool { return e.timestamp >= 0 && e.timestamp <= maxUnixSeconds }
 
 // eventID is the event's identity: SHA-256 over event_name|user_id|timestamp|channel, and |insert_id when there is one.
 type eventID [sha256.Size]byte

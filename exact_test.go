@@ -23,6 +23,8 @@ import (
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 // postAll sends the bodies as NDJSON over four connections, each until it was accepted.
@@ -236,13 +238,13 @@ func TestGrowthBeforeTheNextLook(t *testing.T) {
 		})
 	}()
 	defer func() { stop(); <-ended }()
-	for c.lanes[0].has.Load() == 0 && sleep(ctx, 10*time.Millisecond) == nil {
+	for c.lanes[0].has.Load() == 0 && troubles.Sleep(ctx, 10*time.Millisecond) == nil {
 	}
 	if err := c.isMember(ctx); err != nil {
 		t.Fatal(err)
 	}
 	growTopic(t, env, 2)
-	for deadline := time.Now().Add(10 * time.Second); c.isMember(ctx) != errGrown; sleep(ctx, 10*time.Millisecond) {
+	for deadline := time.Now().Add(10 * time.Second); c.isMember(ctx) != errGrown; troubles.Sleep(ctx, 10*time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("it may insert by the old partitions")
 		}

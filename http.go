@@ -2,7 +2,7 @@
 //
 // http.go owns the route table, what every request has (an id, a place in the counters and in the log), and the
 // append-style writers that ingest.go and query.go answer with. Every answer is JSON with a Content-Length, every error
-// has an "error" string and the request's id. access.go decides who is let in.
+// has an "error" string and the request's id. It asks access.go who is let in, and writes the answer to the others.
 
 package main
 
@@ -17,6 +17,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -26,12 +27,14 @@ const (
 	typeText   = "text/plain"
 )
 
-// Limits of a connection. Read and write timeouts are settings.
-const (
-	maxHeaderBytes    = 16 << 10
-	readHeaderTimeout = 5 * time.Second
-	idleTimeout       = 2 * time.Minute
-)
+// idleTimeout is how long a connection may wait for its next request.
+const idleTimeout = 2 * time.Minute
+
+// retryAfterSeconds is how long a refused client should wait: about the time of a broker's failover.
+const retryAfterSeconds = "2"
+
+// maxFaultLogs is how many failed requests are logged a second.
+const maxFaultLogs = 10
 
 // route is one line of the API: a method, a path, its handler, and the name of its counters.
 type route struct {
@@ -67,20 +70,23 @@ func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats
 		})
 	}
 	mux.HandleFunc("/", notFound)
-	other := st.route("other")
+	other, logged := st.route("other"), &requestLog{share: cfg.accessLog}
 	return &http.Server{
 		Addr: addr,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			x := &exchange{ResponseWriter: w, route: other, started: time.Now()}
 			x.begin(r)
+			var instead verdict
+			x.client, instead = ac.admits(x.Header(), r)
 			switch p := r.URL.Path; {
-			case !ac.admits(x, r): // and has answered
+			case instead.status != 0:
+				writeVerdict(x, instead)
 			case p == "" || p[0] != '/' || len(p) > 1 && path.Clean(p) != strings.TrimSuffix(p, "/"):
 				notFound(x, r) // the mux would answer an unclean path with an HTML redirect
 			default:
 				mux.ServeHTTP(x, r)
 			}
-			x.end(r, ac)
+			x.end(r, logged)
 			if x.status == 0 { // the client seems gone: the server would tell it 200
 				panic(http.ErrAbortHandler)
 			}
@@ -119,16 +125,45 @@ func (x *exchange) begin(r *http.Request) {
 	x.Header()["X-Request-Id"] = []string{x.id}
 }
 
-func (x *exchange) end(r *http.Request, ac *access) {
+// end counts the request and, when it is its turn, logs it.
+func (x *exchange) end(r *http.Request, logged *requestLog) {
 	took := time.Since(x.started)
 	x.route.count(x.status, took)
-	if ac.logs(x.status) && x.route.name != "ready" { // which answers 503 until it is
+	if logged.takes(x.status) && x.route.name != "ready" { // which answers 503 until it is
 		line := []any{"id", x.id, "method", r.Method, "path", r.URL.Path, "status", x.status, "ms", float64(took.Microseconds()) / 1000, "from", r.RemoteAddr}
 		if x.cause != "" {
 			line = append(line, "cause", x.cause)
 		}
 		slog.Info("request", line...)
 	}
+}
+
+// requestLog decides which requests are logged: a share of all, and those that fail, as long as they are not too many.
+type requestLog struct {
+	share  float64      // ACCESS_LOG
+	faults atomic.Int64 // of this second
+	second atomic.Int64 // Unix
+}
+
+func (l *requestLog) takes(status int) bool {
+	if status >= http.StatusInternalServerError {
+		now := time.Now().Unix()
+		if l.second.Swap(now) != now {
+			l.faults.Store(0)
+		}
+		if l.faults.Add(1) <= maxFaultLogs {
+			return true
+		}
+	}
+	return l.share > 0 && rand.Float64() < l.share
+}
+
+// clientOf is who is charged for a request: whoever's key it has, else whoever sends from its address.
+func clientOf(w http.ResponseWriter, r *http.Request) client {
+	if x, ok := w.(*exchange); ok && x.client != (client{}) {
+		return x.client
+	}
+	return clientAt(r.RemoteAddr)
 }
 
 func (x *exchange) WriteHeader(status int) {
@@ -198,6 +233,18 @@ func writeError(w http.ResponseWriter, status int, message, detail string) {
 		b = appendString(b, strings.ToValidUTF8(detail, "�"))
 	}
 	writeJSON(w, status, appendRequestID(b, w))
+}
+
+// writeVerdict answers what access has decided.
+func writeVerdict(w http.ResponseWriter, v verdict) {
+	switch v.status {
+	case http.StatusNoContent:
+		w.WriteHeader(v.status)
+		return
+	case http.StatusUnauthorized:
+		w.Header().Set("WWW-Authenticate", `Bearer realm="event-ingestion"`)
+	}
+	writeError(w, v.status, v.message, v.detail)
 }
 
 func writeUnavailable(w http.ResponseWriter, detail string) {

@@ -3,6 +3,9 @@
 // ingest.go owns the handlers of single events and of bulks, and the shapes that events arrive in: one object, {"events":[…]},
 // or one event a line. It has each event read in place, so that a body is read once, from front to back; whatever surrounds
 // the events must be JSON and is otherwise ignored. request.go owns what a request holds meanwhile.
+//
+// For ?wait=stored it compares the moment of a request's own acknowledgement with the one up to which everything is stored. All
+// waiting requests share one wake-up, and ask nothing of Kafka or ClickHouse.
 
 package main
 
@@ -12,19 +15,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kgo"
-)
 
-// Limits of a bulk request, as the OpenAPI document has them.
-const (
-	maxBulkEvents = 1000
-	maxEventBytes = maxSingleBody // of one event in it, as sent
+	"github.com/event-ingestion/event-ingestion/budget"
 )
 
 var (
@@ -35,8 +34,8 @@ var (
 // codeUnavailable is the code of a good event that Kafka did not acknowledge in time.
 const codeUnavailable = "unavailable"
 
-// retryAfterSeconds is how long a refused client should wait: about the time of a broker's failover.
-const retryAfterSeconds = "2"
+// storedTimeout is how long an answer waits for ?wait=stored.
+const storedTimeout = 5 * time.Second
 
 // ingester serves POST /api/v1/events and /api/v1/events/bulk.
 type ingester struct {
@@ -44,31 +43,22 @@ type ingester struct {
 	topic        string
 	ackTimeout   time.Duration
 	writeTimeout time.Duration
-	clockSkew    int64 // seconds
-	stored       *storedSignal
-	bodies       byteBudget
+	stored       func(ctx context.Context, then time.Time) bool // waits until what was acknowledged by then is stored; false: not in time
+	bodies       *budget.Budget
 	singles      intake
 	bulks        intake
 	stats        *ingestStats
 }
 
-// intake is where requests for one event, or for many, come from: one event must not hold the memory of a thousand.
-type intake struct {
-	limit int       // bytes of a body
-	pool  sync.Pool // of *ingestRequest
-}
-
-func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats) *ingester {
+func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats, stored func(context.Context, time.Time) bool) *ingester {
 	in := &ingester{
-		kafka: kafka, topic: cfg.kafkaTopic, ackTimeout: cfg.ackTimeout, writeTimeout: cfg.writeTimeout,
-		clockSkew: int64(cfg.clockSkew / time.Second), stats: stats,
+		kafka: kafka, topic: cfg.kafkaTopic, ackTimeout: cfg.ackTimeout, writeTimeout: cfg.writeTimeout, stored: stored, stats: stats,
+		bodies: budget.New(cfg.maxInFlightBytes, cfg.maxInFlightPerClient),
 	}
-	in.bodies.limit, in.bodies.perClient = cfg.maxInFlightBytes, cfg.maxInFlightPerClient
 	in.singles.limit, in.bulks.limit = maxSingleBody, maxBulkBody
 	for _, from := range []*intake{&in.singles, &in.bulks} {
-		from.pool.New = func() any {
-			return &ingestRequest{in: in, from: from, index: -1, entry: appendBulkEntry, acked: make(chan struct{}, 1)}
-		}
+		from.clockSkew = int64(cfg.clockSkew / time.Second)
+		from.pool.New = func() any { return newRequest(from) }
 	}
 	return in
 }
@@ -86,14 +76,14 @@ func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 	if q == nil {
 		return
 	}
-	defer in.release(q)
-	ev, _, err := q.parser.parse(q.body.b)
+	defer q.release()
+	ev, _, err := q.parser.parse(q.body.B)
 	if err != nil {
 		in.stats.refused.Add(1)
 		writeError(w, http.StatusBadRequest, "invalid request body", err.Error())
 		return
 	}
-	if problems := q.parser.checkAge(time.Now().Unix(), in.clockSkew); len(problems) > 0 {
+	if problems := q.parser.checkAge(time.Now().Unix(), q.in.clockSkew); len(problems) > 0 {
 		in.stats.refused.Add(1)
 		writeProblems(w, problems)
 		return
@@ -132,9 +122,9 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 	if q == nil {
 		return
 	}
-	defer in.release(q)
+	defer q.release()
 	if media == typeText { // from a page's beacon, which cannot name its type
-		if media = typeJSON; !isEnvelope(q.body.b) {
+		if media = typeJSON; !isEnvelope(q.body.B) {
 			media = typeNDJSON
 		}
 	}
@@ -146,12 +136,32 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 	in.answerBulk(w, q, wait && in.awaitStored(w, r, q))
 }
 
+// receive reads r's body and returns a request with it, which the caller releases; nil when it has answered why not. While the
+// client takes its time, only the body's buffer is held.
+func (in *ingester) receive(w http.ResponseWriter, r *http.Request, from *intake) *ingestRequest {
+	acc := in.bodies.Open(clientOf(w, r))
+	body, err := readBody(acc, r, from.limit, in.ackTimeout)
+	if err == nil {
+		var q *ingestRequest
+		if q, err = from.take(acc, body); err == nil {
+			return q
+		}
+	}
+	acc.Put(&body)
+	acc.Close()
+	if err == errBodyTooLarge && r.Header.Get("Expect") == "" {
+		io.CopyN(io.Discard, r.Body, maxDropped) // else a client that sends all before it looks finds a broken connection, no 413
+	}
+	writeReadError(w, err)
+	return nil
+}
+
 // encode checks every event of the request and appends the good ones as records, the bad ones as entries of the answer's
 // errors. Nothing goes to Kafka yet, so a body that turns out not to be JSON at its very end is refused whole. It ends early
 // with the context's error.
 func (q *ingestRequest) encode(ctx context.Context, media string, now int64) error {
 	if media == typeNDJSON {
-		return eachLine(q.body.b, func(line []byte) error {
+		return eachLine(q.body.B, func(line []byte) error {
 			if err := q.step(ctx); err != nil {
 				return err
 			}
@@ -163,7 +173,7 @@ func (q *ingestRequest) encode(ctx context.Context, media string, now int64) err
 			return q.decide(ev, err, len(line), now) // which does not affect the other lines
 		})
 	}
-	q.parser.json.reset(q.body.b)
+	q.parser.json.reset(q.body.B)
 	return eachEvent(&q.parser.json, "events", nil, func(*jsonReader) error { return q.next(ctx, q.parser.read, now) })
 }
 
@@ -213,6 +223,50 @@ func (q *ingestRequest) decide(ev *event, err error, size int, now int64) error 
 	return q.add(ev)
 }
 
+// produce hands the request's records to Kafka and waits until each is acknowledged by all in-sync replicas or has failed, or
+// the time is up. What is not acknowledged by then is reported as such: it may still arrive, and when the client sends it
+// again it is a duplicate, which is counted once.
+func (in *ingester) produce(q *ingestRequest) {
+	if len(q.records) == 0 {
+		return
+	}
+	q.sealRecords(in.topic)
+	q.pending.Store(int32(len(q.records)))
+	q.holders.Add(1)            // Kafka's hold on the request, until the last promise
+	ctx := context.Background() // not the client's: giving up on the answer must not tear a batch in flight
+	for i := range q.records {
+		in.kafka.Produce(ctx, &q.records[i].Record, onAck)
+	}
+	started := time.Now()
+	defer func() { in.stats.ack.Update(time.Since(started).Seconds()) }()
+	timeout := time.NewTimer(in.ackTimeout)
+	defer timeout.Stop()
+	select {
+	case <-q.acked:
+	case <-timeout.C:
+	}
+}
+
+// awaitStored waits until the request's events are stored; false when that takes too long, or not all are acknowledged. It first
+// gives back the body and the records' bytes. What the request keeps still counts as in flight, which bounds how many can wait.
+func (in *ingester) awaitStored(w http.ResponseWriter, r *http.Request, q *ingestRequest) bool {
+	now := time.Now()
+	if n := q.acknowledged(); n == 0 || n < len(q.records) {
+		return false
+	}
+	q.account.Put(&q.body)
+	q.account.Put(&q.arena)
+	until := now.Add(storedTimeout)
+	if x, ok := w.(*exchange); ok { // the answer has to be written before SERVER_WRITE_TIMEOUT
+		if last := x.started.Add(in.writeTimeout - in.writeTimeout/8); last.Before(until) {
+			until = last
+		}
+	}
+	ctx, cancel := context.WithDeadline(r.Context(), until)
+	defer cancel()
+	return in.stored(ctx, now)
+}
+
 // answerBulk says what became of the events. stored is that all accepted ones can be queried.
 func (in *ingester) answerBulk(w http.ResponseWriter, q *ingestRequest, stored bool) {
 	success := 0
@@ -246,31 +300,7 @@ func (in *ingester) answerBulk(w http.ResponseWriter, q *ingestRequest, stored b
 		status = http.StatusBadRequest
 		end = `],"error":"validation failed"}`
 	}
-	writeJSON(w, status, q.answer, q.errors.bytes(), []byte(end))
-}
-
-// produce hands the request's records to Kafka and waits until each is acknowledged by all in-sync replicas or has failed, or
-// the time is up. What is not acknowledged by then is reported as such: it may still arrive, and when the client sends it
-// again it is a duplicate, which is counted once.
-func (in *ingester) produce(q *ingestRequest) {
-	if len(q.records) == 0 {
-		return
-	}
-	q.sealRecords(in.topic)
-	q.pending.Store(int32(len(q.records)))
-	q.holders.Add(1)            // Kafka's hold on the request, until the last promise
-	ctx := context.Background() // not the client's: giving up on the answer must not tear a batch in flight
-	for i := range q.records {
-		in.kafka.Produce(ctx, &q.records[i].Record, onAck)
-	}
-	started := time.Now()
-	defer func() { in.stats.ack.Update(time.Since(started).Seconds()) }()
-	timeout := time.NewTimer(in.ackTimeout)
-	defer timeout.Stop()
-	select {
-	case <-q.acked:
-	case <-timeout.C:
-	}
+	writeJSON(w, status, q.answer, q.errors.Bytes(), []byte(end))
 }
 
 // mediaType returns typeJSON, typeNDJSON, typeText or "" for a Content-Type that is none of them. An absent one means JSON. Text
@@ -294,6 +324,16 @@ func takes(w http.ResponseWriter, r *http.Request, forms ...string) string {
 	}
 	writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send "+strings.Join(forms, " or "))
 	return ""
+}
+
+// wantsStored says whether to answer only once the events are stored, ?wait=stored; ok is false when it has answered another
+// value.
+func wantsStored(w http.ResponseWriter, r *http.Request) (wait, ok bool) {
+	value, is := queryValue(r.URL.RawQuery, "wait")
+	if is && value != "stored" {
+		writeProblems(w, []problem{{"wait", codeInvalidFormat, "wait must be stored, or absent"}})
+	}
+	return is, !is || value == "stored"
 }
 
 // eachEvent calls do with r at each element of the array that list names, as in {"events":[…]}; do reads one value. The other

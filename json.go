@@ -7,7 +7,9 @@
 package main
 
 import (
+	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -445,4 +447,16 @@ func (r *jsonReader) unexpected(want string) error {
 // reset points the reader at the start of b.
 func (r *jsonReader) reset(b []byte) {
 	r.b, r.i, r.spaces, r.err, r.deeper = b, 0, 0, nil, nil
+}
+
+var errByteOrderMark = errors.New("the body begins with a byte order mark: send UTF-8 without one")
+
+// byteOrderMark is an error when a text begins with such a mark, of UTF-8 or UTF-16: invisible in what its sender looks at.
+func byteOrderMark(text []byte) error {
+	for _, mark := range []string{"\xef\xbb\xbf", "\xff\xfe", "\xfe\xff"} {
+		if bytes.HasPrefix(text, []byte(mark)) {
+			return errByteOrderMark
+		}
+	}
+	return nil
 }

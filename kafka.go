@@ -22,12 +22,15 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 	"github.com/twmb/franz-go/pkg/sasl/plain"
 	"github.com/twmb/franz-go/pkg/sasl/scram"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
-// Partitions of the side topics: two for each of the five retry delays, and a few for dead letters.
 const (
-	retryPartitions = 10
-	dlqPartitions   = 5
+	// dlqPartitions are for a few dead letters.
+	dlqPartitions = 5
+	// sampleInterval is how often the watermark moves, and about how far it is behind at best.
+	sampleInterval = 250 * time.Millisecond
 )
 
 // minEventBytes is about the smallest body of an event: the byte budget divided by it bounds the number of records.
@@ -217,7 +220,7 @@ const (
 // on asking for the old one, whose records are gone. nil when ctx is done first.
 func awaitDeletion(ctx context.Context, kafka *kgo.Client, topic string) error {
 	admin, ids := kadm.NewClient(kafka), map[string]kadm.TopicID{}
-	for missed := 0; sleep(ctx, topicsEvery) == nil; {
+	for missed := 0; troubles.Sleep(ctx, topicsEvery) == nil; {
 		details, err := whole(admin.ListTopics(ctx, topic, topic+".retry", topic+".dlq"))
 		if missed++; !errors.Is(err, kerr.UnknownTopicOrPartition) {
 			missed = 0

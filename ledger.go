@@ -266,7 +266,7 @@ func readRecords(ctx context.Context, cfg *settings, topic, group string, f func
 	}
 	var done []int64
 	if group != "" {
-		if done, err = committed(ctx, admin, topic, group); err != nil {
+		if done, err = committedOffsets(ctx, admin, topic, group); err != nil {
 			return fmt.Errorf("offsets of group %s: %w", group, err)
 		}
 	}

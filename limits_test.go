@@ -218,7 +218,7 @@ func TestBodyTooLarge(t *testing.T) {
 // flushed after each event is fine.
 func TestTinyBlocks(t *testing.T) {
 	t.Parallel()
-	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &newStats().ingest)
+	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &newStats().ingest, nil)
 	event := freshEvent("b")
 	flushed := bytes.Repeat(zstded(event), maxBulkEvents)
 	// A frame with a block of 16 spaces, and blocks that repeat 3 of them: no literals, one sequence, three tables, its states.
@@ -231,13 +231,13 @@ func TestTinyBlocks(t *testing.T) {
 	}{{flushed, maxBulkEvents * len(event), ""}, {[]byte(tables), 0, "zstd blocks are too small"}} {
 		r := httptest.NewRequest("POST", bulkPath, bytes.NewReader(c.body))
 		r.Header.Set("Content-Encoding", "zstd")
-		acc := in.bodies.open(client{})
-		body, err := in.readBody(acc, r, maxBulkBody)
-		if got := fmt.Sprint(err); len(body.bytes()) != c.size || err == nil != (c.want == "") || !strings.Contains(got, c.want) {
-			t.Errorf("%d bytes, of %d compressed: %v, want %q", len(body.bytes()), len(c.body), err, c.want)
+		acc := in.bodies.Open(client{})
+		body, err := readBody(acc, r, maxBulkBody, time.Minute)
+		if got := fmt.Sprint(err); len(body.Bytes()) != c.size || err == nil != (c.want == "") || !strings.Contains(got, c.want) {
+			t.Errorf("%d bytes, of %d compressed: %v, want %q", len(body.Bytes()), len(c.body), err, c.want)
 		}
-		acc.put(&body)
-		acc.close()
+		acc.Put(&body)
+		acc.Close()
 	}
 }
 

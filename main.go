@@ -24,6 +24,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 
 	"github.com/event-ingestion/event-ingestion/load"
+	"github.com/event-ingestion/event-ingestion/web"
 )
 
 const usage = `event-ingestion takes events over HTTP and answers metrics about them.
@@ -157,19 +158,39 @@ func newSystem(cfg *settings) (*system, error) {
 		return nil, fmt.Errorf("set up the Kafka producer: %w", err)
 	}
 	s.watermark = newWatermark(s.producer, cfg)
-	s.metrics = newMetricsAPI(s.clickhouse, s.watermark, s.queryFailed)
+	s.metrics = newMetricsAPI(s.clickhouse, s.watermark.completeThrough, s.queryFailed)
 	quick := newClickHouse(cfg) // hangs no longer than its question may
 	quick.options.HandshakeTimeout, quick.options.ReadTimeout = readyTimeout, readyTimeout
-	s.ready = &readiness{kafka: s.producer, clickhouse: quick, conn: connection{to: quick}, broken: s.broken, failed: s.queryFailed, watermark: s.watermark, troubles: s.stats.troubles, consumes: cfg.role != "api"}
+	s.ready = &readiness{kafka: s.producer, clickhouse: quick, conn: connection{to: quick}, broken: s.broken, failed: s.queryFailed,
+		stalled: s.watermark.stalled, trouble: s.stats.troubles.Oldest, consumes: cfg.role != "api"}
 	host, _ := os.Hostname()
-	s.pipeline = newPipeline(cfg, net.JoinHostPort(host, fmt.Sprint(cfg.serverPort)), s.stats, s.watermark, s.ready)
-	in := newIngester(s.producer, cfg, &s.stats.ingest)
-	in.stored = &s.watermark.stored
+	s.pipeline = newPipeline(cfg, net.JoinHostPort(host, fmt.Sprint(cfg.serverPort)), s.stats, s.watermark.behind, func() string {
+		words, _ := s.ready.consuming()
+		return words
+	})
+	in := newIngester(s.producer, cfg, &s.stats.ingest, s.watermark.awaitStored)
 	s.api = newServer(addr, s.routes(in), cfg, s.access, s.stats)
-	s.api.RegisterOnShutdown(in.stored.end)
+	s.api.RegisterOnShutdown(s.watermark.endWaiting)
 	s.admin = newAdminServer(cfg.adminAddr, s.stats)
-	s.stats.watch(&s.ready.consumer, s.watermark, &in.bodies, func() uint64 { return uint64(s.broken.total.Load()) })
+	s.stats.watch(watched{
+		lags: s.watermark.partitionLags, through: s.watermark.completeThrough, inFlight: in.bodies.Used,
+		behind:   func() time.Duration { worst, _, _ := s.watermark.stalled(); return worst },
+		broken:   func() uint64 { return uint64(s.broken.total.Load()) },
+		assigned: s.ofConsumer(func(c *consumer) int64 { return c.assigned.Load() }),
+		ids:      s.ofConsumer(func(c *consumer) int64 { return c.inserter.dedupe.bytes.Load() }),
+		minutes:  s.ofConsumer(func(c *consumer) int64 { return c.inserter.dedupe.sets.Load() }),
+	})
 	return s, nil
+}
+
+// ofConsumer is a number of the consumer's, 0 while there is none.
+func (s *system) ofConsumer(number func(*consumer) int64) func() int64 {
+	return func() int64 {
+		if c := s.ready.consumer.Load(); c != nil {
+			return number(c)
+		}
+		return 0
+	}
 }
 
 // routes is everything that the API's listener answers, by ROLE.
@@ -183,11 +204,13 @@ func (s *system) routes(in *ingester) []route {
 			route{http.MethodPost, "/api/v1/events", "events", in.serveOne},
 			route{http.MethodPost, "/api/v1/events/bulk", "bulk", in.serveBulk},
 			route{http.MethodGet, "/api/v1/metrics", "metrics", s.metrics.serve},
-			route{http.MethodGet, "/api/v1/overview", "overview", s.metrics.serveOverview},
-			route{http.MethodGet, "/api/v1/pipeline", "pipeline", s.pipeline.serve},
+			route{http.MethodGet, "/api/v1/overview", "overview", newOverviewAPI(s.metrics).serve},
+			route{http.MethodGet, "/api/v1/pipeline", "pipeline", servePipeline(s.pipeline)},
 		)
 		routes = append(routes, (&segment{in, s.access}).routes()...)
-		routes = append(routes, pages()...)
+		for path, page := range web.Pages(notFound) {
+			routes = append(routes, route{http.MethodGet, path, "pages", page.ServeHTTP})
+		}
 	}
 	return routes
 }
@@ -283,8 +306,13 @@ func (s *system) finish() (context.Context, context.CancelFunc) {
 // trouble notes what has failed and will be tried again, unless it is hopeless: then it ends the system, with the reason. What
 // has worked before is never hopeless: a broker that comes up may say so for a moment.
 func (s *system) trouble(what string, err error) {
-	s.stats.troubles.note(what, err)
-	if isHopeless(err) && !s.stats.troubles.hasWorked(what) {
+	s.stats.troubles.Note(what, err)
+	s.endIfHopeless(what, err)
+}
+
+// endIfHopeless is trouble for what is noted elsewhere.
+func (s *system) endIfHopeless(what string, err error) {
+	if isHopeless(err) && !s.stats.troubles.HasWorked(what) {
 		s.fail(fmt.Errorf("%s: %w", what, err))
 	}
 }
@@ -380,30 +408,13 @@ const prepareTimeout = 20 * time.Second
 
 // untilDone repeats prepare until it succeeds; false when ctx ended first.
 func (s *system) untilDone(ctx context.Context, what string, prepare func(context.Context) error) bool {
-	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
+	return s.stats.troubles.Until(ctx, what, func() error {
 		attempt, cancel := context.WithTimeout(ctx, prepareTimeout)
+		defer cancel()
 		err := prepare(attempt)
-		cancel()
-		if err == nil {
-			s.stats.troubles.clear(what)
-			return true
+		if err != nil && ctx.Err() == nil {
+			s.endIfHopeless(what, err)
 		}
-		if ctx.Err() != nil {
-			return false
-		}
-		s.trouble(what, err)
-		if sleep(ctx, pause) != nil {
-			return false
-		}
-	}
-}
-
-// sleep is done after d, or with the error of ctx before that.
-func sleep(ctx context.Context, d time.Duration) error {
-	select {
-	case <-time.After(d):
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+		return err
+	}) == nil
 }

@@ -26,6 +26,8 @@ import (
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 const (
@@ -282,7 +284,7 @@ func (a *insertsAtWork) await(ctx context.Context, conn asker) (others time.Dura
 		if attempt == 20 { // a second
 			slog.Info("waiting for an insert that ClickHouse still works at")
 		}
-		if err := sleep(ctx, minBackoff/2); err != nil {
+		if err := troubles.Sleep(ctx, minBackoff/2); err != nil {
 			return 0, err
 		}
 	}

@@ -22,6 +22,8 @@ import (
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/chpool"
 	"github.com/ClickHouse/ch-go/proto"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 // Codes of the metrics endpoint beside those of an event.
@@ -31,9 +33,6 @@ const (
 )
 
 const (
-	hourSeconds = 3600
-	// maxUnixSeconds is what ClickHouse's DateTime holds: 2106.
-	maxUnixSeconds = 1<<32 - 1
 	// queryTimeout bounds one metrics query, on the server too.
 	queryTimeout = 10 * time.Second
 	// queryConns bounds the queries that run at once; the next one waits its turn.
@@ -45,13 +44,12 @@ const (
 	tableAttempts = 20
 )
 
-// metricsAPI serves GET /api/v1/metrics, and /api/v1/overview, which web.go adds.
+// metricsAPI serves GET /api/v1/metrics. The overview asks and answers through it, too.
 type metricsAPI struct {
 	clickhouse *clickhouse
-	watermark  *watermark
-	failed     func(error)                  // told what a query says
+	through    func() int64                 // Unix second up to which everything acknowledged is stored, 0 while unknown
+	failed     func(error)                  // told what ClickHouse says when a query fails
 	pool       func() (*chpool.Pool, error) // made when first used
-	shared     sharedAnswers                // of the overview
 }
 
 // metricsQuery is a parsed request. Empty texts are no filter. from and to are Unix seconds, both inclusive.
@@ -79,13 +77,11 @@ type group struct {
 	Revenue json.Number `json:"revenue,omitempty"`
 }
 
-func newMetricsAPI(db *clickhouse, wm *watermark, failed func(error)) *metricsAPI {
+func newMetricsAPI(db *clickhouse, through func() int64, failed func(error)) *metricsAPI {
 	pool := sync.OnceValues(func() (*chpool.Pool, error) {
 		return chpool.New(context.Background(), chpool.Options{ClientOptions: db.options, MaxConns: queryConns})
 	})
-	m := &metricsAPI{clickhouse: db, watermark: wm, failed: failed, pool: pool}
-	m.shared.all = map[metricsQuery]sharedAnswer{}
-	return m
+	return &metricsAPI{clickhouse: db, through: through, failed: failed, pool: pool}
 }
 
 func (m *metricsAPI) serve(w http.ResponseWriter, r *http.Request) {
@@ -107,7 +103,7 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
 	defer cancel()
 	var known *int64
-	if through := m.watermark.through.Load(); through != 0 { // before the query, which then sees at least that much
+	if through := m.through(); through != 0 { // before the query, which then sees at least that much
 		known = &through
 	}
 	body, err := ask(ctx, known)
@@ -331,7 +327,7 @@ func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error
 		_, answered := ch.AsException(err)
 		switch {
 		case ch.IsErr(err, proto.ErrUnknownTable, proto.ErrFunctionThrowIfValueIsNonZero) && attempt < tableAttempts:
-			if sleep(ctx, tablePause) != nil {
+			if troubles.Sleep(ctx, tablePause) != nil {
 				return err
 			}
 		case err == nil || answered || attempt >= 2*queryConns || ctx.Err() != nil:

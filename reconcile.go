@@ -11,6 +11,8 @@ import (
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 const quietSeconds = 10
@@ -102,7 +104,7 @@ func reconcile(ctx context.Context, db *clickhouse, hours string, quiet int, dry
 				}
 				break
 			}
-			if err := sleep(ctx, 50*time.Millisecond); err != nil {
+			if err := troubles.Sleep(ctx, 50*time.Millisecond); err != nil {
 				return err
 			}
 		}

@@ -19,13 +19,8 @@ import (
 
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
-)
 
-// The values of the header error_type.
-const (
-	errorUnmarshal    = "unmarshal_error"
-	errorInsertFailed = "insert_failed"
-	errorExhausted    = "max_retries_exhausted"
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 const (
@@ -160,14 +155,14 @@ func (s *sideProducer) produce(ctx context.Context, recs []*kgo.Record) error {
 			}
 		}
 		if len(failed) == 0 {
-			s.stats.troubles.clear(what)
+			s.stats.troubles.Clear(what)
 			return nil
 		}
 		recs = failed
 		if ctx.Err() == nil {
-			s.stats.troubles.note(what, why)
+			s.stats.troubles.Note(what, why)
 		}
-		if err := sleep(ctx, pause); err != nil {
+		if err := troubles.Sleep(ctx, pause); err != nil {
 			return err
 		}
 	}
@@ -300,7 +295,7 @@ func newRetryWorker(cfg *settings, side *sideProducer, failed func(error)) (*ret
 		kgo.FetchMaxPartitionBytes(retryFetch),
 		kgo.OnPartitionsCallbackBlocked(func(context.Context, *kgo.Client) { notify(w.blocked, struct{}{}) }),
 		kgo.OnPartitionsAssigned(func(_ context.Context, c *kgo.Client, topics map[string][]int32) {
-			side.stats.troubles.clear(readRetries)
+			side.stats.troubles.Clear(readRetries)
 			c.ResumeFetchPartitions(topics) // they may have been paused when they left
 		}),
 		kgo.OnPartitionsRevoked(func(ctx context.Context, c *kgo.Client, topics map[string][]int32) {
@@ -327,7 +322,7 @@ func (w *retryWorker) run(ctx context.Context, finish func() (context.Context, c
 	for ctx.Err() == nil {
 		poll(ctx, w.kafka, 0, retryTick, w.failed).EachPartition(func(p kgo.FetchTopicPartition) {
 			if len(p.Records) > 0 {
-				w.side.stats.troubles.clear(readRetries)
+				w.side.stats.troubles.Clear(readRetries)
 				now := time.Now()
 				for _, rec := range p.Records { // it ages by this clock from now on; one that comes from the future is new
 					rec.Timestamp = now.Add(-max(0, now.Sub(rec.Timestamp)))

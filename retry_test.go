@@ -172,7 +172,7 @@ func TestRetryWorkers(t *testing.T) {
 		t.Errorf("%d records are back, want %d", len(back), short*rounds)
 	}
 	w := newWatermark(side.kafka, cfg)
-	committed, err := committed(t.Context(), w.admin, cfg.kafkaTopic+".retry", cfg.kafkaGroup+".retry")
+	committed, err := committedOffsets(t.Context(), w.admin, cfg.kafkaTopic+".retry", cfg.kafkaGroup+".retry")
 	if err != nil {
 		t.Fatal(err)
 	}

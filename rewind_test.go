@@ -20,6 +20,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 // TestRewind: events are lost in one table, in both, or are as they were at an earlier time; after a rewind both tables
@@ -263,7 +265,7 @@ func TestTornBesideMany(t *testing.T) {
 		others.Go(func() { // ends with stop
 			for i := 0; ctx.Err() == nil; i++ {
 				st.connected(ctx, func(c asker) error {
-					return c.Do(ctx, ch.Query{Body: "SELECT sleep(0.3)", QueryID: fmt.Sprint(cfg.kafkaGroup, "-", n, "-", i), Result: proto.Results{{Data: new(proto.ColUInt8)}}})
+					return c.Do(ctx, ch.Query{Body: "SELECT troubles.Sleep(0.3)", QueryID: fmt.Sprint(cfg.kafkaGroup, "-", n, "-", i), Result: proto.Results{{Data: new(proto.ColUInt8)}}})
 				})
 			}
 		})
@@ -276,7 +278,7 @@ func TestTornBesideMany(t *testing.T) {
 	ins.held[0] = kgo.EpochOffset{Offset: 1}
 	for !reached && ctx.Err() == nil {
 		ins.mend(ctx)
-		sleep(ctx, mendTick)
+		troubles.Sleep(ctx, mendTick)
 	}
 	if !reached {
 		t.Error("offsets wait")

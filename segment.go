@@ -50,7 +50,7 @@ func (s *segment) serve(w http.ResponseWriter, r *http.Request, kind string) {
 	if q == nil {
 		return
 	}
-	defer s.in.release(q)
+	defer q.release()
 	refused := map[string]int{} // items by code
 	q.entry = func(dst []byte, index int, problems []problem) []byte {
 		refused[problems[0].code]++
@@ -63,7 +63,7 @@ func (s *segment) serve(w http.ResponseWriter, r *http.Request, kind string) {
 	}
 	if keyOf(r) == "" { // one in the header was checked before the body was read
 		if may, _ := s.access.rightsOf(string(key)); may == mayNothing {
-			s.access.refuse(w, string(key))
+			writeVerdict(w, unknownKey(string(key)))
 			return
 		}
 	}
@@ -77,7 +77,7 @@ func (s *segment) serve(w http.ResponseWriter, r *http.Request, kind string) {
 // encodeSegment is encode for Segment's messages. key is the body's writeKey, which points into the body.
 func (q *ingestRequest) encodeSegment(ctx context.Context, kind string, now int64) (key []byte, err error) {
 	r := &q.parser.json
-	r.reset(q.body.b)
+	r.reset(q.body.B)
 	var scratch []byte
 	note := func(v *jsonValue) {
 		if len(key) == 0 && v.kind == '"' && len(v.raw) <= maxTextBytes {
@@ -337,7 +337,7 @@ func (s *segment) answer(w http.ResponseWriter, q *ingestRequest, stored bool) {
 	if stored {
 		end = `],"status":"stored"}`
 	}
-	writeJSON(w, http.StatusOK, []byte(`{"success":true,"errors":[`), q.errors.bytes(), []byte(end))
+	writeJSON(w, http.StatusOK, []byte(`{"success":true,"errors":[`), q.errors.Bytes(), []byte(end))
 }
 
 // appendItemEntries appends an entry for each problem of an item.

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/budget"
 )
 
 // segmentNow is the time of receipt, as the tests' messages would have it: 2026-11-23T13:52:56Z.
@@ -80,9 +82,9 @@ func TestSegmentMapping(t *testing.T) {
 			}
 			got := ""
 			if len(q.records) > 0 {
-				got = string(q.arena.b[2*len(eventID{}):])
+				got = string(q.arena.B[2*len(eventID{}):])
 			}
-			if errors := "[" + string(q.errors.bytes()) + "]"; got != c.want || !strings.Contains(errors, c.errors) || c.errors == "" && q.failed > 0 || !json.Valid([]byte(errors)) {
+			if errors := "[" + string(q.errors.Bytes()) + "]"; got != c.want || !strings.Contains(errors, c.errors) || c.errors == "" && q.failed > 0 || !json.Valid([]byte(errors)) {
 				t.Errorf("%s %.300s:\n got %s %s\nwant %s %s", c.kind, c.message, got, errors, c.want, c.errors)
 			}
 		}
@@ -176,7 +178,7 @@ func TestSegmentHostile(t *testing.T) {
 
 // TestSegmentSingle: one message does not hold the memory of a batch.
 func TestSegmentSingle(t *testing.T) {
-	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest)
+	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest, nil)
 	ac, err := newAccess(&settings{serverHost: "localhost"})
 	if err != nil {
 		t.Fatal(err)
@@ -186,8 +188,8 @@ func TestSegmentSingle(t *testing.T) {
 	if _, err := q.encodeSegment(t.Context(), "batch", segmentNow); err != nil || len(q.records) != 1000 {
 		t.Fatal(err, len(q.records))
 	}
-	in.release(q)
-	in.bodies.limit = 64 << 10
+	q.release()
+	in.bodies = budget.New(64<<10, 0)
 	w := httptest.NewRecorder()
 	(&segment{in, ac}).serve(w, httptest.NewRequest("POST", "/v1/track", strings.NewReader(`{"userId":"u"}`)), "track")
 	if w.Code != http.StatusOK || !strings.Contains(w.Body.String(), codeRequired) {

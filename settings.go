@@ -24,6 +24,17 @@ import (
 	"unicode"
 )
 
+// Limits that are no settings, of more than one part.
+const (
+	// maxHeaderBytes and readHeaderTimeout are of a connection to either listener.
+	maxHeaderBytes    = 16 << 10
+	readHeaderTimeout = 5 * time.Second
+	// minInFlightBytes is the least MAX_IN_FLIGHT_BYTES: room for the bodies of four bulks.
+	minInFlightBytes = 32 << 20
+	// retryPartitions are those of events.retry: two for each of the five delays.
+	retryPartitions = 10
+)
+
 // settings is what the environment says; see settingsTable for units and defaults.
 type settings struct {
 	serverHost                             string
@@ -74,62 +85,62 @@ var secrets = []string{"API_KEYS", "WRITE_KEYS", "KAFKA_SASL_PASSWORD", "CLICKHO
 // settingsTable is every setting of the program, in the order in which -h prints them.
 func (c *settings) settingsTable() []setting {
 	return []setting{
-		{"SERVER_HOST", "", "address that the API listens on; empty means every interface", text(&c.serverHost)},
-		{"SERVER_PORT", "8080", "port of the API", integer(&c.serverPort, 1, 65535)},
-		{"SERVER_READ_TIMEOUT", "15s", "a request has to be read within this", duration(&c.readTimeout, time.Second, time.Hour)},
-		{"SERVER_WRITE_TIMEOUT", "30s", "an answer has to be written within this, counted from the end of the header", duration(&c.writeTimeout, time.Second, time.Hour)},
-		{"ACK_TIMEOUT", "10s", "Kafka has to acknowledge a request's events within this, else 503; below SERVER_WRITE_TIMEOUT", duration(&c.ackTimeout, time.Second, time.Hour)},
-		{"MAX_IN_FLIGHT_BYTES", "67108864", "bytes that requests hold at once, bodies, records and answers, else 503", integer(&c.maxInFlightBytes, 4*maxBulkBody, 1<<40)},
-		{"MAX_IN_FLIGHT_BYTES_PER_CLIENT", "", "of these, what those of one key hold, or of one address without a key, else 429 to it alone; empty is an eighth, 0 no limit", eighth(&c.maxInFlightPerClient, &c.maxInFlightBytes)},
-		{"CLOCK_SKEW", "1s", "a timestamp may be so far in the future, such as 5s: senders' clocks are ahead of this one", wholeSeconds(&c.clockSkew, 5*time.Minute)},
-		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", as(&c.adminAddr, "host:port or off", address)},
+		{"SERVER_HOST", "", "address that the API listens on; empty means every interface", anyText(&c.serverHost)},
+		{"SERVER_PORT", "8080", "port of the API", integerIn(&c.serverPort, 1, 65535)},
+		{"SERVER_READ_TIMEOUT", "15s", "a request has to be read within this", durationIn(&c.readTimeout, time.Second, time.Hour)},
+		{"SERVER_WRITE_TIMEOUT", "30s", "an answer has to be written within this, counted from the end of the header", durationIn(&c.writeTimeout, time.Second, time.Hour)},
+		{"ACK_TIMEOUT", "10s", "Kafka has to acknowledge a request's events within this, else 503; below SERVER_WRITE_TIMEOUT", durationIn(&c.ackTimeout, time.Second, time.Hour)},
+		{"MAX_IN_FLIGHT_BYTES", "67108864", "bytes that requests hold at once, bodies, records and answers, else 503", integerIn(&c.maxInFlightBytes, minInFlightBytes, 1<<40)},
+		{"MAX_IN_FLIGHT_BYTES_PER_CLIENT", "", "of these, what those of one key hold, or of one address without a key, else 429 to it alone; empty is an eighth, 0 no limit", eighthOf(&c.maxInFlightPerClient, &c.maxInFlightBytes)},
+		{"CLOCK_SKEW", "1s", "a timestamp may be so far in the future, such as 5s: senders' clocks are ahead of this one", wholeSecondsIn(&c.clockSkew, 5*time.Minute)},
+		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", matching(&c.adminAddr, "host:port or off", parseAddress)},
 		{"ROLE", "all", "all; api serves HTTP and leaves consuming to others; consumer only consumes, and answers /health and /ready", oneOf(&c.role, "all", "api", "consumer")},
-		{"API_KEYS", "", "comma-separated keys of 16 characters or more, one of which a request to /api/ or /v1/ has to bring; none, and no WRITE_KEYS, lets everybody in", to(&c.apiKeys, keys)},
-		{"WRITE_KEYS", "", "comma-separated keys that may only send events, for pages and apps, whose keys are public", to(&c.writeKeys, keys)},
-		{"CORS_ORIGINS", "", "comma-separated origins whose pages may call the API, such as https://shop.example; * is all of them", to(&c.corsOrigins, origins)},
-		{"TLS_CERT_FILE", "", "certificate chain in PEM; with TLS_KEY_FILE the API speaks HTTPS", text(&c.tlsCertFile)},
-		{"TLS_KEY_FILE", "", "its private key in PEM; both are read again on SIGHUP", text(&c.tlsKeyFile)},
-		{"LOG_LEVEL", "info", "debug, info, warn or error", as(&c.logLevel, "debug, info, warn or error", level)},
+		{"API_KEYS", "", "comma-separated keys of 16 characters or more, one of which a request to /api/ or /v1/ has to bring; none, and no WRITE_KEYS, lets everybody in", parsedBy(&c.apiKeys, parseKeys)},
+		{"WRITE_KEYS", "", "comma-separated keys that may only send events, for pages and apps, whose keys are public", parsedBy(&c.writeKeys, parseKeys)},
+		{"CORS_ORIGINS", "", "comma-separated origins whose pages may call the API, such as https://shop.example; * is all of them", parsedBy(&c.corsOrigins, parseOrigins)},
+		{"TLS_CERT_FILE", "", "certificate chain in PEM; with TLS_KEY_FILE the API speaks HTTPS", anyText(&c.tlsCertFile)},
+		{"TLS_KEY_FILE", "", "its private key in PEM; both are read again on SIGHUP", anyText(&c.tlsKeyFile)},
+		{"LOG_LEVEL", "info", "debug, info, warn or error", matching(&c.logLevel, "debug, info, warn or error", parseLevel)},
 		{"LOG_FORMAT", "text", "text or json", oneOf(&c.logFormat, "text", "json")},
-		{"ACCESS_LOG", "0", "share of requests that are logged, 0 to 1; those that fail with 5xx are logged anyway, at most 10 a second", as(&c.accessLog, "a number from 0 to 1", share)},
-		{"GRAFANA_URL", "", "where the dashboard page links to for Grafana; empty leaves the link out", as(&c.grafanaURL, "an address such as http://localhost:3000", link)},
-		{"KAFKA_UI_URL", "", "the same for Kafka UI", as(&c.kafkaUIURL, "an address such as http://localhost:3000", link)},
+		{"ACCESS_LOG", "0", "share of requests that are logged, 0 to 1; those that fail with 5xx are logged anyway, at most 10 a second", matching(&c.accessLog, "a number from 0 to 1", parseShare)},
+		{"GRAFANA_URL", "", "where the dashboard page links to for Grafana; empty leaves the link out", matching(&c.grafanaURL, "an address such as http://localhost:3000", parseLink)},
+		{"KAFKA_UI_URL", "", "the same for Kafka UI", matching(&c.kafkaUIURL, "an address such as http://localhost:3000", parseLink)},
 
-		{"KAFKA_BROKERS", "localhost:29092,localhost:29093", "comma-separated host:port of the first brokers to ask", as(&c.kafkaBrokers, "host:port,host:port,…, each port a number from 1 to 65535", addresses)},
-		{"KAFKA_TOPIC", "events", "main topic; retries go to TOPIC.retry, dead letters to TOPIC.dlq", as(&c.kafkaTopic, "a topic's name: letters, digits, '.', '_' and '-', at most 243 of them", topicName)},
-		{"KAFKA_CONSUMER_GROUP", "event-consumers", "consumer group, shared by all instances of the program", text(&c.kafkaGroup)},
-		{"KAFKA_PARTITIONS", "20", "partitions of the main topic when it is created", integer(&c.kafkaPartitions, 1, 10000)},
-		{"KAFKA_REPLICATION_FACTOR", "2", "replicas of each partition of topics that are created", integer(&c.kafkaReplication, 1, 100)},
-		{"KAFKA_MIN_ISR", "2", "min.insync.replicas of topics that are created; 1 keeps accepting with a broker down", integer(&c.kafkaMinISR, 1, 100)},
-		{"KAFKA_LINGER", "1ms", "the producer waits this long for more records before it sends; 0 sends at once", duration(&c.kafkaLinger, 0, time.Minute)},
+		{"KAFKA_BROKERS", "localhost:29092,localhost:29093", "comma-separated host:port of the first brokers to ask", matching(&c.kafkaBrokers, "host:port,host:port,…, each port a number from 1 to 65535", parseAddresses)},
+		{"KAFKA_TOPIC", "events", "main topic; retries go to TOPIC.retry, dead letters to TOPIC.dlq", matching(&c.kafkaTopic, "a topic's name: letters, digits, '.', '_' and '-', at most 243 of them", parseTopic)},
+		{"KAFKA_CONSUMER_GROUP", "event-consumers", "consumer group, shared by all instances of the program", anyText(&c.kafkaGroup)},
+		{"KAFKA_PARTITIONS", "20", "partitions of the main topic when it is created", integerIn(&c.kafkaPartitions, 1, 10000)},
+		{"KAFKA_REPLICATION_FACTOR", "2", "replicas of each partition of topics that are created", integerIn(&c.kafkaReplication, 1, 100)},
+		{"KAFKA_MIN_ISR", "2", "min.insync.replicas of topics that are created; 1 keeps accepting with a broker down", integerIn(&c.kafkaMinISR, 1, 100)},
+		{"KAFKA_LINGER", "1ms", "the producer waits this long for more records before it sends; 0 sends at once", durationIn(&c.kafkaLinger, 0, time.Minute)},
 		{"KAFKA_COMPRESSION", "snappy", "of produced batches: none, snappy, lz4 or zstd", oneOf(&c.kafkaCompression, "none", "snappy", "lz4", "zstd")},
-		{"KAFKA_SESSION_TIMEOUT", "10s", "the group gives the partitions of an instance that died without a word to others after this", duration(&c.kafkaSession, time.Second, time.Hour)},
-		{"KAFKA_TLS", "false", "true speaks TLS to the brokers", as(&c.kafkaTLS, "true or false", boolean)},
-		{"KAFKA_TLS_CA_FILE", "", "certificates in PEM that sign those of the brokers; empty means the system's", to(&c.kafkaCA, certificates)},
+		{"KAFKA_SESSION_TIMEOUT", "10s", "the group gives the partitions of an instance that died without a word to others after this", durationIn(&c.kafkaSession, time.Second, time.Hour)},
+		{"KAFKA_TLS", "false", "true speaks TLS to the brokers", matching(&c.kafkaTLS, "true or false", parseBoolean)},
+		{"KAFKA_TLS_CA_FILE", "", "certificates in PEM that sign those of the brokers; empty means the system's", parsedBy(&c.kafkaCA, readCertificates)},
 		{"KAFKA_SASL_MECHANISM", "none", "none, PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512", oneOf(&c.kafkaSASL, "none", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")},
-		{"KAFKA_SASL_USERNAME", "", "user of SASL", text(&c.kafkaUsername)},
-		{"KAFKA_SASL_PASSWORD", "", "its password", text(&c.kafkaPassword)},
+		{"KAFKA_SASL_USERNAME", "", "user of SASL", anyText(&c.kafkaUsername)},
+		{"KAFKA_SASL_PASSWORD", "", "its password", anyText(&c.kafkaPassword)},
 
-		{"CLICKHOUSE_HOST", "localhost", "host of ClickHouse", as(&c.clickhouseHost, "a name or an address, without the port, which is CLICKHOUSE_PORT", hostName)},
-		{"CLICKHOUSE_PORT", "9000", "native port of ClickHouse", integer(&c.clickhousePort, 1, 65535)},
-		{"CLICKHOUSE_DATABASE", "event_ingestion", "database; created when missing", as(&c.clickhouseDatabase, "at most 150 letters, digits and _, not starting with a digit, and not system, table or function", identifier)},
-		{"CLICKHOUSE_USERNAME", "default", "user", text(&c.clickhouseUsername)},
-		{"CLICKHOUSE_PASSWORD", "", "password", text(&c.clickhousePassword)},
-		{"CLICKHOUSE_TLS", "false", "true speaks TLS to ClickHouse, whose port for it is usually 9440", as(&c.clickhouseTLS, "true or false", boolean)},
-		{"CLICKHOUSE_TLS_CA_FILE", "", "certificates in PEM that sign that of ClickHouse; empty means the system's", to(&c.clickhouseCA, certificates)},
-		{"CLICKHOUSE_CLUSTER", "", "name of a cluster that the server knows: events are spread over its servers by ClickHouse's Distributed engine", as(&c.clickhouseCluster, "a name without quotes and backslashes", clusterName)},
-		{"CLICKHOUSE_FSYNC", "false", "true has each insert wait for ClickHouse's disk, so that a power cut loses nothing of it; about an eighth of the highest rate", as(&c.clickhouseFsync, "true or false", boolean)},
-		{"RETENTION_DAYS", "0", "ClickHouse drops events, and what was counted of them, after so many days, a month at a time; at least 31, 0 keeps all", to(&c.retentionDays, retention)},
+		{"CLICKHOUSE_HOST", "localhost", "host of ClickHouse", matching(&c.clickhouseHost, "a name or an address, without the port, which is CLICKHOUSE_PORT", parseHost)},
+		{"CLICKHOUSE_PORT", "9000", "native port of ClickHouse", integerIn(&c.clickhousePort, 1, 65535)},
+		{"CLICKHOUSE_DATABASE", "event_ingestion", "database; created when missing", matching(&c.clickhouseDatabase, "at most 150 letters, digits and _, not starting with a digit, and not system, table or function", parseIdentifier)},
+		{"CLICKHOUSE_USERNAME", "default", "user", anyText(&c.clickhouseUsername)},
+		{"CLICKHOUSE_PASSWORD", "", "password", anyText(&c.clickhousePassword)},
+		{"CLICKHOUSE_TLS", "false", "true speaks TLS to ClickHouse, whose port for it is usually 9440", matching(&c.clickhouseTLS, "true or false", parseBoolean)},
+		{"CLICKHOUSE_TLS_CA_FILE", "", "certificates in PEM that sign that of ClickHouse; empty means the system's", parsedBy(&c.clickhouseCA, readCertificates)},
+		{"CLICKHOUSE_CLUSTER", "", "name of a cluster that the server knows: events are spread over its servers by ClickHouse's Distributed engine", matching(&c.clickhouseCluster, "a name without quotes and backslashes", parseCluster)},
+		{"CLICKHOUSE_FSYNC", "false", "true has each insert wait for ClickHouse's disk, so that a power cut loses nothing of it; about an eighth of the highest rate", matching(&c.clickhouseFsync, "true or false", parseBoolean)},
+		{"RETENTION_DAYS", "0", "ClickHouse drops events, and what was counted of them, after so many days, a month at a time; at least 31, 0 keeps all", parsedBy(&c.retentionDays, parseRetention)},
 
-		{"WORKER_COUNT", "20", "workers; partition p belongs to worker p mod WORKER_COUNT", integer(&c.workerCount, 1, 1000)},
-		{"WORKER_BATCH_SIZE", "2000", "rows of a worker's block; a full block starts an insert", integer(&c.workerBatchSize, 1, 100000)},
-		{"WORKER_BATCH_TIMEOUT", "50ms", "a waiting row starts an insert after this", duration(&c.workerBatchTimeout, time.Millisecond, time.Minute)},
-		{"CONSUME_MEMORY", "134217728", "bytes that records may take between Kafka and ClickHouse, fetched, queued and in blocks", integer(&c.consumeMemory, 1<<20, 1<<40)},
-		{"DEDUPE_MEMORY", "268435456", "bytes for the ids of stored events, about 12 an id; events beyond it are looked up in ClickHouse", integer(&c.dedupeMemory, 0, 1<<40)},
-		{"RETRY_WORKER_COUNT", "1", "workers that put rejected records back when they are due; 0 leaves that to other instances", integer(&c.retryWorkers, 0, retryPartitions)},
-		{"MAX_RETRY_ATTEMPTS", "5", "retries after 2, 4, 8, 16, 32 s before a rejected record becomes a dead letter", integer(&c.maxRetryAttempts, 0, 100)},
-		{"SHUTDOWN_TIMEOUT", "8s", "a stop finishes requests and inserts within this; what is left is read from Kafka again", duration(&c.shutdownTimeout, time.Second, time.Hour)},
-		{"SHUTDOWN_DELAY", "0", "a stop first turns /ready to 503 and goes on serving for this long, so that a load balancer sees it", duration(&c.shutdownDelay, 0, time.Hour)},
+		{"WORKER_COUNT", "20", "workers; partition p belongs to worker p mod WORKER_COUNT", integerIn(&c.workerCount, 1, 1000)},
+		{"WORKER_BATCH_SIZE", "2000", "rows of a worker's block; a full block starts an insert", integerIn(&c.workerBatchSize, 1, 100000)},
+		{"WORKER_BATCH_TIMEOUT", "50ms", "a waiting row starts an insert after this", durationIn(&c.workerBatchTimeout, time.Millisecond, time.Minute)},
+		{"CONSUME_MEMORY", "134217728", "bytes that records may take between Kafka and ClickHouse, fetched, queued and in blocks", integerIn(&c.consumeMemory, 1<<20, 1<<40)},
+		{"DEDUPE_MEMORY", "268435456", "bytes for the ids of stored events, about 12 an id; events beyond it are looked up in ClickHouse", integerIn(&c.dedupeMemory, 0, 1<<40)},
+		{"RETRY_WORKER_COUNT", "1", "workers that put rejected records back when they are due; 0 leaves that to other instances", integerIn(&c.retryWorkers, 0, retryPartitions)},
+		{"MAX_RETRY_ATTEMPTS", "5", "retries after 2, 4, 8, 16, 32 s before a rejected record becomes a dead letter", integerIn(&c.maxRetryAttempts, 0, 100)},
+		{"SHUTDOWN_TIMEOUT", "8s", "a stop finishes requests and inserts within this; what is left is read from Kafka again", durationIn(&c.shutdownTimeout, time.Second, time.Hour)},
+		{"SHUTDOWN_DELAY", "0", "a stop first turns /ready to 503 and goes on serving for this long, so that a load balancer sees it", durationIn(&c.shutdownDelay, 0, time.Hour)},
 	}
 }
 
@@ -207,8 +218,8 @@ func orFile(getenv func(string) string, name string) (string, error) {
 // minKeyLength keeps out keys that can be guessed.
 const minKeyLength = 16
 
-// keys takes API keys, separated by commas or the ends of lines.
-func keys(s string) ([]string, error) {
+// parseKeys takes API keys, separated by commas or the ends of lines.
+func parseKeys(s string) ([]string, error) {
 	list := strings.FieldsFunc(s, func(r rune) bool { return r == ',' || unicode.IsSpace(r) })
 	for i, k := range list {
 		if len(k) < minKeyLength {
@@ -224,11 +235,11 @@ func keys(s string) ([]string, error) {
 	return list, nil
 }
 
-// origins takes what a browser can send: it writes hosts in lower case and ASCII, and leaves the scheme's own port out.
-func origins(s string) ([]string, error) {
+// parseOrigins takes what a browser can send: it writes hosts in lower case and ASCII, and leaves the scheme's own port out.
+func parseOrigins(s string) ([]string, error) {
 	list := strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
 	for _, o := range list {
-		_, ok := link(o)
+		_, ok := parseLink(o)
 		u, _ := url.Parse(o)
 		if o != "*" && !(ok && u.Scheme+"://"+u.Host == o) {
 			return nil, fmt.Errorf("%q has to be scheme://host or scheme://host:port, or *", o)
@@ -241,8 +252,8 @@ func origins(s string) ([]string, error) {
 	return list, nil
 }
 
-// certificates reads a file of them.
-func certificates(path string) (*x509.CertPool, error) {
+// readCertificates reads a file of them.
+func readCertificates(path string) (*x509.CertPool, error) {
 	if path == "" {
 		return nil, nil
 	}
@@ -254,47 +265,47 @@ func certificates(path string) (*x509.CertPool, error) {
 	return pool, err
 }
 
-// retention takes 0, or more days than an event may be old when it is accepted.
-func retention(s string) (days int, err error) {
+// parseRetention takes 0, or more days than an event may be old when it is accepted.
+func parseRetention(s string) (days int, err error) {
 	const least, most = maxAgeSeconds/daySeconds + 1, 100 * 365
-	if s != "0" && integer(&days, least, most)(s) != nil {
+	if s != "0" && integerIn(&days, least, most)(s) != nil {
 		err = fmt.Errorf("has to be 0, or an integer from %d to %d", least, most)
 	}
 	return days, err
 }
 
-// eighth takes a number of bytes, or nothing for an eighth of the whole, which has been set before.
-func eighth(dst, whole *int64) func(string) error {
+// eighthOf takes a number of bytes, or nothing for an eighth of the whole, which has been set before.
+func eighthOf(dst, whole *int64) func(string) error {
 	return func(s string) error {
-		return integer(dst, 0, 1<<40)(cmp.Or(s, strconv.FormatInt(*whole/8, 10)))
+		return integerIn(dst, 0, 1<<40)(cmp.Or(s, strconv.FormatInt(*whole/8, 10)))
 	}
 }
 
-// to sets dst to what parse reads.
-func to[T any](dst *T, parse func(string) (T, error)) func(string) error {
+// parsedBy sets dst to what parse reads.
+func parsedBy[T any](dst *T, parse func(string) (T, error)) func(string) error {
 	return func(s string) (err error) {
 		*dst, err = parse(s)
 		return err
 	}
 }
 
-func text(dst *string) func(string) error {
+func anyText(dst *string) func(string) error {
 	return func(s string) error { *dst = s; return nil }
 }
 
 func oneOf(dst *string, allowed ...string) func(string) error {
-	return as(dst, "one of "+strings.Join(allowed, ", "), func(s string) (string, bool) { return s, slices.Contains(allowed, s) })
+	return matching(dst, "one of "+strings.Join(allowed, ", "), func(s string) (string, bool) { return s, slices.Contains(allowed, s) })
 }
 
-func integer[T int | int64](dst *T, least, most T) func(string) error {
-	return as(dst, fmt.Sprintf("an integer from %d to %d", least, most), func(s string) (T, bool) {
+func integerIn[T int | int64](dst *T, least, most T) func(string) error {
+	return matching(dst, fmt.Sprintf("an integer from %d to %d", least, most), func(s string) (T, bool) {
 		n, err := strconv.ParseInt(s, 10, 64)
 		return T(n), err == nil && T(n) >= least && T(n) <= most
 	})
 }
 
-func duration(dst *time.Duration, least, most time.Duration) func(string) error {
-	return as(dst, fmt.Sprintf("a duration such as 50ms or 10s, from %s to %s", least, most), func(s string) (time.Duration, bool) {
+func durationIn(dst *time.Duration, least, most time.Duration) func(string) error {
+	return matching(dst, fmt.Sprintf("a duration such as 50ms or 10s, from %s to %s", least, most), func(s string) (time.Duration, bool) {
 		if _, err := strconv.Atoi(s); err == nil {
 			s += "s" // a bare number is seconds
 		}
@@ -303,21 +314,21 @@ func duration(dst *time.Duration, least, most time.Duration) func(string) error 
 	})
 }
 
-func wholeSeconds(dst *time.Duration, most time.Duration) func(string) error {
-	return as(dst, fmt.Sprintf("whole seconds such as 5s, at most %s", most), func(s string) (d time.Duration, ok bool) {
-		err := duration(&d, 0, most)(s)
+func wholeSecondsIn(dst *time.Duration, most time.Duration) func(string) error {
+	return matching(dst, fmt.Sprintf("whole seconds such as 5s, at most %s", most), func(s string) (d time.Duration, ok bool) {
+		err := durationIn(&d, 0, most)(s)
 		return d, err == nil && d%time.Second == 0
 	})
 }
 
-// topicName is what Kafka takes, and leaves room for ".retry" in the 249 characters that it allows.
-func topicName(s string) (string, bool) {
+// parseTopic takes what Kafka does, and leaves room for ".retry" in the 249 characters that it allows.
+func parseTopic(s string) (string, bool) {
 	other := strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 	return s, other == "" && strings.Trim(s, ".") != "" && len(s) <= 249-len(".retry")
 }
 
-// as sets dst to what parse reads. When parse cannot read the text, the error says what the setting has to be.
-func as[T any](dst *T, wants string, parse func(string) (T, bool)) func(string) error {
+// matching sets dst to what parse reads. When parse cannot read the text, the error says what the setting has to be.
+func matching[T any](dst *T, wants string, parse func(string) (T, bool)) func(string) error {
 	return func(s string) error {
 		value, ok := parse(s)
 		if !ok {
@@ -328,28 +339,28 @@ func as[T any](dst *T, wants string, parse func(string) (T, bool)) func(string) 
 	}
 }
 
-func link(s string) (string, bool) {
+func parseLink(s string) (string, bool) {
 	u, err := url.Parse(s)
 	return s, s == "" || err == nil && u.Host != "" && (u.Scheme == "http" || u.Scheme == "https")
 }
 
-func boolean(s string) (bool, bool) {
+func parseBoolean(s string) (bool, bool) {
 	b, err := strconv.ParseBool(s)
 	return b, err == nil
 }
 
-func level(s string) (slog.Level, bool) {
+func parseLevel(s string) (slog.Level, bool) {
 	var l slog.Level
 	err := l.UnmarshalText([]byte(s))
 	return l, err == nil
 }
 
-func share(s string) (float64, bool) {
+func parseShare(s string) (float64, bool) {
 	f, err := strconv.ParseFloat(s, 64)
 	return f, err == nil && f >= 0 && f <= 1
 }
 
-func address(s string) (string, bool) {
+func parseAddress(s string) (string, bool) {
 	if s == "off" {
 		return "", true
 	}
@@ -357,7 +368,7 @@ func address(s string) (string, bool) {
 	return s, err == nil
 }
 
-func addresses(s string) ([]string, bool) {
+func parseAddresses(s string) ([]string, bool) {
 	list := strings.Split(s, ",")
 	for i, a := range list {
 		list[i] = strings.TrimSpace(a)
@@ -372,18 +383,18 @@ func addresses(s string) ([]string, bool) {
 	return list, true
 }
 
-// hostName takes a name, or an address of IPv4 or IPv6.
-func hostName(s string) (string, bool) {
+// parseHost takes a name, or an address of IPv4 or IPv6.
+func parseHost(s string) (string, bool) {
 	_, err := netip.ParseAddr(s)
 	return s, err == nil || !strings.ContainsAny(s, ":/[]")
 }
 
-// clusterName takes what can stand between quotes in SQL.
-func clusterName(s string) (string, bool) { return s, !strings.ContainsAny(s, "'\\`\"") }
+// parseCluster takes what can stand between quotes in SQL.
+func parseCluster(s string) (string, bool) { return s, !strings.ContainsAny(s, "'\\`\"") }
 
-// identifier takes what can stand in SQL without quotes, also behind INSERT INTO, with room for the tables' names in those of files; the
+// parseIdentifier takes what can stand in SQL without quotes, also behind INSERT INTO, with room for the tables' names in those of files; the
 // schema puts the database there so.
-func identifier(s string) (string, bool) {
+func parseIdentifier(s string) (string, bool) {
 	reserved := slices.Contains([]string{"system", "table", "function"}, strings.ToLower(s))
 	return s, sqlName.MatchString(s) && !reserved
 }

@@ -1,17 +1,19 @@
-// What is counted on an event's way, how Prometheus reads it, and what is failing at the moment.
+// What is counted on an event's way, and how operators read it: Prometheus' metrics, the last minutes, profiles.
 //
-// stats.go owns every counter and histogram of a running system; the other files count with them, admin.go serves them. It
-// also owns the words for troubles: whoever retries until something works notes each failure here instead of logging it. The
-// log gets a cause at once and then once a minute, /ready shows it as long as it lasts.
+// stats.go owns every counter and histogram of a running system; the other files count with them. What they know beside that it is
+// given as funcs. It owns the admin listener, which is for loopback or a private network: it has no access control.
 
 package main
 
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"fmt"
 	"io"
-	"log/slog"
+	"maps"
+	"net/http"
+	_ "net/http/pprof"
 	"runtime"
 	"runtime/debug"
 	"strings"
@@ -20,6 +22,15 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
+)
+
+// Why a record was given up: the values of the header error_type, and of the counter's label.
+const (
+	errorUnmarshal    = "unmarshal_error"
+	errorInsertFailed = "insert_failed"
+	errorExhausted    = "max_retries_exhausted"
 )
 
 type ingestStats struct {
@@ -36,7 +47,7 @@ func (s *ingestStats) refusedItems(code string) *metrics.Counter {
 type sideStats struct {
 	set      *metrics.Set
 	retried  *metrics.Counter
-	troubles *troubles
+	troubles *troubles.Set
 }
 
 // dead counts the dead letters of an error_type.
@@ -57,7 +68,7 @@ type storeStats struct {
 	inserts, rows, failures           *metrics.Counter
 	lookups, duplicates, mended       *metrics.Counter
 	seconds, lookupSeconds, freshness *metrics.PrometheusHistogram
-	troubles                          *troubles
+	troubles                          *troubles.Set
 }
 
 func (s *storeStats) lookedUp(rows int, took time.Duration) {
@@ -99,7 +110,7 @@ type stats struct {
 	ingest   ingestStats
 	side     sideStats
 	store    storeStats
-	troubles *troubles // shared by all of them
+	troubles *troubles.Set // shared by all of them
 }
 
 // seconds are the buckets of every histogram: requests and acknowledgements take milliseconds, inserts tens of them, and on a
@@ -107,7 +118,7 @@ type stats struct {
 var seconds = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
 
 func newStats() *stats {
-	set, failing := metrics.NewSet(), newTroubles()
+	set, failing := metrics.NewSet(), troubles.New()
 	s := &stats{set: set, troubles: failing, help: map[string]string{
 		// With labels: made where they are counted.
 		"event_ingestion_http_requests_total":           "Answers by route and status code; code 0 is none.",
@@ -169,40 +180,41 @@ func (s *stats) route(name string) *routeStats {
 	return &routeStats{set: s.set, name: name, seconds: s.set.GetOrCreatePrometheusHistogramExt(`event_ingestion_http_request_duration_seconds{route="`+name+`"}`, seconds)}
 }
 
-// watch adds what other parts know. broken counts the parts of ClickHouse that could not be read.
-func (s *stats) watch(current *atomic.Pointer[consumer], wm *watermark, bodies *byteBudget, broken func() uint64) {
+// watched is what other parts know, each at the moment when it is asked for.
+type watched struct {
+	lags     func() []int64       // of the main topic's partitions, in records
+	through  func() int64         // Unix second up to which everything acknowledged is stored
+	behind   func() time.Duration // since when nothing was stored of the worst partition that has records waiting
+	inFlight func() int64         // bytes that requests hold
+	broken   func() uint64        // parts of ClickHouse that could not be read
+	assigned func() int64         // partitions of the main topic that this instance has
+	ids      func() int64         // bytes of the ids that are known to be stored
+	minutes  func() int64         // of event time, of which all ids are known
+}
+
+// watch adds what other parts know.
+func (s *stats) watch(of watched) {
 	lag := s.named("event_ingestion_consumer_lag_records", "Records of the main topic that are not yet stored, by partition.")
 	parts := s.named("event_ingestion_broken_parts_total", "Parts of ClickHouse that could not be read, each once.")
 	s.set.RegisterMetricsWriter(func(w io.Writer) {
 		metrics.WriteMetadataIfNeeded(w, lag, "gauge")
-		for p, n := range wm.partitionLags() {
+		for p, n := range of.lags() {
 			fmt.Fprintf(w, "%s{partition=\"%d\"} %d\n", lag, p, n)
 		}
-		metrics.WriteCounterUint64(w, parts, broken())
+		metrics.WriteCounterUint64(w, parts, of.broken())
 		metrics.WriteProcessMetrics(w)
 	})
-	gauge := func(name, help string, value func() float64) { s.set.NewGauge(s.named(name, help), value) }
-	gauge("event_ingestion_in_flight_bytes", "Bytes of bodies, records and answers that requests hold at the moment.",
-		func() float64 { return float64(bodies.used.Load()) })
-	gauge("event_ingestion_complete_through_timestamp_seconds", "Unix second up to which everything acknowledged is stored.",
-		func() float64 { return float64(wm.through.Load()) })
-	gauge("event_ingestion_stored_behind_seconds",
-		"Seconds for which nothing was stored of a partition that has records waiting; 0 when none stands still.",
-		func() float64 { worst, _, _ := wm.stalled(); return worst.Seconds() })
-	of := func(n func(*consumer) int64) func() float64 {
-		return func() float64 {
-			if c := current.Load(); c != nil {
-				return float64(n(c))
-			}
-			return 0
-		}
+	gauge := func(name, help string, value func() int64) {
+		s.set.NewGauge(s.named(name, help), func() float64 { return float64(value()) })
 	}
-	gauge("event_ingestion_partitions_assigned", "Partitions of the main topic that this instance has.",
-		of(func(c *consumer) int64 { return c.assigned.Load() }))
-	gauge("event_ingestion_dedupe_bytes", "Memory of the ids that are known to be stored.",
-		of(func(c *consumer) int64 { return c.inserter.dedupe.bytes.Load() }))
-	gauge("event_ingestion_dedupe_minutes", "Minutes of event time of which all ids are in memory.",
-		of(func(c *consumer) int64 { return c.inserter.dedupe.sets.Load() }))
+	gauge("event_ingestion_in_flight_bytes", "Bytes of bodies, records and answers that requests hold at the moment.", of.inFlight)
+	gauge("event_ingestion_complete_through_timestamp_seconds", "Unix second up to which everything acknowledged is stored.", of.through)
+	gauge("event_ingestion_partitions_assigned", "Partitions of the main topic that this instance has.", of.assigned)
+	gauge("event_ingestion_dedupe_bytes", "Memory of the ids that are known to be stored.", of.ids)
+	gauge("event_ingestion_dedupe_minutes", "Minutes of event time of which all ids are in memory.", of.minutes)
+	s.set.NewGauge(s.named("event_ingestion_stored_behind_seconds",
+		"Seconds for which nothing was stored of a partition that has records waiting; 0 when none stands still."),
+		func() float64 { return of.behind().Seconds() })
 }
 
 // write prints every metric in Prometheus' text format. The library leaves HELP lines without a text; write puts it in.
@@ -217,6 +229,17 @@ func (s *stats) write(w io.Writer) {
 	}
 }
 
+// newAdminServer serves Prometheus text and profiles.
+func newAdminServer(addr string, st *stats) *http.Server {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+		st.write(w)
+	})
+	mux.Handle("GET /debug/pprof/", http.DefaultServeMux) // where net/http/pprof puts its pages
+	return &http.Server{Addr: addr, Handler: mux, ReadHeaderTimeout: readHeaderTimeout, MaxHeaderBytes: maxHeaderBytes}
+}
+
 // version is what `go build` knows of the source: a tag, or a commit and whether the tree was clean.
 func version() string {
 	if info, ok := debug.ReadBuildInfo(); ok {
@@ -226,98 +249,91 @@ func version() string {
 }
 
 const (
-	// tellAgain is how often the log repeats a cause that stays the same.
-	tellAgain = time.Minute
-	// maxTold bounds the remembered causes, each at most maxErrorMessage bytes; beyond it all are forgotten and logged anew.
-	maxTold = 200
+	// pipelineInterval is the time between two samples, and pipelineSamples how many values a series has: five minutes.
+	pipelineInterval = 5 * time.Second
+	pipelineSamples  = 60
 )
 
-// troubles are what does not work now in one running system. Anybody may call its methods at any time; each costs a lock and a
-// map look-up, so call them on a failure and at the end of a try.
-type troubles struct {
-	mu   sync.Mutex         // guards what follows
-	open map[string]trouble // by what fails
-	ever map[string]bool    // what has worked at least once
-	told map[string]telling // by what fails and its cause without digits: ports, sizes and counts change from try to try
+// pipeline remembers the last minutes of one running system. It asks neither Kafka nor ClickHouse: the counters and the
+// watermark are there anyway.
+type pipeline struct {
+	stats     *stats
+	waiting   func() (lag, retries int64, behind time.Duration) // as watermark has them
+	consumers func() string                                     // how storing goes, in words
+	fixed     pipelineAnswer                                    // what never changes
+
+	mu       sync.Mutex // guards what follows
+	sampled  time.Time
+	counters map[string]uint64    // at that moment
+	series   map[string][]float64 // as pipelineAnswer has them
 }
 
-// trouble is one thing that does not work.
-type trouble struct {
-	cause string
-	since time.Time
-	told  bool // has been logged since it began
+// pipelineAnswer is the JSON of GET /api/v1/pipeline. A series has one value per interval, oldest first. Rates are this
+// instance's events per second; lag and retries count everybody's records, on the main topic and on events.retry.
+type pipelineAnswer struct {
+	Instance  string               `json:"instance"`
+	Interval  int                  `json:"interval_seconds"`
+	Consumers string               `json:"consumers"`
+	Links     []pipelineLink       `json:"links"`
+	Series    map[string][]float64 `json:"series"`
 }
 
-type telling struct {
-	at    time.Time
-	times int // how often it has happened since
+type pipelineLink struct {
+	Name string `json:"name"`
+	URL  string `json:"url"`
 }
 
-func newTroubles() *troubles {
-	return &troubles{open: map[string]trouble{}, ever: map[string]bool{}, told: map[string]telling{}}
-}
-
-// note says that what ("insert", "create topics") has failed, once more or for the first time, and will be tried again; without
-// an error, that it works.
-func (t *troubles) note(what string, err error) {
-	if err == nil {
-		t.clear(what)
-		return
-	}
-	cause, now := firstLine(err.Error()), time.Now()
-	cause = cause[:min(len(cause), maxErrorMessage)]
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	tr, failing := t.open[what]
-	if !failing {
-		tr = trouble{since: now}
-	}
-	tr.cause = cause
-	key := what + ": " + strings.Map(func(r rune) rune {
-		if r >= '0' && r <= '9' {
-			return -1
-		}
-		return r
-	}, cause)
-	seen, known := t.told[key]
-	seen.times++
-	if !known || now.Sub(seen.at) >= tellAgain {
-		slog.Warn("fails, and is tried again", "what", what, "error", cause, "times", seen.times, "for", now.Sub(tr.since).Round(time.Millisecond))
-		seen, tr.told = telling{at: now}, true
-	}
-	if len(t.told) >= maxTold {
-		clear(t.told)
-	}
-	t.told[key], t.open[what] = seen, tr
-}
-
-// clear says that what works.
-func (t *troubles) clear(what string) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.ever[what] = true
-	if tr := t.open[what]; tr.told {
-		slog.Info("works again", "what", what, "after", time.Since(tr.since).Round(time.Millisecond))
-	}
-	delete(t.open, what)
-}
-
-// hasWorked says whether what was ever cleared.
-func (t *troubles) hasWorked(what string) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.ever[what]
-}
-
-// oldest is what has failed for the longest time, as "what: cause"; empty when everything works.
-func (t *troubles) oldest() string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	text, since := "", time.Time{}
-	for what, tr := range t.open {
-		if text == "" || tr.since.Before(since) {
-			text, since = what+": "+tr.cause, tr.since
+func newPipeline(cfg *settings, instance string, st *stats, waiting func() (lag, retries int64, behind time.Duration), consumers func() string) *pipeline {
+	p := &pipeline{stats: st, waiting: waiting, consumers: consumers, series: map[string][]float64{}}
+	p.fixed = pipelineAnswer{Instance: instance, Interval: int(pipelineInterval.Seconds()), Links: []pipelineLink{}}
+	for _, l := range []pipelineLink{{"Grafana", cfg.grafanaURL}, {"Kafka UI", cfg.kafkaUIURL}} {
+		if l.URL != "" {
+			p.fixed.Links = append(p.fixed.Links, l)
 		}
 	}
-	return text
+	p.sample(time.Now())
+	return p
+}
+
+// run takes samples until ctx is done.
+func (p *pipeline) run(ctx context.Context) {
+	for troubles.Sleep(ctx, pipelineInterval) == nil {
+		p.sample(time.Now())
+	}
+}
+
+// sample adds a value to each series, or begins them.
+func (p *pipeline) sample(now time.Time) {
+	counters := map[string]uint64{
+		"accepted": p.stats.ingest.accepted.Get(), "stored": p.stats.store.rows.Get(),
+		"duplicates": p.stats.store.duplicates.Get(), "dead_letters": p.stats.side.deadLetters(),
+	}
+	lag, retries, behind := p.waiting()
+	values := map[string]float64{"lag": float64(lag), "retries": float64(retries)}
+	if behind > 0 { // else it is not known yet
+		values["freshness_seconds"] = behind.Seconds()
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for name, n := range counters {
+		if values[name] = float64(n - p.counters[name]); name != "dead_letters" { // which are too few for a rate
+			values[name] /= now.Sub(p.sampled).Seconds()
+		}
+	}
+	for name, value := range values {
+		if known := p.series[name]; p.counters != nil {
+			p.series[name] = append(known[max(0, len(known)+1-pipelineSamples):], value)
+		}
+	}
+	p.sampled, p.counters = now, counters
+}
+
+// answer is what there is now. Nothing changes it any more: a series only grows behind what a reader has of it.
+func (p *pipeline) answer() pipelineAnswer {
+	a := p.fixed
+	a.Consumers = p.consumers()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	a.Series = maps.Clone(p.series)
+	return a
 }

@@ -22,6 +22,8 @@ import (
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 const (
@@ -93,7 +95,7 @@ func newInserter(db *clickhouse, cfg *settings, stats *storeStats, failed func(e
 		db: db, conn: ins, inserts: ins.inserts, alone: m.alone, stored: m.stored, mended: func(rows int) { stats.mended.Add(rows) },
 		told: func(err error) {
 			failed(err)
-			stats.troubles.note(compareHours, err)
+			stats.troubles.Note(compareHours, err)
 		},
 		hours: map[int64]struct{}{}, held: map[int32]kgo.EpochOffset{}, atOnce: lookHours,
 	}
@@ -243,11 +245,11 @@ func (ins *inserter) insertRows(ctx context.Context) error {
 			return err
 		}
 		const what = "insert rows that ClickHouse takes" // told once a minute, like every trouble
-		ins.stats.troubles.note(what, rejection)
+		ins.stats.troubles.Note(what, rejection)
 		if err := ins.dropRejected(ctx, rejection); err != nil {
 			return err
 		}
-		ins.stats.troubles.clear(what)
+		ins.stats.troubles.Clear(what)
 	}
 	return nil
 }
@@ -292,7 +294,7 @@ func (ins *inserter) catchUp(ctx context.Context) {
 	for ins.heldRows >= ins.mostHeld && ctx.Err() == nil {
 		ins.next = time.Time{}
 		if ins.mend(ctx); ins.heldRows >= ins.mostHeld {
-			sleep(ctx, mendTick)
+			troubles.Sleep(ctx, mendTick)
 		}
 	}
 	if ctx.Err() == nil {
@@ -307,7 +309,7 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
 		err := try()
 		if err == nil {
-			ins.stats.troubles.clear(what)
+			ins.stats.troubles.Clear(what)
 			return nil
 		}
 		ins.stats.failures.Inc()
@@ -316,8 +318,8 @@ func (ins *inserter) persist(ctx context.Context, what string, try func() error)
 			return ctx.Err()
 		}
 		ins.failed(err)
-		ins.stats.troubles.note(what, err)
-		sleep(ctx, pause/2+rand.N(pause/2))
+		ins.stats.troubles.Note(what, err)
+		troubles.Sleep(ctx, pause/2+rand.N(pause/2))
 	}
 }
 

@@ -23,6 +23,8 @@ import (
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kerr"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 // tool is a subcommand: it adds its flags and returns what to do once they are parsed.
@@ -123,7 +125,7 @@ func exclusively(ctx context.Context, cfg *settings, dryRun bool, change func(co
 		case attempt == 20: // what has just ended lets go within two seconds
 			return errors.New("another command changes the tables: wait for its end")
 		}
-		if err := sleep(ctx, minBackoff); err != nil {
+		if err := troubles.Sleep(ctx, minBackoff); err != nil {
 			return err
 		}
 	}

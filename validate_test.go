@@ -219,9 +219,9 @@ func FuzzEventID(f *testing.F) {
 
 // newTestRequest is a request without a server, to be filled.
 func newTestRequest() *ingestRequest {
-	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest)
+	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest, nil)
 	q := in.bulks.pool.Get().(*ingestRequest)
-	q.account = in.bodies.open(client{})
+	q.account = in.bodies.Open(client{})
 	return q
 }
 
@@ -231,12 +231,12 @@ func (q *ingestRequest) fill(body []byte) {
 	held, arena := q.body, q.arena
 	q.body, q.arena = nil, nil
 	q.reset()
-	if held == nil || cap(held.b) < len(body) {
-		q.account.move(&held, len(body), false)
+	if held == nil || cap(held.B) < len(body) {
+		q.account.Move(&held, len(body), false)
 	}
-	held.b = append(held.b[:0], body...)
+	held.B = append(held.B[:0], body...)
 	if arena != nil {
-		arena.b = arena.b[:0]
+		arena.B = arena.B[:0]
 	}
 	q.body, q.arena = held, arena
 }

@@ -1,7 +1,8 @@
 // The watermark: how far everything that Kafka acknowledged is stored.
 //
 // watermark.go samples the ends of the topics and the groups' committed offsets, and so knows a moment up to which
-// everything acknowledged is stored, by whichever instance. The API answers it as complete_through.
+// everything acknowledged is stored, by whichever instance. The API answers it as complete_through. It owns the one wake-up of all
+// who wait for that moment to pass their own, ?wait=stored.
 
 package main
 
@@ -11,17 +12,18 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 const (
-	// sampleInterval is how often the watermark moves, and about how far it is behind at best.
-	sampleInterval = 250 * time.Millisecond
 	// maxSamples is an hour of samples a second apart; a lag beyond that keeps the watermark where it is.
 	maxSamples = 3600
 	// metadataWait is how long a client may wait with a look at the topic's partitions that it was asked for, with a margin.
@@ -87,6 +89,27 @@ func newWatermark(kafka *kgo.Client, cfg *settings) *watermark {
 	return w
 }
 
+// completeThrough is the Unix second up to which everything acknowledged is stored, 0 while unknown.
+func (w *watermark) completeThrough() int64 { return w.through.Load() }
+
+// behind returns how many records wait on the main topic and on events.retry, and how long ago the moment was up to which everything
+// is stored, 0 while that is unknown.
+func (w *watermark) behind() (lag, retries int64, age time.Duration) {
+	p := w.progress.Load()
+	for _, n := range p.lags {
+		lag += n
+	}
+	return lag, p.retries, w.stored.age()
+}
+
+// awaitStored returns true once what was acknowledged by then is stored, false when ctx is done or the program stops first.
+func (w *watermark) awaitStored(ctx context.Context, then time.Time) bool {
+	return w.stored.wait(ctx, then)
+}
+
+// endWaiting ends all waiting, so that a stop does not take longer for it.
+func (w *watermark) endWaiting() { w.stored.end() }
+
 // partitionLags is the lag of each partition, nil while unknown.
 func (w *watermark) partitionLags() []int64 { return w.progress.Load().lags }
 
@@ -108,11 +131,11 @@ func (w *watermark) stalled() (worst, all time.Duration, waiting int64) {
 }
 
 // run samples until ctx is done.
-func (w *watermark) run(ctx context.Context, failing *troubles) {
+func (w *watermark) run(ctx context.Context, failing *troubles.Set) {
 	const what = "ask Kafka how far everything is stored"
-	for sleep(ctx, sampleInterval) == nil {
+	for troubles.Sleep(ctx, sampleInterval) == nil {
 		if err := w.look(ctx); ctx.Err() == nil {
-			failing.note(what, err)
+			failing.Note(what, err)
 		}
 	}
 }
@@ -122,11 +145,11 @@ func (w *watermark) look(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	retryTopic := w.topic + ".retry"
-	stored, err := committed(ctx, w.admin, w.topic, w.group)
+	stored, err := committedOffsets(ctx, w.admin, w.topic, w.group)
 	if err != nil {
 		return err
 	}
-	retried, err := committed(ctx, w.admin, retryTopic, w.group+".retry")
+	retried, err := committedOffsets(ctx, w.admin, retryTopic, w.group+".retry")
 	if err != nil {
 		return err
 	}
@@ -162,10 +185,10 @@ func (w *watermark) look(ctx context.Context) error {
 		w.samples = w.samples[:0]
 	}
 	found := &progress{committed: stored, lags: make([]int64, len(ends)), since: w.standing(now, stored, ends)}
-	if stored, err = w.settle(ctx, w.topic, stored, ends); err != nil {
+	if stored, err = w.corrected(ctx, w.topic, stored, ends); err != nil {
 		return err
 	}
-	if retried, err = w.settle(ctx, retryTopic, retried, retryEnds); err != nil {
+	if retried, err = w.corrected(ctx, retryTopic, retried, retryEnds); err != nil {
 		return err
 	}
 	for p := range ends {
@@ -216,8 +239,8 @@ func (w *watermark) standing(now time.Time, committed, ends []int64) []time.Time
 	return since
 }
 
-// committed returns the group's committed offsets of a topic, by partition: 0 where there is none.
-func committed(ctx context.Context, admin *kadm.Client, topic, group string) ([]int64, error) {
+// committedOffsets returns the group's committed offsets of a topic, by partition: 0 where there is none.
+func committedOffsets(ctx context.Context, admin *kadm.Client, topic, group string) ([]int64, error) {
 	fetched, err := admin.FetchOffsetsForTopics(ctx, group, topic)
 	if err != nil && !errors.Is(err, kerr.GroupIDNotFound) { // nobody has joined yet: nothing is committed
 		return nil, err
@@ -231,32 +254,32 @@ func committed(ctx context.Context, admin *kadm.Client, topic, group string) ([]
 	return offsets, nil
 }
 
-// settle corrects committed offsets, read before the ends, that do not fit the present topic. One beyond the end belongs to a
-// deleted topic of the same name, as long as it does not change. Records below the start of the log have expired, and nobody
+// corrected returns committed offsets, which were read before the ends, as they fit the present topic. One beyond the end belongs to
+// a deleted topic of the same name, as long as it does not change. Records below the start of the log have expired, and nobody
 // can store them any more. The result is as long as ends.
-func (w *watermark) settle(ctx context.Context, topic string, committed, ends []int64) ([]int64, error) {
-	settled, gone := make([]int64, len(ends)), make([]int64, len(ends))
-	copy(settled, committed)
+func (w *watermark) corrected(ctx context.Context, topic string, committed, ends []int64) ([]int64, error) {
+	fitting, gone := make([]int64, len(ends)), make([]int64, len(ends))
+	copy(fitting, committed)
 	copy(gone, w.gone[topic])
-	for p := range settled {
-		if settled[p] > ends[p] || settled[p] == gone[p] {
-			gone[p], settled[p] = settled[p], 0
+	for p := range fitting {
+		if fitting[p] > ends[p] || fitting[p] == gone[p] {
+			gone[p], fitting[p] = fitting[p], 0
 		} else {
 			gone[p] = 0
 		}
 	}
 	w.gone[topic] = gone
-	if atLeast(settled, ends) {
-		return settled, nil
+	if atLeast(fitting, ends) {
+		return fitting, nil
 	}
 	starts, err := offsetsOf(w.admin.ListStartOffsets(ctx, topic))
 	if err != nil {
 		return nil, err
 	}
-	for p := range min(len(settled), len(starts)) {
-		settled[p] = max(settled[p], starts[p])
+	for p := range min(len(fitting), len(starts)) {
+		fitting[p] = max(fitting[p], starts[p])
 	}
-	return settled, nil
+	return fitting, nil
 }
 
 // offsetsOf returns what was listed of one topic, by partition.
@@ -291,4 +314,60 @@ func atLeast(stored, ends []int64) bool {
 		}
 	}
 	return true
+}
+
+// storedSignal says how far everything is stored, to the nanosecond where complete_through has seconds. The zero value knows
+// nothing yet.
+type storedSignal struct {
+	mu      sync.Mutex    // guards what follows
+	through time.Time     // everything acknowledged before it is stored
+	moved   chan struct{} // closed when through moves or waiting ends; nil while nobody waits
+	ended   bool
+}
+
+// change wakes whoever waits.
+func (s *storedSignal) change(do func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if do(); s.moved != nil {
+		close(s.moved)
+		s.moved = nil
+	}
+}
+
+// advance moves the signal to a later moment.
+func (s *storedSignal) advance(through time.Time) { s.change(func() { s.through = through }) }
+
+// end ends all waiting for good.
+func (s *storedSignal) end() { s.change(func() { s.ended = true }) }
+
+// age is how long ago through was; 0 while unknown.
+func (s *storedSignal) age() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.through.IsZero() {
+		return 0
+	}
+	return time.Since(s.through)
+}
+
+// wait returns true once what was acknowledged by then is stored, false when ctx is done or the program stops first.
+func (s *storedSignal) wait(ctx context.Context, then time.Time) bool {
+	for {
+		s.mu.Lock()
+		stored, ended := s.through.After(then), s.ended
+		if s.moved == nil && !stored {
+			s.moved = make(chan struct{})
+		}
+		moved := s.moved
+		s.mu.Unlock()
+		if stored || ended {
+			return stored
+		}
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return false
+		}
+	}
 }

@@ -16,6 +16,8 @@ import (
 
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 // acknowledged is what a sender was told: an event, and the Unix second in which its answer came.
@@ -118,7 +120,7 @@ func TestCompleteThroughIsHonest(t *testing.T) {
 func TestStalled(t *testing.T) {
 	t.Parallel()
 	w := new(watermark)
-	rd := &readiness{watermark: w, troubles: newTroubles(), consumes: true}
+	rd := &readiness{stalled: w.stalled, trouble: troubles.New().Oldest, consumes: true}
 	c := new(consumer)
 	c.member.Store(new("member"))
 	rd.consumer.Store(c)
@@ -300,7 +302,7 @@ func TestGrowthIsSeen(t *testing.T) {
 		return w.through.Load()
 	}
 	for look() == 0 {
-		sleep(t.Context(), sampleInterval)
+		troubles.Sleep(t.Context(), sampleInterval)
 	}
 	growTopic(t, env, 2)
 	other, err := newProducer(cfg, kgo.RecordPartitioner(kgo.ManualPartitioner()))
@@ -311,7 +313,7 @@ func TestGrowthIsSeen(t *testing.T) {
 	if err := other.ProduceSync(t.Context(), &kgo.Record{Topic: cfg.kafkaTopic, Partition: 1, Value: []byte("new")}).FirstErr(); err != nil {
 		t.Fatal(err)
 	}
-	for acked := time.Now().Unix(); time.Now().Unix() < acked+2; sleep(t.Context(), sampleInterval) {
+	for acked := time.Now().Unix(); time.Now().Unix() < acked+2; troubles.Sleep(t.Context(), sampleInterval) {
 		if look() >= acked {
 			t.Fatal("it claims a record that is not stored")
 		}

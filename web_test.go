@@ -217,7 +217,7 @@ func TestPages(t *testing.T) {
 		}
 	}
 	_, _, doc := p.ask("GET", "/swagger/openapi.json", nil)
-	if !json.Valid([]byte(doc)) || strings.Contains(doc, exampleNow) || strings.Contains(doc, exampleISO) || strings.Contains(doc, exampleYesterday) {
+	if !json.Valid([]byte(doc)) || regexp.MustCompile(`1767225600|1767139200|2026-01-01T00:00:00.123Z`).MatchString(doc) {
 		t.Error("the document's examples are not of now")
 	}
 }

@@ -1,6 +1,6 @@
-// For operators: readiness, Prometheus metrics, pprof.
+// For whoever runs an instance: is it ready (GET /ready), is it alive (GET /health)?
 //
-// admin.go owns the admin listener, which is for loopback or a private network: it has no access control.
+// ready.go owns the questions to Kafka and ClickHouse that a check asks, and the words for how storing goes.
 
 package main
 
@@ -14,7 +14,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	_ "net/http/pprof"
 	"strconv"
 	"strings"
 	"sync"
@@ -42,10 +41,10 @@ type readiness struct {
 	kafka      *kgo.Client
 	clickhouse *clickhouse
 	broken     *brokenParts
-	failed     func(error) // told what ClickHouse says when a query fails
-	watermark  *watermark
-	troubles   *troubles
-	consumer   atomic.Pointer[consumer] // nil until it runs
+	failed     func(error)                                      // told what ClickHouse says when a query fails
+	stalled    func() (worst, all time.Duration, waiting int64) // as watermark has it
+	trouble    func() string                                    // the oldest one, empty when everything works
+	consumer   atomic.Pointer[consumer]                         // nil until it runs
 	stopping   atomic.Bool
 	consumes   bool // ROLE is not api
 
@@ -158,7 +157,7 @@ func (rd *readiness) brokers(ctx context.Context) error {
 // accepts events, and Kafka keeps them.
 func (rd *readiness) consuming() (text string, running bool) {
 	because := ""
-	if why := rd.troubles.oldest(); why != "" {
+	if why := rd.trouble(); why != "" {
 		because = ": " + why
 	}
 	if c := rd.consumer.Load(); rd.consumes && c == nil {
@@ -166,7 +165,7 @@ func (rd *readiness) consuming() (text string, running bool) {
 	} else if rd.consumes && c.member.Load() == nil {
 		return "not in the consumer group yet" + because, false
 	}
-	d, all, waiting := rd.watermark.stalled()
+	d, all, waiting := rd.stalled()
 	if because == "" && d < aloneAfter {
 		d = all // in a catch-up the partitions take turns
 	}
@@ -189,17 +188,6 @@ func grouped(n int64) string {
 // kill the instances that still accept events.
 func serveHealth(w http.ResponseWriter, _ *http.Request) {
 	writeJSON(w, http.StatusOK, []byte(`{"status":"ok"}`))
-}
-
-// newAdminServer serves Prometheus text and profiles.
-func newAdminServer(addr string, st *stats) *http.Server {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		st.write(w)
-	})
-	mux.Handle("GET /debug/pprof/", http.DefaultServeMux) // where net/http/pprof puts its pages
-	return &http.Server{Addr: addr, Handler: mux, ReadHeaderTimeout: readHeaderTimeout, MaxHeaderBytes: maxHeaderBytes}
 }
 
 // healthcheckTool asks the API of this machine whether it is ready, for containers that have no curl. It takes the port and TLS
