@@ -26,6 +26,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 
 	"github.com/event-ingestion/event-ingestion/load"
+	"github.com/event-ingestion/event-ingestion/ops"
 )
 
 const usage = `event-ingestion takes events over HTTP and answers metrics about them.
@@ -64,7 +65,7 @@ func main() {
 		os.Exit(serve())
 	case "load":
 		os.Exit(load.Run(os.Args[2:], os.Stdout, os.Stderr))
-	case "audit", "reconcile", "reshard", "rewind", "dlq", "healthcheck":
+	case "reconcile", "reshard":
 		os.Exit(runTool(command, os.Args[2:], os.Stdout, os.Stderr))
 	case "version", "-version", "--version":
 		fmt.Println(version(), runtime.Version())
@@ -72,9 +73,37 @@ func main() {
 		fmt.Print(usage)
 		printSettings(os.Stdout)
 	default:
-		fmt.Fprintf(os.Stderr, "unknown command %q; try event-ingestion -h\n", command)
-		os.Exit(2)
+		os.Exit(ops.Run(os.Args[1:], operated, os.Stdout, os.Stderr))
 	}
+}
+
+// operated is the system as the operators' commands know it.
+func operated() (ops.System, error) {
+	cfg, err := loadSettings(os.Getenv)
+	if err != nil {
+		return ops.System{}, err
+	}
+	st, parser := newStore(cfg), new(eventParser)
+	connect := func(ctx context.Context, f func(ops.Conn) error) error {
+		return st.connected(ctx, func(c asker) error { return f(c.Do) })
+	}
+	return ops.System{
+		Topic: cfg.kafkaTopic, Group: cfg.kafkaGroup, Database: cfg.clickhouseDatabase,
+		Listen: net.JoinHostPort(cfg.serverHost, fmt.Sprint(cfg.serverPort)), TLS: cfg.tlsCertFile != "",
+		Kafka:   func(clientID string, opts ...kgo.Opt) (*kgo.Client, error) { return newKafka(cfg, clientID, opts...) },
+		Connect: connect, EachServer: connect, SQL: st.sql,
+		Decode: func(value []byte) (id [32]byte, at int64, userID []byte, err error) {
+			ev, err := parser.decode(value)
+			if err == nil {
+				id, _ = ev.id(nil)
+				at, userID = ev.timestamp, ev.userID
+			}
+			return id, at, userID, err
+		},
+		Reconcile: func(ctx context.Context) (int, error) {
+			return reconcile(ctx, st, timeRange{0, maxUnixSeconds}.hours(), 0, false, func(unequal) {})
+		},
+	}, nil
 }
 
 // restMemory is for what no setting bounds: connections, clients of Kafka and ClickHouse, the runtime.
