@@ -183,23 +183,26 @@ func (d *dedupe) load(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	var spans []timeRange
+	var spans []secondSpan
 	room := min(loadIDs, d.budget/4/slotBytes)
 	for _, hour := range slices.Backward(sorted) {
 		if n := counts[hour]; n <= room {
 			room -= n
-			spans = append(spans, timeRange{hour * hourSeconds, (hour + 1) * hourSeconds})
+			spans = append(spans, secondSpan{hour * hourSeconds, (hour + 1) * hourSeconds})
 			continue
 		}
 		for minute := hour * hourMinutes; minute < (hour+1)*hourMinutes && room > 0; minute++ {
 			if d.wanted[minute] >= loadRows && d.minutes[minute] == nil {
 				room -= counts[hour] / hourMinutes
-				spans = append(spans, timeRange{minute * minuteSeconds, (minute + 1) * minuteSeconds})
+				spans = append(spans, secondSpan{minute * minuteSeconds, (minute + 1) * minuteSeconds})
 			}
 		}
 	}
 	return d.read(ctx, spans)
 }
+
+// secondSpan is Unix seconds, from included, to excluded.
+type secondSpan struct{ from, to int64 }
 
 // countHours returns about how many events each hour has. events_hourly answers at once.
 func (d *dedupe) countHours(ctx context.Context, hours []int64) (map[int64]int64, error) {
@@ -213,7 +216,7 @@ func (d *dedupe) countHours(ctx context.Context, hours []int64) (map[int64]int64
 }
 
 // read makes a set of each minute in the spans that has none. When it fails none of them stays, for they are not complete.
-func (d *dedupe) read(ctx context.Context, spans []timeRange) error {
+func (d *dedupe) read(ctx context.Context, spans []secondSpan) error {
 	if len(spans) == 0 {
 		return nil
 	}

@@ -3,18 +3,11 @@
 package main
 
 import (
-	"context"
-	crand "crypto/rand"
 	"fmt"
-	"math"
 	"net/http"
-	"reflect"
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/twmb/franz-go/pkg/kadm"
-	"github.com/twmb/franz-go/pkg/kgo"
 )
 
 // TestAuditOfHours: one hour lacks what another has too much of.
@@ -34,32 +27,6 @@ func TestAuditOfHours(t *testing.T) {
 	}
 	if out, code := subcommand(t, env, "audit"); code != 1 || !strings.Contains(out, "counted too few or too many, hour by hour  200") {
 		t.Error(code, out)
-	}
-}
-
-// TestAuditInPasses: what is read in many passes, for want of memory, is what is read in one.
-func TestAuditInPasses(t *testing.T) {
-	t.Parallel()
-	env := newSpace(t)
-	p := startProgram(t, env)
-	at := time.Now().Unix() - hourSeconds
-	bodies := numbered("passes", 400, 100, func(int) int64 { return at })
-	postAll(t, p, append(bodies, bodies[0]))
-	drained(p)
-	clickhouseQuery(t, fmt.Sprintf("DELETE FROM %s.events WHERE user_id = 'u7'", space(env, "CLICKHOUSE_DATABASE")))
-	read := func(most int) *ledger {
-		l, err := readLedger(t.Context(), settingsFrom(t, env), timeRange{0, maxUnixSeconds}, nil, most)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return l
-	}
-	whole := read(math.MaxInt)
-	if whole.records < 500 || whole.distinct != 400 || whole.at[inTable] != 399 || len(whole.nowhere) != 1 {
-		t.Errorf("%+v", whole)
-	}
-	if passes := read(30); !reflect.DeepEqual(passes, whole) {
-		t.Errorf("in one pass %+v, in several %+v", whole, passes)
 	}
 }
 
@@ -93,29 +60,4 @@ func TestAuditOfReplays(t *testing.T) {
 		clickhouseQuery(t, "TRUNCATE TABLE "+db+"."+table)
 	}
 	audit(1, `"difference":1`)
-}
-
-// TestAuditBesideRetention: what is still to be read expires. Nobody waits for it.
-func TestAuditBesideRetention(t *testing.T) {
-	t.Parallel()
-	cfg := settingsFrom(t, newSpace(t))
-	side := newTestSideProducer(t, cfg)
-	const records = 4
-	for range records { // of which one or two fill a fetch
-		rec := &kgo.Record{Topic: cfg.kafkaTopic, Key: []byte("k"), Value: make([]byte, 900_000)}
-		crand.Read(rec.Value)
-		if side.produce(t.Context(), []*kgo.Record{rec}) != nil {
-			t.Fatal("not acknowledged")
-		}
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-	defer cancel()
-	err := readRecords(ctx, cfg, cfg.kafkaTopic, "", func(rec *kgo.Record) error {
-		all := kadm.Offsets{cfg.kafkaTopic: {rec.Partition: {Topic: cfg.kafkaTopic, Partition: rec.Partition, At: records}}}
-		_, err := kadm.NewClient(side.kafka).DeleteRecords(ctx, all)
-		return err
-	})
-	if err != nil {
-		t.Error(err)
-	}
 }

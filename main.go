@@ -24,6 +24,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 
 	"github.com/event-ingestion/event-ingestion/load"
+	"github.com/event-ingestion/event-ingestion/ops"
 	"github.com/event-ingestion/event-ingestion/web"
 )
 
@@ -62,17 +63,53 @@ func main() {
 		os.Exit(serve())
 	case "load":
 		os.Exit(load.Run(os.Args[2:], os.Stdout, os.Stderr))
-	case "audit", "reconcile", "rewind", "dlq", "healthcheck":
-		os.Exit(runTool(command, os.Args[2:], os.Stdout, os.Stderr))
 	case "version", "-version", "--version":
 		fmt.Println(version(), runtime.Version())
 	case "-h", "-help", "--help", "help":
 		fmt.Print(usage)
 		printSettings(os.Stdout)
 	default:
-		fmt.Fprintf(os.Stderr, "unknown command %q; try event-ingestion -h\n", command)
-		os.Exit(2)
+		os.Exit(ops.Run(os.Args[1:], operated, os.Stdout, os.Stderr))
 	}
+}
+
+// operated is the system as the operators' commands know it.
+func operated() (ops.System, error) {
+	cfg, err := loadSettings(os.Getenv)
+	if err != nil {
+		return ops.System{}, err
+	}
+	db, parser := newClickHouse(cfg), new(eventParser)
+	return ops.System{
+		Topic: cfg.kafkaTopic, Group: cfg.kafkaGroup, Database: cfg.clickhouseDatabase,
+		Listen: net.JoinHostPort(cfg.serverHost, fmt.Sprint(cfg.serverPort)), TLS: cfg.tlsCertFile != "",
+		Kafka: func(clientID string, opts ...kgo.Opt) (*kgo.Client, error) { return newKafka(cfg, clientID, opts...) },
+		Connect: func(_ context.Context, f func(ops.Conn) error) error {
+			return db.connected(func(c asker) error { return f(c.Do) })
+		},
+		EachServer: func(ctx context.Context, f func(ops.Conn) error) error {
+			return db.eachServer(ctx, func(_ *clickhouse, c asker) error { return f(c.Do) })
+		},
+		SQL: db.sql,
+		Decode: func(value []byte) (id [32]byte, at int64, userID []byte, err error) {
+			ev, err := parser.decode(value)
+			if err == nil {
+				id, _ = ev.id(nil)
+				at, userID = ev.timestamp, ev.userID
+			}
+			return id, at, userID, err
+		},
+		SyncReplicas: func(ctx context.Context) error {
+			if _, err := db.servers(ctx); err != nil { // which finds out whether there are any
+				return err
+			}
+			return db.syncReplicas(ctx)
+		},
+		Differences:    func(hours, differs string) string { return fmt.Sprintf(differences, "FINAL", hours, differs) },
+		AddDifferences: addDifferences,
+		MendingID:      db.mendingID(),
+		Inserting:      db.inserting,
+	}, nil
 }
 
 // restMemory is for what no setting bounds: connections, clients of Kafka and ClickHouse, the runtime.

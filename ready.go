@@ -7,12 +7,9 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/tls"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"strconv"
 	"strings"
@@ -188,33 +185,4 @@ func grouped(n int64) string {
 // kill the instances that still accept events.
 func serveHealth(w http.ResponseWriter, _ *http.Request) {
 	writeJSON(w, http.StatusOK, []byte(`{"status":"ok"}`))
-}
-
-// healthcheckTool asks the API of this machine whether it is ready, for containers that have no curl. It takes the port and TLS
-// from the same settings as the program.
-func healthcheckTool(fs *flag.FlagSet) toolRun {
-	fs.Usage = func() {
-		fmt.Fprintln(fs.Output(), "healthcheck exits 0 when the instance of this machine is ready, else 1 and says why; it takes no flags, and the program's settings")
-	}
-	return func(_ context.Context, cfg *settings, _ []string, _ io.Writer) error {
-		host, scheme := cfg.serverHost, "http"
-		if ip := net.ParseIP(host); host == "" || ip.IsUnspecified() {
-			host = "localhost"
-		}
-		if cfg.tlsCertFile != "" {
-			scheme = "https"
-		}
-		client := http.Client{ // the certificate is for another name than localhost
-			Timeout: readyTimeout + time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
-		resp, err := client.Get(scheme + "://" + net.JoinHostPort(host, fmt.Sprint(cfg.serverPort)) + "/ready")
-		if err != nil {
-			return err
-		}
-		defer resp.Body.Close()
-		if resp.StatusCode != http.StatusOK {
-			said, _ := io.ReadAll(resp.Body)
-			return errors.New(string(said))
-		}
-		return nil
-	}
 }

@@ -1,10 +1,9 @@
-// Dead letters: the subcommand dlq.
+// dlq: dead letters, listed, shown and replayed.
 //
-// dlq.go lists dead letters, shows one, and replays them, which is count-neutral: a letter goes back to the main topic under
-// its event's own key, where the dedupe catches it if it was stored meanwhile. The letter itself stays: Kafka deletes no single
-// records.
+// A replay is count-neutral: a letter goes back to the main topic under its event's own key, where the program takes it for a
+// duplicate if it was stored meanwhile. The letter itself stays: Kafka deletes no single records.
 
-package main
+package ops
 
 import (
 	"bytes"
@@ -26,9 +25,6 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
-// maxReplays guards against a loop of replays by a script: a letter that came back so often needs a person.
-const maxReplays = 3
-
 const dlqUsage = `dlq list    [-since 24h] [-type T] [-filter TEXT] [-json]     what is in the dead letters
 dlq show    PARTITION:OFFSET                                  one letter, whole
 dlq replay  [-since 24h] [-type T] [-filter TEXT] [-limit N] [-dry-run]
@@ -36,29 +32,33 @@ dlq replay  [-since 24h] [-type T] [-filter TEXT] [-limit N] [-dry-run]
 -since goes back from now; without it, -type and -filter: all letters.
 `
 
-type dlqFlags struct {
+// errorTypes are the values of the header error_type.
+var errorTypes = []string{"unmarshal_error", "insert_failed", "max_retries_exhausted"}
+
+// letterFlags select letters.
+type letterFlags struct {
 	since        time.Duration
-	kind, filter string
+	kind, filter string // kind is of errorTypes, or empty
 	limit        int
 }
 
-func (f *dlqFlags) define(fs *flag.FlagSet) {
+func (f *letterFlags) define(fs *flag.FlagSet) {
 	fs.DurationVar(&f.since, "since", 0, "only letters of this last while; 0 means all")
-	fs.StringVar(&f.kind, "type", "", "only this error_type: "+errorUnmarshal+", "+errorInsertFailed+" or "+errorExhausted)
+	fs.StringVar(&f.kind, "type", "", "only this error_type: "+strings.Join(errorTypes[:2], ", ")+" or "+errorTypes[2])
 	fs.StringVar(&f.filter, "filter", "", "only letters whose value or error_message contains this text")
 	fs.IntVar(&f.limit, "limit", 0, "at most this many; 0 means all")
 }
 
 // each hands the selected letters to take, until that has taken as many as the limit says.
-func (f *dlqFlags) each(ctx context.Context, cfg *settings, take func(*kgo.Record) (taken bool, err error)) error {
-	if kinds := []string{"", errorUnmarshal, errorInsertFailed, errorExhausted}; !slices.Contains(kinds, f.kind) {
-		return badArgument{fmt.Errorf("-type %s: has to be one of%s", f.kind, strings.Join(kinds, " "))}
+func (f *letterFlags) each(ctx context.Context, sys System, take func(*kgo.Record) (taken bool, err error)) error {
+	if f.kind != "" && !slices.Contains(errorTypes, f.kind) {
+		return badArgument{fmt.Errorf("-type %s: has to be one of %s", f.kind, strings.Join(errorTypes, " "))}
 	}
 	if f.since < 0 || f.limit < 0 {
 		return badArgument{errors.New("-since and -limit cannot be negative")}
 	}
 	n := 0
-	return readRecords(ctx, cfg, cfg.kafkaTopic+".dlq", "", func(rec *kgo.Record) error {
+	return sys.readRecords(ctx, sys.Topic+suffixes[inDeadLetters], "", func(rec *kgo.Record) error {
 		selected := (f.since == 0 || time.Since(rec.Timestamp) <= f.since) &&
 			(f.kind == "" || header(rec, "error_type") == f.kind) &&
 			(bytes.Contains(rec.Value, []byte(f.filter)) || strings.Contains(header(rec, "error_message"), f.filter)) &&
@@ -74,14 +74,14 @@ func (f *dlqFlags) each(ctx context.Context, cfg *settings, take func(*kgo.Recor
 	})
 }
 
-func dlqListTool(fs *flag.FlagSet) toolRun {
-	var f dlqFlags
+func dlqList(fs *flag.FlagSet) action {
+	var f letterFlags
 	f.define(fs)
 	asJSON := fs.Bool("json", false, "a JSON object a line")
-	return func(ctx context.Context, cfg *settings, _ []string, w io.Writer) error {
+	return func(ctx context.Context, sys System, _ []string, w io.Writer) error {
 		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 		n := 0
-		err := f.each(ctx, cfg, func(rec *kgo.Record) (taken bool, err error) {
+		err := f.each(ctx, sys, func(rec *kgo.Record) (taken bool, err error) {
 			if *asJSON {
 				return true, json.NewEncoder(w).Encode(letterJSON(rec))
 			}
@@ -120,8 +120,8 @@ func letterJSON(rec *kgo.Record) map[string]any {
 	return m
 }
 
-func dlqShowTool(*flag.FlagSet) toolRun {
-	return func(ctx context.Context, cfg *settings, args []string, w io.Writer) error {
+func dlqShow(*flag.FlagSet) action {
+	return func(ctx context.Context, sys System, args []string, w io.Writer) error {
 		var partition int32
 		var offset int64
 		which := strings.Join(args, " ")
@@ -129,7 +129,7 @@ func dlqShowTool(*flag.FlagSet) toolRun {
 			return badArgument{fmt.Errorf("%q is not PARTITION:OFFSET", which)}
 		}
 		found := false
-		err := readRecords(ctx, cfg, cfg.kafkaTopic+".dlq", "", func(rec *kgo.Record) error {
+		err := sys.readRecords(ctx, sys.Topic+suffixes[inDeadLetters], "", func(rec *kgo.Record) error {
 			if rec.Partition == partition && rec.Offset == offset {
 				found = true
 				e := json.NewEncoder(w)
@@ -145,36 +145,46 @@ func dlqShowTool(*flag.FlagSet) toolRun {
 	}
 }
 
-// replayBytes is how many bytes of letters are put back at a time.
-const replayBytes = 16 << 20
+const (
+	// maxReplays guards against a script that replays in a loop: a letter that came back so often needs a person.
+	maxReplays = 3
+	// replayBytes is how many bytes of letters are put back at a time. It is below franz-go's own limit of a batch, 1,000,012, and
+	// that one below every broker's default limit, 1,048,588: no batch of these is too large. A larger letter goes alone.
+	replayBytes = 900 << 10
+	// maxBatchBytes lets the client send such a letter. The brokers decide, by the topic's max.message.bytes.
+	maxBatchBytes = 90 << 20
+	// replayTimeout is how long the brokers have to acknowledge a letter.
+	replayTimeout = 30 * time.Second
+)
 
-func dlqReplayTool(fs *flag.FlagSet) toolRun {
-	var f dlqFlags
+func dlqReplay(fs *flag.FlagSet) action {
+	var f letterFlags
 	f.define(fs)
 	dryRun := fs.Bool("dry-run", false, "say what would be put back, and do not")
-	return func(ctx context.Context, cfg *settings, _ []string, w io.Writer) error {
-		side, err := newSideProducer(cfg, nil)
+	return func(ctx context.Context, sys System, _ []string, w io.Writer) error {
+		// acks=all and idempotence are franz-go's defaults, and needed: what is said to be put back is on all in-sync replicas.
+		kafka, err := sys.Kafka("event-ingestion-dlq", kgo.RecordPartitioner(kgo.StickyKeyPartitioner(nil)), kgo.ProducerLinger(0),
+			kgo.ProducerBatchCompression(kgo.SnappyCompression()), kgo.ProducerBatchMaxBytes(maxBatchBytes), kgo.RecordDeliveryTimeout(replayTimeout))
 		if err != nil {
 			return err
 		}
-		defer side.close()
+		defer kafka.Close()
 		var letters []*kgo.Record // that wait to be put back
 		size, n, noEvent, tired := 0, 0, 0, 0
 		putBack := func() error {
-			for _, result := range side.produceOnce(ctx, letters) {
-				if errors.Is(result.Err, kerr.MessageTooLarge) {
-					result = side.produceOnce(ctx, []*kgo.Record{result.Record})[0]
+			for _, sent := range kafka.ProduceSync(ctx, letters...) {
+				if errors.Is(sent.Err, kerr.MessageTooLarge) && len(letters) > 1 { // it may have been the batch
+					sent = kafka.ProduceSync(ctx, sent.Record)[0]
 				}
-				if result.Err != nil {
-					return fmt.Errorf("some letters were not acknowledged, it is safe to run this again: %w", result.Err)
+				if sent.Err != nil {
+					return fmt.Errorf("some letters were not acknowledged, it is safe to run this again: %w", sent.Err)
 				}
 			}
 			letters, size = letters[:0], 0
 			return nil
 		}
-		var p eventParser
-		err = f.each(ctx, cfg, func(rec *kgo.Record) (taken bool, err error) {
-			ev, err := p.decode(rec.Value)
+		err = f.each(ctx, sys, func(rec *kgo.Record) (taken bool, err error) {
+			id, _, _, err := sys.Decode(rec.Value)
 			replays, _ := strconv.Atoi(header(rec, "replay_count"))
 			switch {
 			case err != nil:
@@ -187,14 +197,12 @@ func dlqReplayTool(fs *flag.FlagSet) toolRun {
 			if n++; *dryRun {
 				return true, nil
 			}
-			id, _ := ev.id(nil)
-			again := &kgo.Record{Topic: cfg.kafkaTopic, Key: hex.AppendEncode(nil, id[:]), Value: rec.Value, Headers: rec.Headers}
-			again.Headers = setHeaders(again.Headers, "retry_count", "0", // it gets all its attempts again
-				"replay_count", strconv.Itoa(replays+1), "replayed_at", rfc3339Now())
-			letters = append(letters, again)
-			if size += recordBytes(again); size > replayBytes {
+			again := replayed(rec, sys.Topic, id, replays+1)
+			takes := recordBytes(again)
+			if size+takes > replayBytes {
 				err = putBack()
 			}
+			letters, size = append(letters, again), size+takes
 			return true, err
 		})
 		if err == nil {
@@ -210,4 +218,29 @@ func dlqReplayTool(fs *flag.FlagSet) toolRun {
 		fmt.Fprintf(w, "%d letters %s; left out: %d that are no event, %d replayed %d times already\n", n, verb, noEvent, tired, maxReplays)
 		return nil
 	}
+}
+
+// replayed is a letter as it goes back: under its event's key, with all its attempts before it again. Its other headers stay: they
+// say where it has been.
+func replayed(letter *kgo.Record, topic string, id [32]byte, replays int) *kgo.Record {
+	headers := []kgo.RecordHeader{
+		{Key: "retry_count", Value: []byte("0")},
+		{Key: "replay_count", Value: []byte(strconv.Itoa(replays))},
+		{Key: "replayed_at", Value: []byte(time.Now().UTC().Format(time.RFC3339))},
+	}
+	for _, h := range letter.Headers {
+		if !slices.ContainsFunc(headers[:3], func(own kgo.RecordHeader) bool { return own.Key == h.Key }) {
+			headers = append(headers, h)
+		}
+	}
+	return &kgo.Record{Topic: topic, Key: hex.AppendEncode(nil, id[:]), Value: letter.Value, Headers: headers}
+}
+
+// recordBytes is about what a record takes in a batch.
+func recordBytes(rec *kgo.Record) int {
+	n := 64 + len(rec.Key) + len(rec.Value)
+	for _, h := range rec.Headers {
+		n += len(h.Key) + len(h.Value) + 8
+	}
+	return n
 }

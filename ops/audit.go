@@ -1,0 +1,259 @@
+// audit: what Kafka acknowledged against what is stored, event by event.
+//
+// It reads topics and tables by itself, and believes nothing that the program counts. Its memory is bounded: the ids that do not
+// fit are read in several passes. What it finds is a ledger.
+
+package ops
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"maps"
+	"math"
+	"slices"
+	"strconv"
+	"text/tabwriter"
+
+	"github.com/ClickHouse/ch-go"
+	"github.com/ClickHouse/ch-go/proto"
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+const (
+	// tallyBytes is about what a pass holds of an event: an entry of a map that may be half empty.
+	tallyBytes = 96
+	// maxNowhere is how many ids of lost events are printed.
+	maxNowhere = 10
+)
+
+func audit(fs *flag.FlagSet) action {
+	var r timeRange
+	r.flags(fs)
+	asJSON := fs.Bool("json", false, "the figures as a JSON object")
+	memory := fs.Int("memory", 1024, "MiB for the ids of events; more than fit are read in several passes")
+	erased := map[string]bool{}
+	fs.Func("erased", "user_id that was erased: its events are left out, and none may be in the tables; may be given several times", func(s string) error { erased[s] = true; return nil })
+	return func(ctx context.Context, sys System, _ []string, w io.Writer) error {
+		if err := r.check(); err != nil {
+			return err
+		}
+		if *memory < 1 {
+			return badArgument{fmt.Errorf("-memory %d has to be at least 1", *memory)}
+		}
+		l, err := sys.readLedger(ctx, r, erased, *memory<<20/tallyBytes)
+		if err != nil {
+			return err
+		}
+		l.print(w, *asJSON)
+		if l.difference() != 0 || l.unequal != 0 || l.unerased != 0 {
+			return errDiffers
+		}
+		return nil
+	}
+}
+
+// ledger counts events by where they are. An event in several places counts for the last of these.
+type ledger struct {
+	records, junk    int64
+	distinct         int64
+	in               [inTable + 1]int64 // how many events are in each place
+	nowhere          []string           // ids of the first that are nowhere but on the topic
+	rows, aggregated int64
+	unequal          int64 // by how much they differ, hour by hour
+	unerased         int64 // rows of erased users, of whatever time
+}
+
+// whereabouts is a place where an event can be.
+type whereabouts uint8
+
+const (
+	onTopic whereabouts = iota
+	inDeadLetters
+	inRetry
+	inTable
+)
+
+// suffixes are those of the topics, by whereabouts.
+var suffixes = []string{onTopic: "", inDeadLetters: ".dlq", inRetry: ".retry"}
+
+// tally is what a pass has found of an event.
+type tally struct {
+	records int32 // on the topic
+	replays int16 // how often it came back from the dead letters
+	in      whereabouts
+}
+
+// ledgerPass is one reading of topics and tables, for the events whose ids begin with 64 bits of the range first to last. When more
+// than most of them turn up it leaves half of the range to a later pass: memory is bounded, however long the topic is.
+type ledgerPass struct {
+	first, last uint64
+	most        int
+	tallies     map[[32]byte]tally
+	junk        int64
+}
+
+// readLedger reads topics and tables, with at most so many events in memory. The events of erased users are left out.
+func (sys System) readLedger(ctx context.Context, r timeRange, erased map[string]bool, most int) (*ledger, error) {
+	l := &ledger{nowhere: []string{}}
+	for first, done := uint64(0), false; !done; {
+		p := &ledgerPass{first: first, last: math.MaxUint64, most: most, tallies: map[[32]byte]tally{}}
+		if err := p.read(ctx, sys, r, erased); err != nil {
+			return nil, err
+		}
+		l.add(p)
+		first, done = p.last+1, p.last == math.MaxUint64
+	}
+	if err := l.compareTables(ctx, sys, r); err != nil {
+		return nil, err
+	}
+	return l, l.countErased(ctx, sys, erased)
+}
+
+// add takes over what a pass has found.
+func (l *ledger) add(p *ledgerPass) {
+	l.junk = p.junk // the same in each pass
+	for id, found := range p.tallies {
+		l.records += int64(found.records)
+		l.distinct++
+		if l.in[found.in]++; found.in == onTopic && len(l.nowhere) < maxNowhere {
+			l.nowhere = append(l.nowhere, hex.EncodeToString(id[:]))
+		}
+	}
+}
+
+func (p *ledgerPass) read(ctx context.Context, sys System, r timeRange, erased map[string]bool) error {
+	for where, suffix := range suffixes {
+		group := ""
+		if whereabouts(where) == inRetry { // what is committed has been put back, or is dead
+			group = sys.Group + suffix
+		}
+		err := sys.readRecords(ctx, sys.Topic+suffix, group, func(rec *kgo.Record) error {
+			id, at, user, err := sys.Decode(rec.Value)
+			if err != nil && whereabouts(where) == onTopic {
+				p.junk++
+			}
+			if err != nil || at < r.from || at >= r.to || erased[string(user)] {
+				return nil
+			}
+			replays, _ := strconv.ParseInt(header(rec, "replay_count"), 10, 16)
+			p.note(id, whereabouts(where), int16(replays))
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return p.readTable(ctx, sys, r)
+}
+
+func (p *ledgerPass) has(id *[32]byte) bool {
+	begin := binary.BigEndian.Uint64(id[:])
+	return begin >= p.first && begin <= p.last
+}
+
+// note takes down where an event was found. What is not on the topic is older than what that still holds, and no matter.
+func (p *ledgerPass) note(id [32]byte, in whereabouts, replays int16) {
+	if !p.has(&id) {
+		return
+	}
+	found, known := p.tallies[id]
+	switch {
+	case in == onTopic:
+		found.records++
+		found.replays = max(found.replays, replays)
+	case !known, in == inDeadLetters && replays < found.replays: // a letter that has come back since
+		return
+	}
+	found.in = max(found.in, in)
+	p.tallies[id] = found
+	for len(p.tallies) > p.most {
+		p.last = p.first + (p.last-p.first)/2
+		maps.DeleteFunc(p.tallies, func(id [32]byte, _ tally) bool { return !p.has(&id) })
+	}
+}
+
+// readTable looks for the pass's events in the table.
+func (p *ledgerPass) readTable(ctx context.Context, sys System, r timeRange) error {
+	var ids proto.ColFixedStr32
+	return sys.ask(ctx, ch.Query{
+		Body: fmt.Sprintf("SELECT event_id FROM {events} WHERE timestamp >= %d AND timestamp < %d"+
+			" AND substring(event_id, 1, 8) BETWEEN unhex('%016x') AND unhex('%016x')", r.from, r.to, p.first, p.last),
+	}, func(i int) { p.note(ids[i], inTable, 0) }, &ids)
+}
+
+// compareTables counts both tables, hour by hour.
+func (l *ledger) compareTables(ctx context.Context, sys System, r timeRange) error {
+	// The aggregate has whole hours: those entirely within the range are compared.
+	from, to := (r.from+hourSeconds-1)/hourSeconds*hourSeconds, r.to/hourSeconds*hourSeconds
+	var rows, aggregated, unequal proto.ColInt64
+	return sys.ask(ctx, ch.Query{
+		Body: fmt.Sprintf(`SELECT toInt64(sum(has)), toInt64(sum(counted)), toInt64(sum(abs(has - counted))) FROM (
+			SELECT name, ch, hour, sum(has) AS has, sum(counted) AS counted FROM (
+				SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, toStartOfHour(timestamp) AS hour, toInt64(uniqExact(event_id)) AS has, toInt64(0) AS counted
+				FROM {events} WHERE timestamp >= %[1]d AND timestamp < %[2]d GROUP BY name, ch, hour
+				UNION ALL
+				SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, hour, toInt64(0) AS has, sum(event_count) AS counted
+				FROM {events_hourly} WHERE hour >= %[1]d AND hour < %[2]d GROUP BY name, ch, hour
+			) GROUP BY name, ch, hour)`, from, to),
+	}, func(i int) { l.rows, l.aggregated, l.unequal = rows[i], aggregated[i], unequal[i] }, &rows, &aggregated, &unequal)
+}
+
+// countErased looks for rows of erased users, which a record that was still to be read, or a rewind, has brought back.
+func (l *ledger) countErased(ctx context.Context, sys System, erased map[string]bool) error {
+	if len(erased) == 0 {
+		return nil
+	}
+	var users proto.ColStr // sent beside the query: no user's name has to be escaped for SQL
+	users.AppendArr(slices.Collect(maps.Keys(erased)))
+	var n proto.ColUInt64
+	return sys.ask(ctx, ch.Query{
+		Body:          "SELECT count() FROM {events} WHERE user_id IN (SELECT user FROM erased)",
+		ExternalTable: "erased",
+		ExternalData:  []proto.InputColumn{{Name: "user", Data: &users}},
+	}, func(i int) { l.unerased = int64(n[i]) }, &n)
+}
+
+// difference is how many acknowledged events are nowhere.
+func (l *ledger) difference() int64 { return l.in[onTopic] }
+
+// print writes the figures, and the ids of lost events.
+func (l *ledger) print(w io.Writer, asJSON bool) {
+	object := map[string]any{"nowhere": l.nowhere}
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
+	for _, f := range []struct {
+		words, key string
+		n          int64
+	}{
+		{"records on the topic", "records", l.records},
+		{"duplicates", "duplicates", l.records - l.distinct},
+		{"distinct events", "distinct_events", l.distinct},
+		{"stored", "stored", l.in[inTable]},
+		{"waiting for a retry", "waiting", l.in[inRetry]},
+		{"dead letters", "dead_letters", l.in[inDeadLetters]},
+		{"difference", "difference", l.difference()},
+		{"records that are no event", "no_event", l.junk},
+		{"distinct rows in whole hours", "distinct_rows", l.rows},
+		{"counted in events_hourly", "aggregated", l.aggregated},
+		{"counted too few or too many, hour by hour", "unequal", l.unequal},
+		{"rows of erased users", "unerased", l.unerased},
+	} {
+		object[f.key] = f.n
+		fmt.Fprintf(t, "%s\t%d\t\n", f.words, f.n)
+	}
+	if asJSON {
+		json.NewEncoder(w).Encode(object)
+		return
+	}
+	t.Flush()
+	for _, id := range l.nowhere {
+		fmt.Fprintf(w, "nowhere: %s\n", id)
+	}
+	if l.difference() > int64(len(l.nowhere)) {
+		fmt.Fprintln(w, "…")
+	}
+}

@@ -1,0 +1,330 @@
+// reconcile: events_hourly agrees with events.
+//
+// User states do not change when a user is added twice, and event_count is a signed sum, so one statement that inserts the
+// difference mends all; a second time it does nothing. What a fault can have torn the program mends by itself. A state that has
+// users too many, or revenue by another rule, is no difference that can be inserted: -recount deletes hours and counts them anew.
+//
+// While hours are recounted, the table recounts has them: questions about them wait and end with 503, and the program mends none of
+// them. A recount that was cut off leaves them there, and the next one begins with them.
+
+package ops
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"text/tabwriter"
+	"time"
+
+	"github.com/ClickHouse/ch-go"
+	"github.com/ClickHouse/ch-go/proto"
+)
+
+const (
+	// quietSeconds is how long nothing may have been written to an hour before it is trusted: an insert fills the raw table
+	// and the aggregate one after the other, and what is found in between is no difference.
+	quietSeconds = 10
+	// lookPause is the time between two looks at what is running.
+	lookPause = 50 * time.Millisecond
+	// recountHours is how many hours are recounted at once: questions about them wait for so long.
+	recountHours = 24
+	// questionTimeout is more than the longest question of the program takes.
+	questionTimeout = 15 * time.Second
+	// maxSecond is what ClickHouse's DateTime holds.
+	maxSecond = 1<<32 - 1
+)
+
+func reconcile(fs *flag.FlagSet) action {
+	var r timeRange
+	r.flags(fs)
+	dryRun := fs.Bool("dry-run", false, "only print what differs")
+	asJSON := fs.Bool("json", false, "what differs as a JSON object a line, and nothing else")
+	anew := fs.Bool("recount", false, "count the hours from -from to -to anew, whether they differ or not; events may go on coming in")
+	return func(ctx context.Context, sys System, _ []string, w io.Writer) error {
+		if err := r.check(); err != nil {
+			return err
+		}
+		if *anew {
+			given := map[string]bool{}
+			fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+			if *dryRun || *asJSON || !given["from"] || !given["to"] {
+				return badArgument{errors.New("-recount needs -from and -to, and takes neither -dry-run nor -json")}
+			}
+			return sys.exclusively(ctx, false, func(ctx context.Context) error { return sys.recount(ctx, r, w) })
+		}
+		return sys.exclusively(ctx, *dryRun, func(ctx context.Context) error {
+			t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+			head := "HOUR\tEVENT\tCHANNEL\tIN EVENTS\tIN EVENTS_HOURLY\n"
+			n, err := sys.mend(ctx, r.hours(), quietSeconds, *dryRun, func(d unequal) {
+				if *asJSON {
+					json.NewEncoder(w).Encode(d)
+					return
+				}
+				fmt.Fprintf(t, "%s%s\t%s\t%s\t%d\t%d\n", head, d.Hour, d.Event, d.Channel, d.InEvents, d.InHourly)
+				head = ""
+			})
+			t.Flush()
+			if err == nil && !*asJSON {
+				fmt.Fprintf(w, "%d rows of events_hourly differ from events\n", n)
+			}
+			return err
+		})
+	}
+}
+
+// hours is the SQL for the hours that the range touches.
+func (r timeRange) hours() string {
+	from, to := r.wholeHours()
+	return fmt.Sprintf("hour >= %d AND hour < %d", from, to)
+}
+
+// wholeHours is the range as whole hours that ClickHouse can hold.
+func (r timeRange) wholeHours() (from, to int64) {
+	return max(r.from/hourSeconds*hourSeconds, 0), min((r.to+hourSeconds-1)/hourSeconds*hourSeconds, maxSecond)
+}
+
+// unequal is a row of events_hourly that does not agree with events.
+type unequal struct {
+	Hour     string `json:"hour"`
+	Event    string `json:"event_name"`
+	Channel  string `json:"channel"`
+	InEvents int64  `json:"in_events"`
+	InHourly int64  `json:"in_events_hourly"`
+}
+
+// differs is what is compared.
+const differs = "(event_count != 0 OR revenue != 0)"
+
+// mend hands the rows that differ to each and, unless dryRun, mends them. It returns how many there were. hours is a condition;
+// what was written within the last quiet seconds is left out.
+func (sys System) mend(ctx context.Context, hours string, quiet int64, dryRun bool, each func(unequal)) (rows int, err error) {
+	err = sys.Connect(ctx, func(do Conn) error {
+		if err := sys.SyncReplicas(ctx); err != nil {
+			return err
+		}
+		written, err := sys.clock(ctx, do)
+		if err != nil {
+			return err
+		}
+		written -= quiet * 1000
+		if err := sys.await(ctx, do, insertsAtWork, written); err != nil { // one that is still at work stands in one of the tables, perhaps
+			return err
+		}
+		differing := sys.Differences(hours, fmt.Sprintf("%s AND last_written <= fromUnixTimestamp64Milli(%d)", differs, written))
+		var name, channel, hour proto.ColStr
+		var missing, has proto.ColInt64
+		err = do.rows(ctx, ch.Query{
+			Body: sys.SQL("SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, formatDateTime(hour, '%Y-%m-%dT%H:00:00Z', 'UTC')" +
+				", event_count, aggregated FROM " + differing + " ORDER BY hour, name, ch"),
+		}, func(i int) {
+			rows++
+			each(unequal{hour.Row(i), name.Row(i), channel.Row(i), has[i] + missing[i], has[i]})
+		}, &name, &channel, &hour, &missing, &has)
+		if err != nil || rows == 0 || dryRun {
+			return err
+		}
+		return do(ctx, ch.Query{Body: sys.SQL(sys.AddDifferences + differing), QueryID: sys.MendingID, Settings: sys.Inserting()})
+	})
+	return rows, err
+}
+
+// recount counts the hours of the range anew, those that nobody writes to first. An hour that is being written to is waited for.
+func (sys System) recount(ctx context.Context, r timeRange, w io.Writer) error {
+	if err := sys.finishRecount(ctx, w); err != nil {
+		return err
+	}
+	from, to := r.wholeHours()
+	var left []int64
+	var second proto.ColUInt32
+	err := sys.ask(ctx, ch.Query{
+		Body: fmt.Sprintf("SELECT DISTINCT toUnixTimestamp(hour) AS second FROM (SELECT hour FROM {events_hourly} WHERE hour >= %[1]d AND hour < %[2]d"+
+			" UNION ALL SELECT toStartOfHour(timestamp) FROM {events} WHERE timestamp >= %[1]d AND timestamp < %[2]d) ORDER BY second", from, to),
+	}, func(i int) { left = append(left, int64(second[i])) }, &second)
+	if err != nil {
+		return err
+	}
+	all, waiting := len(left), false
+	for len(left) > 0 {
+		busy := map[int64]bool{} // hours that are being written to
+		err := sys.ask(ctx, ch.Query{
+			Body: fmt.Sprintf("SELECT DISTINCT toUnixTimestamp(toStartOfHour(timestamp)) FROM {events}"+
+				" WHERE timestamp >= %d AND timestamp < %d AND created_at > now64(3) - %d", left[0], left[len(left)-1]+hourSeconds, quietSeconds),
+		}, func(i int) { busy[int64(second[i])] = true }, &second)
+		if err != nil {
+			return err
+		}
+		first := 0
+		for first < len(left) && busy[left[first]] {
+			first++
+		}
+		end := first
+		for end < len(left) && end < first+recountHours && !busy[left[end]] {
+			end++
+		}
+		if first == end {
+			if !waiting {
+				fmt.Fprintf(w, "%d hours are being written to, and wait until nothing was for %d s\n", len(left), quietSeconds)
+				waiting = true
+			}
+			if err := pause(ctx, time.Second); err != nil {
+				return err
+			}
+			continue
+		}
+		waiting = false
+		if err := sys.recountOnce(ctx, left[first], left[end-1]+hourSeconds-1); err != nil {
+			return fmt.Errorf("%w (run it again: until then there is no answer about %s)", err, span(left[first], left[end-1]))
+		}
+		fmt.Fprintf(w, "%s counted anew\n", span(left[first], left[end-1]))
+		left = append(left[:first], left[end:]...)
+	}
+	fmt.Fprintf(w, "%d hours are counted anew\n", all)
+	return nil
+}
+
+// span is the hours from first to last, in words.
+func span(first, last int64) string {
+	hour := func(second int64) string { return time.Unix(second, 0).UTC().Format("2006-01-02T15:00Z") }
+	if first/hourSeconds == last/hourSeconds {
+		return hour(first)
+	}
+	return hour(first) + " to " + hour(last)
+}
+
+// finishRecount recounts the hours of a recount that was cut off.
+func (sys System) finishRecount(ctx context.Context, w io.Writer) error {
+	var first, last, n proto.ColUInt64
+	var from, to int64
+	err := sys.EachServer(ctx, func(do Conn) error {
+		return do.rows(ctx, ch.Query{
+			Body: sys.SQL("SELECT count(), toUInt64(min(toUnixTimestamp(first))), toUInt64(max(toUnixTimestamp(last))) FROM {database}.recounts"),
+		}, func(i int) {
+			if n[i] > 0 && (to == 0 || int64(first[i]) < from) {
+				from = int64(first[i])
+			}
+			if n[i] > 0 {
+				to = max(to, int64(last[i]))
+			}
+		}, &n, &first, &last)
+	})
+	if err != nil || to == 0 {
+		return err
+	}
+	fmt.Fprintf(w, "%s: a recount was cut off, it is finished first\n", span(from, to))
+	return sys.recountOnce(ctx, from, to)
+}
+
+// recountOnce counts the hours from one Unix second to another, both included, anew. Each step can be repeated.
+func (sys System) recountOnce(ctx context.Context, first, last int64) error {
+	hours := fmt.Sprintf("hour >= %d AND hour <= %d", first, last)
+	onEachServer := func(sql string) error {
+		return sys.EachServer(ctx, func(do Conn) error { return do(ctx, ch.Query{Body: sys.SQL(sql)}) })
+	}
+	// A question that began before the hours stood there is waited for: it may be about to read.
+	if err := onEachServer(fmt.Sprintf("INSERT INTO {database}.recounts SELECT %d, %d WHERE NOT EXISTS (SELECT 1 FROM {database}.recounts)", first, last)); err != nil {
+		return err
+	}
+	err := sys.Connect(ctx, func(do Conn) error {
+		now, err := sys.clock(ctx, do)
+		if err != nil {
+			return err
+		}
+		waiting, cancel := context.WithTimeout(ctx, questionTimeout)
+		defer cancel()
+		if err := sys.await(waiting, do, questions, now); err != nil && waiting.Err() == nil {
+			return err
+		}
+		return ctx.Err()
+	})
+	if err != nil {
+		return err
+	}
+	if err := onEachServer("ALTER TABLE {database}.events_hourly DELETE WHERE " + hours + " SETTINGS mutations_sync = 2"); err != nil {
+		return err
+	}
+	err = sys.Connect(ctx, func(do Conn) error {
+		return do(ctx, ch.Query{
+			Body: sys.SQL(fmt.Sprintf("INSERT INTO {database}.events_hourly (event_name, channel, hour, {counts}) SELECT {counted} FROM {events} FINAL"+
+				" WHERE timestamp >= %d AND timestamp <= %d GROUP BY event_name, channel, hour", first, last)),
+			QueryID:  sys.MendingID,
+			Settings: append([]ch.Setting{{Key: "max_bytes_before_external_group_by", Value: "1000000000"}}, sys.Inserting()...),
+		})
+	})
+	if err != nil {
+		return err
+	}
+	// What came in meanwhile may be counted twice, or not at all. It is settled once nothing differs, and no insert from before is at work.
+	for {
+		equal := false
+		err := sys.Connect(ctx, func(do Conn) error {
+			now, err := sys.clock(ctx, do)
+			if err == nil {
+				err = sys.await(ctx, do, insertsAtWork, now)
+			}
+			if err != nil {
+				return err
+			}
+			n, err := do.number(ctx, ch.Query{Body: sys.SQL("SELECT count() FROM " + sys.Differences(hours, differs))})
+			equal = n == 0
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		if equal {
+			return onEachServer("TRUNCATE TABLE {database}.recounts")
+		}
+		if _, err := sys.mend(ctx, hours, quietSeconds, false, func(unequal) {}); err != nil {
+			return err
+		}
+		if err := pause(ctx, time.Second); err != nil {
+			return err
+		}
+	}
+}
+
+// What await waits for, as conditions on the queries that run.
+const (
+	insertsAtWork = "query_kind IN ('Insert', 'AsyncInsertFlush') AND position(query, 'events') > 0"
+	questions     = "query_kind = 'Select' AND position(query, 'events') > 0"
+)
+
+// await returns once no such query runs that began before a time of the server, in Unix milliseconds.
+func (sys System) await(ctx context.Context, do Conn, which string, begun int64) error {
+	running := sys.SQL(fmt.Sprintf("SELECT count() FROM {processes} WHERE %s AND (toFloat64(now64(3)) - elapsed) * 1000 < %d + 1", which, begun))
+	for {
+		n, err := do.number(ctx, ch.Query{Body: running})
+		if err != nil || n == 0 {
+			return err
+		}
+		if err := pause(ctx, lookPause); err != nil {
+			return err
+		}
+	}
+}
+
+// clock is the server's, in Unix milliseconds.
+func (sys System) clock(ctx context.Context, do Conn) (int64, error) {
+	n, err := do.number(ctx, ch.Query{Body: "SELECT toUInt64(toUnixTimestamp64Milli(now64(3)))"})
+	return int64(n), err
+}
+
+// number runs a query that answers one UInt64.
+func (do Conn) number(ctx context.Context, q ch.Query) (n uint64, err error) {
+	var answer proto.ColUInt64
+	err = do.rows(ctx, q, func(i int) { n = answer[i] }, &answer)
+	return n, err
+}
+
+// pause is done after d, or with the error of ctx before that.
+func pause(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
