@@ -47,6 +47,21 @@ func newRoundCall() *roundCall {
 	return &roundCall{arrived: make(chan time.Time, 1), full: make(chan struct{}, 1)}
 }
 
+// notify puts v into a channel with room for one, unless an earlier one waits there.
+func notify[T any](c chan T, v T) {
+	select {
+	case c <- v:
+	default:
+	}
+}
+
+func drain[T any](c chan T) {
+	select {
+	case <-c:
+	default:
+	}
+}
+
 // keeper is a column that rows can be taken out of: keep leaves these, which ascend. The column keeps its memory, unless no row
 // is left and huge events blew it up.
 type keeper interface{ keep(rows []int) }

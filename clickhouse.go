@@ -33,7 +33,6 @@ type clickhouse struct {
 	fsync      string      // 1 when an insert waits for the disk, else 0
 	keepDays   int         // RETENTION_DAYS
 	decides    bool        // about these two: an instance that stores does; a command, or ROLE=api, may not have them set
-	broken     brokenParts
 }
 
 // askTimeout bounds one attempt to ask or to insert. A healthy insert takes 30 ms; one that waits for merges, seconds.
@@ -235,6 +234,11 @@ var errNoCluster = errors.New("no cluster of that name is known")
 
 // errPartOfCluster is a table that leads to several servers, met by an instance that would store on one of them and look there only.
 var errPartOfCluster = errors.New("its tables belong to a cluster")
+
+// clickhouseIsHopeless says whether no retry cures an error: these settings do not work with this server.
+func clickhouseIsHopeless(err error) bool {
+	return errors.Is(err, errPartOfCluster) || errors.Is(err, errNoCluster) || ch.IsErr(err, proto.ErrAuthenticationFailed)
+}
 
 // rejections are ClickHouse's codes for "this data, never", by
 // https://github.com/ClickHouse/ClickHouse/blob/master/src/Common/ErrorCodes.cpp. Everything else is taken for

@@ -25,10 +25,8 @@ import (
 
 const (
 	// drainTimeout bounds the wait for ClickHouse when partitions move; the group would give up on us at 60 s.
-	drainTimeout = 40 * time.Second
-	// commitInterval bounds what a crash makes the next owner read again.
-	commitInterval = 250 * time.Millisecond
-	commitTimeout  = 5 * time.Second
+	drainTimeout  = 40 * time.Second
+	commitTimeout = 5 * time.Second
 	// A broker answers a fetch after fetchWait at the latest, or at once with fetchBytes: 40 answers a second instead
 	// of one for every batch that arrives, for 25 ms of freshness at most.
 	fetchWait  = 25 * time.Millisecond
@@ -103,42 +101,6 @@ func newConsumer(cfg *settings, db *clickhouse, queryFailed func(error), partiti
 		kgo.OnPartitionsLost(c.onLost),
 	)
 	return c, err
-}
-
-// newGroupClient returns a client that reads a topic in a group, with the same suffix to the names of both, and commits what is
-// marked. A rebalance waits from each poll to AllowRebalance.
-func newGroupClient(cfg *settings, clientID, suffix string, more ...kgo.Opt) (*kgo.Client, error) {
-	return newKafka(cfg, clientID, append([]kgo.Opt{
-		kgo.ConsumerGroup(cfg.kafkaGroup + suffix),
-		kgo.ConsumeTopics(cfg.kafkaTopic + suffix),
-		kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()),
-		kgo.Balancers(kgo.CooperativeStickyBalancer()),
-		kgo.SessionTimeout(cfg.kafkaSession),
-		kgo.HeartbeatInterval(cfg.kafkaSession / 4),
-		kgo.BlockRebalanceOnPoll(),
-		kgo.KeepControlRecords(), // the end of a transaction takes an offset: without it nothing would be done up to the end
-		kgo.FetchIsolationLevel(kgo.ReadCommitted()),
-		kgo.AutoCommitMarks(),
-		kgo.AutoCommitInterval(commitInterval),
-	}, more...)...)
-}
-
-// poll waits for records for that long, and tells failed of every error. Where nothing but errors comes, which may come at once,
-// it takes a moment.
-func poll(ctx context.Context, kafka *kgo.Client, most int, wait time.Duration, failed func(error)) kgo.Fetches {
-	waiting, cancel := context.WithTimeout(ctx, wait)
-	defer cancel()
-	fetches, failing := kafka.PollRecords(waiting, most), false
-	fetches.EachError(func(_ string, _ int32, err error) {
-		if !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, errAhead) && ctx.Err() == nil {
-			failing = true
-			failed(err)
-		}
-	})
-	if failing && fetches.NumRecords() == 0 {
-		troubles.Sleep(waiting, minBackoff)
-	}
-	return fetches
 }
 
 // run consumes until ctx is done, then stores and commits what the blocks hold, bounded by the context that

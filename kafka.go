@@ -14,8 +14,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/ClickHouse/ch-go"
-	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
@@ -101,6 +99,49 @@ func (a *ahead) polled(waiting int64) {
 	a.seen = a.bytes.Load()
 }
 
+const (
+	// commitInterval bounds what a crash makes the next owner read again.
+	commitInterval = 250 * time.Millisecond
+	// failedPollPause is for a poll that fails at once.
+	failedPollPause = 100 * time.Millisecond
+)
+
+// newGroupClient returns a client that reads a topic in a group, with the same suffix to the names of both, and commits what is
+// marked. A rebalance waits from each poll to AllowRebalance.
+func newGroupClient(cfg *settings, clientID, suffix string, more ...kgo.Opt) (*kgo.Client, error) {
+	return newKafka(cfg, clientID, append([]kgo.Opt{
+		kgo.ConsumerGroup(cfg.kafkaGroup + suffix),
+		kgo.ConsumeTopics(cfg.kafkaTopic + suffix),
+		kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()),
+		kgo.Balancers(kgo.CooperativeStickyBalancer()),
+		kgo.SessionTimeout(cfg.kafkaSession),
+		kgo.HeartbeatInterval(cfg.kafkaSession / 4),
+		kgo.BlockRebalanceOnPoll(),
+		kgo.KeepControlRecords(), // the end of a transaction takes an offset: without it nothing would be done up to the end
+		kgo.FetchIsolationLevel(kgo.ReadCommitted()),
+		kgo.AutoCommitMarks(),
+		kgo.AutoCommitInterval(commitInterval),
+	}, more...)...)
+}
+
+// poll waits for records for that long, and tells failed of every error. Where nothing but errors comes, which may come at once,
+// it takes a moment.
+func poll(ctx context.Context, kafka *kgo.Client, most int, wait time.Duration, failed func(error)) kgo.Fetches {
+	waiting, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	fetches, failing := kafka.PollRecords(waiting, most), false
+	fetches.EachError(func(_ string, _ int32, err error) {
+		if !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, errAhead) && ctx.Err() == nil {
+			failing = true
+			failed(err)
+		}
+	})
+	if failing && fetches.NumRecords() == 0 {
+		troubles.Sleep(waiting, failedPollPause)
+	}
+	return fetches
+}
+
 // leaveAtLeast is how long the group has to answer a goodbye, even when the rest took all the time.
 const leaveAtLeast = 500 * time.Millisecond
 
@@ -139,13 +180,12 @@ var hopeless = []error{
 	kerr.InvalidConfig, kerr.InvalidTopicException, kerr.InvalidPartitions, kerr.PolicyViolation,
 }
 
-// isHopeless says so of ClickHouse's errors, too.
-func isHopeless(err error) bool {
-	return errors.Is(err, errPartOfCluster) || errors.Is(err, errNoCluster) || ch.IsErr(err, proto.ErrAuthenticationFailed) || slices.ContainsFunc(hopeless, func(h error) bool { return errors.Is(err, h) })
+func kafkaIsHopeless(err error) bool {
+	return slices.ContainsFunc(hopeless, func(h error) bool { return errors.Is(err, h) })
 }
 
-// whole is what kadm was told, and the first error, if only of one partition, topic or group.
-func whole[T interface{ Error() error }](answer T, err error) (T, error) {
+// allOf is what kadm was told, and the first error, if only of one partition, topic or group.
+func allOf[T interface{ Error() error }](answer T, err error) (T, error) {
 	if err == nil {
 		err = answer.Error()
 	}
@@ -171,7 +211,7 @@ func ensureTopics(ctx context.Context, kafka *kgo.Client, cfg *settings) (partit
 		case refused == nil:
 			slog.Info("topic created", "topic", t.name, "partitions", t.partitions)
 		case errors.Is(refused, kerr.TopicAlreadyExists), errors.Is(refused, kerr.TopicAuthorizationFailed), errors.Is(refused, kerr.ClusterAuthorizationFailed):
-			details, err := whole(admin.ListTopics(ctx, t.name))
+			details, err := allOf(admin.ListTopics(ctx, t.name))
 			if errors.Is(err, kerr.UnknownTopicOrPartition) { // a user that may not create topics need not when they exist
 				err = refused
 			}
@@ -221,7 +261,7 @@ const (
 func awaitDeletion(ctx context.Context, kafka *kgo.Client, topic string) error {
 	admin, ids := kadm.NewClient(kafka), map[string]kadm.TopicID{}
 	for missed := 0; troubles.Sleep(ctx, topicsEvery) == nil; {
-		details, err := whole(admin.ListTopics(ctx, topic, topic+".retry", topic+".dlq"))
+		details, err := allOf(admin.ListTopics(ctx, topic, topic+".retry", topic+".dlq"))
 		if missed++; !errors.Is(err, kerr.UnknownTopicOrPartition) {
 			missed = 0
 		}

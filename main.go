@@ -349,7 +349,7 @@ func (s *system) trouble(what string, err error) {
 
 // endIfHopeless is trouble for what is noted elsewhere.
 func (s *system) endIfHopeless(what string, err error) {
-	if isHopeless(err) && !s.stats.troubles.HasWorked(what) {
+	if (kafkaIsHopeless(err) || clickhouseIsHopeless(err)) && !s.stats.troubles.HasWorked(what) {
 		s.fail(fmt.Errorf("%s: %w", what, err))
 	}
 }

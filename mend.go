@@ -284,7 +284,7 @@ func (a *insertsAtWork) await(ctx context.Context, conn asker) (others time.Dura
 		if attempt == 20 { // a second
 			slog.Info("waiting for an insert that ClickHouse still works at")
 		}
-		if err := troubles.Sleep(ctx, minBackoff/2); err != nil {
+		if err := troubles.Sleep(ctx, mendTick/2); err != nil {
 			return 0, err
 		}
 	}

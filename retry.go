@@ -14,13 +14,10 @@ import (
 	"log/slog"
 	"slices"
 	"strconv"
-	"sync"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
-
-	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 const (
@@ -31,21 +28,15 @@ const (
 	delayPartitions = 2
 	// maxErrorMessage bounds the header error_message, in bytes.
 	maxErrorMessage = 500
-	// maxSideBatch bounds a record that is sent with others, in bytes before compression. It is below franz-go's own limit of a
-	// batch, 1,000,012, and that one below every broker's default limit, 1,048,588. A larger record goes alone.
-	maxSideBatch = 900 << 10
 	// ackGrace is how long a pending acknowledgement may still take once the move has to end.
 	ackGrace = 500 * time.Millisecond
-	// maxTruncated bounds a value that the brokers refused: it is below every broker's default limit.
-	maxTruncated = 512 << 10
+	// maxCutValue bounds a value that the brokers refused: it is below every broker's default limit.
+	maxCutValue = 512 << 10
 )
 
-// sideProducer moves records between topics. It has its own clients: another producer may have put a record of any size onto
-// the topic, and brokers refuse a whole batch that is above their default limit of 1 MB.
+// sideProducer moves records between topics.
 type sideProducer struct {
-	kafka       *kgo.Client // for records of up to maxSideBatch
-	large       *kgo.Client // for larger ones, one at a time
-	alone       sync.Mutex  // guards large: two records at once could become one batch
+	kafka       *kgo.Client
 	topic       string
 	maxAttempts int
 	stats       *sideStats
@@ -61,26 +52,15 @@ func newSideProducer(cfg *settings, stats *sideStats) (*sideProducer, error) {
 			return byKey.Partition(r, n)
 		}
 	}))
-	s := &sideProducer{topic: cfg.kafkaTopic, maxAttempts: cfg.maxRetryAttempts, stats: stats}
-	var err error
 	snappy := kgo.ProducerBatchCompression(kgo.SnappyCompression()) // whatever the setting: see retryFetch
-	if s.kafka, err = newProducer(cfg, kgo.ProducerLinger(0), snappy, partitioner); err != nil {
-		return nil, err
-	}
-	s.large, err = newProducer(cfg, kgo.ProducerBatchMaxBytes(90<<20), kgo.ProducerLinger(0), snappy, partitioner)
-	return s, err
+	kafka, err := newProducer(cfg, kgo.ProducerLinger(0), snappy, partitioner)
+	return &sideProducer{kafka: kafka, topic: cfg.kafkaTopic, maxAttempts: cfg.maxRetryAttempts, stats: stats}, err
 }
 
-func (s *sideProducer) close() {
-	s.kafka.Close()
-	s.large.Close()
-}
+func (s *sideProducer) close() { s.kafka.Close() }
 
-// refresh makes the clients look at the topics anew: they may have more partitions.
-func (s *sideProducer) refresh() {
-	s.kafka.ForceMetadataRefresh()
-	s.large.ForceMetadataRefresh()
-}
+// refresh makes the client look at the topics anew: they may have more partitions.
+func (s *sideProducer) refresh() { s.kafka.ForceMetadataRefresh() }
 
 // deadLetter gives up a record that is no event. It tries until all in-sync replicas have acknowledged the letter. The error is
 // ctx's; nothing is lost then, because the record's offset is not committed.
@@ -125,64 +105,47 @@ func (s *sideProducer) letter(rec *kgo.Record, retries int, errorType, message s
 }
 
 // produce sends records and returns when all are acknowledged, or ctx is done. It retries what was not acknowledged, after a pause.
+// Brokers refuse a whole batch for being too large, so each record of one is tried alone. One that is too large by itself, as another
+// producer may have put it onto the topic, becomes a dead letter, cut until the brokers take it.
 func (s *sideProducer) produce(ctx context.Context, recs []*kgo.Record) error {
-	const what = "move records aside"
-	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
-		var done, failed, tooLarge []*kgo.Record
+	return s.stats.troubles.Until(ctx, "move records aside", func() error {
+		var acked, refused, failed []*kgo.Record
 		var why error
 		for _, result := range s.produceOnce(ctx, recs) {
 			switch {
 			case result.Err == nil:
-				done = append(done, result.Record)
+				acked = append(acked, result.Record)
 			case errors.Is(result.Err, kerr.MessageTooLarge):
-				tooLarge = append(tooLarge, result.Record)
+				refused = append(refused, result.Record)
 			default:
 				failed, why = append(failed, result.Record), result.Err
 			}
 		}
-		s.count(done)
-		for _, rec := range tooLarge {
+		s.count(acked)
+		for _, rec := range refused {
 			if len(recs) == 1 { // else it may have been the batch
-				smaller := s.shrink(rec)
-				if smaller == nil {
-					failed, why = append(failed, rec), kerr.MessageTooLarge
-					break
+				if rec = s.cutLetter(rec); rec == nil {
+					return kerr.MessageTooLarge
 				}
-				rec = smaller
 			}
 			if err := s.produce(ctx, []*kgo.Record{rec}); err != nil {
 				return err
 			}
 		}
-		if len(failed) == 0 {
-			s.stats.troubles.Clear(what)
-			return nil
-		}
 		recs = failed
-		if ctx.Err() == nil {
-			s.stats.troubles.Note(what, why)
-		}
-		if err := troubles.Sleep(ctx, pause); err != nil {
-			return err
-		}
-	}
+		return why
+	})
 }
 
 // produceOnce is one attempt. Once ctx is done, a record without an answer after ackGrace has failed: franz-go would wait for
 // a silent broker much longer.
 func (s *sideProducer) produceOnce(ctx context.Context, recs []*kgo.Record) (all kgo.ProduceResults) {
-	kafka := s.kafka // which finds a record itself too large that is above its limit of a batch
-	if len(recs) == 1 && recordBytes(recs[0]) > maxSideBatch {
-		s.alone.Lock()
-		defer s.alone.Unlock()
-		kafka = s.large
-	}
 	sending, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel() // takes back what was not sent yet
 	results := make(chan kgo.ProduceResult, len(recs))
 	for _, rec := range recs {
 		sent := &kgo.Record{Topic: rec.Topic, Partition: rec.Partition, Key: rec.Key, Value: rec.Value, Headers: rec.Headers}
-		kafka.Produce(sending, sent, func(_ *kgo.Record, err error) { results <- kgo.ProduceResult{Record: rec, Err: err} })
+		s.kafka.Produce(sending, sent, func(_ *kgo.Record, err error) { results <- kgo.ProduceResult{Record: rec, Err: err} })
 	}
 	ended := ctx.Done()
 	var giveUp <-chan time.Time
@@ -199,23 +162,22 @@ func (s *sideProducer) produceOnce(ctx context.Context, recs []*kgo.Record) (all
 	return all
 }
 
-// shrink makes a record smaller that the brokers refuse: it becomes a dead letter, and a dead letter loses the second half of
-// its value, each time. It returns nil when nothing is left to cut.
-func (s *sideProducer) shrink(rec *kgo.Record) *kgo.Record {
+// cutLetter is a record that the brokers refuse as a dead letter that they may take: without the second half of its value, each time,
+// and with short headers and a short key, which another producer can have made of any size. It returns nil when nothing is left to cut.
+func (s *sideProducer) cutLetter(rec *kgo.Record) *kgo.Record {
 	if rec.Topic != s.topic+".dlq" {
-		return s.letter(rec, retryCount(rec), errorInsertFailed, "the brokers do not take the record: "+kerr.MessageTooLarge.Message)
-	}
-	if len(rec.Value) == 0 {
+		rec = s.letter(rec, retryCount(rec), errorInsertFailed, "the brokers do not take the record: "+kerr.MessageTooLarge.Message)
+	} else if len(rec.Value) == 0 && header(rec, "value_truncated_from") != "" {
 		return nil
 	}
 	if header(rec, "value_truncated_from") == "" {
 		rec.Headers = setHeaders(rec.Headers, "value_truncated_from", strconv.Itoa(len(rec.Value)))
 	}
-	for i := range rec.Headers { // another producer's can be of any size
+	for i := range rec.Headers {
 		rec.Headers[i].Value = rec.Headers[i].Value[:min(len(rec.Headers[i].Value), maxErrorMessage)]
 	}
 	rec.Key = rec.Key[:min(len(rec.Key), maxErrorMessage)]
-	rec.Value = rec.Value[:min(maxTruncated, len(rec.Value)/2)]
+	rec.Value = rec.Value[:min(maxCutValue, len(rec.Value)/2)]
 	return rec
 }
 

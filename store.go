@@ -14,7 +14,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math/rand/v2"
 	"regexp"
 	"slices"
 	"time"
@@ -36,8 +35,6 @@ const (
 	// next round waits for four times what was longer, at most maxRest, unless a block is full: fewer and larger inserts cost less.
 	healthyInsert = 100 * time.Millisecond
 	maxRest       = 2 * time.Second
-	minBackoff    = 100 * time.Millisecond
-	maxBackoff    = 5 * time.Second
 )
 
 // membership is what an inserter needs to know of the consumer group, and tells it.
@@ -304,23 +301,20 @@ func (ins *inserter) catchUp(ctx context.Context) {
 	}
 }
 
-// persist repeats try with backoff until it succeeds. The error is ctx's.
+// persist repeats try until it succeeds. The error is ctx's.
 func (ins *inserter) persist(ctx context.Context, what string, try func() error) error {
-	for pause := minBackoff; ; pause = min(2*pause, maxBackoff) {
+	return ins.stats.troubles.Until(ctx, what, func() error {
 		err := try()
-		if err == nil {
-			ins.stats.troubles.Clear(what)
-			return nil
-		}
-		ins.stats.failures.Inc()
-		if ctx.Err() != nil {
+		switch {
+		case err == nil:
+		case ctx.Err() != nil:
 			slog.Warn("round abandoned, its records will be read from Kafka again", "what", what, "error", err)
-			return ctx.Err()
+		default:
+			ins.stats.failures.Inc()
+			ins.failed(err)
 		}
-		ins.failed(err)
-		ins.stats.troubles.Note(what, err)
-		troubles.Sleep(ctx, pause/2+rand.N(pause/2))
-	}
+		return err
+	})
 }
 
 // insertOnce is one attempt at an insert. The fence stands in OnInput: an instance that was paused for longer than its

@@ -284,7 +284,7 @@ func (w *watermark) corrected(ctx context.Context, topic string, committed, ends
 
 // offsetsOf returns what was listed of one topic, by partition.
 func offsetsOf(listed kadm.ListedOffsets, err error) ([]int64, error) {
-	if listed, err = whole(listed, err); err != nil {
+	if listed, err = allOf(listed, err); err != nil {
 		return nil, err
 	}
 	var offsets []int64

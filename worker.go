@@ -25,21 +25,6 @@ const lockRecords = 128
 // queuedBytes is about what a record takes in memory while it waits: its bytes, 200 for kgo.Record, and its places in slices.
 func queuedBytes(rec *kgo.Record) int64 { return int64(recordBytes(rec) + 200) }
 
-// notify puts v into a channel with room for one, unless an earlier one waits there.
-func notify[T any](c chan T, v T) {
-	select {
-	case c <- v:
-	default:
-	}
-}
-
-func drain[T any](c chan T) {
-	select {
-	case <-c:
-	default:
-	}
-}
-
 // blockLimits say when a block is full.
 type blockLimits struct {
 	rows, bytes int
