@@ -38,10 +38,10 @@ type clickhouse struct {
 // askTimeout bounds one attempt to ask or to insert. A healthy insert takes 30 ms; one that waits for merges, seconds.
 const askTimeout = 60 * time.Second
 
-// meant are the settings of every query: it means what it says, whatever the profile of CLICKHOUSE_USERNAME has. An answer is whole,
+// sharedSettings are those of every query: it means what it says, whatever the profile of CLICKHOUSE_USERNAME has. An answer is whole,
 // of all servers, or an error; a view without a target refuses an insert. An insert into a Distributed table is done when every
 // server has its rows. A server that is part of its own cluster would be read in the query's own process, and not as the others.
-var meant = func() (settings []ch.Setting) {
+var sharedSettings = func() (settings []ch.Setting) {
 	for value, keys := range map[string]string{
 		"0": "limit offset extremes use_query_cache ignore_materialized_views_with_dropped_target_table skip_unavailable_shards prefer_localhost_replica " +
 			"aggregate_functions_null_for_empty empty_result_for_aggregation_by_empty_set data_type_default_nullable prefer_column_name_to_alias",
@@ -70,7 +70,7 @@ func newClickHouse(cfg *settings) *clickhouse {
 			DialTimeout:      3 * time.Second,
 			HandshakeTimeout: 10 * time.Second,
 			ReadTimeout:      askTimeout,
-			Settings:         meant,
+			Settings:         sharedSettings,
 		},
 	}
 	if cfg.clickhouseTLS {
@@ -311,13 +311,13 @@ func (c *clickhouse) sql(text string) string {
 	return strings.NewReplacer(fill...).Replace(text)
 }
 
-// prepare brings the tables of every server up to date. A server that has joined the cluster gets its own.
-func (c *clickhouse) prepare(ctx context.Context) error {
-	return c.eachServer(ctx, func(server *clickhouse, conn asker) error { return server.makeTables(ctx, conn) })
+// makeTables brings the tables of every server up to date. A server that has joined the cluster gets its own.
+func (c *clickhouse) makeTables(ctx context.Context) error {
+	return c.eachServer(ctx, func(server *clickhouse, conn asker) error { return server.applySchema(ctx, conn) })
 }
 
-// makeTables runs schema.sql, statement by statement, on one server, and sees to the retention.
-func (c *clickhouse) makeTables(ctx context.Context, conn asker) error {
+// applySchema runs schema.sql, statement by statement, on one server, and sees to the retention.
+func (c *clickhouse) applySchema(ctx context.Context, conn asker) error {
 	if err := c.adopt(ctx, conn); err != nil {
 		return fmt.Errorf("look at the tables: %w", err)
 	}

@@ -82,11 +82,11 @@ func newConsumer(cfg *settings, db *clickhouse, queryFailed func(error), partiti
 	c.inserter = newInserter(db, cfg, stats, queryFailed, blocks, call, membership{
 		isMember: c.isMember,
 		alone:    func() bool { return int(c.assigned.Load()) == c.parts },
-		stored: func(offsets map[int32]kgo.EpochOffset) {
+		release: func(offsets map[int32]kgo.EpochOffset) {
 			c.kafka.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{c.topic: offsets})
 		},
-		committed: c.commit,
-		rejected:  side.retry,
+		commit:   c.commit,
+		rejected: side.retry,
 	})
 	c.owned, c.abandon = context.WithCancelCause(context.Background())
 	var err error

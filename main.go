@@ -377,7 +377,7 @@ func (s *system) consume(ctx context.Context) {
 			s.fail(fmt.Errorf("%w; its records are gone, and a start begins with the new one", err))
 		}
 	})
-	if !s.untilDone(ctx, prepareTables, s.clickhouse.prepare) {
+	if !s.untilDone(ctx, prepareTables, s.clickhouse.makeTables) {
 		return
 	}
 	watching.Go(func() { // ends with ctx
@@ -385,7 +385,7 @@ func (s *system) consume(ctx context.Context) {
 			select {
 			case <-s.lacking:
 				slog.Warn("a server of CLICKHOUSE_CLUSTER has no tables: it gets them")
-				s.untilDone(ctx, prepareTables, s.clickhouse.prepare)
+				s.untilDone(ctx, prepareTables, s.clickhouse.makeTables)
 			case <-ctx.Done():
 				return
 			}

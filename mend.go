@@ -53,7 +53,7 @@ type mender struct {
 	conn    asker // the inserter's
 	inserts *insertsAtWork
 	alone   func() bool                     // this instance has all partitions
-	stored  func(map[int32]kgo.EpochOffset) // these may be committed, by partition
+	release func(map[int32]kgo.EpochOffset) // these may be committed, by partition
 	told    func(error)                     // what every comparison says, nil included
 	mended  func(rows int)                  // counts
 
@@ -116,7 +116,7 @@ func (m *mender) mend(ctx context.Context) {
 	}
 	if len(m.hours) == 0 {
 		if len(m.held) > 0 {
-			m.stored(m.held)
+			m.release(m.held)
 			clear(m.held)
 		}
 		m.heldRows = 0

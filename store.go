@@ -39,11 +39,11 @@ const (
 
 // membership is what an inserter needs to know of the consumer group, and tells it.
 type membership struct {
-	isMember  func(context.Context) error                                     // nil when this instance is in the group now
-	alone     func() bool                                                     // it has all partitions
-	stored    func(map[int32]kgo.EpochOffset)                                 // these may be committed, by partition
-	committed func(ctx context.Context, most int) error                       // nil when so many records of a partition, at most, are not
-	rejected  func(ctx context.Context, recs []*kgo.Record, why string) error // takes what ClickHouse does not; the error is ctx's
+	isMember func(context.Context) error                                     // nil when this instance is in the group now
+	alone    func() bool                                                     // it has all partitions
+	release  func(map[int32]kgo.EpochOffset)                                 // these may be committed, by partition
+	commit   func(ctx context.Context, most int) error                       // nil when so many records of a partition, at most, are not committed
+	rejected func(ctx context.Context, recs []*kgo.Record, why string) error // takes what ClickHouse does not; the error is ctx's
 }
 
 // inserter runs the rounds.
@@ -89,7 +89,7 @@ func newInserter(db *clickhouse, cfg *settings, stats *storeStats, failed func(e
 	}
 	ins.dedupe = newDedupe(ins, db, cfg.dedupeMemory)
 	ins.mender = mender{
-		db: db, conn: ins, inserts: ins.inserts, alone: m.alone, stored: m.stored, mended: func(rows int) { stats.mended.Add(rows) },
+		db: db, conn: ins, inserts: ins.inserts, alone: m.alone, release: m.release, mended: func(rows int) { stats.mended.Add(rows) },
 		told: func(err error) {
 			failed(err)
 			stats.troubles.Note(compareHours, err)
@@ -296,7 +296,7 @@ func (ins *inserter) catchUp(ctx context.Context) {
 	}
 	if ctx.Err() == nil {
 		ins.persist(ctx, "commit offsets; nothing more is stored until that works", func() error {
-			return ins.committed(ctx, ins.mostHeld-ins.heldRows)
+			return ins.commit(ctx, ins.mostHeld-ins.heldRows)
 		})
 	}
 }
