@@ -158,18 +158,23 @@ func (c *clickhouse) servers(ctx context.Context) (all []*clickhouse, err error)
 	return all, nil
 }
 
-// eachServer calls f for every server of the cluster, with a connection of its own. The error names the servers that it is of.
+// eachServer calls f for every server of the cluster, with a connection of its own, in a fixed order and up to the first error, which
+// names the server.
 func (c *clickhouse) eachServer(ctx context.Context, f func(server *clickhouse, conn asker) error) error {
 	servers, err := c.servers(ctx)
-	failures := []error{err}
+	if err != nil {
+		return err
+	}
 	for _, server := range servers {
 		err := server.connected(func(conn asker) error { return f(server, conn) })
 		if err != nil && len(servers) > 1 {
-			err = fmt.Errorf("ClickHouse at %s: %w", server.options.Address, err)
+			return fmt.Errorf("ClickHouse at %s: %w", server.options.Address, err)
 		}
-		failures = append(failures, err)
+		if err != nil {
+			return err
+		}
 	}
-	return errors.Join(failures...)
+	return nil
 }
 
 // syncReplicas waits until each server has what the other replicas of its shard have acknowledged.
