@@ -299,7 +299,7 @@ func cutSchema(text string) (statements, definitions []string) {
 // all servers, each once; {events anywhere} those of every replica, {processes} and {parts} what every server says.
 func (c *clickhouse) sql(text string) string {
 	text = strings.NewReplacer(definitions...).Replace(text) // what is defined may have the braces below
-	fill := []string{"{database}", c.database, "{cluster}", "'" + c.cluster + "'", "{fsync}", c.fsync, "{Replicated}", "", "{path}", ""}
+	fill := []string{"{database}", c.database, "{cluster}", "'" + c.cluster + "'", "{Replicated}", "", "{path}", ""}
 	if c.replicated.Load() { // {shard} and {replica} are macros of each server
 		copy(fill[len(fill)-4:], []string{"{Replicated}", "Replicated", "{path}", "('/clickhouse/tables/{shard}/" + c.database + "/{table}', '{replica}')"})
 	}
@@ -323,7 +323,8 @@ func (c *clickhouse) makeTables(ctx context.Context) error {
 
 // applySchema runs schema.sql, statement by statement, on one server, and sees to the retention.
 func (c *clickhouse) applySchema(ctx context.Context, conn asker) error {
-	if err := c.adopt(ctx, conn); err != nil {
+	fsync, keepDays, err := c.adopt(ctx, conn)
+	if err != nil {
 		return fmt.Errorf("look at the tables: %w", err)
 	}
 	for _, stmt := range schemaStatements {
@@ -331,13 +332,13 @@ func (c *clickhouse) applySchema(ctx context.Context, conn asker) error {
 			continue
 		}
 		// The view is made before the table that it reads, so that no insert ever finds that table without it.
-		q := ch.Query{Body: c.sql(stmt), Settings: []ch.Setting{{Key: "allow_materialized_view_with_bad_select", Value: "1"}}}
+		q := ch.Query{Body: c.sql(strings.ReplaceAll(stmt, "{fsync}", fsync)), Settings: []ch.Setting{{Key: "allow_materialized_view_with_bad_select", Value: "1"}}}
 		if err := conn.Do(ctx, q); err != nil {
 			return fmt.Errorf("apply schema.sql: %w", err)
 		}
 	}
 	for table, column := range map[string]string{"events": "timestamp", "events_hourly": "hour"} {
-		if err := c.applyRetention(ctx, conn, table, column); err != nil {
+		if err := c.applyRetention(ctx, conn, table, column, keepDays); err != nil {
 			return fmt.Errorf("apply RETENTION_DAYS to %s: %w", table, err)
 		}
 	}
@@ -352,25 +353,26 @@ var (
 
 // adopt looks at the tables as they are. It takes CLICKHOUSE_FSYNC and RETENTION_DAYS from them, unless this program decides about
 // them, and refuses to store on one server of a cluster.
-func (c *clickhouse) adopt(ctx context.Context, conn asker) error {
+func (c *clickhouse) adopt(ctx context.Context, conn asker) (fsync string, keepDays int, err error) {
+	fsync, keepDays = c.fsync, c.keepDays
 	leads, err := c.madeBy(ctx, conn, "events_distributed")
 	if err == nil && leads != "" && c.cluster == "" {
 		err = fmt.Errorf("CLICKHOUSE_CLUSTER is empty, and ClickHouse at %s: %w; set it, or drop %s.events_distributed once no other server has events",
 			c.options.Address, errPartOfCluster, c.database)
 	}
 	if c.decides || err != nil {
-		return err
+		return fsync, keepDays, err
 	}
 	made, err := c.madeBy(ctx, conn, "events")
 	if m := fsyncOf.FindStringSubmatch(made); m != nil {
-		c.fsync = m[1]
+		fsync = m[1]
 	}
 	if m := daysOf.FindStringSubmatch(made); m != nil && err == nil {
-		c.keepDays, err = strconv.Atoi(m[1])
+		keepDays, err = strconv.Atoi(m[1])
 	} else if made != "" {
-		c.keepDays = 0
+		keepDays = 0
 	}
-	return err
+	return fsync, keepDays, err
 }
 
 // madeBy is the statement that makes a table as it is; empty when there is none.
@@ -385,7 +387,7 @@ func (c *clickhouse) madeBy(ctx context.Context, conn asker, table string) (stat
 // applyRetention gives a table the TTL that RETENTION_DAYS asks for, or takes it away. All of a month has one time to go, or the
 // two tables, whose parts are merged differently, would differ for up to a month. A change has ClickHouse look at every part
 // once, without writing its rows again (materialize_ttl_recalculate_only); without a change nothing happens.
-func (c *clickhouse) applyRetention(ctx context.Context, conn asker, table, column string) error {
+func (c *clickhouse) applyRetention(ctx context.Context, conn asker, table, column string, keepDays int) error {
 	made, err := c.madeBy(ctx, conn, table)
 	if err != nil {
 		return err
@@ -393,8 +395,8 @@ func (c *clickhouse) applyRetention(ctx context.Context, conn asker, table, colu
 	_, ttl, _ := strings.Cut(made, " TTL ")
 	has, _, _ := strings.Cut(ttl, " SETTINGS ")
 	wanted, change := "", "REMOVE TTL"
-	if c.keepDays > 0 {
-		wanted = fmt.Sprintf("(toStartOfMonth(%s) + toIntervalMonth(1)) + toIntervalDay(%d)", column, c.keepDays)
+	if keepDays > 0 {
+		wanted = fmt.Sprintf("(toStartOfMonth(%s) + toIntervalMonth(1)) + toIntervalDay(%d)", column, keepDays)
 		change = "MODIFY TTL " + wanted
 	}
 	if has == wanted || has != "" && !c.decides {
