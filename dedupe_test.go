@@ -1,4 +1,4 @@
-// What is known of the past: the sets themselves, and that rows are cut out of a block as they should.
+// What is known of the past, and blocks: the sets themselves, and that rows are cut out of a block as they should.
 
 package main
 
@@ -279,29 +279,4 @@ func TestAbandonedRound(t *testing.T) {
 		}
 		in.insertRound(ctx)
 	}
-}
-
-// TestManyHours: another producer's years of hourly events reach the number at which an hour is loaded, all in the same round.
-func TestManyHours(t *testing.T) {
-	t.Parallel()
-	cfg := settingsFrom(t, newSpace(t))
-	in := newInserter(preparedStore(t, cfg), cfg, &newStats().store, nil, newRoundCall(), membership{})
-	const hours = 5000
-	ev := mustParse(t, new(eventParser), sampleEvent)
-	b := newBlock(hours)
-	for i := range int64(hours) {
-		ev.timestamp = 1_600_000_000 + i*hourSeconds
-		id, _ := ev.id(nil)
-		b.append(&id, ev, &kgo.Record{})
-		in.dedupe.wanted[ev.timestamp/minuteSeconds] = loadRows
-	}
-	for known := range int64(3) {
-		if n := in.dedupe.sets.Load(); n != known*loadHours*hourMinutes {
-			t.Errorf("%d minutes are known after %d loadings", n, known)
-		}
-		if err := in.dedupe.prepare(t.Context(), []*block{b}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	in.conn.Close()
 }

@@ -4,7 +4,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -87,15 +86,6 @@ func (s *ownStack) start() {
 	}
 }
 
-// killAndRestart ends the whole stack with -9.
-func (s *ownStack) killAndRestart() {
-	s.t.Helper()
-	s.cmd.Process.Kill()
-	s.cmd.Wait()
-	s.ending.Close()
-	s.start()
-}
-
 // stackOf is the stack that the test, or the one that it is a part of, has for itself.
 func stackOf(t testing.TB) (own *ownStack, is bool) {
 	for test := t.Name(); ; test = test[:strings.LastIndexByte(test, '/')] {
@@ -108,19 +98,14 @@ func stackOf(t testing.TB) (own *ownStack, is bool) {
 	}
 }
 
-// stackEnv is a variable that dev sets, of the stack that the test uses: its own, or the one that all share.
-func stackEnv(t testing.TB, name string) string {
-	if own, _ := stackOf(t); own != nil {
-		return space(own.env, name)
+func init() {
+	stackEnv = func(t testing.TB, name string) string {
+		if own, _ := stackOf(t); own != nil {
+			return space(own.env, name)
+		}
+		return os.Getenv(name)
 	}
-	return os.Getenv(name)
 }
-
-// kafkaBrokers are the addresses of the brokers of the test's stack.
-func kafkaBrokers(t testing.TB) []string { return strings.Split(stackEnv(t, "KAFKA_BROKERS"), ",") }
-
-// clickhouseAddress is where the test's ClickHouse speaks its native protocol.
-func clickhouseAddress(t testing.TB) string { return "127.0.0.1:" + stackEnv(t, "CLICKHOUSE_PORT") }
 
 // portsGiven counts what stackPort has tried, from a place of this process's own: no port is given twice.
 var portsGiven atomic.Int64
@@ -145,24 +130,4 @@ func stackPort(t testing.TB) string {
 	}
 	t.Fatal("no free port")
 	return ""
-}
-
-// asApart is set in the process of a test that calls apart.
-const asApart = "EVENT_INGESTION_TEST_APART"
-
-// apart runs the test again in a process of its own, whose allocations are only its own, beside the others. It says whether
-// this is that process.
-func apart(t *testing.T) bool {
-	t.Helper()
-	if os.Getenv(asApart) != "" {
-		return true
-	}
-	t.Parallel()
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.v", "-test.run", "^"+t.Name()+"$")
-	cmd.Env = append(os.Environ(), asApart+"=1")
-	out, err := cmd.CombinedOutput()
-	if t.Logf("%s", out); err != nil || !bytes.Contains(out, []byte("--- PASS: "+t.Name())) {
-		t.Error("in a process of its own:", err)
-	}
-	return false
 }

@@ -171,33 +171,12 @@ func TestRebuild(t *testing.T) {
 	}
 }
 
-// preparedStore makes the tables, without events.
-func preparedStore(t testing.TB, cfg *settings) *store {
-	t.Helper()
-	st := newStore(cfg)
-	if _, err := st.prepare(t.Context(), 0); err != nil {
-		t.Fatal(err)
-	}
-	return st
-}
-
 // newTables makes the tables as they are, with events of two days in them that ClickHouse got an hour ago.
 func newTables(t *testing.T, env []string) *store {
 	t.Helper()
 	st := preparedStore(t, settingsFrom(t, env))
 	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (created_at, event_id, event_name, user_id, timestamp) SELECT now64(3) - 3600, SHA256(toString(number)), 'e', toString(number %% 99), %d - number FROM numbers(150000)", st.database, time.Now().Unix()-4000))
 	return st
-}
-
-// countedOnce fails the test unless each row of events_hourly has the events of its hour.
-func countedOnce(t *testing.T, db string) {
-	t.Helper()
-	if differ := clickhouseQuery(t, fmt.Sprintf(`SELECT event_name, channel, hour, sum(n) FROM (
-		SELECT event_name, channel, toStartOfHour(timestamp) AS hour, toInt64(uniqExact(event_id)) AS n FROM %[1]s.events GROUP BY event_name, channel, hour
-		UNION ALL SELECT event_name, channel, hour, -event_count FROM %[1]s.events_hourly)
-		GROUP BY event_name, channel, hour HAVING sum(n) != 0 LIMIT 10`, db)); differ != "" {
-		t.Errorf("not counted, or too often:\n%s", differ)
-	}
 }
 
 // tryQuery runs a statement that may fail, and says whether it did not.

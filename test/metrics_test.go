@@ -1,13 +1,12 @@
 // What is asked of the events: each answer against a count of the test's own.
 
-package main
+package test
 
 import (
 	"encoding/json"
 	"fmt"
 	"net/http"
 	"net/url"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -151,6 +150,9 @@ func TestNothingAfterTo(t *testing.T) {
 	}
 }
 
+// maxCampaigns is how many campaigns an answer has at most.
+const maxCampaigns = 1000
+
 // TestManyCampaigns: of more than the largest 1,000 the rest is left out, and the answer says so.
 func TestManyCampaigns(t *testing.T) {
 	t.Parallel()
@@ -180,6 +182,23 @@ func TestManyCampaigns(t *testing.T) {
 
 // TestQueryParameters: what is unknown, malformed or there twice is said, all at once, by both endpoints.
 func TestQueryParameters(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, newSpace(t))
+	malformed := func(path string) (fields []string, answer string) {
+		status, _, answer := p.do("GET", path, "", "", nil)
+		var a struct {
+			Errors []struct{ Field, Code string }
+		}
+		if err := json.Unmarshal([]byte(answer), &a); err != nil || (status == 200) != (len(a.Errors) == 0) || status != 200 && status != 400 {
+			t.Errorf("%s: %d %s", path, status, answer)
+		}
+		for _, problem := range a.Errors {
+			if problem.Code == "validation.invalid-format.error" {
+				fields = append(fields, problem.Field)
+			}
+		}
+		return fields, answer
+	}
 	for query, want := range map[string]string{
 		"channel=web;x":           "query",
 		"%zz=1":                   "query",
@@ -192,19 +211,11 @@ func TestQueryParameters(t *testing.T) {
 		"channel=":                "",
 		"from=1&to=2&channel=web": "",
 	} {
-		var got []string
-		_, problems := parseOverviewQuery(query, 1795441976)
-		for _, p := range problems {
-			if p.code == codeInvalidFormat {
-				got = append(got, p.field)
-			}
+		if got, answer := malformed("/api/v1/overview?" + query); strings.Join(got, " ") != want {
+			t.Errorf("overview?%s: %s, want %s", query, answer, want)
 		}
-		if strings.Join(got, " ") != want {
-			t.Errorf("overview?%s: %v, want %s", query, problems, want)
-		}
-		_, problems = parseMetricsQuery("event_name=x&from=1&to=2&" + query)
-		if bad := slices.ContainsFunc(problems, func(p problem) bool { return p.code == codeInvalidFormat }); bad != (want != "" || strings.HasPrefix(query, "from=1")) {
-			t.Errorf("metrics?%s: %v", query, problems)
+		if bad, answer := malformed(metricsPath + "event_name=x&from=1&to=2&" + query); len(bad) > 0 != (want != "" || strings.HasPrefix(query, "from=1")) {
+			t.Errorf("metrics?%s: %s", query, answer)
 		}
 	}
 }

@@ -1,5 +1,4 @@
-// The stand that the tests share: a database, topics and a group for each, the program as a process, the embedded stack to
-// ask and to break, and the counts that have to agree.
+// The stand of the tests from outside that are still here: shards, broken parts, making tables anew. It leaves with them.
 
 package main
 
@@ -16,15 +15,12 @@ import (
 	"os"
 	"os/exec"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/twmb/franz-go/pkg/kadm"
-	"github.com/twmb/franz-go/pkg/kgo"
 
 	"github.com/event-ingestion/event-ingestion/load"
 )
@@ -33,15 +29,10 @@ import (
 const asProgram = "EVENT_INGESTION_TEST_AS_PROGRAM"
 
 func TestMain(m *testing.M) {
-	switch os.Getenv(asProgram) {
-	case "":
-		os.Exit(m.Run())
-	case "bare":
-		fmt.Fprintln(os.Stderr, bareHandler())
-		os.Exit(1)
-	default:
+	if os.Getenv(asProgram) != "" {
 		main()
 	}
+	os.Exit(m.Run())
 }
 
 // program is one running instance.
@@ -70,24 +61,6 @@ func (l *logBuffer) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.b.String()
-}
-
-// newSpace returns the environment of a database, topics and a group of the test's own.
-func newSpace(t testing.TB, more ...string) []string {
-	t.Helper()
-	if os.Getenv("KAFKA_BROKERS") == "" {
-		if testing.Short() {
-			t.Skip("needs the embedded stack")
-		}
-		t.Fatal("needs the embedded stack: run `make test`, or give -short to leave these tests out")
-	}
-	name := fmt.Sprintf("t%d_%d", os.Getpid(), time.Now().UnixNano())
-	t.Cleanup(func() { askShards(t, "DROP DATABASE IF EXISTS "+name) })
-	return append([]string{
-		"KAFKA_BROKERS=" + stackEnv(t, "KAFKA_BROKERS"), "CLICKHOUSE_PORT=" + stackEnv(t, "CLICKHOUSE_PORT"), "CLICKHOUSE_CLUSTER=" + stackEnv(t, "CLICKHOUSE_CLUSTER"),
-		"CLICKHOUSE_DATABASE=" + name, "KAFKA_TOPIC=" + name, "KAFKA_CONSUMER_GROUP=" + name,
-		"SERVER_HOST=127.0.0.1", "ADMIN_ADDR=off", "KAFKA_SESSION_TIMEOUT=1s",
-	}, more...)
 }
 
 // faultSpace is a newSpace with tables that never merge, not even after a restart of ClickHouse: what is stored twice stays
@@ -199,44 +172,6 @@ func (p *program) do(method, path, contentType, encoding string, body []byte) (i
 	return p.ask(method, path, body, headers...)
 }
 
-func clickhouseQuery(t testing.TB, sql string) string {
-	t.Helper()
-	first, _, _ := strings.Cut(stackEnv(t, "CLICKHOUSE_HTTP_PORT"), ",")
-	return queryAt(t, first, sql)
-}
-
-// askShards is clickhouseQuery at each ClickHouse of the test's stack.
-func askShards(t testing.TB, sql string) (answers []string) {
-	t.Helper()
-	for port := range strings.SplitSeq(stackEnv(t, "CLICKHOUSE_HTTP_PORT"), ",") {
-		answers = append(answers, queryAt(t, port, sql))
-	}
-	return answers
-}
-
-func queryAt(t testing.TB, port, sql string) string {
-	t.Helper()
-	resp, err := http.Post("http://127.0.0.1:"+port, "text/plain", strings.NewReader(sql))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	b, _ := io.ReadAll(resp.Body)
-	if resp.StatusCode != http.StatusOK {
-		t.Fatalf("%s: %s", sql, b)
-	}
-	return strings.TrimSpace(string(b))
-}
-
-const (
-	onePath     = "/api/v1/events"
-	bulkPath    = "/api/v1/events/bulk"
-	metricsPath = "/api/v1/metrics?"
-	jsonCT      = "application/json"
-	ndjson      = "application/x-ndjson"
-	good        = `"event_name":"e","user_id":"u","timestamp":$NOW`
-)
-
 // control asks the embedded stack to take a part away or to give it back.
 func control(t testing.TB, action string) {
 	t.Helper()
@@ -251,39 +186,6 @@ func control(t testing.TB, action string) {
 	if resp.StatusCode != http.StatusOK {
 		t.Fatalf("%s: %s", action, resp.Status)
 	}
-}
-
-// tortureFactor is TORTURE from the environment: how many times more often `make torture` kills.
-func tortureFactor() int {
-	n, _ := strconv.Atoi(os.Getenv("TORTURE"))
-	return max(n, 1)
-}
-
-// moreInTorture is how often make test does a thing that takes seconds, and make torture many times of.
-func moreInTorture(usual, factored int) int {
-	if n := tortureFactor(); n > 1 {
-		return n * factored
-	}
-	return usual
-}
-
-// oneClock skips a test of programs whose clock `make test-clock` cannot shift along with the others.
-func oneClock(t *testing.T) {
-	t.Helper()
-	if os.Getenv("CLOCK_SHIFT") != "" {
-		t.Skip("a browser and a Python have the machine's clock")
-	}
-}
-
-// space returns the value of a variable in a space's environment.
-func space(env []string, name string) string {
-	value := ""
-	for _, kv := range env { // the last one counts, as in a process's environment
-		if v, ok := strings.CutPrefix(kv, name+"="); ok {
-			value = v
-		}
-	}
-	return value
 }
 
 // mustHold fails the test unless every event that the loader had accepted is counted once: by the endpoint, in the raw
@@ -303,25 +205,6 @@ func mustHold(p *program, l *load.Loader) {
 		var out bytes.Buffer
 		ledger.print(&out, false)
 		t.Fatalf("the ledger does not balance:\n%s", &out)
-	}
-}
-
-// mustCount fails the test unless both tables have so many events of the name, each once: on each shard, and in all.
-func mustCount(t testing.TB, env []string, name string, want int64) {
-	t.Helper()
-	shards := askShards(t, fmt.Sprintf("SELECT count(), uniqExact(event_id), (SELECT sum(event_count) FROM %[1]s.events_hourly WHERE event_name = '%[2]s') FROM %[1]s.events WHERE event_name = '%[2]s'",
-		space(env, "CLICKHOUSE_DATABASE"), name))
-	var rows, total int64
-	for _, got := range shards {
-		fmt.Sscan(got, &rows)
-		if got != fmt.Sprintf("%[1]d\t%[1]d\t%[1]d", rows) {
-			total = -1
-			break
-		}
-		total += rows
-	}
-	if total != want {
-		t.Fatalf("accepted %d; rows, distinct rows and the aggregate's count are, by shard, %q", want, shards)
 	}
 }
 
@@ -358,39 +241,6 @@ func subcommand(t *testing.T, env []string, args string) (string, int) {
 	return string(out), cmd.ProcessState.ExitCode()
 }
 
-// growTopic gives the space's topic so many partitions.
-func growTopic(t testing.TB, env []string, partitions int) {
-	t.Helper()
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer kafka.Close()
-	if _, err := kadm.NewClient(kafka).UpdatePartitions(t.Context(), partitions, space(env, "KAFKA_TOPIC")); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// readTopic returns the records of a topic once there are n.
-func readTopic(t testing.TB, topic string, n int) (records []*kgo.Record) {
-	t.Helper()
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...), kgo.ConsumeTopics(topic))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer kafka.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	for len(records) < n {
-		fetches := kafka.PollFetches(ctx)
-		if ctx.Err() != nil {
-			t.Fatalf("%d records on %s, want %d", len(records), topic, n)
-		}
-		records = append(records, fetches.Records()...)
-	}
-	return records
-}
-
 // ask sends a request with headers ("Name: value") and returns its status, headers and body.
 func (p *program) ask(method, path string, body []byte, headers ...string) (int, http.Header, string) {
 	p.t.Helper()
@@ -411,30 +261,150 @@ func (p *program) ask(method, path string, body []byte, headers ...string) (int,
 	return resp.StatusCode, resp.Header, string(answer)
 }
 
-func freshEvent(name string) []byte {
-	return fmt.Appendf(nil, `{"event_name":%q,"user_id":"u%d","timestamp":%d}`, name, time.Now().UnixNano(), time.Now().Unix())
+// loads counts the loads of tests: every other one sends insert_ids.
+var loads atomic.Int32
+
+// loadInto sends made-up events to url and returns the loader for its counts. It runs in the background until done.
+func loadInto(tb testing.TB, url string, rate float64, d time.Duration, more ...string) (l *load.Loader, done func()) {
+	tb.Helper()
+	rate *= float64(min(tortureFactor(), 3)) // where there is time, more is in flight when something dies
+	args := []string{"-url", url, "-rate", fmt.Sprint(rate), "-duration", d.String(), "-bulk", "50", "-connections", "16", "-users", "500", "-retries", "100"}
+	t, isTest := tb.(*testing.T)
+	if isTest { // a benchmark measures without
+		args = append(args, "-dup", "0.1", fmt.Sprintf("-insert-ids=%t", loads.Add(1)%2 == 0))
+	}
+	args = append(args, more...)
+	cfg, err := load.Parse(args, io.Discard)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	cfg.Event = fmt.Sprintf("%s_%d", cfg.Event, time.Now().UnixNano())
+	if l, err = load.New(cfg); err != nil {
+		tb.Fatal(err)
+	}
+	finished := make(chan struct{})
+	go func() { // ends after d, or l.Stop
+		defer close(finished)
+		l.Send(context.Background(), io.Discard)
+	}()
+	if isTest {
+		var watching sync.WaitGroup
+		watching.Go(func() { mustBeHonest(t, l, url, finished) }) // ends with the load
+		t.Cleanup(watching.Wait)
+	}
+	tb.Cleanup(l.Stop)
+	return l, func() { <-finished }
 }
 
-func settingsFrom(b testing.TB, env []string) *settings {
-	b.Helper()
-	cfg, err := loadSettings(func(name string) string {
-		if v := space(env, name); v != "" {
-			return v
+// mustBeHonest fails the test when complete_through says that something is counted which is not, or groups that are not what the
+// total is, at any time until done.
+func mustBeHonest(t *testing.T, l *load.Loader, url string, done <-chan struct{}) {
+	type note struct{ second, acknowledged int64 }
+	var notes []note
+	var a load.MetricsAnswer
+	tick := time.NewTicker(sampleInterval) // complete_through moves no faster, and a query is 20 ms of CPU
+	defer tick.Stop()
+	for n := 0; ; n++ {
+		select {
+		case <-done:
+			return
+		case <-tick.C:
 		}
-		return os.Getenv(name)
-	})
-	if err != nil {
-		b.Fatal(err)
+		acknowledged := l.Distinct()
+		notes = append(notes, note{time.Now().Unix(), acknowledged})
+		resp, err := http.Get(fmt.Sprintf("%s%sevent_name=%s&from=1&to=%d&group_by=%s", url, metricsPath, l.Config.Event, time.Now().Unix()+100,
+			[]string{"", "hour", "campaign", "day", "channel"}[n%5]))
+		if err != nil {
+			continue // the fault
+		}
+		a.Through, a.Groups = 0, nil
+		answered := resp.StatusCode == http.StatusOK && json.NewDecoder(resp.Body).Decode(&a) == nil
+		resp.Body.Close()
+		sum := int64(0)
+		for _, g := range a.Groups {
+			sum += g.Total
+		}
+		if answered && n%5 > 0 && sum != a.Total {
+			t.Errorf("%d are counted in all, %d in the groups of question %d", a.Total, sum, n%5)
+		}
+		for answered && len(notes) > 0 && notes[0].second <= a.Through {
+			if a.Total < notes[0].acknowledged {
+				t.Errorf("complete through %d, and %d of the %d events acknowledged then are counted", a.Through, a.Total, notes[0].acknowledged)
+			}
+			notes = notes[1:]
+		}
 	}
-	return cfg
 }
 
-// httpPost sends JSON and returns the status.
-func httpPost(url, body string) (int, error) {
-	resp, err := http.Post(url, jsonCT, strings.NewReader(body))
-	if err != nil {
-		return 0, err
+// mustAgree fails the test unless the metrics endpoint counts exactly what the loader had accepted.
+func mustAgree(t testing.TB, l *load.Loader, url string) {
+	t.Helper()
+	l.Config.URL = url
+	var out bytes.Buffer
+	if code := l.Report(&out, l.Verify(&out)); code != 0 {
+		t.Fatalf("counts differ:\n%s", &out)
 	}
-	resp.Body.Close()
-	return resp.StatusCode, nil
+	if l.OK.Load() == 0 {
+		t.Fatal("nothing was accepted")
+	}
 }
+
+// postAll sends the bodies as NDJSON over four connections, each until it was accepted.
+func postAll(t *testing.T, p *program, bodies [][]byte) {
+	t.Helper()
+	queue := make(chan []byte)
+	var clients sync.WaitGroup
+	for range 4 {
+		clients.Go(func() { // ends with the queue
+			for body := range queue {
+				for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+					resp, err := http.Post(p.url+bulkPath, ndjson, bytes.NewReader(body))
+					if err == nil {
+						resp.Body.Close()
+					}
+					if err == nil && resp.StatusCode == http.StatusAccepted {
+						break
+					}
+					if time.Now().After(deadline) {
+						t.Error("not accepted within a minute:", err, resp)
+						break
+					}
+				}
+			}
+		})
+	}
+	for _, body := range bodies {
+		queue <- body
+	}
+	close(queue)
+	clients.Wait()
+}
+
+// numbered makes NDJSON bodies of at most each events: number i is of user u<i> and happened at at(i).
+func numbered(name string, events, each int, at func(i int) int64) (bodies [][]byte) {
+	for i := range events {
+		if i%each == 0 {
+			bodies = append(bodies, nil)
+		}
+		last := &bodies[len(bodies)-1]
+		*last = fmt.Appendf(*last, `{"event_name":%q,"user_id":"u%d","timestamp":%d}`+"\n", name, i, at(i))
+	}
+	return bodies
+}
+
+func comeAndGo(t *testing.T, env []string) {
+	first := startProgram(t, env)
+	l, done := loadInto(t, first.url, 2000, time.Hour)
+	for range 2 {
+		second := startProgram(t, env)
+		target := l.OK.Load() + 2000
+		second.await("shared", 30*time.Second, func() bool { return l.OK.Load() > target })
+		second.terminate()
+	}
+	l.Stop()
+	done()
+	mustHold(first, l)
+}
+
+// isCluster says whether the stack's brokers are processes of their own.
+func isCluster() bool { return os.Getenv("DEV_KAFKA_NODES") != "" }

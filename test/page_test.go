@@ -1,0 +1,365 @@
+// Pages: those of the program's own, what they draw, and what a page on another origin can send, in a real browser.
+
+package test
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"math"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+func TestOverview(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, newSpace(t))
+	type sent struct {
+		name, user, channel, campaign, currency string
+		at                                      int64
+		price                                   float64
+	}
+	now := time.Now().Unix()
+	base := (now/daySeconds - 9) * daySeconds // 900 events reach 7.2 days further: none is of the last 24 hours, at any hour
+	var all []sent
+	var body []byte
+	for i := range int64(900) {
+		e := sent{[]string{"view", "purchase", "cart"}[i%3], fmt.Sprint("u", i*7%83), []string{"", "web", "api"}[i/3%3], fmt.Sprint("c", i%13), []string{"TRY", "", "USD"}[i/9%3], base + i*691, float64(i) + 0.25}
+		if e.campaign == "c0" {
+			e.campaign = ""
+		}
+		all = append(all, e)
+		body = fmt.Appendf(body, `{"event_name":%q,"user_id":%q,"channel":%q,"campaign_id":%q,"timestamp":%d,"metadata":{"price":%v,"currency":%q}}`+"\n", e.name, e.user, e.channel, e.campaign, e.at, e.price, e.currency)
+	}
+	for range 2 { // the second time they are duplicates
+		if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != 202 {
+			t.Fatal(status, answer)
+		}
+	}
+	drained(p)
+	for _, r := range [][2]int64{{base, base + 9*daySeconds}, {base + 3600, base + 3600 + 3599}, {base + 100, base + 200000}, {base + 7200, base + 10799}, {base + 691, base + 1383}, {base + 1, base + 2}, {base - 50, base + 100000}} {
+		for _, filter := range []struct{ channel, name string }{{"", ""}, {"web", ""}, {"", "purchase"}, {"api", "view"}} {
+			var total sum
+			groups := map[string]map[string]*sum{"channels": {}, "event_names": {}, "campaigns": {}, "series": {}}
+			bucket, width := "hour", time.Hour
+			if r[1]-r[0] > 3*daySeconds {
+				bucket, width = "day", 24*time.Hour
+			} else if r[1]-r[0] < 3600 {
+				bucket, width = "minute", time.Minute
+			}
+			campaigns := map[string]bool{}
+			for _, e := range all {
+				if e.at < r[0] || e.at > r[1] || filter.channel != "" && e.channel != filter.channel || filter.name != "" && e.name != filter.name {
+					continue
+				}
+				revenue, at := 0.0, time.Unix(e.at, 0).UTC().Truncate(width)
+				if e.name == "purchase" && e.currency != "USD" {
+					revenue = e.price
+				}
+				total.add(e.user, revenue)
+				keys := map[string]string{"channels": e.channel, "event_names": e.name, "series": at.Format(time.RFC3339)}
+				if e.campaign != "" {
+					keys["campaigns"] = e.campaign
+					campaigns[e.campaign] = true
+				}
+				for kind, key := range keys {
+					if groups[kind][key] == nil {
+						groups[kind][key] = new(sum)
+					}
+					groups[kind][key].add(e.user, revenue)
+				}
+			}
+			path := fmt.Sprintf("/api/v1/overview?from=%d&to=%d&channel=%s&event_name=%s", r[0], r[1], filter.channel, filter.name)
+			status, _, answer := p.do("GET", path, "", "", nil)
+			var a map[string]any
+			if err := json.Unmarshal([]byte(answer), &a); err != nil || status != 200 {
+				t.Fatal(status, answer)
+			}
+			if a["total_count"] != float64(total.count) || a["unique_users"] != float64(len(total.users)) || math.Abs(a["revenue"].(float64)-total.revenue) > 0.001 ||
+				a["active_campaigns"] != float64(len(campaigns)) || a["bucket"] != bucket {
+				t.Errorf("%s: %s; want %d events, %d users, revenue %v, %d campaigns", path, answer, total.count, len(total.users), total.revenue, len(campaigns))
+			}
+			for kind, want := range groups {
+				list := a[kind].([]any)
+				if len(list) != min(len(want), 10) && kind != "series" || kind == "series" && len(list) != len(want) {
+					t.Errorf("%s: %d %s, want %d", path, len(list), kind, len(want))
+				}
+				for _, g := range list {
+					g := g.(map[string]any)
+					w := want[g["key"].(string)]
+					if w == nil || g["total_count"] != float64(w.count) || kind == "series" && bucket != "minute" && g["unique_users"] != float64(len(w.users)) || kind != "campaigns" && math.Abs(g["revenue"].(float64)-w.revenue) > 0.001 {
+						t.Errorf("%s: %s %v, want %+v", path, kind, g, w)
+					}
+				}
+			}
+		}
+	}
+	for query, want := range map[string]string{"from=x": "validation.invalid-format.error", "from=5&to=5": "validation.invalid-range.error", "channel=tv": "validation.invalid-channel.error", "to=1795441976000": "validation.invalid-format.error", "from=1&from=2": "validation.invalid-format.error", "from=": "validation.required.error"} {
+		if status, _, answer := p.do("GET", "/api/v1/overview?"+query, "", "", nil); status != 400 || !strings.Contains(answer, want) {
+			t.Errorf("%s: %d %s", query, status, answer)
+		}
+	}
+	for _, query := range []string{"from=-300&to=-50", "from=-9223372036854775808&to=0", "from=-1&to=99999999999", "to=-1", "from=0&to=4294967296"} {
+		if status, _, answer := p.do("GET", "/api/v1/overview?"+query, "", "", nil); status != 200 {
+			t.Errorf("%s: %d %s", query, status, answer)
+		}
+	}
+	if status, _, answer := p.do("GET", "/api/v1/overview", "", "", nil); status != 200 || !strings.Contains(answer, `"total_count":0,`) {
+		t.Errorf("of the last day: %d %s", status, answer)
+	}
+}
+
+// TestLargeRevenue: prices as large as they can be stored, of which nine are more than 64 bits hold.
+func TestLargeRevenue(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t)
+	p := startProgram(t, env)
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, timestamp, price) SELECT SHA256(toString(number)), 'purchase', toDateTime(%d), toDecimal64('99999999999999.9999', 4) FROM numbers(30)", space(env, "CLICKHOUSE_DATABASE"), time.Now().Unix()-60))
+	if status, _, answer := p.do("GET", "/api/v1/overview", "", "", nil); status != 200 || !json.Valid([]byte(answer)) || strings.Count(answer, `"revenue":2999999999999999.997`) != 4 {
+		t.Errorf("%d %s", status, answer)
+	}
+}
+
+// sum is an independent count.
+type sum struct {
+	count   int
+	users   map[string]bool
+	revenue float64
+}
+
+func (s *sum) add(user string, revenue float64) {
+	if s.users == nil {
+		s.users = map[string]bool{}
+	}
+	s.count++
+	s.users[user] = true
+	s.revenue += revenue
+}
+
+// TestStalledOnThePage: the page says what /ready says of consumers, without the seconds, with a cause and without.
+func TestStalledOnThePage(t *testing.T) {
+	script, err := os.ReadFile("web/app.js")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := regexp.MustCompile(`consumers\.replace\(/(.*?)/,`).FindSubmatch(script)
+	if found == nil {
+		t.Fatal("app.js does not cut anything off")
+	}
+	cut := regexp.MustCompile(string(found[1]))
+	for text, want := range map[string]string{"stalled 7 s, 14 waiting": "14 waiting", "stalled 7 s: insert: no, 14 waiting": "insert: no, 14 waiting", "not started yet": "not started yet"} {
+		if got := cut.ReplaceAllString(text, ""); got != want {
+			t.Errorf("%s: %q", text, got)
+		}
+	}
+}
+
+func TestPages(t *testing.T) {
+	t.Parallel()
+	examples := []string{"1767225600", "2026-01-01T00:00:00.123Z", "1767139200"} // in web/openapi.json, where now or yesterday is meant
+	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey))
+	for path, kind := range map[string]string{
+		"/": "text/html", "/web/app.js": "text/javascript", "/web/draw.js": "text/javascript", "/web/app.css": "text/css", "/web/icon.svg": "image/svg+xml", "/swagger/index.html": "text/html",
+		"/swagger/swagger-ui-bundle.js": "text/javascript", "/swagger/swagger-ui.css": "text/css", "/swagger/swagger-initializer.js": "text/javascript",
+		"/swagger/openapi.json": "application/json",
+	} {
+		status, header, body := p.ask("GET", path, nil)
+		if status != 200 || !strings.HasPrefix(header.Get("Content-Type"), kind) || header.Get("X-Content-Type-Options") != "nosniff" ||
+			!strings.Contains(header.Get("Content-Security-Policy"), "default-src 'self'") || !strings.Contains(header.Get("Content-Security-Policy"), "frame-ancestors 'none'") {
+			t.Errorf("%s: %d %v", path, status, header)
+		}
+		if status, _, _ := p.ask("GET", path, nil, "If-None-Match: "+header.Get("ETag")); status != 304 && path != "/swagger/openapi.json" {
+			t.Errorf("%s again: %d", path, status)
+		}
+		if strings.HasSuffix(path, "/") || strings.HasSuffix(path, "html") || strings.HasPrefix(path, "/web/") {
+			if m := regexp.MustCompile(`(?i)(src|href)="?(https?:)?//|url\(|@import|fetch\(['"` + "`" + `]http`).FindString(body); m != "" {
+				t.Errorf("%s loads something from elsewhere: %s", path, m)
+			}
+		}
+	}
+	for path, want := range map[string]int{"/web/none": 404, "/web/": 404, "/swagger/none.js": 404, "/swagger/swagger-ui.js.map": 404, "/swagger/../main.go": 404} {
+		if status, _, _ := p.ask("GET", path, nil); status != want {
+			t.Errorf("%s: %d, want %d", path, status, want)
+		}
+	}
+	_, _, doc := p.ask("GET", "/swagger/openapi.json", nil)
+	if !json.Valid([]byte(doc)) || slices.ContainsFunc(examples, func(text string) bool { return strings.Contains(doc, text) }) {
+		t.Error("the document's examples are not of now")
+	}
+}
+
+// visit has headless Chromium open pages of an origin of its own, / first, and returns what their scripts report
+// to /report, up to the number that is wanted.
+func visit(t *testing.T, chromium string, pages map[string]string, reports int) (origin string, open func() []string) {
+	t.Helper()
+	said := make(chan string, 100)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/report" {
+			said <- r.FormValue("said")
+			return
+		}
+		w.Header().Set("Content-Type", "text/html")
+		fmt.Fprint(w, "<!doctype html><meta charset=utf-8>", pages[r.URL.Path])
+	}))
+	t.Cleanup(server.Close)
+	return server.URL, func() (all []string) {
+		dir, err := os.MkdirTemp("", "browser")
+		if err != nil {
+			t.Fatal(err)
+		}
+		log := new(logBuffer)
+		cmd := exec.Command(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+			"--disable-component-update", "--disable-sync", "--user-data-dir="+dir, server.URL+"/")
+		cmd.Stderr = log
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // it has children
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+			cmd.Wait()
+			os.RemoveAll(dir) // a child that is still ending may leave something
+		}()
+		for deadline := time.After(time.Minute); len(all) < reports; {
+			select {
+			case s := <-said:
+				all = append(all, s)
+			case <-deadline:
+				t.Fatalf("the browser reported %q; it said:\n%.4000s", all, log)
+			}
+		}
+		return all
+	}
+}
+
+// pageScript wraps what a page does: api is where it sends, event makes up an event, and a failure is reported.
+func pageScript(api, body string) string {
+	return `<script>
+const api = '` + api + `', key = '` + firstKey + `', user = () => Math.random().toString(36).slice(2)
+const event = (name) => ({event_name: name, user_id: user() + user(), timestamp: Math.floor(Date.now() / 1000), channel: 'web'})
+const report = (said) => fetch('/report?said=' + encodeURIComponent(said), {keepalive: true})
+const go = async () => {` + body + `}
+go().catch((e) => report('failed: ' + e))
+</script>`
+}
+
+func TestPagesOfOthers(t *testing.T) {
+	oneClock(t)
+	t.Parallel()
+	chromium, err := exec.LookPath("chromium")
+	if err != nil {
+		t.Skip("chromium is not installed")
+	}
+	api := "http://127.0.0.1:" + freePort(t)
+	pages := map[string]string{
+		"/": pageScript(api, `
+			const one = api + '/api/v1/events', bulk = api + '/api/v1/events/bulk', said = {}
+			const many = (name, n) => Array.from({length: n}, () => event(name))
+			said.text = navigator.sendBeacon(one + '?key=' + key, JSON.stringify(event('text')))
+			said.blob = navigator.sendBeacon(one + '?key=' + key, new Blob([JSON.stringify(event('blob'))], {type: 'application/json'}))
+			said.bulk_text = navigator.sendBeacon(bulk + '?key=' + key, JSON.stringify({events: many('bulk_text', 3)}))
+			said.bulk_blob = navigator.sendBeacon(bulk + '?key=' + key, new Blob([JSON.stringify({events: many('bulk_blob', 4)})], {type: 'application/json'}))
+			said.lines = navigator.sendBeacon(bulk + '?key=' + key, many('lines', 5).map((e) => JSON.stringify(e)).join('\n'))
+			const headers = {'Content-Type': 'application/json', 'X-API-Key': key}
+			const kept = await fetch(one, {method: 'POST', keepalive: true, headers, body: JSON.stringify(event('keepalive'))})
+			said.keepalive = kept.status + ' ' + (await kept.json()).status
+			const plain = new Blob([JSON.stringify({events: many('gzip', 100)})])
+			const body = await new Response(plain.stream().pipeThrough(new CompressionStream('gzip'))).arrayBuffer()
+			said.gzip = (await fetch(bulk, {method: 'POST', headers: {...headers, 'Content-Encoding': 'gzip'}, body})).status
+			said.smaller = body.byteLength < plain.size
+			said.asks = (await fetch(api + '/api/v1/overview', {headers})).status
+			addEventListener('pagehide', () => navigator.sendBeacon(bulk + '?key=' + key, JSON.stringify({events: many('hidden', 2)})))
+			await report(JSON.stringify(said))
+			location.href = '/next'`),
+		"/next": pageScript(api, `await report('next')`),
+	}
+	origin, open := visit(t, chromium, pages, 2)
+	foreign, openForeign := visit(t, chromium, map[string]string{"/": pageScript(api, `
+			await fetch(api + '/api/v1/events?key=' + key, {method: 'POST', mode: 'no-cors', body: JSON.stringify(event('foreign'))})
+			await fetch(api + '/api/v1/events?key=' + key, {method: 'POST', mode: 'no-cors', body: new Blob([JSON.stringify(event('foreign'))])})
+			const asked = await fetch(api + '/api/v1/events', {method: 'POST', headers: {'X-API-Key': key}, body: JSON.stringify(event('foreign'))}).catch(() => 'refused')
+			await report(asked)`)}, 1)
+	p := startProgram(t, newSpace(t, "SERVER_PORT="+strings.TrimPrefix(api, "http://127.0.0.1:"), "API_KEYS="+secondKey, "WRITE_KEYS="+firstKey, "CORS_ORIGINS="+origin))
+
+	var said struct {
+		Text, Blob, Lines, Smaller bool
+		BulkText                   bool `json:"bulk_text"`
+		BulkBlob                   bool `json:"bulk_blob"`
+		Keepalive                  string
+		Gzip, Asks                 int
+	}
+	reports := open()
+	if err := json.Unmarshal([]byte(reports[0]), &said); err != nil || !said.Text || !said.Blob || !said.BulkText || !said.BulkBlob || !said.Lines || !said.Smaller ||
+		said.Keepalive != "202 queued" || said.Gzip != 202 || said.Asks != 403 || reports[1] != "next" {
+		t.Errorf("the page of %s reported %q", origin, reports)
+	}
+	if reports := openForeign(); reports[0] != "refused" {
+		t.Errorf("the page of %s reported %q", foreign, reports)
+	}
+	key := "X-API-Key: " + secondKey
+	for name, want := range map[string]int{"text": 1, "blob": 1, "bulk_text": 3, "bulk_blob": 4, "lines": 5, "keepalive": 1, "gzip": 100, "hidden": 2} {
+		p.await(fmt.Sprintf("counted: %d of %s", want, name), 30*time.Second, func() bool {
+			_, _, answer := p.ask("GET", fmt.Sprintf("%sevent_name=%s&from=1&to=%d", metricsPath, name, time.Now().Unix()+10), nil, key)
+			return strings.HasPrefix(answer, fmt.Sprintf(`{"total_count":%d,`, want))
+		})
+	}
+	if n := clickhouseQuery(t, "SELECT count() FROM "+space(p.env, "CLICKHOUSE_DATABASE")+".events"); n != "117" {
+		t.Errorf("%s events are stored, want 117", n)
+	}
+}
+
+// TestPage looks at the dashboard page in headless Chromium while ClickHouse goes and comes back. What it looks at stands in
+// dev/scripts/clients/page.mjs. `make test-page` installs what it needs; from then on it is part of `make test`.
+func TestPage(t *testing.T) {
+	dir := os.Getenv("PAGE_MODULES")
+	if dir == "" {
+		t.Skip("needs Chromium, puppeteer and axe-core: make test-page installs them")
+	}
+	oneClock(t)
+	alone(t)
+	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey, "WRITE_KEYS="+secondKey))
+	page := exec.Command("node", "dev/scripts/clients/page.mjs", p.url, firstKey, secondKey)
+	page.Env = append(os.Environ(), "CLIENTS="+dir)
+	log := new(logBuffer)
+	page.Stderr = log
+	steps, err := page.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	next, err := page.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := page.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { page.Process.Kill() })
+	for lines := bufio.NewScanner(steps); lines.Scan(); fmt.Fprintln(next) {
+		switch lines.Text() {
+		case "empty state seen":
+			var body []byte
+			for i := range 1000 {
+				body = fmt.Appendf(body, `{"event_name":%q,"user_id":"u%d","channel":"web","campaign_id":"c%d","timestamp":%d,"metadata":{"price":5091.8}}`+"\n",
+					[]string{"view", "purchase"}[i%2], i%70, i%12, time.Now().Unix()-int64(i))
+			}
+			if status, _, answer := p.ask("POST", bulkPath, body, "Content-Type: "+ndjson, "X-API-Key: "+firstKey); status != http.StatusAccepted {
+				t.Fatal(status, answer)
+			}
+		case "filtered":
+			control(t, "/clickhouse/stop")
+		case "stale":
+			control(t, "/clickhouse/start")
+		}
+	}
+	if err := page.Wait(); err != nil {
+		t.Errorf("the page: %v\n%s", err, log)
+	}
+}
