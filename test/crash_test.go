@@ -1,4 +1,5 @@
-// Crashes: the program is stopped or killed, ClickHouse or the machine with it, answers are lost. Nothing else is.
+// Crashes: the program is stopped or killed, ClickHouse or the machine with it, answers are lost. No event is
+// lost, and none is counted twice.
 
 package test
 
