@@ -75,19 +75,19 @@ test-clock: $(DEV) ## the program's tests at other hours, half an hour; SHIFTS="
 	dev/scripts/test_clock.py $(SHIFTS) -- $(TESTFLAGS)
 
 torture: $(DEV) ## the tests that kill things, with five times as many kills; TORTURE=n for more
-	TORTURE=$${TORTURE:-5} $(DEV) -ephemeral -- go test -race -count=1 -timeout 80m -v -run 'Kill|Power|Shards|Paused|Away|Answers|Instances|Torn|Stop|Model|Disk|Refused|Broken|Cost' .
+	TORTURE=$${TORTURE:-5} $(DEV) -ephemeral -- go test -race -count=1 -timeout 80m -v -run 'Kill|Power|Shards|Paused|Away|Answers|Instances|Torn|Stop|Model|Disk|Refused|Broken|Cost' . ./test
 
 fuzz: ## each fuzz target for FUZZTIME (default 20s)
 	for t in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do go test -run '^$$' -fuzz "^$$t$$" -fuzztime $${FUZZTIME:-20s} . || exit 1; done
 
 bench: $(DEV) ## all benchmarks on an embedded stack; BENCH=regexp chooses
-	$(DEV) -ephemeral -- go test -run '^$$' -bench '$(or $(BENCH),.)' -skip Peers -benchmem -timeout 30m .
+	$(DEV) -ephemeral -- go test -run '^$$' -bench '$(or $(BENCH),.)' -skip Peers -benchmem -timeout 30m . ./test
 
 bench-peers: $(DEV) ## this program beside other ways into the same tables: medians of RUNS (default 5) runs, 20 minutes; WAYS=drain for those with that word
-	$(DEV) -ephemeral -- go test -run '^$$' -bench Peers -benchtime $(or $(RUNS),5)x -timeout 80m .
+	$(DEV) -ephemeral -- go test -run '^$$' -bench Peers -benchtime $(or $(RUNS),5)x -timeout 80m ./test
 
-profile: $(DEV) ## CPU and memory profile of the whole path: cpu.pprof, mem.pprof
-	$(DEV) -ephemeral -- go test -run '^$$' -bench '$(or $(BENCH),WholePath)' -cpuprofile cpu.pprof -memprofile mem.pprof .
+profile: $(DEV) ## CPU and memory profile of an event's way, from a body to rows: cpu.pprof, mem.pprof; BENCH=regexp chooses
+	$(DEV) -ephemeral -- go test -run '^$$' -bench '$(or $(BENCH),BodyToRecords|RecordToRow|Insert)' -cpuprofile cpu.pprof -memprofile mem.pprof .
 	@echo "look at them with: go tool pprof -http=: cpu.pprof"
 
 lint: ## gofmt, vet, staticcheck, govulncheck, the Kubernetes manifest

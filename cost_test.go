@@ -51,8 +51,10 @@ type discard struct {
 	cost   *cost
 }
 
-func (d discard) Header() http.Header         { return d.header }
-func (d discard) WriteHeader(status int)      { d.cost.status = status }
+func (d discard) Header() http.Header { return d.header }
+
+func (d discard) WriteHeader(status int) { d.cost.status = status }
+
 func (d discard) Write(b []byte) (int, error) { d.cost.answer += len(b); return len(b), nil }
 
 // costOf has a request of its own ingester read, checked, encoded and answered, all but Kafka's part.

@@ -1,4 +1,4 @@
-// What is known of the past: the sets themselves, and that rows are cut out of a block as they should.
+// What is known of the past, and blocks: the sets themselves, and that rows are cut out of a block as they should.
 
 package main
 
@@ -59,7 +59,7 @@ func TestIDSet(t *testing.T) {
 func TestDedupeMemory(t *testing.T) {
 	t.Parallel()
 	const budget = 40_000
-	known := newDedupe(nil, "", budget)
+	known := newDedupe(nil, nil, budget)
 	ev := mustParse(t, new(eventParser), sampleEvent)
 	rnd := rand.New(rand.NewPCG(3, 4))
 	seen := map[eventID]bool{}
@@ -200,43 +200,13 @@ func TestManyTags(t *testing.T) {
 	}
 }
 
-// TestLargeBlocks: blocks that grew while a worker stored more than its part do not keep that memory.
-func TestLargeBlocks(t *testing.T) {
-	t.Parallel()
-	const rows = 100
-	w := idleWorker(rows)
-	w.limit(blockLimits{rows * maxShare, 1 << 30})
-	ev := mustParse(t, new(eventParser), sampleEvent)
-	id, _ := ev.id(nil)
-	for range 2 { // both of its blocks
-		for range rows * maxShare {
-			w.enqueue([]*kgo.Record{{Key: fmt.Appendf(nil, "%x", id), Value: []byte(sampleEvent)}}, 0)
-			if bad, err := w.takeIn(1); bad != nil {
-				t.Fatal(err)
-			}
-		}
-		if b := w.takeBlock(); b.rows() != rows*maxShare {
-			t.Fatalf("%d rows in a block", b.rows())
-		} else {
-			b.reset()
-		}
-	}
-	w.limit(blockLimits{rows, 1 << 30})
-	for range 2 {
-		w.takeBlock()
-	}
-	if n := cap(w.cur.records) + cap(w.spare.records); n > 2*rows {
-		t.Errorf("the empty blocks have memory for %d rows", n)
-	}
-}
-
 // TestLargeHeaders: another producer's records have headers that are far larger than their events. A block has no more of them
 // than it may take memory.
 func TestLargeHeaders(t *testing.T) {
 	t.Parallel()
 	const fit, size = 10, 100 << 10
 	w := idleWorker(100)
-	w.limit(blockLimits{100, fit * size})
+	w.limits = blockLimits{100, fit * size}
 	ev := mustParse(t, new(eventParser), sampleEvent)
 	id, _ := ev.id(nil)
 	rec := &kgo.Record{Key: fmt.Appendf(nil, "%x", id), Value: []byte(sampleEvent), Headers: []kgo.RecordHeader{{Key: "strange", Value: make([]byte, size)}}}
@@ -259,12 +229,11 @@ func TestAbandonedRound(t *testing.T) {
 		t.Fatal(err)
 	}
 	w := idleWorker(10)
-	in := newInserter(newStore(cfg), cfg, &newStats().store, []*worker{w}, w.call, membership{
+	in := newInserter(newClickHouse(cfg), cfg, &newStats().store, ignored, []func() *block{w.takeBlock}, w.call, membership{
 		isMember: func(context.Context) error { return nil },
 		alone:    func() bool { return true },
-		stored:   func(reached map[int32]kgo.EpochOffset) { t.Errorf("%v may be committed", reached) },
-
-		committed: func(context.Context, int) error { return nil },
+		release:  func(reached map[int32]kgo.EpochOffset) { t.Errorf("%v may be committed", reached) },
+		commit:   func(context.Context, int) error { return nil },
 	})
 	ev := mustParse(t, new(eventParser), sampleEvent)
 	in.dedupe.minutes[ev.timestamp/minuteSeconds] = new(idSet)
@@ -279,29 +248,4 @@ func TestAbandonedRound(t *testing.T) {
 		}
 		in.insertRound(ctx)
 	}
-}
-
-// TestManyHours: another producer's years of hourly events reach the number at which an hour is loaded, all in the same round.
-func TestManyHours(t *testing.T) {
-	t.Parallel()
-	cfg := settingsFrom(t, newSpace(t))
-	in := newInserter(preparedStore(t, cfg), cfg, &newStats().store, nil, newRoundCall(), membership{})
-	const hours = 5000
-	ev := mustParse(t, new(eventParser), sampleEvent)
-	b := newBlock(hours)
-	for i := range int64(hours) {
-		ev.timestamp = 1_600_000_000 + i*hourSeconds
-		id, _ := ev.id(nil)
-		b.append(&id, ev, &kgo.Record{})
-		in.dedupe.wanted[ev.timestamp/minuteSeconds] = loadRows
-	}
-	for known := range int64(3) {
-		if n := in.dedupe.sets.Load(); n != known*loadHours*hourMinutes {
-			t.Errorf("%d minutes are known after %d loadings", n, known)
-		}
-		if err := in.dedupe.prepare(t.Context(), []*block{b}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	in.conn.Close()
 }

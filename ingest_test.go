@@ -1,266 +1,91 @@
-// The contract, case by case, over real HTTP, Kafka protocol and ClickHouse.
+// What a request meets before its events: settings and bodies.
 
 package main
 
 import (
 	"bytes"
-	"encoding/json"
 	"fmt"
-	"slices"
+	"net/http/httptest"
+	"os"
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 )
 
-func TestContract(t *testing.T) {
-	t.Parallel()
-	p := startProgram(t, newSpace(t))
-	now := time.Now().Unix()
-	expand := strings.NewReplacer(
-		"$NOW", fmt.Sprint(now), "$FUTURE", fmt.Sprint(now+60), "$OLD", fmt.Sprint(now-31*86400), "$EDGE", fmt.Sprint(now-30*86400+5), "$MS", fmt.Sprint(now*1000),
-		"$100", strings.Repeat("ö", 100), "$101", strings.Repeat("x", 101), "$17K", strings.Repeat("x", 17<<10), "$SPACES17K", strings.Repeat(" ", 17<<10),
-		"$DEEP", strings.Repeat("[", 20000), "$21TAGS", `"a"`+strings.Repeat(`,"a"`, 20), "$20TAGS", `"a"`+strings.Repeat(`,"a"`, 19), "$MANY", strings.ReplaceAll(`{`+good+`}`+strings.Repeat(`,{`+good+`}`, 1000), "$NOW", fmt.Sprint(now)),
-		"$NEST301", strings.Repeat("[", 301)+strings.Repeat("]", 301), "$65K", strings.Repeat("x", 65<<10), "$TAGS1000", strings.Repeat(`,"tags":0`, 1000),
-		"$70K", strings.Repeat(" ", 70<<10), "$9M", strings.Repeat(" ", 9<<20),
-	)
-	for _, c := range []struct {
-		name, method, path, contentType, body string
-		status                                int
-		want                                  string // parts of the answer, separated by …
-	}{
-		{"single", "POST", onePath, jsonCT, `{` + good + `}`, 202, `{"event_id":"…","status":"queued"}`},
-		{"no content type", "POST", onePath, "", `{` + good + `}`, 202, `queued`},
-		{"content type with charset", "POST", onePath, "Application/JSON; charset=utf-8", `{` + good + `}`, 202, `queued`},
-		{"every field", "POST", onePath, jsonCT, `{` + good + `,"channel":"web","campaign_id":"c","tags":["a","b"],"metadata":{"price":1.5,"nested":{"a":[1,null]}}}`, 202, `queued`},
-		{"spaces around", "POST", onePath, jsonCT, " \n{ " + good + " }\t\n", 202, `queued`},
-		{"null is absent", "POST", onePath, jsonCT, `{` + good + `,"channel":null,"tags":null,"metadata":null,"campaign_id":null}`, 202, `queued`},
-		{"unknown fields", "POST", onePath, jsonCT, `{` + good + `,"x":{"y":[]},"z":1}`, 202, `queued`},
-		{"100 characters", "POST", onePath, jsonCT, `{"event_name":"$100","user_id":"$100","timestamp":$NOW,"campaign_id":"$100","tags":["$100"]}`, 202, `queued`},
-		{"insert_id", "POST", onePath, jsonCT, `{` + good + `,"insert_id":"$100"}`, 202, `queued`},
-		{"insert_id null", "POST", onePath, jsonCT, `{` + good + `,"insert_id":null}`, 202, `queued`},
-		{"insert_id too long", "POST", onePath, jsonCT, `{` + good + `,"insert_id":"$101"}`, 400, `"field":"insert_id","code":"validation.max-length.error"`},
-		{"insert_id type", "POST", onePath, jsonCT, `{` + good + `,"insert_id":7}`, 400, `"field":"insert_id","code":"validation.invalid-format.error"`},
-		{"insert_id control character", "POST", onePath, jsonCT, `{` + good + `,"insert_id":"a\n"}`, 400, `"field":"insert_id","code":"validation.invalid-format.error"`},
-		{"20 tags", "POST", onePath, jsonCT, `{` + good + `,"tags":[$20TAGS]}`, 202, `queued`},
-		{"oldest", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":$EDGE}`, 202, `queued`},
-		{"emoji escape", "POST", onePath, jsonCT, `{"event_name":"\ud83d\ude00","user_id":"u","timestamp":$NOW}`, 202, `queued`},
-
-		{"empty", "POST", onePath, jsonCT, ``, 400, `{"error":"invalid request body","detail":"…"}`},
-		{"not json", "POST", onePath, jsonCT, `{"event_name":`, 400, `"error":"invalid request body"`},
-		{"trailing", "POST", onePath, jsonCT, `{` + good + `}x`, 400, `"error":"invalid request body"`},
-		{"bad number", "POST", onePath, jsonCT, `{` + good + `,"metadata":{"a":01}}`, 400, `"error":"invalid request body"`},
-		{"bad escape", "POST", onePath, jsonCT, `{` + good + `,"metadata":{"a":"\x"}}`, 400, `"error":"invalid request body"`},
-		{"too deep", "POST", onePath, jsonCT, `{` + good + `,"x":$DEEP`, 400, `nested more than 300`},
-		{"array", "POST", onePath, jsonCT, `[]`, 400, `must be a JSON object`},
-		{"all missing", "POST", onePath, jsonCT, `{}`, 400, `"error":"validation failed"…"field":"event_name","code":"validation.required.error"…"field":"user_id","code":"validation.required.error"…"field":"timestamp","code":"validation.required.error"`},
-		{"empty strings", "POST", onePath, jsonCT, `{"event_name":"","user_id":"","timestamp":$NOW}`, 400, `"event_name","code":"validation.required.error"…"user_id","code":"validation.required.error"`},
-		{"all problems at once", "POST", onePath, jsonCT, `{"event_name":"$101","user_id":5,"timestamp":$OLD,"channel":"tv","tags":[1]}`, 400, `max-length.error…user_id","code":"validation.invalid-format.error…invalid-channel.error…tags[0] must be a string…timestamp-expired.error`},
-		{"name too long", "POST", onePath, jsonCT, `{"event_name":"$101","user_id":"u","timestamp":$NOW}`, 400, `"field":"event_name","code":"validation.max-length.error"`},
-		{"user too long", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"$101","timestamp":$NOW}`, 400, `"field":"user_id","code":"validation.max-length.error"`},
-		{"campaign too long", "POST", onePath, jsonCT, `{` + good + `,"campaign_id":"$101"}`, 400, `"field":"campaign_id","code":"validation.max-length.error"`},
-		{"future", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":$FUTURE}`, 400, `validation.timestamp-future.error`},
-		{"expired", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":$OLD}`, 400, `validation.timestamp-expired.error`},
-		{"zero", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":0}`, 400, `validation.timestamp-expired.error`},
-		{"milliseconds", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":$MS}`, 400, `validation.invalid-format.error…milliseconds`},
-		{"timestamp string", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":"$NOW"}`, 400, `"field":"timestamp","code":"validation.invalid-format.error"`},
-		{"timestamp with .0", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":$NOW.0}`, 202, `queued`},
-		{"timestamp fraction", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":$NOW.5}`, 400, `"field":"timestamp","code":"validation.invalid-format.error"`},
-		{"timestamp huge", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u","timestamp":99999999999999999999}`, 400, `"field":"timestamp","code":"validation.invalid-format.error"`},
-		{"channel", "POST", onePath, jsonCT, `{` + good + `,"channel":"tv"}`, 400, `validation.invalid-channel.error`},
-		{"channel type", "POST", onePath, jsonCT, `{` + good + `,"channel":1}`, 400, `"field":"channel","code":"validation.invalid-format.error"`},
-		{"21 tags", "POST", onePath, jsonCT, `{` + good + `,"tags":[$21TAGS]}`, 400, `validation.max-tags.error`},
-		{"tag too long", "POST", onePath, jsonCT, `{` + good + `,"tags":["a","$101"]}`, 400, `validation.tag-too-long.error","message":"tags[1]`},
-		{"tags type", "POST", onePath, jsonCT, `{` + good + `,"tags":"a"}`, 400, `"field":"tags","code":"validation.invalid-format.error"`},
-		{"metadata type", "POST", onePath, jsonCT, `{` + good + `,"metadata":[]}`, 400, `"field":"metadata","code":"validation.invalid-format.error"`},
-		{"metadata size", "POST", onePath, jsonCT, `{` + good + `,"metadata":{"a":"$17K"}}`, 400, `"field":"metadata","code":"validation.max-length.error"`},
-		{"metadata size as sent", "POST", onePath, jsonCT, `{` + good + `,"metadata":{"a":$SPACES17K1}}`, 400, `"field":"metadata","code":"validation.max-length.error"`},
-		{"spaces outside metadata", "POST", onePath, jsonCT, `{` + good + `,$SPACES17K"metadata":{"a":1}}`, 202, `queued`},
-		{"twice", "POST", onePath, jsonCT, `{` + good + `,"user_id":"v"}`, 400, `"field":"user_id","code":"validation.invalid-format.error"…more than once`},
-		{"twice, one escaped", "POST", onePath, jsonCT, `{` + good + `,"user\u005fid":"v"}`, 400, `more than once`},
-		{"control character", "POST", onePath, jsonCT, `{"event_name":"a\u0000b","user_id":"u","timestamp":$NOW}`, 400, `"field":"event_name","code":"validation.invalid-format.error"…U+0000`},
-		{"delete character", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u\u007f","timestamp":$NOW}`, 400, `"field":"user_id","code":"validation.invalid-format.error"`},
-		{"control character in a tag", "POST", onePath, jsonCT, `{` + good + `,"tags":["\n"]}`, 400, `"field":"tags","code":"validation.invalid-format.error"`},
-		{"invalid UTF-8", "POST", onePath, jsonCT, "{\"event_name\":\"\xff\",\"user_id\":\"u\",\"timestamp\":$NOW}", 400, `"field":"event_name","code":"validation.invalid-format.error"`},
-		{"invalid UTF-8 in metadata", "POST", onePath, jsonCT, "{" + good + ",\"metadata\":{\"\xc3\":1}}", 400, `"field":"metadata","code":"validation.invalid-format.error"`},
-		{"half a surrogate", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"\ud83d","timestamp":$NOW}`, 400, `"field":"user_id","code":"validation.invalid-format.error"`},
-		{"single too large", "POST", onePath, jsonCT, `{` + good + `}$70K`, 413, `"error":"request body too large"`},
-		{"form", "POST", onePath, "application/x-www-form-urlencoded", `a=b`, 415, `"error":"unsupported content type"`},
-		{"ndjson to single", "POST", onePath, ndjson, `{` + good + `}`, 415, `"error"`},
-
-		{"bulk", "POST", bulkPath, jsonCT, `{"events":[{` + good + `},{` + good + `,"channel":"web"}]}`, 202, `{"success_count":2,"failed_count":0,"errors":[]}`},
-		{"bulk with other members", "POST", bulkPath, jsonCT, ` { "a" : [1, {"b":"]}"}] , "events" : [ {` + good + `} ] , "c" : "\"" } `, 202, `"success_count":1`},
-		{"bulk part", "POST", bulkPath, jsonCT, `{"events":[{` + good + `},{"user_id":"u","timestamp":$NOW},{` + good + `}]}`, 207, `{"success_count":2,"failed_count":1,"errors":[{"index":1,"error":"event_name is required","code":"validation.required.error","field":"event_name"}]}`},
-		{"bulk none", "POST", bulkPath, jsonCT, `{"events":[{},5]}`, 400, `"success_count":0,"failed_count":2…"index":0…"index":1…must be a JSON object…"error":"validation failed"`},
-		{"bulk empty", "POST", bulkPath, jsonCT, `{"events":[]}`, 400, `"error":"invalid request body"…missing or empty`},
-		{"bulk missing", "POST", bulkPath, jsonCT, `{}`, 400, `missing or empty`},
-		{"bulk not an array", "POST", bulkPath, jsonCT, `{"events":{}}`, 400, `in which \"events\" is an array`},
-		{"bulk null", "POST", bulkPath, jsonCT, `{"events":null}`, 400, `in which \"events\" is an array`},
-		{"bulk array only", "POST", bulkPath, jsonCT, `[{` + good + `}]`, 400, `must be a JSON object`},
-		{"bulk twice, one escaped", "POST", bulkPath, jsonCT, `{"\u0065vents":[{` + good + `}],"events":[{` + good + `}]}`, 400, `more than once`},
-		{"bulk escaped", "POST", bulkPath, jsonCT, `{"\u0065vents":[{` + good + `}]}`, 202, `"success_count":1`},
-		{"bulk, one of 65 KiB", "POST", bulkPath, jsonCT, `{"events":[{` + good + `},{` + good + `,"x":"$65K"}]}`, 207, `"index":1,"error":"the event is larger than 64 KiB","code":"validation.max-length.error","field":""}`},
-		{"bulk, one too deep", "POST", bulkPath, jsonCT, `{"events":[{` + good + `},{` + good + `,"x":$NEST301}]}`, 207, `"index":1,"error":"values are nested more than 300 deep","code":"validation.invalid-format.error"`},
-		{"bulk, another member deep", "POST", bulkPath, jsonCT, `{"x":$NEST301,"events":[{` + good + `}]}`, 202, `"success_count":1`},
-		{"ndjson, one of 65 KiB", "POST", bulkPath, ndjson, "{" + good + "}\n{" + good + `,"x":"$65K"}`, 207, `"index":1,"error":"the event is larger than 64 KiB","code":"validation.max-length.error"`},
-		{"repeated fields", "POST", onePath, jsonCT, `{` + good + `$TAGS1000}`, 400, `"errors":[{"field":"tags","code":"validation.invalid-format.error","message":"tags must be an array of strings, not number"},{"field":"tags","code":"validation.invalid-format.error","message":"tags appears more than once"}…`},
-		{"bulk twice", "POST", bulkPath, jsonCT, `{"events":[{` + good + `}],"events":[{` + good + `}]}`, 400, `more than once`},
-		{"bulk too many", "POST", bulkPath, jsonCT, `{"events":[$MANY]}`, 400, `more than 1000`},
-		{"bulk cut off", "POST", bulkPath, jsonCT, `{"events":[{` + good + `},{"event_name`, 400, `"error":"invalid request body"`},
-		{"bulk not json late", "POST", bulkPath, jsonCT, `{"events":[{` + good + `},{"a":tru}]}`, 400, `events[1]`},
-		{"bulk trailing", "POST", bulkPath, jsonCT, `{"events":[{` + good + `}]}]`, 400, `"error":"invalid request body"`},
-		{"bulk too large", "POST", bulkPath, jsonCT, `{"events":[]$9M}`, 413, `"error"`},
-		{"ndjson", "POST", bulkPath, ndjson, "{" + good + "}\r\n\n{" + good + "}", 202, `"success_count":2`},
-		{"ndjson part", "POST", bulkPath, ndjson, "{" + good + "}\nnope\n{" + good + "}\n", 207, `"success_count":2,"failed_count":1…"index":1`},
-		{"text", "POST", onePath, "text/plain;charset=UTF-8", `{` + good + `}`, 202, `queued`},
-		{"text that is none", "POST", onePath, "text/plain", `event_name=e`, 400, `"error":"invalid request body"`},
-		{"text bulk", "POST", bulkPath, "text/plain", ` {"x":[{}],"\u0065vents":[{` + good + `}]}`, 202, `"success_count":1`},
-		{"text bulk cut off", "POST", bulkPath, "text/plain", `{"x":[{}],"events":[{` + good + `}`, 400, `"error":"invalid request body"`},
-		{"text line", "POST", bulkPath, "text/plain", `{` + good + `}`, 202, `"success_count":1`},
-		{"text lines", "POST", bulkPath, "text/plain", "\n{" + good + "}\n{}\n{" + good + "}", 207, `"success_count":2,"failed_count":1`},
-		{"text array", "POST", bulkPath, "text/plain", `[{` + good + `}]`, 400, `must be a JSON object`},
-		{"text that is no bulk", "POST", bulkPath, "text/plain", `hello`, 400, `"success_count":0,"failed_count":1`},
-		{"text empty", "POST", bulkPath, "text/plain", ``, 400, `no line with an event`},
-		{"ndjson, no space of JSON", "POST", bulkPath, ndjson, "{" + good + "}\n\u00a0{" + good + "}\n\v\n\t{" + good + "} \n", 207, `"success_count":2,"failed_count":2…"index":1…"index":2`},
-		{"ndjson empty", "POST", bulkPath, ndjson, "\n\n", 400, `no line with an event`},
-		{"mark", "POST", onePath, jsonCT, "\ufeff{}", 400, `byte order mark: send UTF-8 without one`},
-		{"bulk mark", "POST", bulkPath, jsonCT, "\ufeff{}", 400, `byte order mark`},
-		{"ndjson mark", "POST", bulkPath, ndjson, "\ufeff{}", 400, `byte order mark`},
-		{"batch mark", "POST", "/v1/batch", jsonCT, "\ufeff{}", 400, `byte order mark`},
-		{"track mark", "POST", "/v1/track", jsonCT, "\ufeff{}", 400, `byte order mark`},
-		{"UTF-16", "POST", onePath, jsonCT, "\xff\xfe{\x00}\x00", 400, `byte order mark`},
-
-		{"metrics", "GET", metricsPath + "event_name=nothing&from=1&to=$NOW", "", "", 200, `{"total_count":0,"unique_users":0,"complete_through":`},
-		{"metrics grouped", "GET", metricsPath + "event_name=nothing&from=1&to=$NOW&group_by=day", "", "", 200, `"grouped_data":[]`},
-		{"metrics before 1970", "GET", metricsPath + "event_name=e&from=-300&to=-50", "", "", 200, `"total_count":0`},
-		{"metrics after 2106", "GET", metricsPath + "event_name=e&from=4294967296&to=4294967297&group_by=hour", "", "", 200, `"total_count":0`},
-		{"metrics all missing", "GET", metricsPath, "", "", 400, `event_name","code":"validation.required.error"…"from","code":"validation.required.error"…"to","code":"validation.required.error"`},
-		{"metrics range", "GET", metricsPath + "event_name=e&from=5&to=5", "", "", 400, `validation.invalid-range.error`},
-		{"metrics channel", "GET", metricsPath + "event_name=e&from=5&to=6&channel=tv", "", "", 400, `validation.invalid-channel.error`},
-		{"metrics group", "GET", metricsPath + "event_name=e&from=5&to=6&group_by=minute", "", "", 400, `validation.invalid-group-by.error`},
-		{"metrics number", "GET", metricsPath + "event_name=e&from=x&to=6", "", "", 400, `"field":"from","code":"validation.invalid-format.error"`},
-		{"metrics twice", "GET", metricsPath + "event_name=e&event_name=f&from=5&to=6", "", "", 400, `more than once`},
-		{"metrics injection", "GET", metricsPath + "event_name=%27+OR+1%3D1+--%5C&from=1&to=$NOW", "", "", 200, `"total_count":0`},
-
-		{"health", "GET", "/health", "", "", 200, `{"status":"ok"}`},
-		{"ready", "GET", "/ready", "", "", 200, "\"kafka\":\"ok\",\n\"clickhouse\":\"ok\",\n\"consumers\":\"ok\""},
-		{"unknown path", "GET", "/api/v2", "", "", 404, `"error":"not found"`},
-		{"unclean path", "POST", "/api//v1/events", jsonCT, `{}`, 404, `"error":"not found"`},
-		{"wrong method", "GET", onePath, "", "", 405, `"error":"method not allowed"`},
-		{"wrong method on metrics", "DELETE", "/api/v1/metrics", "", "", 405, `"error":"method not allowed"`},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			p.t = t
-			status, header, answer := p.do(c.method, expand.Replace(c.path), c.contentType, "", []byte(expand.Replace(c.body)))
-			if status != c.status {
-				t.Fatalf("status %d, want %d: %s", status, c.status, answer)
-			}
-			rest := answer
-			for _, part := range strings.Split(expand.Replace(c.want), "…") {
-				_, after, ok := strings.Cut(rest, part)
-				if !ok {
-					t.Fatalf("%q is not in order in %s", part, answer)
-				}
-				rest = after
-			}
-			if header.Get("Content-Type") != jsonCT || !json.Valid([]byte(answer)) {
-				t.Errorf("not a JSON answer: %s %s", header.Get("Content-Type"), answer)
-			}
-			if status == 405 && header.Get("Allow") == "" {
-				t.Error("405 without Allow")
-			}
-		})
-	}
-}
-
-func TestContentEncoding(t *testing.T) {
-	t.Parallel()
-	p := startProgram(t, newSpace(t))
-	body := fmt.Appendf(nil, `{"events":[{"event_name":"e","user_id":"u","timestamp":%d}]}`, time.Now().Unix())
-	bomb := bytes.Repeat([]byte(" "), 50<<20)
-	gz, zs := gzipped(body), zstded(body)
-	single, _ := zstd.NewWriter(nil, zstd.WithSingleSegment(true))
-	for _, c := range []struct {
-		name, encoding string
-		body           []byte
-		status         int
-	}{
-		{"gzip", "gzip", gz, 202},
-		{"zstd", "zstd", zs, 202},
-		{"gzip again, from the pool", "gzip", gz, 202},
-		{"zstd again, from the pool", "zstd", zs, 202},
-		{"identity", "identity", body, 202},
-		{"deflate", "deflate", body, 415},
-		{"gzip cut off", "gzip", gz[:len(gz)-5], 400},
-		{"zstd cut off", "zstd", zs[:len(zs)-5], 400},
-		{"gzip that is none", "gzip", body, 400},
-		{"zstd that is none", "zstd", body, 400},
-		{"gzip after a broken one", "gzip", gz, 202},
-		{"gzip bomb", "gzip", gzipped(bomb), 413},
-		{"zstd bomb", "zstd", zstded(bomb), 413},
-		{"zstd after a bomb", "zstd", zs, 202},
-		{"zstd that states its size", "zstd", single.EncodeAll(bomb, nil), 413},
-	} {
-		if status, _, answer := p.do("POST", bulkPath, jsonCT, c.encoding, c.body); status != c.status {
-			t.Errorf("%s: status %d, want %d: %s", c.name, status, c.status, answer)
+func TestSettings(t *testing.T) {
+	env := map[string]string{"SERVER_PORT": "99999", "WORKER_BATCH_TIMEOUT": "soon", "KAFKA_BROKERS": "nohost", "CLICKHOUSE_HOST": "localhost:9000", "CLICKHOUSE_DATABASE": "a;b", "LOG_LEVEL": "loud"}
+	_, err := loadSettings(func(k string) string { return env[k] })
+	for name := range env {
+		if err == nil || !strings.Contains(err.Error(), name+"=") {
+			t.Errorf("%s is not named in: %v", name, err)
 		}
 	}
-	var wide bytes.Buffer
-	z, _ := zstd.NewWriter(&wide, zstd.WithWindowSize(2*maxZstdWindow))
-	z.Write(body)
-	z.Flush() // the size is not known when the frame begins
-	z.Close()
-	if status, _, answer := p.do("POST", bulkPath, jsonCT, "zstd", wide.Bytes()); status != 400 || !strings.Contains(answer, "larger than 8 MiB") {
-		t.Errorf("a wide window: %d %s", status, answer)
+	cfg, err := loadSettings(func(string) string { return "" })
+	if err != nil || cfg.workerCount != 20 || cfg.workerBatchSize != 2000 || cfg.workerBatchTimeout != 50*time.Millisecond || cfg.serverPort != 8080 {
+		t.Errorf("defaults: %+v, %v", cfg, err)
 	}
-}
-
-func gzipped(b []byte) []byte {
-	var out bytes.Buffer
-	z := gzip.NewWriter(&out)
-	z.Write(b)
-	z.Close()
-	return out.Bytes()
-}
-
-func zstded(b []byte) []byte {
-	z, _ := zstd.NewWriter(nil)
-	return z.EncodeAll(b, nil)
-}
-
-// TestClockSkew: an event from a clock that is ahead is taken, up to the setting, and counted when its time has come.
-func TestClockSkew(t *testing.T) {
-	t.Parallel()
-	p := startProgram(t, newSpace(t, "CLOCK_SKEW=1m"))
-	body := func(at int64) []byte { return fmt.Appendf(nil, `{"event_name":"s","user_id":"u","timestamp":%d}`, at) }
-	count := func(path string) (now int64, counted bool) {
-		now = time.Now().Unix()
-		status, _, answer := p.do("GET", fmt.Sprintf(path, now-60, now), "", "", nil)
-		if status != 200 {
-			t.Fatal(status, answer)
+	contradict := map[string]string{"KAFKA_MIN_ISR": "3", "KAFKA_LINGER": "10s", "KAFKA_SASL_USERNAME": "u", "TLS_KEY_FILE": "f"}
+	_, err = loadSettings(func(k string) string { return contradict[k] })
+	for name := range contradict {
+		if err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("that %s contradicts another one is not said: %v", name, err)
 		}
-		return now, strings.Contains(answer, `"total_count":1,`)
 	}
-	ahead := time.Now().Unix() + 5
-	if status, _, answer := p.do("POST", onePath, jsonCT, "", body(ahead)); status != 202 {
-		t.Fatal(status, answer)
+	if _, err := loadSettings(func(k string) string { return map[string]string{"CLICKHOUSE_HOST": "::1"}[k] }); err != nil {
+		t.Error(err)
 	}
-	drained(p)
-	for _, path := range []string{metricsPath + "event_name=s&from=%d&to=%d", metricsPath + "event_name=s&from=%d&to=%d&group_by=hour", "/api/v1/overview?from=%d&to=%d"} {
-		p.await("counted", 30*time.Second, func() bool {
-			now, counted := count(path)
-			if counted != (now >= ahead) {
-				t.Fatalf("%s: at %d an event of %d is counted: %v", path, now, ahead, counted)
-			}
-			return counted
-		})
+	const firstKey, secondKey = "key-one-0123456789abcdef", "key-two-0123456789abcdef"
+	both := map[string]string{"API_KEYS": secondKey + "," + firstKey, "WRITE_KEYS": firstKey}
+	if _, err := loadSettings(func(k string) string { return both[k] }); err == nil || !strings.Contains(err.Error(), "WRITE_KEYS") || strings.Contains(err.Error(), firstKey) {
+		t.Errorf("a key that may do everything, and only send: %v", err)
 	}
-	if status, _, answer := p.do("POST", onePath, jsonCT, "", body(time.Now().Unix()+70)); status != 400 || !strings.Contains(answer, codeFuture) {
-		t.Errorf("beyond it: %d %s", status, answer)
+	for _, c := range []struct{ name, value string }{
+		{"API_KEYS", " , "}, {"WRITE_KEYS", ","}, // no key lets everybody in
+		{"KAFKA_BROKERS", "a:b"}, {"KAFKA_BROKERS", "a:9092,b:0"}, {"KAFKA_BROKERS", "a:65536"}, {"CLICKHOUSE_HOST", "[::1]:9000"}, {"CLICKHOUSE_HOST", "http://localhost"},
+		{"KAFKA_SASL_USERNAME", "u"}, {"KAFKA_LINGER", "10s"}, {"RETENTION_DAYS", "30"},
+		{"CORS_ORIGINS", "https://a.example,https://Shop.example"}, {"CORS_ORIGINS", "https://shop.example:443"}, {"CORS_ORIGINS", "http://maça.example"}, {"CORS_ORIGINS", "null"},
+		{"CLOCK_SKEW", "1.5s"}, {"KAFKA_TOPIC", "a b"}, {"KAFKA_TOPIC", ".."}, {"KAFKA_TOPIC", strings.Repeat("t", 244)},
+		{"CLICKHOUSE_DATABASE", "Table"}, {"CLICKHOUSE_DATABASE", "function"}, {"CLICKHOUSE_DATABASE", "system"}, {"CLICKHOUSE_DATABASE", strings.Repeat("d", 151)},
+	} {
+		_, err := loadSettings(func(k string) string { return map[string]string{c.name: c.value}[k] })
+		if err == nil || !strings.Contains(err.Error(), c.name) {
+			t.Errorf("%s=%q: %v", c.name, c.value, err)
+		}
 	}
-	if status, _, answer := p.do("POST", bulkPath, ndjson, "", slices.Concat(body(time.Now().Unix()+50), []byte("\n"), body(time.Now().Unix()+150))); status != 207 || !strings.Contains(answer, codeFuture) {
-		t.Errorf("bulk: %d %s", status, answer)
+	readme, err := os.ReadFile("deploy/README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range new(settings).settingsTable() {
+		if !strings.Contains(string(readme), "`"+s.name+"`") {
+			t.Errorf("deploy/README.md does not explain %s", s.name)
+		}
+	}
+}
+
+// TestTinyBlocks: a zstd body of half a million blocks, each with tables of its own, would take seconds to decompress. One that was
+// flushed after each event is fine.
+func TestTinyBlocks(t *testing.T) {
+	t.Parallel()
+	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &newStats().ingest, nil)
+	event := freshEvent("b")
+	flushed := bytes.Repeat(zstded(event), maxBulkEvents)
+	// A frame with a block of 16 spaces, and blocks that repeat 3 of them: no literals, one sequence, three tables, its states.
+	tables := "\x28\xb5\x2f\xfd\x00\x58" + "\x82\x00\x00 " +
+		strings.Repeat("\x6c\x00\x00"+"\x00"+"\x01\xa8"+"\xe4\xff"+"\xe3\x7f"+"\xe4\xff"+"\x00\x00\x00\x04", 500_000) + "\x01\x00\x00"
+	for _, c := range []struct {
+		body []byte
+		size int
+		want string
+	}{{flushed, maxBulkEvents * len(event), ""}, {[]byte(tables), 0, "zstd blocks are too small"}} {
+		r := httptest.NewRequest("POST", bulkPath, bytes.NewReader(c.body))
+		r.Header.Set("Content-Encoding", "zstd")
+		acc := in.bodies.Open(client{})
+		body, err := readBody(acc, r, maxBulkBody, time.Minute)
+		if got := fmt.Sprint(err); len(body.Bytes()) != c.size || err == nil != (c.want == "") || !strings.Contains(got, c.want) {
+			t.Errorf("%d bytes, of %d compressed: %v, want %q", len(body.Bytes()), len(c.body), err, c.want)
+		}
+		acc.Put(&body)
+		acc.Close()
 	}
 }

@@ -1,4 +1,4 @@
-// The event alone: identity, canonical encoding, and no garbage on the hot path. Nothing here needs the stack.
+// The event alone: the rules, identity, JSON, canonical encoding, and no garbage on the hot path. Nothing here needs the stack.
 
 package main
 
@@ -13,17 +13,12 @@ import (
 	"reflect"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"testing"
-	"time"
 	"unicode/utf8"
 
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
-
-const sampleEvent = `{"event_name":"product_view","channel":"web","campaign_id":"cmp_987","user_id":"user_123","timestamp":1795441976,` +
-	`"tags":["electronics","homepage"],"metadata":{"product_id":"prod-789","price":129.99,"currency":"TRY","referrer":"google"}}`
 
 func TestEventID(t *testing.T) {
 	// printf 'product_view|user_123|1795441976|web' | sha256sum
@@ -61,15 +56,6 @@ func TestEventID(t *testing.T) {
 		}
 		ids[id] = raw
 	}
-}
-
-func mustParse(t testing.TB, p *eventParser, raw string) *event {
-	t.Helper()
-	ev, problems, err := p.parse([]byte(raw))
-	if err != nil || len(problems) > 0 {
-		t.Fatalf("%s: %v %v", raw, err, problems)
-	}
-	return ev
 }
 
 func TestCanonicalEncoding(t *testing.T) {
@@ -217,28 +203,34 @@ func FuzzEventID(f *testing.F) {
 	})
 }
 
-// newTestRequest is a request without a server, to be filled.
-func newTestRequest() *ingestRequest {
-	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest, nil)
-	q := in.bulks.pool.Get().(*ingestRequest)
-	q.account = in.bodies.Open(client{})
-	return q
-}
-
-// fill makes q the request of a body that has been read. It keeps the buffers that q has: with the race detector a pool drops
-// what is put back now and then.
-func (q *ingestRequest) fill(body []byte) {
-	held, arena := q.body, q.arena
-	q.body, q.arena = nil, nil
-	q.reset()
-	if held == nil || cap(held.B) < len(body) {
-		q.account.Move(&held, len(body), false)
+func FuzzJSON(f *testing.F) {
+	for _, seed := range []string{sampleEvent, ` [ 1 , -0.5e+3 , "\ud83d\ude00\n\/" , { } , [ ] , null , true , false ] `, `[[[[`, `{"a":01}`, `{"a":1,}`, `[1 2]`, `"\ud800"`, `{"a"}`, `[}`, `-`, `1.`, `2e`} {
+		f.Add([]byte(seed))
 	}
-	held.B = append(held.B[:0], body...)
-	if arena != nil {
-		arena.B = arena.B[:0]
-	}
-	q.body, q.arena = held, arena
+	var r jsonReader
+	f.Fuzz(func(t *testing.T, text []byte) {
+		r.reset(text)
+		v := r.value()
+		err := r.end()
+		if valid := json.Valid(text); valid != (err == nil) && v.depth < 10000 {
+			t.Fatalf("error %v, encoding/json says valid is %v: %q", err, valid, text)
+		}
+		if err != nil {
+			return
+		}
+		var want bytes.Buffer
+		json.Compact(&want, text)
+		if got := v.appendCompact(nil); !bytes.Equal(got, want.Bytes()) {
+			t.Fatalf("%q is compact as %q, want %q", text, got, want.Bytes())
+		}
+		if v.kind == '"' && !v.badText {
+			var want string
+			json.Unmarshal(text, &want)
+			if got := v.text(new([]byte)); string(got) != want {
+				t.Fatalf("%q reads %q, want %q", text, got, want)
+			}
+		}
+	})
 }
 
 // FuzzSplitBulk: cutting agrees with encoding/json about what the events are.
@@ -351,60 +343,5 @@ func TestHotPathAllocations(t *testing.T) {
 	}
 	if n := testing.AllocsPerRun(100, toHeader); n > 0 {
 		t.Errorf("rows to a block's header: %.0f allocations for %d events", n, events)
-	}
-}
-
-// idleWorker takes in what is put into its queue, of a topic with one partition.
-func idleWorker(rows int) *worker {
-	return newWorker(blockLimits{rows, 1 << 30}, 1, new(atomic.Int64), newRoundCall(), nil)
-}
-
-func TestSettings(t *testing.T) {
-	env := map[string]string{"SERVER_PORT": "99999", "WORKER_BATCH_TIMEOUT": "soon", "KAFKA_BROKERS": "nohost", "CLICKHOUSE_HOST": "localhost:9000", "CLICKHOUSE_DATABASE": "a;b", "LOG_LEVEL": "loud"}
-	_, err := loadSettings(func(k string) string { return env[k] })
-	for name := range env {
-		if err == nil || !strings.Contains(err.Error(), name+"=") {
-			t.Errorf("%s is not named in: %v", name, err)
-		}
-	}
-	cfg, err := loadSettings(func(string) string { return "" })
-	if err != nil || cfg.workerCount != 20 || cfg.workerBatchSize != 2000 || cfg.workerBatchTimeout != 50*time.Millisecond || cfg.serverPort != 8080 {
-		t.Errorf("defaults: %+v, %v", cfg, err)
-	}
-	contradict := map[string]string{"KAFKA_MIN_ISR": "3", "KAFKA_LINGER": "10s", "KAFKA_SASL_USERNAME": "u", "TLS_KEY_FILE": "f"}
-	_, err = loadSettings(func(k string) string { return contradict[k] })
-	for name := range contradict {
-		if err == nil || !strings.Contains(err.Error(), name) {
-			t.Errorf("that %s contradicts another one is not said: %v", name, err)
-		}
-	}
-	if _, err := loadSettings(func(k string) string { return map[string]string{"CLICKHOUSE_HOST": "::1"}[k] }); err != nil {
-		t.Error(err)
-	}
-	both := map[string]string{"API_KEYS": secondKey + "," + firstKey, "WRITE_KEYS": firstKey}
-	if _, err := loadSettings(func(k string) string { return both[k] }); err == nil || !strings.Contains(err.Error(), "WRITE_KEYS") || strings.Contains(err.Error(), firstKey) {
-		t.Errorf("a key that may do everything, and only send: %v", err)
-	}
-	for _, c := range []struct{ name, value string }{
-		{"API_KEYS", " , "}, {"WRITE_KEYS", ","}, // no key lets everybody in
-		{"KAFKA_BROKERS", "a:b"}, {"KAFKA_BROKERS", "a:9092,b:0"}, {"KAFKA_BROKERS", "a:65536"}, {"CLICKHOUSE_HOST", "[::1]:9000"}, {"CLICKHOUSE_HOST", "http://localhost"},
-		{"KAFKA_SASL_USERNAME", "u"}, {"KAFKA_LINGER", "10s"}, {"RETENTION_DAYS", "30"},
-		{"CORS_ORIGINS", "https://a.example,https://Shop.example"}, {"CORS_ORIGINS", "https://shop.example:443"}, {"CORS_ORIGINS", "http://maça.example"}, {"CORS_ORIGINS", "null"},
-		{"CLOCK_SKEW", "1.5s"}, {"KAFKA_TOPIC", "a b"}, {"KAFKA_TOPIC", ".."}, {"KAFKA_TOPIC", strings.Repeat("t", 244)},
-		{"CLICKHOUSE_DATABASE", "Table"}, {"CLICKHOUSE_DATABASE", "function"}, {"CLICKHOUSE_DATABASE", "system"}, {"CLICKHOUSE_DATABASE", strings.Repeat("d", 151)},
-	} {
-		_, err := loadSettings(func(k string) string { return map[string]string{c.name: c.value}[k] })
-		if err == nil || !strings.Contains(err.Error(), c.name) {
-			t.Errorf("%s=%q: %v", c.name, c.value, err)
-		}
-	}
-	readme, err := os.ReadFile("deploy/README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, s := range new(settings).settingsTable() {
-		if !strings.Contains(string(readme), "`"+s.name+"`") {
-			t.Errorf("deploy/README.md does not explain %s", s.name)
-		}
 	}
 }

@@ -1,120 +1,21 @@
-// complete_through: what it says is stored at that moment, through every fault, and it does not stand still for what will
-// never be stored.
+// What comes later: complete_through, who waits for it, records that are put off.
 
 package main
 
 import (
 	"context"
 	"fmt"
-	"math/rand/v2"
-	"slices"
+	"runtime"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
-	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kgo"
 
 	"github.com/event-ingestion/event-ingestion/troubles"
 )
-
-// acknowledged is what a sender was told: an event, and the Unix second in which its answer came.
-type acknowledged struct {
-	mu sync.Mutex // guards at
-	at []int64    // by number of the event; 0 where there was no answer, or none yet
-}
-
-// mustBeHonest asks for complete_through and then for what is stored: every event that was answered up to that second has
-// to be there.
-func (a *acknowledged) mustBeHonest(p *program, db string) {
-	p.t.Helper()
-	through := int64(0)
-	if p.status("/health") == 200 { // not killed a moment ago
-		through = completeThrough(p)
-	}
-	stored := map[string]bool{}
-	for user := range strings.Lines(clickhouseQuery(p.t, "SELECT DISTINCT user_id FROM "+db+".events WHERE event_name = 'honest'")) {
-		stored[strings.TrimSpace(user)] = true
-	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	for i, at := range a.at {
-		if at != 0 && at <= through && !stored[fmt.Sprint("u", i)] {
-			p.t.Fatalf("complete through %d, and event %d, acknowledged at %d, is not stored", through, i, at)
-		}
-	}
-}
-
-// send posts one event after the other until ctx is done.
-func (a *acknowledged) send(ctx context.Context, p *program) {
-	pace := time.NewTicker(5 * time.Millisecond)
-	defer pace.Stop()
-	for i := 0; ctx.Err() == nil; i++ {
-		<-pace.C
-		a.mu.Lock()
-		a.at = append(a.at, 0)
-		a.mu.Unlock()
-		status := 0
-		for status != 202 && ctx.Err() == nil { // nobody answers while an instance is killed
-			if resp, err := httpPost(p.url+onePath, fmt.Sprintf(`{"event_name":"honest","user_id":"u%d","timestamp":%d}`, i, time.Now().Unix())); err == nil {
-				status = resp
-			}
-		}
-		if status == 202 {
-			a.mu.Lock()
-			a.at[i] = time.Now().Unix()
-			a.mu.Unlock()
-		}
-	}
-}
-
-// TestCompleteThroughIsHonest: rows that are rejected and stored later, an instance that is killed, ClickHouse away.
-func TestCompleteThroughIsHonest(t *testing.T) {
-	alone(t)
-	env := newSpace(t, "SERVER_PORT="+freePort(t), "MAX_RETRY_ATTEMPTS=20")
-	p := startProgram(t, env)
-	db := space(env, "CLICKHOUSE_DATABASE")
-	ctx, stop := context.WithCancel(t.Context())
-	var told acknowledged
-	var sending sync.WaitGroup
-	sending.Go(func() { told.send(ctx, p) }) // ends with stop
-	defer sending.Wait()
-	defer stop()
-	until := func(what string, fault func(), over func() bool) {
-		fault()
-		p.await(what, time.Minute, func() bool {
-			time.Sleep(sampleInterval / 2)
-			told.mustBeHonest(p, db)
-			return over()
-		})
-	}
-	catchesUp := func() func() bool {
-		second := time.Now().Unix() + 1
-		return func() bool { return completeThrough(p) >= second }
-	}
-	for range tortureFactor() {
-		until("complete", func() {}, catchesUp())
-		clickhouseQuery(t, "ALTER TABLE "+db+".events ADD CONSTRAINT seldom CHECK user_id NOT LIKE '%77'")
-		before := readTopicEnds(t, env, ".retry")
-		rejected := func(times int) func() bool { // a record has been, since before
-			return func() bool {
-				p := (times - 1) * delayPartitions
-				return totalOf(readTopicEnds(t, env, ".retry")[p:p+delayPartitions]) > totalOf(before[p:p+delayPartitions])
-			}
-		}
-		until("rejected twice", func() {}, rejected(2))
-		until("killed", func() { p.cmd.Process.Kill(); p.cmd.Wait(); p.start() }, func() bool { return p.status("/ready") == 200 })
-		until("rejected three times", func() {}, rejected(3))
-		clickhouseQuery(t, "ALTER TABLE "+db+".events DROP CONSTRAINT seldom")
-		until("complete with the rejected", func() {}, catchesUp())
-		control(t, "/clickhouse/kill")
-		control(t, "/clickhouse/start")
-		time.Sleep(rand.N(50 * time.Millisecond)) // any moment of a round
-		until("complete after ClickHouse's death", func() {}, catchesUp())
-	}
-}
 
 // TestStalled: partitions that take turns are not stalled; one that stands by itself is, after a while.
 func TestStalled(t *testing.T) {
@@ -143,142 +44,6 @@ func TestStalled(t *testing.T) {
 			t.Errorf("lags %v, standing for %v s: %q, want %q", c.lags, c.since, got, c.want)
 		}
 	}
-}
-
-func readTopicEnds(t *testing.T, env []string, suffix string) []int64 {
-	t.Helper()
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer kafka.Close()
-	ends, err := offsetsOf(kadm.NewClient(kafka).ListEndOffsets(t.Context(), space(env, "KAFKA_TOPIC")+suffix))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ends
-}
-
-// TestCompleteThroughGoesOn: records that expire before anybody reads them, and topics that are deleted and made again with
-// fewer records than the group had committed, do not freeze it.
-func TestCompleteThroughGoesOn(t *testing.T) {
-	t.Parallel()
-	if isCluster() {
-		t.Skip("a cluster deletes topics and records in its own time")
-	}
-	env := newSpace(t)
-	topic := space(env, "KAFKA_TOPIC")
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer kafka.Close()
-	admin := kadm.NewClient(kafka)
-	send := func(p *program, n int) {
-		t.Helper()
-		var body []byte
-		for range n {
-			body = append(append(body, freshEvent("g")...), '\n')
-		}
-		if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != 202 {
-			t.Fatal(status, answer)
-		}
-	}
-	p := startProgram(t, env)
-	send(p, 300)
-	drained(p)
-	p.terminate()
-
-	api := startProgram(t, append(env, "ROLE=api"))
-	send(api, 300)
-	for _, name := range []string{topic, topic + ".retry"} {
-		if name != topic { // a record whose time came and went
-			rec := &kgo.Record{Topic: name, Value: []byte("{}")}
-			if err := kafka.ProduceSync(t.Context(), rec).FirstErr(); err != nil {
-				t.Fatal(err)
-			}
-		}
-		ends, err := admin.ListEndOffsets(t.Context(), name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if deleted, err := admin.DeleteRecords(t.Context(), ends.Offsets()); err != nil || deleted.Error() != nil {
-			t.Fatal(err, deleted.Error())
-		}
-	}
-	drained(api)
-
-	p = startProgram(t, env)
-	for _, name := range []string{topic, topic + ".retry"} {
-		if _, err := admin.DeleteTopics(t.Context(), name); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, without := range []*program{p, api} { // their clients would go on asking for the old ones
-		const says = "a topic was deleted"
-		if code := without.ended(says); code != 1 || !strings.Contains(without.log.String(), says) {
-			t.Errorf("exit code %d, and the log does not say %s:\n%s", code, says, without.log)
-		}
-	}
-	p, api = startProgram(t, env), startProgram(t, append(env, "ROLE=api"))
-	send(p, 20)
-	drained(p)
-	drained(api)
-	if n := clickhouseQuery(t, "SELECT count() FROM "+space(env, "CLICKHOUSE_DATABASE")+".events"); n != "320" {
-		t.Errorf("%s events are stored, want 320", n)
-	}
-}
-
-// TestGrowthIsNotClaimed: a topic grows, and every second record moves to a partition that cannot be read for a while. Neither
-// those who saw it grow nor an instance that starts afterwards claims these records.
-func TestGrowthIsNotClaimed(t *testing.T) {
-	t.Parallel()
-	env := faultSpace(t, "KAFKA_PARTITIONS=1")
-	topic := space(env, "KAFKA_TOPIC")
-	between := newProxy(t, clickhouseAddress(t), nil)
-	p := startProgram(t, append(slices.Clone(env), "CLICKHOUSE_PORT="+between.port()))
-	drained(p)
-	between.shut.Store(true)
-	between.cutAnswers()
-	const events = 400
-	now := time.Now().Unix()
-	postAll(t, p, numbered("claim", events, events, func(i int) int64 { return now - int64(i%300) }))
-	answered := time.Now().Unix()
-	time.Sleep(8 * sampleInterval) // looks that know of one partition, and of all events there
-	growTopic(t, env, 2)
-	other, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...), kgo.TransactionalID(topic+"-other"), kgo.RecordPartitioner(kgo.ManualPartitioner()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer other.Close()
-	if err := other.BeginTransaction(); err != nil {
-		t.Fatal(err)
-	}
-	if err := other.ProduceSync(t.Context(), &kgo.Record{Topic: topic, Partition: 1, Value: []byte("open")}).FirstErr(); err != nil {
-		t.Fatal(err)
-	}
-	p.await("seen to grow", 20*time.Second, func() bool { return strings.Contains(p.log.String(), "more partitions than before") })
-	later := startProgram(t, append(slices.Clone(env), "ROLE=api"))
-	between.shut.Store(false)
-	stored := func() string {
-		return clickhouseQuery(t, "SELECT count() FROM "+space(env, "CLICKHOUSE_DATABASE")+".events")
-	}
-	p.await("half of them stored", time.Minute, func() bool { n, _ := strconv.Atoi(stored()); return n > events/3 })
-	for range 12 { // looks, a quarter of a second apart
-		for _, q := range []*program{p, later} {
-			if through := completeThrough(q); through > answered && stored() != fmt.Sprint(events) {
-				t.Fatalf("acknowledged by %d; complete_through says %d and %s of %d are stored", answered, through, stored(), events)
-			}
-		}
-		time.Sleep(sampleInterval)
-	}
-	if err := other.EndTransaction(t.Context(), kgo.TryAbort); err != nil {
-		t.Fatal(err)
-	}
-	for _, q := range []*program{p, later} {
-		drained(q)
-	}
-	mustCount(t, env, "claim", events)
 }
 
 // TestGrowthIsSeen: another instance puts a record on a partition that is new, which nobody reads yet. A look in the seconds after that
@@ -347,4 +112,206 @@ func TestClockSetBack(t *testing.T) {
 	}
 	w.through.Store(ahead.Unix())
 	look()
+}
+
+// TestStoredSignal: each waits for its own moment, all by one wake-up.
+func TestStoredSignal(t *testing.T) {
+	var s storedSignal
+	base := time.Now()
+	at := func(n int) time.Time { return base.Add(time.Duration(n)) }
+	told := make(chan int, 10)
+	for n := range 10 {
+		go func() { // ends when the signal has passed its moment
+			if s.wait(context.Background(), at(n)) {
+				told <- n
+			}
+		}()
+	}
+	for n := range 10 {
+		if s.advance(at(n)); len(told) > 0 {
+			t.Fatalf("%d was told at %d", <-told, n)
+		}
+		if s.advance(at(n + 1)); <-told != n {
+			t.Fatalf("another one than %d was told", n)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if s.wait(ctx, at(10)) || !s.wait(ctx, at(9)) {
+		t.Error("a client that is gone is told what is not stored, or not what is")
+	}
+	s.end()
+	if s.wait(context.Background(), at(10)) || !s.wait(context.Background(), at(9)) {
+		t.Error("at the end")
+	}
+}
+
+func TestDelays(t *testing.T) {
+	for attempt, want := range map[int]time.Duration{1: 2 * time.Second, 2: 4 * time.Second, 3: 8 * time.Second, 4: 16 * time.Second, 5: 32 * time.Second, 6: time.Minute, 100: time.Minute} {
+		if got := delayOf(attempt); got != want {
+			t.Errorf("attempt %d waits %s, want %s", attempt, got, want)
+		}
+	}
+}
+
+// TestPutOffTogether: a list far above what the brokers take in one batch, all attempts mixed, one record too large for
+// any batch: everything is acknowledged where it belongs.
+func TestPutOffTogether(t *testing.T) {
+	t.Parallel()
+	cfg := settingsFrom(t, newSpace(t))
+	side := newTestSideProducer(t, cfg)
+	const each = 60
+	var recs []*kgo.Record
+	for i := range each * (cfg.maxRetryAttempts + 1) {
+		rec := &kgo.Record{Topic: cfg.kafkaTopic, Partition: 3, Offset: int64(i / 6), Key: []byte(strconv.Itoa(i)), Value: []byte(strings.Repeat("v", 16<<10))}
+		if count := i % 6; count > 0 {
+			rec.Headers = []kgo.RecordHeader{{Key: "retry_count", Value: []byte(strconv.Itoa(count))}}
+		}
+		recs = append(recs, rec)
+	}
+	recs[7].Value = []byte(strings.Repeat("w", 3<<20))
+	if side.retry(t.Context(), recs, "a reason") != nil {
+		t.Fatal("not acknowledged")
+	}
+	perPartition := map[int32]int{}
+	for _, rec := range readTopic(t, cfg.kafkaTopic+".retry", each*cfg.maxRetryAttempts) {
+		perPartition[rec.Partition]++
+		attempt := retryCount(rec)
+		n, _ := strconv.Atoi(string(rec.Key))
+		if attempt != n%6+1 || int(rec.Partition)/delayPartitions != attempt-1 || len(rec.Value) != len(recs[n].Value) || header(rec, "original_offset") != fmt.Sprint(n/6) {
+			t.Errorf("record %d: partition %d, attempt %d, %d bytes, %v", n, rec.Partition, attempt, len(rec.Value), rec.Headers)
+		}
+	}
+	for p, n := range perPartition {
+		if n != each/delayPartitions {
+			t.Errorf("partition %d has %d", p, n)
+		}
+	}
+	for _, rec := range readTopic(t, cfg.kafkaTopic+".dlq", each) {
+		if header(rec, "error_type") != errorExhausted || header(rec, "final_retry_count") != "5" || header(rec, "error_message") != "a reason" {
+			t.Errorf("dead letter: %v", rec.Headers)
+		}
+	}
+}
+
+// TestPutOffStopped: with the brokers away a move ends when it is told to, and says that it was not done.
+func TestPutOffStopped(t *testing.T) {
+	t.Parallel()
+	brokers, err := kfake.NewCluster(kfake.NumBrokers(2))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := settingsFrom(t, append(newSpace(t), "KAFKA_BROKERS="+strings.Join(brokers.ListenAddrs(), ",")))
+	side := newTestSideProducer(t, cfg)
+	brokers.Close()
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { // ends when retry does
+		done <- side.retry(ctx, []*kgo.Record{{Topic: cfg.kafkaTopic, Value: []byte("{}")}}, "a reason")
+	}()
+	time.AfterFunc(200*time.Millisecond, stop) // at any moment of a try
+	select {
+	case err := <-done:
+		if err == nil {
+			t.Error("acknowledged by nobody")
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("goes on after it was told to end")
+	}
+}
+
+// TestRetryWorkers: 20,000 records of 16 KB wait for a minute, and take little memory; those with a short delay pass them, each
+// once, while workers come and go; what waits is still uncommitted in the end.
+func TestRetryWorkers(t *testing.T) {
+	t.Parallel()
+	cfg := settingsFrom(t, newSpace(t))
+	side := newTestSideProducer(t, cfg)
+	kafka, err := newProducer(cfg, kgo.RecordPartitioner(kgo.ManualPartitioner()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	put := func(n int, partition func(i int) int32, at time.Time, value string) {
+		recs := make([]*kgo.Record, n)
+		for i := range recs {
+			p := partition(i)
+			count := "1"
+			if p >= delayPartitions {
+				count = "100" // the longest delay, from when they are read, because they are ahead
+			}
+			recs[i] = &kgo.Record{Topic: cfg.kafkaTopic + ".retry", Partition: p, Key: []byte(fmt.Sprint(at.UnixNano(), i)), Value: []byte(value), Timestamp: at,
+				Headers: []kgo.RecordHeader{{Key: "retry_count", Value: []byte(count)}}}
+		}
+		if err := kafka.ProduceSync(t.Context(), recs...).FirstErr(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const long = 2500 // in each of the long partitions
+	for range 10 {
+		put(retryPartitions*long/10, func(i int) int32 { return int32(max(i%retryPartitions, delayPartitions)) }, time.Now().Add(time.Hour), strings.Repeat("waits ", 16<<10/6))
+	}
+	peak := uint64(0)
+	measure := func() {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		peak = max(peak, m.HeapAlloc)
+	}
+	measure()
+	before := peak
+	start := func() (stop func()) {
+		ctx, cancel := context.WithCancel(t.Context())
+		w, err := newRetryWorker(cfg, side, func(err error) { t.Log(err) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan struct{})
+		go func() { // ends with cancel
+			defer close(done)
+			w.run(ctx, func() (context.Context, context.CancelFunc) {
+				return context.WithTimeout(context.Background(), 20*time.Second)
+			})
+		}()
+		return func() { cancel(); <-done }
+	}
+	stop := start()
+	const rounds, short = 3, 200
+	back := map[string]int{}
+	for round := range rounds {
+		put(short, func(i int) int32 { return int32(i % delayPartitions) }, time.Now(), "short")
+		another := start()
+		for _, rec := range readTopic(t, cfg.kafkaTopic, short*(round+1)) {
+			back[string(rec.Key)]++
+			if string(rec.Value) != "short" {
+				t.Fatal("a record is back before it was due")
+			}
+		}
+		measure()
+		stop()
+		stop = another
+	}
+	stop()
+	for _, rec := range readTopic(t, cfg.kafkaTopic, short*rounds) {
+		back[string(rec.Key)]++
+	}
+	if len(back) != short*rounds {
+		t.Errorf("%d records are back, want %d", len(back), short*rounds)
+	}
+	w := newWatermark(side.kafka, cfg)
+	committed, err := committedOffsets(t.Context(), w.admin, cfg.kafkaTopic+".retry", cfg.kafkaGroup+".retry")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for p := range committed {
+		if want := short * rounds / delayPartitions; p < delayPartitions && committed[p] != int64(want) || p >= delayPartitions && committed[p] != 0 {
+			t.Errorf("partition %d is committed to %d", p, committed[p])
+		}
+	}
+	if ends, err := offsetsOf(w.admin.ListEndOffsets(t.Context(), cfg.kafkaTopic)); err != nil || totalOf(ends) != short*rounds {
+		t.Errorf("%v, %v were put back, want %d", err, ends, short*rounds)
+	}
+	if grown := peak - before; grown > 64<<20 {
+		t.Errorf("%d MB for waiting", grown>>20)
+	}
+	t.Logf("%d KB for waiting", (peak-before)>>10)
 }

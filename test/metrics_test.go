@@ -1,13 +1,13 @@
 // What is asked of the events: each answer against a count of the test's own.
 
-package main
+package test
 
 import (
 	"encoding/json"
 	"fmt"
+	"math"
 	"net/http"
 	"net/url"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -151,6 +151,9 @@ func TestNothingAfterTo(t *testing.T) {
 	}
 }
 
+// maxCampaigns is how many campaigns an answer has at most.
+const maxCampaigns = 1000
+
 // TestManyCampaigns: of more than the largest 1,000 the rest is left out, and the answer says so.
 func TestManyCampaigns(t *testing.T) {
 	t.Parallel()
@@ -180,6 +183,23 @@ func TestManyCampaigns(t *testing.T) {
 
 // TestQueryParameters: what is unknown, malformed or there twice is said, all at once, by both endpoints.
 func TestQueryParameters(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, newSpace(t))
+	malformed := func(path string) (fields []string, answer string) {
+		status, _, answer := p.do("GET", path, "", "", nil)
+		var a struct {
+			Errors []struct{ Field, Code string }
+		}
+		if err := json.Unmarshal([]byte(answer), &a); err != nil || (status == 200) != (len(a.Errors) == 0) || status != 200 && status != 400 {
+			t.Errorf("%s: %d %s", path, status, answer)
+		}
+		for _, problem := range a.Errors {
+			if problem.Code == "validation.invalid-format.error" {
+				fields = append(fields, problem.Field)
+			}
+		}
+		return fields, answer
+	}
 	for query, want := range map[string]string{
 		"channel=web;x":           "query",
 		"%zz=1":                   "query",
@@ -192,19 +212,11 @@ func TestQueryParameters(t *testing.T) {
 		"channel=":                "",
 		"from=1&to=2&channel=web": "",
 	} {
-		var got []string
-		_, problems := parseOverviewQuery(query, 1795441976)
-		for _, p := range problems {
-			if p.code == codeInvalidFormat {
-				got = append(got, p.field)
-			}
+		if got, answer := malformed("/api/v1/overview?" + query); strings.Join(got, " ") != want {
+			t.Errorf("overview?%s: %s, want %s", query, answer, want)
 		}
-		if strings.Join(got, " ") != want {
-			t.Errorf("overview?%s: %v, want %s", query, problems, want)
-		}
-		_, problems = parseMetricsQuery("event_name=x&from=1&to=2&" + query)
-		if bad := slices.ContainsFunc(problems, func(p problem) bool { return p.code == codeInvalidFormat }); bad != (want != "" || strings.HasPrefix(query, "from=1")) {
-			t.Errorf("metrics?%s: %v", query, problems)
+		if bad, answer := malformed(metricsPath + "event_name=x&from=1&to=2&" + query); len(bad) > 0 != (want != "" || strings.HasPrefix(query, "from=1")) {
+			t.Errorf("metrics?%s: %s", query, answer)
 		}
 	}
 }
@@ -239,4 +251,129 @@ func TestMetricsOddNames(t *testing.T) {
 			t.Errorf("%q: %+v", name, a)
 		}
 	}
+}
+
+func TestOverview(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, newSpace(t))
+	type sent struct {
+		name, user, channel, campaign, currency string
+		at                                      int64
+		price                                   float64
+	}
+	now := time.Now().Unix()
+	base := (now/daySeconds - 9) * daySeconds // 900 events reach 7.2 days further: none is of the last 24 hours, at any hour
+	var all []sent
+	var body []byte
+	for i := range int64(900) {
+		e := sent{[]string{"view", "purchase", "cart"}[i%3], fmt.Sprint("u", i*7%83), []string{"", "web", "api"}[i/3%3], fmt.Sprint("c", i%13), []string{"TRY", "", "USD"}[i/9%3], base + i*691, float64(i) + 0.25}
+		if e.campaign == "c0" {
+			e.campaign = ""
+		}
+		all = append(all, e)
+		body = fmt.Appendf(body, `{"event_name":%q,"user_id":%q,"channel":%q,"campaign_id":%q,"timestamp":%d,"metadata":{"price":%v,"currency":%q}}`+"\n", e.name, e.user, e.channel, e.campaign, e.at, e.price, e.currency)
+	}
+	for range 2 { // the second time they are duplicates
+		if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != 202 {
+			t.Fatal(status, answer)
+		}
+	}
+	drained(p)
+	for _, r := range [][2]int64{{base, base + 9*daySeconds}, {base + 3600, base + 3600 + 3599}, {base + 100, base + 200000}, {base + 7200, base + 10799}, {base + 691, base + 1383}, {base + 1, base + 2}, {base - 50, base + 100000}} {
+		for _, filter := range []struct{ channel, name string }{{"", ""}, {"web", ""}, {"", "purchase"}, {"api", "view"}} {
+			var total sum
+			groups := map[string]map[string]*sum{"channels": {}, "event_names": {}, "campaigns": {}, "series": {}}
+			bucket, width := "hour", time.Hour
+			if r[1]-r[0] > 3*daySeconds {
+				bucket, width = "day", 24*time.Hour
+			} else if r[1]-r[0] < 3600 {
+				bucket, width = "minute", time.Minute
+			}
+			campaigns := map[string]bool{}
+			for _, e := range all {
+				if e.at < r[0] || e.at > r[1] || filter.channel != "" && e.channel != filter.channel || filter.name != "" && e.name != filter.name {
+					continue
+				}
+				revenue, at := 0.0, time.Unix(e.at, 0).UTC().Truncate(width)
+				if e.name == "purchase" && e.currency != "USD" {
+					revenue = e.price
+				}
+				total.add(e.user, revenue)
+				keys := map[string]string{"channels": e.channel, "event_names": e.name, "series": at.Format(time.RFC3339)}
+				if e.campaign != "" {
+					keys["campaigns"] = e.campaign
+					campaigns[e.campaign] = true
+				}
+				for kind, key := range keys {
+					if groups[kind][key] == nil {
+						groups[kind][key] = new(sum)
+					}
+					groups[kind][key].add(e.user, revenue)
+				}
+			}
+			path := fmt.Sprintf("/api/v1/overview?from=%d&to=%d&channel=%s&event_name=%s", r[0], r[1], filter.channel, filter.name)
+			status, _, answer := p.do("GET", path, "", "", nil)
+			var a map[string]any
+			if err := json.Unmarshal([]byte(answer), &a); err != nil || status != 200 {
+				t.Fatal(status, answer)
+			}
+			if a["total_count"] != float64(total.count) || a["unique_users"] != float64(len(total.users)) || math.Abs(a["revenue"].(float64)-total.revenue) > 0.001 ||
+				a["active_campaigns"] != float64(len(campaigns)) || a["bucket"] != bucket {
+				t.Errorf("%s: %s; want %d events, %d users, revenue %v, %d campaigns", path, answer, total.count, len(total.users), total.revenue, len(campaigns))
+			}
+			for kind, want := range groups {
+				list := a[kind].([]any)
+				if len(list) != min(len(want), 10) && kind != "series" || kind == "series" && len(list) != len(want) {
+					t.Errorf("%s: %d %s, want %d", path, len(list), kind, len(want))
+				}
+				for _, g := range list {
+					g := g.(map[string]any)
+					w := want[g["key"].(string)]
+					if w == nil || g["total_count"] != float64(w.count) || kind == "series" && bucket != "minute" && g["unique_users"] != float64(len(w.users)) || kind != "campaigns" && math.Abs(g["revenue"].(float64)-w.revenue) > 0.001 {
+						t.Errorf("%s: %s %v, want %+v", path, kind, g, w)
+					}
+				}
+			}
+		}
+	}
+	for query, want := range map[string]string{"from=x": "validation.invalid-format.error", "from=5&to=5": "validation.invalid-range.error", "channel=tv": "validation.invalid-channel.error", "to=1795441976000": "validation.invalid-format.error", "from=1&from=2": "validation.invalid-format.error", "from=": "validation.required.error"} {
+		if status, _, answer := p.do("GET", "/api/v1/overview?"+query, "", "", nil); status != 400 || !strings.Contains(answer, want) {
+			t.Errorf("%s: %d %s", query, status, answer)
+		}
+	}
+	for _, query := range []string{"from=-300&to=-50", "from=-9223372036854775808&to=0", "from=-1&to=99999999999", "to=-1", "from=0&to=4294967296"} {
+		if status, _, answer := p.do("GET", "/api/v1/overview?"+query, "", "", nil); status != 200 {
+			t.Errorf("%s: %d %s", query, status, answer)
+		}
+	}
+	if status, _, answer := p.do("GET", "/api/v1/overview", "", "", nil); status != 200 || !strings.Contains(answer, `"total_count":0,`) {
+		t.Errorf("of the last day: %d %s", status, answer)
+	}
+}
+
+// TestLargeRevenue: prices as large as they can be stored, of which nine are more than 64 bits hold.
+func TestLargeRevenue(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t)
+	p := startProgram(t, env)
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, timestamp, price) SELECT SHA256(toString(number)), 'purchase', toDateTime(%d), toDecimal64('99999999999999.9999', 4) FROM numbers(30)", space(env, "CLICKHOUSE_DATABASE"), time.Now().Unix()-60))
+	if status, _, answer := p.do("GET", "/api/v1/overview", "", "", nil); status != 200 || !json.Valid([]byte(answer)) || strings.Count(answer, `"revenue":2999999999999999.997`) != 4 {
+		t.Errorf("%d %s", status, answer)
+	}
+}
+
+// sum is an independent count.
+type sum struct {
+	count   int
+	users   map[string]bool
+	revenue float64
+}
+
+func (s *sum) add(user string, revenue float64) {
+	if s.users == nil {
+		s.users = map[string]bool{}
+	}
+	s.count++
+	s.users[user] = true
+	s.revenue += revenue
 }

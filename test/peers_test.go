@@ -3,11 +3,10 @@
 // Every way stores the same events in tables of the same schema, in turns, each time after merges have come to rest: events
 // a second until the last row is counted, and the CPU of each process for an event.
 
-package main
+package test
 
 import (
 	"bytes"
-	"encoding/hex"
 	"fmt"
 	"io"
 	"net/http"
@@ -22,8 +21,6 @@ import (
 	"testing"
 	"text/tabwriter"
 	"time"
-
-	"github.com/twmb/franz-go/pkg/kgo"
 
 	"github.com/event-ingestion/event-ingestion/load"
 )
@@ -96,16 +93,13 @@ func BenchmarkPeers(b *testing.B) {
 // measure returns events a second and CPU µs an event of the program, ClickHouse, the brokers and the client.
 func (p way) measure(b *testing.B) (rate float64, cpu [4]float64) {
 	env := newSpace(b, oneClient)
-	cfg := settingsFrom(b, env)
-	if _, err := newStore(cfg).prepare(b.Context(), 0); err != nil {
-		b.Fatal(err)
-	}
+	makeTables(b, env)
 	for clickhouseQuery(b, "SELECT count() FROM system.merges") != "0" {
 		time.Sleep(100 * time.Millisecond)
 	}
 	ch := processWith(b, "--http_port\x00"+os.Getenv("CLICKHOUSE_HTTP_PORT"))
 	started, before := time.Time{}, [4]float64{}
-	r := &run{b, env, cfg.clickhouseDatabase, p.events, func(pid int) int {
+	r := &run{b, env, space(env, "CLICKHOUSE_DATABASE"), p.events, func(pid int) int {
 		before = [4]float64{cpuSeconds(pid), cpuSeconds(ch), cpuSeconds(parentOf(ch)), ownSeconds()}
 		started = time.Now()
 		return pid
@@ -235,41 +229,21 @@ func postRows(b testing.TB, database, settings string, connections int, bodies [
 	inserts.Wait()
 }
 
-// fillTopic puts the run's events on its topic as the program does.
+// fillTopic puts the run's events on its topic: an instance that only takes them does.
 func (r *run) fillTopic() {
-	cfg := settingsFrom(r.b, r.env)
-	kafka, err := newProducer(cfg)
-	if err != nil {
-		r.b.Fatal(err)
-	}
-	defer kafka.Close()
-	if _, err := ensureTopics(r.b.Context(), kafka, cfg); err != nil {
-		r.b.Fatal(err)
-	}
-	flags, _ := load.Parse([]string{"-users", "10000000"}, io.Discard)
-	gen, parser := load.NewGenerator(flags), new(eventParser)
-	var failed error
-	for n := range int64(r.n) {
-		ev, _, err := parser.parse(gen.Event(nil, n))
-		if err != nil {
-			r.b.Fatal(err)
-		}
-		id, _ := ev.id(nil)
-		kafka.Produce(r.b.Context(), &kgo.Record{Topic: cfg.kafkaTopic, Key: hex.AppendEncode(nil, id[:]), Value: appendEvent(nil, ev)}, func(_ *kgo.Record, err error) {
-			if err != nil {
-				failed = err
-			}
-		})
-	}
-	if err := kafka.Flush(r.b.Context()); err != nil || failed != nil {
-		r.b.Fatal(err, failed)
-	}
+	p := startProgram(r.b, append(r.env, "ROLE=api"))
+	l, done := loadInto(r.b, p.url, 0, time.Hour, "-users", "10000000", "-bulk", "1000")
+	p.await("taken", 5*time.Minute, func() bool { return l.OK.Load() >= int64(r.n) })
+	l.Stop()
+	done()
+	r.n = int(l.OK.Load())
+	p.terminate()
 }
 
 func drainByProgram(r *run) int {
 	r.fillTopic()
 	r.begin(0) // its start counts, too
-	p := &program{t: r.b, env: append(r.env, "SERVER_PORT="+freePort(r.b))}
+	p := newProgram(r.b, r.env)
 	p.start()
 	return p.cmd.Process.Pid
 }

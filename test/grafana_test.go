@@ -1,7 +1,7 @@
 // The dashboards as code: each panel's SQL runs on the real ClickHouse, as Grafana's data source would send it, and has to
 // say what an independent count says.
 
-package main
+package test
 
 import (
 	"encoding/json"
@@ -357,14 +357,14 @@ func TestGrafanaFiles(t *testing.T) {
 	if len(exprs) < 30 {
 		t.Fatalf("only %d expressions found", len(exprs))
 	}
-	names := metricNames()
+	names := metricNames(t)
 	var rules strings.Builder
 	rules.WriteString("groups:\n- name: all\n  rules:\n")
 	for i, expr := range exprs {
 		expr = strings.ReplaceAll(expr, "$__rate_interval", "1m")
 		fmt.Fprintf(&rules, "  - record: r%d\n    expr: %q\n", i, expr)
 		for _, name := range regexp.MustCompile(`event_ingestion_\w+`).FindAllString(expr, -1) {
-			if names[strings.TrimSuffix(name, "_bucket")] == "" {
+			if !names[strings.TrimSuffix(name, "_bucket")] {
 				t.Errorf("%s asks for %s", expr, name)
 			}
 		}

@@ -1,6 +1,7 @@
-// What is to go, goes: old parts by their TTL, an erased user by the recipe of deploy/README.md.
+// What is to go, goes: old parts by their TTL, an erased user by the recipe of deploy/README.md. Settings reach tables that are
+// there.
 
-package main
+package test
 
 import (
 	"fmt"
@@ -16,15 +17,11 @@ func TestRetention(t *testing.T) {
 	t.Parallel()
 	env := newSpace(t)
 	db := space(env, "CLICKHOUSE_DATABASE")
-	prepare := func(days string, decides bool) {
+	run := func(more ...string) { startProgram(t, append(env[:len(env):len(env)], more...)).terminate() }
+	start := func(days string) {
 		t.Helper()
-		st := newStore(settingsFrom(t, append(env, "RETENTION_DAYS="+days)))
-		st.decides = decides
-		if _, err := st.prepare(t.Context(), 0); err != nil {
-			t.Fatal(err)
-		}
+		run("RETENTION_DAYS=" + days)
 	}
-	start := func(days string) { prepare(days, true) }
 	start("0")
 	now := time.Now().UTC()
 	gone := time.Date(now.Year(), now.Month()-3, 1, 0, 0, 0, 0, time.UTC)
@@ -48,7 +45,10 @@ func TestRetention(t *testing.T) {
 	}
 	before := mutations()
 	start("31")
-	prepare("0", false) // a command, or ROLE=api
+	run("RETENTION_DAYS=0", "ROLE=api") // which does not decide
+	if out, code := subcommand(t, env, "reconcile"); code != 0 {
+		t.Error(out)
+	}
 	if after := mutations(); after != before {
 		t.Errorf("a start without a change: %s mutations, %s before", after, before)
 	}
@@ -120,4 +120,17 @@ func TestErasure(t *testing.T) {
 		t.Error(out)
 	}
 	mustAgree(t, l, p.url)
+}
+
+// TestFsync: the setting reaches tables that are there, and is taken back.
+func TestFsync(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t)
+	for value, want := range map[string]string{"true": "1", "false": "0"} {
+		startProgram(t, append(env[:len(env):len(env)], "CLICKHOUSE_FSYNC="+value)).terminate()
+		startProgram(t, append(env[:len(env):len(env)], "CLICKHOUSE_FSYNC=false", "ROLE=api")).terminate() // leaves it as it is
+		if n := clickhouseQuery(t, "SELECT count() FROM system.tables WHERE database = '"+space(env, "CLICKHOUSE_DATABASE")+"' AND name IN ('events', 'events_hourly') AND create_table_query LIKE '%fsync_after_insert = "+want+", fsync_part_directory = "+want+"%'"); n != "2" {
+			t.Errorf("CLICKHOUSE_FSYNC=%s: %s of 2 tables", value, n)
+		}
+	}
 }

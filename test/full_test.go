@@ -1,6 +1,6 @@
-// A full disk, under ClickHouse or under Kafka, and tables that refuse every row for some seconds.
+// Stores that are full: a disk without room under ClickHouse or under Kafka.
 
-package main
+package test
 
 import (
 	"errors"
@@ -152,33 +152,4 @@ func emptyParts(t *testing.T, db string) (list []string) {
 		}
 	}
 	return list
-}
-
-// TestRefusedForSeconds: ClickHouse refuses each insert for some seconds, and then takes them again.
-func TestRefusedForSeconds(t *testing.T) {
-	t.Parallel()
-	for code, fault := range map[string]struct{ begin, end string }{
-		"TOO_MANY_PARTS": {"ALTER TABLE %s.events MODIFY SETTING parts_to_delay_insert = 1, parts_to_throw_insert = 1",
-			"ALTER TABLE %s.events MODIFY SETTING parts_to_delay_insert = 100000, parts_to_throw_insert = 100000"},
-		"UNKNOWN_TABLE": {"RENAME TABLE %[1]s.events TO %[1]s.away", "RENAME TABLE %[1]s.away TO %[1]s.events"},
-	} {
-		t.Run(code, func(t *testing.T) {
-			t.Parallel()
-			env := faultSpace(t)
-			p := startProgram(t, env)
-			l, done := loadInto(t, p.url, 1500, time.Hour)
-			for range tortureFactor() {
-				target := l.OK.Load() + 1000
-				p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
-				clickhouseQuery(t, fmt.Sprintf(fault.begin, space(env, "CLICKHOUSE_DATABASE")))
-				p.await("refused", 10*time.Second, func() bool { return strings.Contains(p.log.String(), code) })
-				time.Sleep(2 * time.Second) // the fault itself
-				clickhouseQuery(t, fmt.Sprintf(fault.end, space(env, "CLICKHOUSE_DATABASE")))
-				drained(p)
-			}
-			l.Stop()
-			done()
-			mustHold(p, l)
-		})
-	}
 }

@@ -1,6 +1,6 @@
 // Who is let in, by key, origin, certificate and role, and that no secret is told.
 
-package main
+package test
 
 import (
 	"bytes"
@@ -19,7 +19,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -232,12 +231,12 @@ func TestTLS(t *testing.T) {
 	certFile, keyFile, _ := newCertificate(t, dir, "first")
 	port := freePort(t)
 	env := newSpace(t, "TLS_CERT_FILE="+certFile, "TLS_KEY_FILE="+keyFile, "SERVER_PORT="+port)
-	p := &program{t: t, env: env, url: "https://127.0.0.1:" + port}
+	p := newProgram(t, env)
+	p.url = "https://127.0.0.1:" + port
 	p.start()
 	healthy := func() bool {
-		check := exec.Command(os.Args[0], "healthcheck")
-		check.Env = append(append(os.Environ(), asProgram+"=1"), env...)
-		return check.Run() == nil
+		_, code := subcommand(t, env, "healthcheck")
+		return code == 0
 	}
 	p.await("healthy", 30*time.Second, healthy)
 	served := func() string {
@@ -288,8 +287,7 @@ func TestSecureDependencies(t *testing.T) {
 	done()
 	mustHold(p, l)
 
-	port := freePort(t)
-	wrong := &program{t: t, env: append(env, "KAFKA_SASL_PASSWORD=no", "SERVER_PORT="+port), url: "http://127.0.0.1:" + port}
+	wrong := newProgram(t, append(env, "KAFKA_SASL_PASSWORD=no"))
 	wrong.start()
 	wrong.await("said", 20*time.Second, func() bool {
 		resp, err := http.Get(wrong.url + "/ready")
@@ -332,10 +330,10 @@ func TestRoles(t *testing.T) {
 func TestSecretsAreNotTold(t *testing.T) {
 	t.Parallel()
 	secrets := []string{firstKey, "clickhouse-secret-4711", "kafka-secret-4711", "sent-by-a-client-4711"}
-	port, admin := freePort(t), freePort(t)
-	env := append(newSpace(t), "ADMIN_ADDR=127.0.0.1:"+admin, "LOG_LEVEL=debug", "ACCESS_LOG=1", "SERVER_PORT="+port, "API_KEYS="+secrets[0], "CLICKHOUSE_PASSWORD="+secrets[1],
+	admin := freePort(t)
+	env := append(newSpace(t), "ADMIN_ADDR=127.0.0.1:"+admin, "LOG_LEVEL=debug", "ACCESS_LOG=1", "API_KEYS="+secrets[0], "CLICKHOUSE_PASSWORD="+secrets[1],
 		"CLICKHOUSE_PORT=1", "KAFKA_BROKERS=127.0.0.1:1", "KAFKA_SASL_MECHANISM=PLAIN", "KAFKA_SASL_USERNAME=u", "KAFKA_SASL_PASSWORD="+secrets[2], "ACK_TIMEOUT=1s")
-	p := &program{t: t, env: env, url: "http://127.0.0.1:" + port}
+	p := newProgram(t, env)
 	p.start()
 	p.await("up", 10*time.Second, func() bool { return p.status("/health") == 200 })
 	var told strings.Builder
@@ -348,7 +346,7 @@ func TestSecretsAreNotTold(t *testing.T) {
 		told.WriteString(answer)
 		_, _, answer = p.ask("POST", onePath+"?key="+key, freshEvent("s"))
 		told.WriteString(answer)
-		if conn, err := net.Dial("tcp", "127.0.0.1:"+port); err == nil { // what is no request
+		if conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://")); err == nil { // what is no request
 			fmt.Fprintf(conn, "POST %s?key=%s HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n", onePath, key)
 			b, _ := io.ReadAll(conn)
 			told.Write(b)
@@ -364,8 +362,7 @@ func TestSecretsAreNotTold(t *testing.T) {
 	}
 	p.terminate()
 	told.WriteString(p.log.String())
-	bad := exec.Command(os.Args[0])
-	bad.Env = append(append(os.Environ(), asProgram+"=1", "API_KEYS="+secrets[0]+",short-4711", "SERVER_PORT=x"), "CLICKHOUSE_PASSWORD="+secrets[1], "CLICKHOUSE_PASSWORD_FILE=/none")
+	bad := command(t, []string{"API_KEYS=" + secrets[0] + ",short-4711", "SERVER_PORT=x", "CLICKHOUSE_PASSWORD=" + secrets[1], "CLICKHOUSE_PASSWORD_FILE=/none"})
 	out, _ := bad.CombinedOutput()
 	told.Write(out)
 	if !strings.Contains(string(out), "API_KEYS") || !strings.Contains(string(out), "SERVER_PORT") || !strings.Contains(string(out), "CLICKHOUSE_PASSWORD_FILE") {

@@ -1,7 +1,7 @@
 // Starting, being ready and stopping: what can never work ends the program, what may heal is said in words, and whatever
 // hangs, a stop comes to its end.
 
-package main
+package test
 
 import (
 	"bytes"
@@ -22,21 +22,10 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 )
 
-// ended waits for the end of a program that was told to stop, or has stopped by itself, and returns its exit code.
-func (p *program) ended(why string) int {
-	p.t.Helper()
-	done := make(chan struct{})
-	go func() { // ends with the program, which ends with the test
-		p.cmd.Wait()
-		close(done)
-	}()
-	select {
-	case <-done:
-	case <-time.After(30 * time.Second): // several times what a stop may take, and half of what hangs would
-		p.t.Fatalf("%s: does not end; log:\n%s", why, p.log)
-	}
-	return p.cmd.ProcessState.ExitCode()
-}
+const (
+	queryConns = 8           // connections to ClickHouse for metrics
+	readyAge   = time.Second // how old an answer of /ready may be
+)
 
 func TestWhatCanNeverWork(t *testing.T) {
 	t.Parallel()
@@ -90,7 +79,7 @@ func TestWhatCanNeverWork(t *testing.T) {
 				c.control(brokers)
 			}
 			env := append(newSpace(t), c.env...)
-			p := &program{t: t, env: append(env, "SERVER_PORT="+freePort(t), "KAFKA_BROKERS="+strings.Join(brokers.ListenAddrs(), ","))}
+			p := newProgram(t, append(env, "KAFKA_BROKERS="+strings.Join(brokers.ListenAddrs(), ",")))
 			p.start()
 			if code := p.ended(c.says); code != 1 || !strings.Contains(p.log.String(), c.says) {
 				t.Errorf("exit code %d, and the log does not say %s:\n%s", code, c.says, p.log)
@@ -105,7 +94,7 @@ func TestWrongLogin(t *testing.T) {
 		t.Skip("the tests after this one need that ClickHouse")
 	}
 	alone(t)
-	p := &program{t: t, env: append(newSpace(t), "CLICKHOUSE_USERNAME=nobody", "SERVER_PORT="+freePort(t))}
+	p := newProgram(t, append(newSpace(t), "CLICKHOUSE_USERNAME=nobody"))
 	p.start()
 	const says = "AUTHENTICATION_FAILED"
 	if code := p.ended(says); code != 1 || !strings.Contains(p.log.String(), says) {
@@ -118,9 +107,8 @@ func TestWrongLogin(t *testing.T) {
 // each once, in the log; when they heal the program goes on.
 func TestCausesAreTold(t *testing.T) {
 	t.Parallel()
-	port := freePort(t)
-	env := newSpace(t, "CLICKHOUSE_PORT=1", "SERVER_PORT="+port)
-	p := &program{t: t, env: env, url: "http://127.0.0.1:" + port}
+	env := newSpace(t, "CLICKHOUSE_PORT=1", "SERVER_PORT="+freePort(t))
+	p := newProgram(t, env)
 	p.start()
 	says := func(part string) func() bool {
 		return func() bool {
@@ -366,16 +354,18 @@ func TestStandingStill(t *testing.T) {
 	}
 }
 
-// TestSpareInstance: an instance beyond the number of partitions has nothing to consume, and serves all the same.
-func TestSpareInstance(t *testing.T) {
-	t.Parallel()
-	env := newSpace(t, "KAFKA_PARTITIONS=1")
-	first := startProgram(t, env)
-	spare := startProgram(t, env) // and is ready
-	if status, _, answer := spare.do("POST", onePath, jsonCT, "", freshEvent("spare")); status != http.StatusAccepted {
-		t.Fatal(status, answer)
+// ended waits for the end of a program that was told to stop, or has stopped by itself, and returns its exit code.
+func (p *program) ended(why string) int {
+	p.t.Helper()
+	done := make(chan struct{})
+	go func() { // ends with the program, which ends with the test
+		p.cmd.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(30 * time.Second): // several times what a stop may take, and half of what hangs would
+		p.t.Fatalf("%s: does not end; log:\n%s", why, p.log)
 	}
-	drained(first)
-	first.terminate()
-	spare.await("everything is its own", 30*time.Second, func() bool { return strings.Contains(spare.log.String(), "all=1") })
+	return p.cmd.ProcessState.ExitCode()
 }

@@ -1,6 +1,6 @@
-// What a page on another origin can send, in a real browser: beacons, requests that outlive the page, compressed ones.
+// Pages: those of the program's own, and what a page on another origin can send, in a real browser.
 
-package main
+package test
 
 import (
 	"bufio"
@@ -10,11 +10,65 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 )
+
+// TestStalledOnThePage: the page says what /ready says of consumers, without the seconds, with a cause and without.
+func TestStalledOnThePage(t *testing.T) {
+	script, err := os.ReadFile("web/app.js")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := regexp.MustCompile(`consumers\.replace\(/(.*?)/,`).FindSubmatch(script)
+	if found == nil {
+		t.Fatal("app.js does not cut anything off")
+	}
+	cut := regexp.MustCompile(string(found[1]))
+	for text, want := range map[string]string{"stalled 7 s, 14 waiting": "14 waiting", "stalled 7 s: insert: no, 14 waiting": "insert: no, 14 waiting", "not started yet": "not started yet"} {
+		if got := cut.ReplaceAllString(text, ""); got != want {
+			t.Errorf("%s: %q", text, got)
+		}
+	}
+}
+
+func TestPages(t *testing.T) {
+	t.Parallel()
+	examples := []string{"1767225600", "2026-01-01T00:00:00.123Z", "1767139200"} // in web/openapi.json, where now or yesterday is meant
+	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey))
+	for path, kind := range map[string]string{
+		"/": "text/html", "/web/app.js": "text/javascript", "/web/draw.js": "text/javascript", "/web/app.css": "text/css", "/web/icon.svg": "image/svg+xml", "/swagger/index.html": "text/html",
+		"/swagger/swagger-ui-bundle.js": "text/javascript", "/swagger/swagger-ui.css": "text/css", "/swagger/swagger-initializer.js": "text/javascript",
+		"/swagger/openapi.json": "application/json",
+	} {
+		status, header, body := p.ask("GET", path, nil)
+		if status != 200 || !strings.HasPrefix(header.Get("Content-Type"), kind) || header.Get("X-Content-Type-Options") != "nosniff" ||
+			!strings.Contains(header.Get("Content-Security-Policy"), "default-src 'self'") || !strings.Contains(header.Get("Content-Security-Policy"), "frame-ancestors 'none'") {
+			t.Errorf("%s: %d %v", path, status, header)
+		}
+		if status, _, _ := p.ask("GET", path, nil, "If-None-Match: "+header.Get("ETag")); status != 304 && path != "/swagger/openapi.json" {
+			t.Errorf("%s again: %d", path, status)
+		}
+		if strings.HasSuffix(path, "/") || strings.HasSuffix(path, "html") || strings.HasPrefix(path, "/web/") {
+			if m := regexp.MustCompile(`(?i)(src|href)="?(https?:)?//|url\(|@import|fetch\(['"` + "`" + `]http`).FindString(body); m != "" {
+				t.Errorf("%s loads something from elsewhere: %s", path, m)
+			}
+		}
+	}
+	for path, want := range map[string]int{"/web/none": 404, "/web/": 404, "/swagger/none.js": 404, "/swagger/swagger-ui.js.map": 404, "/swagger/../main.go": 404} {
+		if status, _, _ := p.ask("GET", path, nil); status != want {
+			t.Errorf("%s: %d, want %d", path, status, want)
+		}
+	}
+	_, _, doc := p.ask("GET", "/swagger/openapi.json", nil)
+	if !json.Valid([]byte(doc)) || slices.ContainsFunc(examples, func(text string) bool { return strings.Contains(doc, text) }) {
+		t.Error("the document's examples are not of now")
+	}
+}
 
 // visit has headless Chromium open pages of an origin of its own, / first, and returns what their scripts report
 // to /report, up to the number that is wanted.

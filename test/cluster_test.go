@@ -1,7 +1,7 @@
 // What only a real cluster can show: one broker dies under load while the other lives, and comes back. `make
 // test-cluster` runs these; the embedded brokers are one process.
 
-package main
+package test
 
 import (
 	"fmt"
@@ -12,10 +12,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/load"
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
-
-	"github.com/event-ingestion/event-ingestion/load"
 )
 
 const (

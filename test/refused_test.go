@@ -1,16 +1,17 @@
-// What is on the topics and in the tables: junk, rows that are refused, aggregates that are torn, a cluster's schema.
+// What is on the topics and cannot be stored: junk, rows that ClickHouse refuses, for a time or for ever, records that are too large.
 
-package main
+package test
 
 import (
 	"bytes"
-	"encoding/json"
+	crand "crypto/rand"
 	"fmt"
 	"net/http"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
@@ -125,7 +126,7 @@ func TestRejectedRows(t *testing.T) {
 	clickhouseQuery(t, "ALTER TABLE "+db+".events DROP CONSTRAINT late")
 	p.await("stored with those that were late", 30*time.Second, count(events-bad))
 	for _, rec := range readTopic(t, topic+".dlq", bad) {
-		if !bytes.Contains(rec.Value, []byte(`"never`)) || header(rec, "error_type") != errorExhausted || header(rec, "retry_count") != "2" || header(rec, "final_retry_count") != "2" ||
+		if !bytes.Contains(rec.Value, []byte(`"never`)) || header(rec, "error_type") != "max_retries_exhausted" || header(rec, "retry_count") != "2" || header(rec, "final_retry_count") != "2" ||
 			header(rec, "original_topic") != topic || !strings.Contains(header(rec, "error_message"), "never") || header(rec, "failed_at") == "" {
 			t.Errorf("dead letter %s: %v", rec.Value, rec.Headers)
 		}
@@ -147,7 +148,7 @@ func TestRejectedRows(t *testing.T) {
 			t.Errorf("dlq %s: %d %s", c.args, code, out)
 		}
 	}
-	if out, code := subcommand(t, env, "dlq list -type bogus"); code != 2 || !strings.Contains(out, errorExhausted) {
+	if out, code := subcommand(t, env, "dlq list -type bogus"); code != 2 || !strings.Contains(out, "max_retries_exhausted") {
 		t.Errorf("dlq list of a type that there is not: %d %s", code, out)
 	}
 	p.await("stored with those that were dead", 30*time.Second, count(events))
@@ -157,83 +158,6 @@ func TestRejectedRows(t *testing.T) {
 	}
 	if hourly := clickhouseQuery(t, "SELECT sum(event_count) FROM "+db+".events_hourly"); hourly != fmt.Sprint(events) {
 		t.Errorf("events_hourly has %s, want %d", hourly, events)
-	}
-}
-
-// TestReplayOfMuch: letters of one partition that together are more than the brokers take at once, and one that is more than
-// they take by default.
-func TestReplayOfMuch(t *testing.T) {
-	t.Parallel()
-	env := newSpace(t, "KAFKA_COMPRESSION=none")
-	p := startProgram(t, env)
-	topic := space(env, "KAFKA_TOPIC")
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...), kgo.ProducerBatchMaxBytes(10_000_000), kgo.ProducerBatchCompression(kgo.NoCompression()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer kafka.Close()
-	for i := range 15 {
-		size := 700 << 10
-		if i == 0 {
-			size = 2 << 20
-		}
-		letter := fmt.Sprintf(`{"event_name":"much","user_id":"u","timestamp":%d,"unread":"%s"}`, time.Now().Unix()/3600*3600, strings.Repeat("x", size))
-		if err := kafka.ProduceSync(t.Context(), &kgo.Record{Topic: topic + ".dlq", Value: []byte(letter)}).FirstErr(); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if out, code := subcommand(t, env, "dlq replay"); code != 0 || !strings.Contains(out, "15 letters put back") {
-		t.Errorf("dlq replay: %d %s", code, out)
-	}
-	p.await("stored once", 20*time.Second, func() bool {
-		return clickhouseQuery(t, "SELECT count(), sum(event_count) FROM "+space(env, "CLICKHOUSE_DATABASE")+".events_hourly") == "1\t1"
-	})
-}
-
-// TestReconcile: an aggregate that lost an hour and counted another twice is mended, once.
-func TestReconcile(t *testing.T) {
-	t.Parallel()
-	env := newSpace(t)
-	p := startProgram(t, env)
-	db := space(env, "CLICKHOUSE_DATABASE")
-	var body []byte
-	at := time.Now().Unix()/3600*3600 - 7200
-	for i := range 100 {
-		body = fmt.Appendf(body, `{"event_name":"purchase","user_id":"u%d","timestamp":%d,"campaign_id":"c%d","metadata":{"price":2.5,"currency":"TRY"}}`+"\n", i, at+int64(i%2)*3600+int64(i), i%3)
-	}
-	if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != http.StatusAccepted {
-		t.Fatal(status, answer)
-	}
-	drained(p)
-	const figures = "SELECT sum(event_count), sum(revenue), uniqCombined64Merge(17)(unique_users_state), uniqCombined64Merge(12)(campaigns_state) FROM "
-	want := clickhouseQuery(t, figures+db+".events_hourly")
-	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events_hourly SELECT * FROM %[1]s.events_hourly WHERE hour = %d SETTINGS insert_deduplicate = 0", db, at))
-	clickhouseQuery(t, fmt.Sprintf("ALTER TABLE %s.events_hourly DELETE WHERE hour = %d SETTINGS mutations_sync = 1", db, at+3600))
-	p.await("quiet for long enough", 30*time.Second, func() bool {
-		out, _ := subcommand(t, env, "reconcile -dry-run")
-		return strings.Contains(out, "2 rows of events_hourly differ")
-	})
-	lines, code := subcommand(t, env, "reconcile -dry-run -json")
-	for line := range strings.Lines(lines) {
-		var d unequal
-		if err := json.Unmarshal([]byte(line), &d); err != nil || d.Event != "purchase" || d.InEvents != 50 || d.InHourly != 100 && d.InHourly != 0 {
-			t.Errorf("%v %s", err, line)
-		}
-	}
-	if code != 0 || strings.Count(lines, "\n") != 2 {
-		t.Errorf("%d %s", code, lines)
-	}
-	if out, code := subcommand(t, env, "audit -json"); code != 0 && code != 1 || !json.Valid([]byte(out)) || !strings.Contains(out, `"distinct_events":100,`) {
-		t.Errorf("%d %s", code, out)
-	}
-	if out, code := subcommand(t, env, "reconcile"); code != 0 || !strings.Contains(out, "2 rows") {
-		t.Fatalf("%d %s", code, out)
-	}
-	if out, code := subcommand(t, env, "reconcile"); code != 0 || !strings.Contains(out, "0 rows") {
-		t.Errorf("a second time: %d %s", code, out)
-	}
-	if got := clickhouseQuery(t, figures+db+".events_hourly"); got != want {
-		t.Errorf("mended to %s, want %s", got, want)
 	}
 }
 
@@ -268,62 +192,98 @@ func TestRejectedOtherwise(t *testing.T) {
 	}
 }
 
-// TestFsync: the setting reaches tables that are there, and is taken back.
-func TestFsync(t *testing.T) {
+// TestManyRejected: a constraint refuses a tenth of the rows, all the time. The others arrive, and all of the tenth become
+// dead letters.
+func TestManyRejected(t *testing.T) {
 	t.Parallel()
-	env := newSpace(t)
-	for value, want := range map[string]string{"true": "1", "false": "0"} {
-		for _, own := range []string{value, "false"} { // a command, which has other settings, leaves it as it is
-			st := newStore(settingsFrom(t, append(env, "CLICKHOUSE_FSYNC="+own)))
-			st.decides = own == value
-			if _, err := st.prepare(t.Context(), 0); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if n := clickhouseQuery(t, "SELECT count() FROM system.tables WHERE database = '"+space(env, "CLICKHOUSE_DATABASE")+"' AND name IN ('events', 'events_hourly') AND create_table_query LIKE '%fsync_after_insert = "+want+", fsync_part_directory = "+want+"%'"); n != "2" {
-			t.Errorf("CLICKHOUSE_FSYNC=%s: %s of 2 tables", value, n)
-		}
+	env := faultSpace(t, "MAX_RETRY_ATTEMPTS=1")
+	p := startProgram(t, env)
+	clickhouseQuery(t, "ALTER TABLE "+space(env, "CLICKHOUSE_DATABASE")+".events ADD CONSTRAINT tenth CHECK user_id NOT LIKE '%0'")
+	at := time.Now().Unix()
+	const events = 20_000
+	postAll(t, p, numbered("tenth", events, 500, func(i int) int64 { return at - int64(i%3000) }))
+	p.await("stored but for the rejected", time.Minute, func() bool {
+		return clickhouseQuery(t, "SELECT count() FROM "+space(env, "CLICKHOUSE_DATABASE")+".events") == fmt.Sprint(events*9/10)
+	})
+	drained(p)
+	mustCount(t, env, "tenth", events*9/10)
+	dead := map[string]bool{}
+	for _, rec := range readTopic(t, space(env, "KAFKA_TOPIC")+".dlq", events/10) {
+		dead[string(rec.Key)] = true
+	}
+	if len(dead) != events/10 {
+		t.Errorf("%d dead letters, want %d", len(dead), events/10)
 	}
 }
 
-func TestDelays(t *testing.T) {
-	for attempt, want := range map[int]time.Duration{1: 2 * time.Second, 2: 4 * time.Second, 3: 8 * time.Second, 4: 16 * time.Second, 5: 32 * time.Second, 6: time.Minute, 100: time.Minute} {
-		if got := delayOf(attempt); got != want {
-			t.Errorf("attempt %d waits %s, want %s", attempt, got, want)
-		}
-	}
-}
-
-// TestClusterSchema: replicas are not at hand; the server at least parses every statement for them.
-func TestClusterSchema(t *testing.T) {
-	cfg := settingsFrom(t, newSpace(t, "CLICKHOUSE_CLUSTER=main"))
-	st := newStore(cfg)
-	st.replicated = true
-	replicated := 0
-	for _, stmt := range schemaStatements {
-		formatted := clickhouseQuery(t, "SELECT formatQuery('"+literalEscapes.Replace(st.sql(stmt))+"')")
-		if !strings.Contains(formatted, "ON CLUSTER main") {
-			t.Errorf("not on the cluster: %s", formatted)
-		}
-		replicated += strings.Count(formatted, "ENGINE = Replicated")
-	}
-	if len(schemaStatements) < 13 || replicated != 2 {
-		t.Errorf("%d statements, %d replicated tables", len(schemaStatements), replicated)
-	}
-}
-
-// TestToolArguments: what a subcommand does not understand is no reason to do something else.
-func TestToolArguments(t *testing.T) {
+// TestPutOffByAnotherClock: who put a record off has a clock that is ahead. It waits no longer for that, and nothing behind it does.
+func TestPutOffByAnotherClock(t *testing.T) {
 	t.Parallel()
-	env := newSpace(t)
-	for _, args := range []string{"audit x", "reconcile dry-run", "reconcile -rebuild -dry-run", "rewind -to start x", "dlq list x", "dlq replay 0:17", "dlq show 0:17x", "dlq show 0:17 0:18", "audit -from 20 -to 10", "reconcile -from 20 -to 20", "audit -from 1795x"} {
-		if out, code := subcommand(t, env, args); code != 2 || !strings.Contains(out, ": ") {
-			t.Errorf("%s: %d %s", args, code, out)
+	env := faultSpace(t)
+	p := startProgram(t, env)
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	for _, ahead := range []time.Duration{time.Hour, 0} {
+		rec := &kgo.Record{Topic: space(env, "KAFKA_TOPIC") + ".retry", Key: []byte("k"), Value: freshEvent("ahead"), Timestamp: time.Now().Add(ahead)}
+		if err := kafka.ProduceSync(t.Context(), rec).FirstErr(); err != nil {
+			t.Fatal(err)
 		}
 	}
-	for args, want := range map[string]string{"dlq -h": "without it, -type and -filter: all letters", "healthcheck -h": "ready, else 1"} {
-		if out, code := subcommand(t, env, args); code != 0 || !strings.Contains(out, want) {
-			t.Errorf("%s: %d %s", args, code, out)
+	drained(p)
+	mustCount(t, env, "ahead", 2)
+}
+
+// TestTooLarge: topics that take less than the main one. A batch that is too large goes record by record, and a record that is
+// too large is a dead letter, cut until it fits, with what it was in its headers.
+func TestTooLarge(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t, "MAX_RETRY_ATTEMPTS=5")
+	db, topic := space(env, "CLICKHOUSE_DATABASE"), space(env, "KAFKA_TOPIC")
+	p := startProgram(t, env)
+	clickhouseQuery(t, "ALTER TABLE "+db+".events ADD CONSTRAINT none CHECK event_name != 'refused'")
+	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...), kgo.ProducerBatchCompression(kgo.NoCompression()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kafka.Close()
+	limit := "20000"
+	if _, err := kadm.NewClient(kafka).AlterTopicConfigs(t.Context(), []kadm.AlterConfig{{Name: "max.message.bytes", Value: &limit}}, topic+".retry", topic+".dlq"); err != nil {
+		t.Fatal(err)
+	}
+	noise := make([]byte, 37_000) // in hexadecimal digits, which cannot be compressed to less than these
+	crand.Read(noise)
+	event := func(user string, size int, more ...kgo.RecordHeader) *kgo.Record {
+		return &kgo.Record{Topic: topic, Headers: more, Value: fmt.Appendf(nil, `{"event_name":"refused","user_id":%q,"timestamp":%d,"unread":"%.*x"}`, user, time.Now().Unix(), size/2, noise)}
+	}
+	large := event("large", 74_000, kgo.RecordHeader{Key: "strange", Value: noise[:30_000]})
+	records := []*kgo.Record{large}
+	for i := range 20 {
+		records = append(records, event(fmt.Sprint("small", i), 10_000))
+	}
+	for _, rec := range records { // of one partition, one batch each
+		if err := kafka.ProduceSync(t.Context(), rec).FirstErr(); err != nil {
+			t.Fatal(err)
 		}
+	}
+	letter := readTopic(t, topic+".dlq", 1)[0]
+	if header(letter, "value_truncated_from") != fmt.Sprint(len(large.Value)) || header(letter, "error_type") != "insert_failed" || !strings.Contains(header(letter, "error_message"), "do not take") ||
+		len(letter.Value) == 0 || !bytes.HasPrefix(large.Value, letter.Value) {
+		t.Errorf("%d bytes, %.100v", len(letter.Value), letter.Headers)
+	}
+	put := map[string]bool{}
+	for _, rec := range readTopic(t, topic+".retry", 20) { // each for the first time, or some for the second already
+		put[string(rec.Value)] = true
+	}
+	p.await("put off", 20*time.Second, func() bool {
+		for _, rec := range readTopic(t, topic+".retry", len(put)) {
+			put[string(rec.Value)] = true
+		}
+		return len(put) >= 20
+	})
+	if len(put) != 20 || put[string(large.Value)] {
+		t.Errorf("%d records are put off, want 20", len(put))
 	}
 }

@@ -1,74 +1,21 @@
-// Counted once where it is hard: little memory, many hours, other producers, events as large as they may be, rows that
-// ClickHouse refuses all the time.
+// Counted once where it is hard: little memory, many hours, other producers, topics that grow, events as large as they may be.
 
-package main
+package test
 
 import (
-	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"hash/crc32"
-	"io"
 	"math/rand/v2"
 	"net/http"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kgo"
-
-	"github.com/event-ingestion/event-ingestion/troubles"
 )
-
-// postAll sends the bodies as NDJSON over four connections, each until it was accepted.
-func postAll(t *testing.T, p *program, bodies [][]byte) {
-	t.Helper()
-	queue := make(chan []byte)
-	var clients sync.WaitGroup
-	for range 4 {
-		clients.Go(func() { // ends with the queue
-			for body := range queue {
-				for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
-					resp, err := http.Post(p.url+bulkPath, ndjson, bytes.NewReader(body))
-					if err == nil {
-						resp.Body.Close()
-					}
-					if err == nil && resp.StatusCode == http.StatusAccepted {
-						break
-					}
-					if time.Now().After(deadline) {
-						t.Error("not accepted within a minute:", err, resp)
-						break
-					}
-				}
-			}
-		})
-	}
-	for _, body := range bodies {
-		queue <- body
-	}
-	close(queue)
-	clients.Wait()
-}
-
-// numbered makes NDJSON bodies of at most each events: number i is of user u<i> and happened at at(i).
-func numbered(name string, events, each int, at func(i int) int64) (bodies [][]byte) {
-	for i := range events {
-		if i%each == 0 {
-			bodies = append(bodies, nil)
-		}
-		last := &bodies[len(bodies)-1]
-		*last = fmt.Appendf(*last, `{"event_name":%q,"user_id":"u%d","timestamp":%d}`+"\n", name, i, at(i))
-	}
-	return bodies
-}
 
 // TestLittleMemory: events over many hours, each sent three times in another order, with memory for a small part of
 // their ids or for none, with other numbers of workers and partitions, and a kill between.
@@ -122,13 +69,11 @@ func TestOtherPartitioner(t *testing.T) {
 	const events = 5000
 	var bodies [][]byte
 	var records []*kgo.Record
-	var parser eventParser
 	at := time.Now().Unix()
 	for i := range events {
-		line := fmt.Appendf(nil, `{"event_name":"other","user_id":"u%d","timestamp":%d}`, i, at-int64(i))
-		ev := mustParse(t, &parser, string(line))
-		id, _ := ev.id(nil)
-		records = append(records, &kgo.Record{Topic: space(env, "KAFKA_TOPIC"), Key: fmt.Appendf(nil, "%x", id), Value: line})
+		user, at := fmt.Sprint("u", i), at-int64(i)
+		line := fmt.Appendf(nil, `{"event_name":"other","user_id":%q,"timestamp":%d}`, user, at)
+		records = append(records, &kgo.Record{Topic: space(env, "KAFKA_TOPIC"), Key: []byte(eventID("other", user, at, "")), Value: line})
 		if i%1000 == 0 {
 			bodies = append(bodies, nil)
 		}
@@ -162,10 +107,13 @@ func TestTopicGrows(t *testing.T) {
 	postAll(t, p, bodies)
 	drained(p)
 	mustCount(t, env, "grows", events)
-	if !strings.Contains(p.log.String(), errGrown.Error()) {
+	if !strings.Contains(p.log.String(), "another number of partitions than before") {
 		t.Error("the consumer did not start over")
 	}
 }
+
+// loadRows is as many events of a minute that make the program load all ids of an hour.
+const loadRows = 64
 
 // TestTopicGrowsUnheard: the topic grows while an instance cannot store what it has, and has no room to read on. Meanwhile another
 // one stores an event of its. When ClickHouse answers again, the instance looks before it stores.
@@ -194,11 +142,11 @@ func TestTopicGrowsUnheard(t *testing.T) {
 	between.shut.Store(true)
 	between.cutAnswers()
 	var grown string
-	var id eventID
+	var id string
 	for user, part := 0, 0; part != 1; user++ { // one that is on the second partition of two
 		grown = line("grown", user, "")
-		id, _ = mustParse(t, new(eventParser), grown).id(nil)
-		part = kgo.StickyKeyPartitioner(nil).ForTopic("").Partition(&kgo.Record{Key: fmt.Appendf(nil, "%x", id)}, 2)
+		id = eventID("grown", fmt.Sprint("u", user), at, "")
+		part = kgo.StickyKeyPartitioner(nil).ForTopic("").Partition(&kgo.Record{Key: []byte(id)}, 2)
 	}
 	send(grown)
 	p.await("refused", 20*time.Second, func() bool { return strings.Contains(p.log.String(), "what=insert ") })
@@ -210,59 +158,11 @@ func TestTopicGrowsUnheard(t *testing.T) {
 	p.await("full", 20*time.Second, func() bool { return metric(t, admin, "event_ingestion_records_consumed_total") >= 2*loadRows+1+20 })
 	growTopic(t, env, 2)
 	p.await("seen to grow", 20*time.Second, func() bool { return strings.Contains(p.log.String(), "more partitions than before") })
-	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, user_id, timestamp) VALUES (unhex('%x'), 'grown', 'u', %d)", space(env, "CLICKHOUSE_DATABASE"), id, at))
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, user_id, timestamp) VALUES (unhex('%s'), 'grown', 'u', %d)", space(env, "CLICKHOUSE_DATABASE"), id, at))
 	between.shut.Store(false)
 	drained(p)
 	mustCount(t, env, "grown", 1)
 	mustCount(t, env, "large", many)
-}
-
-// TestGrowthBeforeTheNextLook: a topic grows, and this instance has not noticed. Another one may have, and store events of ours from
-// their new partitions: the question before an insert finds out.
-func TestGrowthBeforeTheNextLook(t *testing.T) {
-	t.Parallel()
-	env := newSpace(t, "KAFKA_PARTITIONS=1", "WORKER_COUNT=1") // whose memory is not that of other tests
-	cfg := settingsFrom(t, env)
-	unnoticed := func() int { return 1 }
-	c, err := newConsumer(cfg, []*store{preparedStore(t, cfg)}, 1, unnoticed, newTestSideProducer(t, cfg), &newStats().store, func(error) {})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
-	defer stop()
-	ended := make(chan struct{})
-	go func() { // ends with stop
-		defer close(ended)
-		c.run(ctx, func() (context.Context, context.CancelFunc) {
-			return context.WithTimeout(context.Background(), time.Second)
-		})
-	}()
-	defer func() { stop(); <-ended }()
-	for c.lanes[0].has.Load() == 0 && troubles.Sleep(ctx, 10*time.Millisecond) == nil {
-	}
-	if err := c.isMember(ctx); err != nil {
-		t.Fatal(err)
-	}
-	growTopic(t, env, 2)
-	for deadline := time.Now().Add(10 * time.Second); c.isMember(ctx) != errGrown; troubles.Sleep(ctx, 10*time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("it may insert by the old partitions")
-		}
-	}
-}
-
-// metric is what an instance's admin listener says of one.
-func metric(t testing.TB, adminPort, name string) (value float64) {
-	t.Helper()
-	resp, err := http.Get("http://127.0.0.1:" + adminPort + "/metrics")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	page, _ := io.ReadAll(resp.Body)
-	_, rest, _ := strings.Cut(string(page), "\n"+name+" ")
-	fmt.Sscan(rest, &value)
-	return value
 }
 
 // TestTransactions: another program writes in transactions. What it takes back is no event, and nobody waits for the records
@@ -279,12 +179,12 @@ func TestTransactions(t *testing.T) {
 	defer kafka.Close()
 	for i, end := range []kgo.TransactionEndTry{kgo.TryCommit, kgo.TryAbort, kgo.TryCommit, kgo.TryAbort} {
 		to := topic + []string{"", ".retry"}[i/2]
-		value := freshEvent(map[kgo.TransactionEndTry]string{kgo.TryCommit: "committed", kgo.TryAbort: "aborted"}[end])
-		id, _ := mustParse(t, new(eventParser), string(value)).id(nil)
+		name, user, at := map[kgo.TransactionEndTry]string{kgo.TryCommit: "committed", kgo.TryAbort: "aborted"}[end], fmt.Sprint("u", i), time.Now().Unix()
+		value := fmt.Appendf(nil, `{"event_name":%q,"user_id":%q,"timestamp":%d}`, name, user, at)
 		if err := kafka.BeginTransaction(); err != nil {
 			t.Fatal(err)
 		}
-		if err := kafka.ProduceSync(t.Context(), &kgo.Record{Topic: to, Key: fmt.Appendf(nil, "%x", id), Value: value}).FirstErr(); err != nil {
+		if err := kafka.ProduceSync(t.Context(), &kgo.Record{Topic: to, Key: []byte(eventID(name, user, at, "")), Value: value}).FirstErr(); err != nil {
 			t.Fatal(err)
 		}
 		if err := kafka.EndTransaction(t.Context(), end); err != nil {
@@ -315,7 +215,7 @@ func TestTransactions(t *testing.T) {
 func TestLargeEvents(t *testing.T) {
 	alone(t)
 	env := faultSpace(t)
-	p := startBinary(t, builtBinary(t), env)
+	p := startBinary(t, lean(t), env)
 	control(t, "/clickhouse/stop")
 	t.Cleanup(func() { control(t, "/clickhouse/start") })
 	events := moreInTorture(10_000, 20_000)
@@ -357,8 +257,7 @@ func TestLargeEvents(t *testing.T) {
 func TestCompressedEvents(t *testing.T) {
 	t.Parallel()
 	env := newSpace(t, "KAFKA_COMPRESSION=zstd")
-	preparedStore(t, settingsFrom(t, env))
-	binary, events, filler := builtBinary(t), 0, strings.Repeat("z", 15_000)
+	binary, events, filler := lean(t), 0, strings.Repeat("z", 15_000)
 	api := startBinary(t, binary, append(slices.Clone(env), "ROLE=api"))
 	for range 12 {
 		bodies := make([][]byte, 8) // not all of them at once: the test's own memory
@@ -379,55 +278,43 @@ func TestCompressedEvents(t *testing.T) {
 	mustCount(t, env, "dense", int64(events))
 }
 
-// builtBinary is the program as make build makes it, whose memory is not that of the race detector.
-func builtBinary(t *testing.T) string {
-	t.Helper()
-	binary := filepath.Join(t.TempDir(), "event-ingestion")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", binary, ".")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
+// TestProfileThatChangesQueries: events that nobody remembers are looked up and counted once, and inserts wait while tables are
+// exchanged.
+func TestProfileThatChangesQueries(t *testing.T) {
+	t.Parallel()
+	env := append(faultSpace(t), "CLICKHOUSE_USERNAME=odd", "DEDUPE_MEMORY=0")
+	p := startProgram(t, env)
+	const events = 3000
+	now := time.Now().Unix()
+	bodies := numbered("odd", events, 500, func(i int) int64 { return now - int64(i)*3 })
+	for range 2 {
+		postAll(t, p, bodies)
+		drained(p)
 	}
-	return binary
-}
-
-// peakMemory is the most that the program has had resident, in bytes.
-func peakMemory(t *testing.T, p *program) int64 {
-	t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
-	if err != nil {
-		t.Skip("needs /proc")
-	}
-	for line := range strings.Lines(string(status)) {
-		if rest, ok := strings.CutPrefix(line, "VmHWM:"); ok {
-			kib, _ := strconv.ParseInt(strings.Fields(rest)[0], 10, 64)
-			return kib << 10
+	mustCount(t, env, "odd", events)
+	l, done := loadInto(t, p.url, 1000, time.Hour)
+	for range 2 {
+		if out, code := subcommand(t, env, "reconcile -rebuild"); code != 0 {
+			t.Error(out)
 		}
 	}
-	t.Fatal("no VmHWM")
-	return 0
+	l.Stop()
+	done()
+	drained(p)
+	mustAgree(t, l, p.url)
+	mustCount(t, env, "odd", events)
 }
 
-// TestManyRejected: a constraint refuses a tenth of the rows, all the time. The others arrive, and all of the tenth become
-// dead letters.
-func TestManyRejected(t *testing.T) {
-	t.Parallel()
-	env := faultSpace(t, "MAX_RETRY_ATTEMPTS=1")
-	p := startProgram(t, env)
-	clickhouseQuery(t, "ALTER TABLE "+space(env, "CLICKHOUSE_DATABASE")+".events ADD CONSTRAINT tenth CHECK user_id NOT LIKE '%0'")
-	at := time.Now().Unix()
-	const events = 20_000
-	postAll(t, p, numbered("tenth", events, 500, func(i int) int64 { return at - int64(i%3000) }))
-	p.await("stored but for the rejected", time.Minute, func() bool {
-		return clickhouseQuery(t, "SELECT count() FROM "+space(env, "CLICKHOUSE_DATABASE")+".events") == fmt.Sprint(events*9/10)
-	})
-	drained(p)
-	mustCount(t, env, "tenth", events*9/10)
-	dead := map[string]bool{}
-	for _, rec := range readTopic(t, space(env, "KAFKA_TOPIC")+".dlq", events/10) {
-		dead[string(rec.Key)] = true
+// lean is the program as make build makes it, whose memory is not that of the race detector.
+func lean(t testing.TB) string {
+	t.Helper()
+	path, err := leanBinary()
+	if err != nil {
+		t.Fatal(err)
 	}
-	if len(dead) != events/10 {
-		t.Errorf("%d dead letters, want %d", len(dead), events/10)
-	}
+	return path
 }
+
+var leanBinary = sync.OnceValues(func() (string, error) {
+	return build("lean", "CGO_ENABLED=0", "-trimpath", "-ldflags=-s -w")
+})
