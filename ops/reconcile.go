@@ -16,6 +16,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"slices"
 	"text/tabwriter"
 	"time"
 
@@ -24,7 +25,7 @@ import (
 )
 
 const (
-	// quietSeconds is how long nothing may have been written to an hour before it is trusted: an insert fills the raw table
+	// quietSeconds is how long nothing may have been written to a row before it is trusted: an insert fills the raw table
 	// and the aggregate one after the other, and what is found in between is no difference.
 	quietSeconds = 10
 	// lookPause is the time between two looks at what is running.
@@ -131,57 +132,29 @@ func (sys System) mend(ctx context.Context, hours string, quiet int64, dryRun bo
 	return rows, err
 }
 
-// recount counts the hours of the range anew, those that nobody writes to first. An hour that is being written to is waited for.
+// recount counts the hours of the range anew, some at a time.
 func (sys System) recount(ctx context.Context, r timeRange, w io.Writer) error {
 	if err := sys.finishRecount(ctx, w); err != nil {
 		return err
 	}
 	from, to := r.wholeHours()
-	var left []int64
+	var hours []int64
 	var second proto.ColUInt32
 	err := sys.ask(ctx, ch.Query{
 		Body: fmt.Sprintf("SELECT DISTINCT toUnixTimestamp(hour) AS second FROM (SELECT hour FROM {events_hourly} WHERE hour >= %[1]d AND hour < %[2]d"+
 			" UNION ALL SELECT toStartOfHour(timestamp) FROM {events} WHERE timestamp >= %[1]d AND timestamp < %[2]d) ORDER BY second", from, to),
-	}, func(i int) { left = append(left, int64(second[i])) }, &second)
+	}, func(i int) { hours = append(hours, int64(second[i])) }, &second)
 	if err != nil {
 		return err
 	}
-	all, waiting := len(left), false
-	for len(left) > 0 {
-		busy := map[int64]bool{} // hours that are being written to
-		err := sys.ask(ctx, ch.Query{
-			Body: fmt.Sprintf("SELECT DISTINCT toUnixTimestamp(toStartOfHour(timestamp)) FROM {events}"+
-				" WHERE timestamp >= %d AND timestamp < %d AND created_at > now64(3) - %d", left[0], left[len(left)-1]+hourSeconds, quietSeconds),
-		}, func(i int) { busy[int64(second[i])] = true }, &second)
-		if err != nil {
-			return err
+	for some := range slices.Chunk(hours, recountHours) {
+		first, last := some[0], some[len(some)-1]
+		if err := sys.recountOnce(ctx, first, last+hourSeconds-1); err != nil {
+			return fmt.Errorf("%w (run it again: until then there is no answer about %s)", err, span(first, last))
 		}
-		first := 0
-		for first < len(left) && busy[left[first]] {
-			first++
-		}
-		end := first
-		for end < len(left) && end < first+recountHours && !busy[left[end]] {
-			end++
-		}
-		if first == end {
-			if !waiting {
-				fmt.Fprintf(w, "%d hours are being written to, and wait until nothing was for %d s\n", len(left), quietSeconds)
-				waiting = true
-			}
-			if err := pause(ctx, time.Second); err != nil {
-				return err
-			}
-			continue
-		}
-		waiting = false
-		if err := sys.recountOnce(ctx, left[first], left[end-1]+hourSeconds-1); err != nil {
-			return fmt.Errorf("%w (run it again: until then there is no answer about %s)", err, span(left[first], left[end-1]))
-		}
-		fmt.Fprintf(w, "%s counted anew\n", span(left[first], left[end-1]))
-		left = append(left[:first], left[end:]...)
+		fmt.Fprintf(w, "%s counted anew\n", span(first, last))
 	}
-	fmt.Fprintf(w, "%d hours are counted anew\n", all)
+	fmt.Fprintf(w, "%d hours are counted anew\n", len(hours))
 	return nil
 }
 
@@ -256,9 +229,21 @@ func (sys System) recountOnce(ctx context.Context, first, last int64) error {
 	if err != nil {
 		return err
 	}
-	// What came in meanwhile may be counted twice, or not at all. It is settled once nothing differs, and no insert from before is at work.
-	for {
-		equal := false
+	if err := sys.settle(ctx, hours); err != nil {
+		return err
+	}
+	return onEachServer("TRUNCATE TABLE {database}.recounts")
+}
+
+// settle makes recounted hours agree with events: what came in meanwhile may be counted twice, or not at all. An insert that is at
+// work stands in events alone for a moment, so a difference is believed that two looks in a row have found, and so is agreement;
+// between two looks every insert ends that was at work at the first.
+func (sys System) settle(ctx context.Context, hours string) error {
+	const text = "toString((event_name, channel, hour, event_count, revenue))"
+	differing := sys.Differences(hours, differs)
+	var last []string
+	for looks := 0; ; looks++ {
+		var found []string
 		err := sys.Connect(ctx, func(do Conn) error {
 			now, err := sys.clock(ctx, do)
 			if err == nil {
@@ -267,20 +252,35 @@ func (sys System) recountOnce(ctx context.Context, first, last int64) error {
 			if err != nil {
 				return err
 			}
-			n, err := do.number(ctx, ch.Query{Body: sys.SQL("SELECT count() FROM " + sys.Differences(hours, differs))})
-			equal = n == 0
-			return err
+			var row proto.ColStr
+			return do.rows(ctx, ch.Query{Body: sys.SQL("SELECT " + text + " AS row FROM " + differing + " ORDER BY row")},
+				func(i int) { found = append(found, row.Row(i)) }, &row)
 		})
 		if err != nil {
 			return err
 		}
+		equal := slices.Equal(found, last) && looks > 0
+		if last = found; equal && len(found) == 0 {
+			return nil
+		}
 		if equal {
-			return onEachServer("TRUNCATE TABLE {database}.recounts")
+			var rows proto.ColStr
+			rows.AppendArr(found)
+			err := sys.Connect(ctx, func(do Conn) error {
+				return do(ctx, ch.Query{
+					Body:          sys.SQL(sys.AddDifferences + differing + " WHERE " + text + " IN (SELECT row FROM found)"),
+					QueryID:       sys.MendingID,
+					Settings:      sys.Inserting(),
+					ExternalTable: "found",
+					ExternalData:  []proto.InputColumn{{Name: "row", Data: &rows}},
+				})
+			})
+			if err != nil {
+				return err
+			}
+			looks = -1
 		}
-		if _, err := sys.mend(ctx, hours, quietSeconds, false, func(unequal) {}); err != nil {
-			return err
-		}
-		if err := pause(ctx, time.Second); err != nil {
+		if err := pause(ctx, lookPause); err != nil {
 			return err
 		}
 	}

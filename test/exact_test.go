@@ -286,7 +286,7 @@ func TestProfileThatChangesQueries(t *testing.T) {
 	p := startProgram(t, env)
 	const events = 3000
 	now := time.Now().Unix()
-	bodies := numbered("odd", events, 500, func(i int) int64 { return now - int64(i)*3 })
+	bodies := numbered("odd", events, 500, func(i int) int64 { return now - int64(i)*9 })
 	for range 2 {
 		postAll(t, p, bodies)
 		drained(p)
@@ -294,7 +294,7 @@ func TestProfileThatChangesQueries(t *testing.T) {
 	mustCount(t, env, "odd", events)
 	l, done := loadInto(t, p.url, 1000, time.Hour)
 	for range 2 {
-		if out, code := subcommand(t, env, "reconcile -rebuild"); code != 0 {
+		if out, code := subcommand(t, env, fmt.Sprintf("reconcile -recount -from %d -to %d", now-86400, now-7200)); code != 0 {
 			t.Error(out)
 		}
 	}

@@ -307,7 +307,7 @@ func TestReplayOfMuch(t *testing.T) {
 func TestToolArguments(t *testing.T) {
 	t.Parallel()
 	env := newSpace(t)
-	for _, args := range []string{"audit x", "reconcile dry-run", "reconcile -rebuild -dry-run", "rewind -to start x", "dlq list x", "dlq replay 0:17", "dlq show 0:17x", "dlq show 0:17 0:18", "audit -from 20 -to 10", "reconcile -from 20 -to 20", "audit -from 1795x"} {
+	for _, args := range []string{"audit x", "reconcile dry-run", "reconcile -recount", "reconcile -recount -from 1 -to 2 -dry-run", "reconcile -rebuild", "rewind -to start x", "dlq list x", "dlq replay 0:17", "dlq show 0:17x", "dlq show 0:17 0:18", "audit -from 20 -to 10", "reconcile -from 20 -to 20", "audit -from 1795x"} {
 		if out, code := subcommand(t, env, args); code != 2 || !strings.Contains(out, ": ") {
 			t.Errorf("%s: %d %s", args, code, out)
 		}

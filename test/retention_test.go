@@ -61,9 +61,10 @@ func TestRetention(t *testing.T) {
 		}
 	}
 	mustCount(t, env, "kept", 3)
-	if _, code := subcommand(t, env, "reconcile -rebuild"); code != 0 || ttls() != want {
-		t.Errorf("after a rebuild, which has not the setting: exit code %d, ttl %s", code, ttls())
+	if _, code := subcommand(t, env, fmt.Sprintf("reconcile -recount -from %d -to %d", time.Now().Unix()-90*86400, time.Now().Unix()-86400)); code != 0 || ttls() != want {
+		t.Errorf("after a recount, which has not the setting: exit code %d, ttl %s", code, ttls())
 	}
+	mustCount(t, env, "kept", 3)
 	start("0")
 	if got := ttls(); got != ";" {
 		t.Errorf("ttl %s", got)

@@ -13,7 +13,9 @@ import (
 
 func TestPages(t *testing.T) {
 	mux := http.NewServeMux()
-	for pattern, page := range Pages(func(w http.ResponseWriter, r *http.Request) { http.Error(w, "whoever mounts it says so", http.StatusNotFound) }) {
+	for pattern, page := range Pages(func(w http.ResponseWriter, r *http.Request) {
+		http.Error(w, "whoever mounts it says so", http.StatusNotFound)
+	}) {
 		mux.Handle("GET "+pattern, page)
 	}
 	get := func(path string, headers ...string) (*http.Response, string) {

@@ -1,0 +1,147 @@
+// Hours are counted anew: while events come in, whatever dies, and nobody sees a half of it.
+
+package test
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+)
+
+// recountSpace is an instance with events of some hours, which events_hourly counts wrongly: more events, other users, another revenue.
+// Their first and last hours begin at from and to.
+func recountSpace(t *testing.T) (p *program, from, to int64) {
+	t.Helper()
+	env := faultSpace(t)
+	db := space(env, "CLICKHOUSE_DATABASE")
+	p = startProgram(t, env)
+	from = time.Now().Unix()/3600*3600 - 30*3600
+	to = from + 27*3600 // more than are recounted at once
+	var bodies [][]byte
+	for hour := from; hour <= to; hour += 3600 {
+		var body []byte
+		for i := range 20 {
+			body = fmt.Appendf(body, `{"event_name":"purchase","user_id":"u%d","timestamp":%d,"channel":"web","metadata":{"price":1.5}}`+"\n", i, hour+int64(i))
+		}
+		bodies = append(bodies, body)
+	}
+	postAll(t, p, bodies)
+	drained(p)
+	clickhouseQuery(t, "INSERT INTO "+db+".events_hourly SELECT * REPLACE (toInt64(5) AS event_count) FROM "+db+".events_hourly")
+	clickhouseQuery(t, "INSERT INTO "+db+".events_hourly (event_name, channel, hour, unique_users_state) SELECT 'purchase', 'web', hour, uniqCombined64State(17)(toString(number)) FROM (SELECT DISTINCT hour FROM "+db+".events_hourly), numbers(7) GROUP BY hour")
+	return p, from, to
+}
+
+// counted is an answer by hour.
+type counted struct {
+	Total  int64 `json:"total_count"`
+	Users  int64 `json:"unique_users"`
+	Groups []struct {
+		Total int64 `json:"total_count"`
+		Users int64 `json:"unique_users"`
+	} `json:"grouped_data"`
+}
+
+// askCounted is the answer about the hours, and whether there is one.
+func askCounted(p *program, from, to int64) (a counted, answered bool) {
+	p.t.Helper()
+	status, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=purchase&from=%d&to=%d&group_by=hour", metricsPath, from, to+3599), "", "", nil)
+	if err := json.Unmarshal([]byte(answer), &a); status == http.StatusOK && err == nil {
+		return a, true
+	}
+	if status != http.StatusServiceUnavailable || !strings.Contains(answer, "being recounted") {
+		p.t.Errorf("%d %s", status, answer)
+	}
+	return a, false
+}
+
+// mustBeCounted fails the test unless both tables agree about the hours, users and revenue included.
+func mustBeCounted(p *program, from, to int64) {
+	t := p.t
+	t.Helper()
+	hours := (to-from)/3600 + 1
+	if a, answered := askCounted(p, from, to); !answered || a.Total != 20*hours || a.Users != 20 {
+		t.Errorf("%v, %d events of %d users, want %d of 20", answered, a.Total, a.Users, 20*hours)
+	}
+	got := clickhouseQuery(t, "SELECT sum(event_count), uniqCombined64Merge(17)(unique_users_state), toFloat64(sum(revenue)) FROM "+space(p.env, "CLICKHOUSE_DATABASE")+".events_hourly WHERE event_name = 'purchase'")
+	if want := fmt.Sprintf("%d\t20\t%d", 20*hours, 30*hours); got != want {
+		t.Errorf("events_hourly has %q, want %q", got, want)
+	}
+}
+
+// TestRecount: questions find the old figure, the new one, or none, while events come in, into the last of the hours, too.
+func TestRecount(t *testing.T) {
+	t.Parallel()
+	p, from, to := recountSpace(t)
+	hours := (to-from)/3600 + 1
+	l, done := loadInto(t, p.url, 500, time.Hour)
+	ended := make(chan string, 1)
+	go func() { // ends with the command
+		out, code := subcommand(t, p.env, fmt.Sprintf("reconcile -recount -from %d -to %d", from, time.Now().Unix()+3600))
+		ended <- fmt.Sprintf("%d %s", code, out)
+	}()
+	asked, none, said := 0, 0, ""
+	before, after := 25*hours, 20*hours
+	for deadline := time.Now().Add(time.Minute); ; asked++ {
+		a, answered := askCounted(p, from, to)
+		if !answered {
+			none++
+		} else if rest := before - a.Total; rest < 0 || rest > before-after || rest%5 != 0 {
+			t.Errorf("%d events, want %d, %d, or hours of both", a.Total, before, after)
+		}
+		for _, g := range a.Groups {
+			if !(g.Total == 25 && g.Users == 27 || g.Total == 20 && g.Users == 20) {
+				t.Errorf("an hour has %d events of %d users", g.Total, g.Users)
+			}
+		}
+		if answered && a.Total == after {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("not recounted within a minute")
+		}
+	}
+	if said = <-ended; !strings.HasPrefix(said, "0 ") || !strings.Contains(said, "hours are counted anew") {
+		t.Errorf("the command: %s", said)
+	}
+	l.Stop()
+	done()
+	mustBeCounted(p, from, to)
+	mustHold(p, l)
+	t.Logf("%d questions, %d without an answer", asked, none)
+}
+
+// TestRecountKilled: the command is killed at many moments, while events of the hours come in late. Run again it ends exactly.
+func TestRecountKilled(t *testing.T) {
+	t.Parallel()
+	p, from, to := recountSpace(t)
+	args := fmt.Sprintf("reconcile -recount -from %d -to %d", from, to+3600)
+	for i := range 8 {
+		cmd := command(t, p.env, strings.Fields(args)...)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		time.AfterFunc(time.Duration(150+50*i)*time.Millisecond, func() { cmd.Process.Kill() }) // the fault itself
+		cmd.Wait()
+		late := fmt.Appendf(nil, `{"event_name":"late","user_id":"u%d","timestamp":%d}`+"\n", i, from+int64(i))
+		postAll(t, p, [][]byte{late})
+	}
+	drained(p) // also beside what the last one left
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		out, code := subcommand(t, p.env, args)
+		if code == 0 {
+			break
+		}
+		if time.Now().After(deadline) || !strings.Contains(out, "another command") {
+			t.Fatalf("%d %s", code, out)
+		}
+	}
+	mustBeCounted(p, from, to)
+	mustCount(t, p.env, "late", 8)
+	if out, code := subcommand(t, p.env, "reconcile -dry-run"); code != 0 || !strings.Contains(out, "0 rows of events_hourly differ") {
+		t.Error(out)
+	}
+}
