@@ -325,7 +325,7 @@ func (c *clickhouse) makeTables(ctx context.Context) error {
 func (c *clickhouse) applySchema(ctx context.Context, conn asker) error {
 	fsync, keepDays, err := c.adopt(ctx, conn)
 	if err != nil {
-		return fmt.Errorf("look at the tables: %w", err)
+		return err
 	}
 	for _, stmt := range schemaStatements {
 		if strings.Contains(stmt, "{cluster}") && c.cluster == "" {

@@ -107,7 +107,7 @@ func TestErasure(t *testing.T) {
 			t.Fatalf("%s: %d %s", m[3], code, out)
 		}
 	}
-	if said != "reconcile -rebuild;audit -erased user_123;" {
+	if said != "reconcile -recount -from 0 -to 4102444800;audit -erased user_123;" {
 		t.Fatalf("the recipe is %q", said)
 	}
 	mustCount(t, env, "erase", 270)
