@@ -4,7 +4,7 @@
 DATA_DIR ?= .data
 export DATA_DIR
 
-GO_FILES := $(wildcard *.go load/*.go web/*) schema.sql go.mod go.sum
+GO_FILES := $(wildcard *.go load/*.go segment/*.go web/*) schema.sql go.mod go.sum
 DEV      := bin/dev
 APP      := bin/event-ingestion
 

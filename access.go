@@ -126,7 +126,7 @@ func (a *access) admits(x *exchange, r *http.Request) bool {
 		return false
 	}
 	given := keyOf(r)
-	inBody := strings.HasPrefix(r.URL.Path, "/v1/") && given == "" // where segment.go looks for it
+	inBody := strings.HasPrefix(r.URL.Path, "/v1/") && given == "" // where ingest.go looks for it
 	if isOpen := !strings.HasPrefix(r.URL.Path, "/api/") && !strings.HasPrefix(r.URL.Path, "/v1/"); isOpen || inBody {
 		return true
 	}

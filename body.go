@@ -127,18 +127,6 @@ func badStream(err error) error {
 	return fmt.Errorf("the body could not be read: %v", err)
 }
 
-var errByteOrderMark = errors.New("the body begins with a byte order mark: send UTF-8 without one")
-
-// byteOrderMark is an error when a text begins with such a mark, of UTF-8 or UTF-16: invisible in what its sender looks at.
-func byteOrderMark(text []byte) error {
-	for _, mark := range []string{"\xef\xbb\xbf", "\xff\xfe", "\xfe\xff"} {
-		if bytes.HasPrefix(text, []byte(mark)) {
-			return errByteOrderMark
-		}
-	}
-	return nil
-}
-
 // decompressor keeps the state of both decoders for the next body: about 40 KiB, and up to twice maxZstdWindow.
 type decompressor struct {
 	src   bytes.Reader

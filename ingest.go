@@ -1,8 +1,8 @@
 // The HTTP write path: read a body, cut it into events, check them, hand them to Kafka, answer when Kafka has them.
 //
-// ingest.go owns the handlers of single events and of bulks, and the shapes that events arrive in: one object, {"events":[…]},
-// or one event a line. It has each event read in place, so that a body is read once, from front to back; whatever surrounds
-// the events must be JSON and is otherwise ignored. request.go owns what a request holds meanwhile.
+// ingest.go owns the handlers of single events, of bulks and of Segment's messages, and the shapes that events arrive in: one
+// object, {"events":[…]}, or one event a line. It has each event read in place; whatever surrounds the events must be JSON and is
+// otherwise ignored. request.go owns what a request holds meanwhile, package segment what a message means.
 
 package main
 
@@ -10,7 +10,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -19,17 +18,14 @@ import (
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/event-ingestion/event-ingestion/segment"
 )
 
 // Limits of a bulk request, as the OpenAPI document has them.
 const (
 	maxBulkEvents = 1000
 	maxEventBytes = maxSingleBody // of one event in it, as sent
-)
-
-var (
-	errTooManyEvents = errors.New("more than 1000 events: split the request")
-	errNoLines       = errors.New("there is no line with an event: send 1 to 1000, one JSON object each")
 )
 
 // codeUnavailable is the code of a good event that Kafka did not acknowledge in time.
@@ -134,7 +130,7 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 	}
 	defer in.release(q)
 	if media == typeText { // from a page's beacon, which cannot name its type
-		if media = typeJSON; !isEnvelope(q.body.b) {
+		if media = typeJSON; !isEnvelope(q.body.b, "events") {
 			media = typeNDJSON
 		}
 	}
@@ -151,31 +147,48 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 // with the context's error.
 func (q *ingestRequest) encode(ctx context.Context, media string, now int64) error {
 	if media == typeNDJSON {
-		return eachLine(q.body.b, func(line []byte) error {
-			if err := q.step(ctx); err != nil {
-				return err
-			}
-			var ev *event
-			var err error
-			if len(line) <= maxEventBytes { // else it is refused unread
-				ev, _, err = q.parser.parse(line)
-			}
-			return q.decide(ev, err, len(line), now) // which does not affect the other lines
-		})
+		return q.encodeLines(ctx, now)
 	}
-	q.parser.json.reset(q.body.b)
-	return eachEvent(&q.parser.json, "events", nil, func(*jsonReader) error { return q.next(ctx, q.parser.read, now) })
+	r := &q.parser.json
+	r.reset(q.body.b)
+	return r.eachEvent("events", maxBulkEvents, nil, func() error { return q.next(ctx, r, q.parser.read, now) })
+}
+
+// encodeLines is encode for one event a line; blank lines are skipped. A line that is no JSON does not affect the others.
+func (q *ingestRequest) encodeLines(ctx context.Context, now int64) error {
+	lines := 0
+	for line := range bytes.SplitSeq(q.body.b, []byte("\n")) {
+		if line = bytes.Trim(line, " \t\r"); len(line) == 0 { // what JSON calls white space, and no other
+			continue
+		}
+		if lines++; lines > maxBulkEvents {
+			return errTooManyEvents(maxBulkEvents)
+		}
+		if err := q.step(ctx); err != nil {
+			return err
+		}
+		var ev *event
+		var why error
+		if len(line) <= maxEventBytes { // else it is refused unread
+			ev, _, why = q.parser.parse(line)
+		}
+		if err := q.decide(ev, why, len(line), now); err != nil {
+			return err
+		}
+	}
+	if lines == 0 {
+		return fmt.Errorf("there is no line with an event: send 1 to %d, one JSON object each", maxBulkEvents)
+	}
+	return nil
 }
 
 // next reads an event in the middle of the body by read, and decides what becomes of it: nothing, when it is nil. An error of the
-// reader fails the whole body.
-func (q *ingestRequest) next(ctx context.Context, read func(*jsonReader) (*event, error), now int64) error {
+// skimmer fails the whole body.
+func (q *ingestRequest) next(ctx context.Context, r *skimmer, read func(*skimmer) (*event, error), now int64) error {
 	if err := q.step(ctx); err != nil {
 		return err
 	}
-	r := &q.parser.json
-	r.space()
-	start := r.i
+	start := afterSpace(r.b, r.i)
 	switch ev, err := read(r); {
 	case r.err != nil:
 		return fmt.Errorf("events[%d]: %w", q.index, r.err)
@@ -296,83 +309,137 @@ func takes(w http.ResponseWriter, r *http.Request, forms ...string) string {
 	return ""
 }
 
-// eachEvent calls do with r at each element of the array that list names, as in {"events":[…]}; do reads one value. The other
-// members go to other, which may be nil.
-func eachEvent(r *jsonReader, list string, other func(k, v jsonValue), do func(*jsonReader) error) error {
-	if !r.eat('{') {
-		return cmp.Or(byteOrderMark(r.b), errNotEnvelope(list))
+// segmentKinds are the messages of Segment's protocol, by the last part of a route's path: the whole name or its letter.
+var segmentKinds = map[string]string{
+	"batch": "batch", "b": "batch", "import": "batch",
+	"track": "track", "t": "track", "page": "page", "p": "page", "screen": "screen", "s": "screen",
+	"identify": "identify", "i": "identify", "group": "group", "g": "group", "alias": "alias", "a": "alias",
+}
+
+// segmentRoutes are the POST routes below /v1/. A key may also stand in the body.
+func (in *ingester) segmentRoutes(ac *access) (routes []route) {
+	for part, kind := range segmentKinds {
+		routes = append(routes, route{http.MethodPost, "/v1/" + part, "segment", func(w http.ResponseWriter, r *http.Request) { in.serveSegment(w, r, kind, ac) }})
 	}
-	var k jsonValue
-	events, found := 0, false
-	for n := 0; r.key(n, &k); n++ {
-		switch {
-		case !k.is(list):
-			if v := r.value(); other != nil && r.err == nil {
-				other(k, v)
-			}
-		case found:
-			return fmt.Errorf("%q appears more than once", list)
-		case !r.eat('['):
-			return errNotEnvelope(list)
+	return routes
+}
+
+// serveSegment answers a message or a batch of Segment's clients. They drop what gets a 4xx, so a 200 names the invalid items.
+func (in *ingester) serveSegment(w http.ResponseWriter, r *http.Request, kind string, ac *access) {
+	if takes(w, r, typeJSON) == "" {
+		return
+	}
+	wait, ok := wantsStored(w, r)
+	if !ok {
+		return
+	}
+	from := &in.singles
+	if kind == "batch" {
+		from = &in.bulks
+	}
+	q := in.receive(w, r, from)
+	if q == nil {
+		return
+	}
+	defer in.release(q)
+	refused := map[string]int{} // items by code
+	q.entry = func(dst []byte, index int, problems []problem) []byte {
+		refused[problems[0].code]++
+		return appendItemEntries(dst, index, problems)
+	}
+	if err := q.encodeSegment(r.Context(), kind, time.Now().Unix()); err != nil {
+		writeReadError(w, err)
+		return
+	}
+	if keyOf(r) == "" { // one in the header was checked before the body was read
+		key := writeKeyOf(q.body.b, kind)
+		if may, _ := ac.rightsOf(key); may == mayNothing {
+			ac.refuse(w, key)
+			return
+		}
+	}
+	for code, n := range refused {
+		in.stats.refusedItems(code).Add(n)
+	}
+	in.produce(q)
+	in.answerSegment(w, q, wait && in.awaitStored(w, r, q))
+}
+
+// encodeSegment is encode for Segment's messages: each is translated, and its event read as every other.
+func (q *ingestRequest) encodeSegment(ctx context.Context, kind string, now int64) error {
+	var r, members skimmer
+	r.reset(q.body.b)
+	t := segment.Translator{Members: members.eachMember, MaxMetadata: maxMetadataBytes}
+	var translated []byte
+	read := func(r *skimmer) (*event, error) {
+		switch m := r.value(); {
+		case r.err != nil:
+			return nil, r.err
+		case m.raw[0] != '{':
+			return nil, errNotObject
+		case m.depth > maxDepth:
+			return nil, errEventTooDeep
 		default:
-			found = true
-			for ; r.more(events, ']'); events++ {
-				if events == maxBulkEvents {
-					return errTooManyEvents
-				}
-				if err := do(r); err != nil {
-					return err
-				}
+			to, problems, stored := t.Append(translated[:0], m.raw, kind, now)
+			if translated = to; !stored {
+				return nil, nil
 			}
+			ev, _, err := q.parser.parse(to)
+			for i, p := range problems {
+				q.parser.problems = slices.Insert(q.parser.problems, i, problem{p.Field, p.Code, p.Message})
+			}
+			q.parser.problems = q.parser.problems[:min(len(q.parser.problems), maxProblems)]
+			return ev, err
 		}
 	}
-	if r.end() == nil && events == 0 {
-		return errNoEvents(list)
+	do := func() error { return q.next(ctx, &r, read, now) }
+	switch {
+	case kind == "batch":
+		return r.eachEvent("batch", maxBulkEvents, nil, do)
+	case r.peek() != '{':
+		return cmp.Or(byteOrderMark(r.b), errNotObject)
 	}
-	return r.err
+	return cmp.Or(do(), r.end())
 }
 
-// isEnvelope says whether a body is {"events":…} rather than an event a line, judging by its first object. A body that is not
-// JSON but begins like an envelope counts as one: the error is then about the body, not about its lines.
-func isEnvelope(body []byte) bool {
-	var k jsonValue
-	r := jsonReader{b: body}
-	if !r.eat('{') {
-		return false
-	}
-	for n := 0; r.key(n, &k); n++ {
-		if k.is("events") {
-			return true
+// writeKeyOf returns the first writeKey in a body that has been read: beside the batch, or in a message.
+func writeKeyOf(body []byte, kind string) (key string) {
+	var r, members skimmer
+	r.reset(body)
+	note := func(name, value []byte, _ bool) {
+		if key == "" && string(name) == "writeKey" && value[0] == '"' && len(value) <= maxTextBytes {
+			key = string(members.word(value))
 		}
-		r.value()
 	}
-	return r.err != nil
+	if kind != "batch" {
+		members.eachMember(body, note)
+		return key
+	}
+	r.eachEvent("batch", maxBulkEvents, note, func() error {
+		members.eachMember(r.value().raw, note)
+		return nil
+	})
+	return key
 }
 
-func errNoEvents(list string) error {
-	return fmt.Errorf("%q is missing or empty: send 1 to 1000 events", list)
+// answerSegment says 200 only when Kafka has every valid item.
+func (in *ingester) answerSegment(w http.ResponseWriter, q *ingestRequest, stored bool) {
+	success := q.acknowledged()
+	in.stats.accepted.Add(success)
+	in.stats.refused.Add(q.failed)
+	if late := len(q.records) - success; late > 0 {
+		in.stats.unavailable.Add(late)
+		writeUnavailable(w, q.failure())
+		return
+	}
+	end := `]}`
+	if stored {
+		end = `],"status":"stored"}`
+	}
+	writeJSON(w, http.StatusOK, []byte(`{"success":true,"errors":[`), q.errors.bytes(), []byte(end))
 }
 
-func errNotEnvelope(list string) error {
-	return fmt.Errorf("the body must be a JSON object, in which %q is an array", list)
-}
-
-// eachLine calls do with each line of an NDJSON body; blank lines are skipped.
-func eachLine(body []byte, do func(line []byte) error) error {
-	n := 0
-	for line := range bytes.SplitSeq(body, []byte("\n")) {
-		if line = bytes.Trim(line, " \t\r"); len(line) == 0 { // what JSON calls white space, and no other
-			continue
-		}
-		if n++; n > maxBulkEvents {
-			return errTooManyEvents
-		}
-		if err := do(line); err != nil {
-			return err
-		}
-	}
-	if n == 0 {
-		return errNoLines
-	}
-	return nil
+// appendItemEntries appends an entry for each problem of an item.
+func appendItemEntries(dst []byte, index int, problems []problem) []byte {
+	return appendProblems(dst, problems, fmt.Sprintf(`{"index":%d,`, index), "error")
 }

@@ -212,7 +212,7 @@ func (s *system) routes(in *ingester) []route {
 			route{http.MethodGet, "/api/v1/overview", "overview", s.metrics.serveOverview},
 			route{http.MethodGet, "/api/v1/pipeline", "pipeline", s.pipeline.serve},
 		)
-		routes = append(routes, (&segment{in, s.access}).routes()...)
+		routes = append(routes, in.segmentRoutes(s.access)...)
 		routes = append(routes, pages()...)
 	}
 	return routes
