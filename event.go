@@ -46,6 +46,9 @@ const (
 // fieldNames are the fields of an event, in the order of their bits.
 var fieldNames = [...]string{"event_name", "user_id", "timestamp", "channel", "campaign_id", "tags", "metadata", "insert_id"}
 
+// maxNameBytes is what a field's name takes as it is sent, with 6 bytes of an escape for each character. Longer ones are not looked at.
+const maxNameBytes = 6*len("event_name_") + len(`""`)
+
 // name is that of the first field in f.
 func (f fieldSet) name() string { return fieldNames[bits.TrailingZeros16(uint16(f))] }
 

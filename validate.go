@@ -214,11 +214,8 @@ func (p *eventParser) member(name []byte, v *fastjson.Value) {
 	p.named |= f
 }
 
-// In a JSON string a character takes at most 12 bytes, as a surrogate pair of escapes; in a field's name, 6.
-const (
-	maxTextBytes = 12*maxTextChars + len(`""`)
-	maxNameBytes = 6*len("event_name_") + len(`""`)
-)
+// maxTextBytes is what a text takes as it is sent: a character has at most 12 bytes, as a surrogate pair of escapes.
+const maxTextBytes = 12*maxTextChars + len(`""`)
 
 // clip shortens a name that the client made up, for a message.
 func clip(name []byte) string {
