@@ -234,7 +234,7 @@ func (s *system) routes(in *ingester) []route {
 			route{http.MethodGet, "/api/v1/overview", "overview", newOverviewAPI(s.metrics).serve},
 			route{http.MethodGet, "/api/v1/pipeline", "pipeline", servePipeline(s.pipeline)},
 		)
-		routes = append(routes, (&segment{in, s.access}).routes()...)
+		routes = append(routes, in.segmentRoutes(s.access)...)
 		for path, page := range web.Pages(notFound) {
 			routes = append(routes, route{http.MethodGet, path, "pages", page.ServeHTTP})
 		}
