@@ -1,5 +1,8 @@
-// What each step of an event's way costs, alone (the whole way is measured in test/), and the small stand that they share with the tests beside them: an event, a request, a worker, and a space on
-// the stack for those that need its Kafka or its ClickHouse. Whole-system tests have another one, in test/.
+// What each step of an event's way costs, alone (the whole way is measured in test/). Figures of one run on one machine compare;
+// absolute ones do not travel. Every benchmark checks what it produced.
+//
+// Behind them stands the small stand that they share with the tests from inside: an event, a request, a worker, and a space on the
+// stack for those that need its Kafka or its ClickHouse. Whole-system tests have another one, in test/.
 
 package main
 
