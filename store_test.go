@@ -88,7 +88,7 @@ func TestManyHours(t *testing.T) {
 		ev.timestamp = 1_600_000_000 + i*hourSeconds
 		id, _ := ev.id(nil)
 		b.append(&id, ev, &kgo.Record{})
-		in.dedupe.wanted[ev.timestamp/minuteSeconds] = loadRows
+		in.dedupe.wanted[ev.timestamp/minuteSeconds] = missed{rows: loadRows}
 	}
 	for known := range int64(3) {
 		if n := in.dedupe.sets.Load(); n != known*loadHours*hourMinutes {
