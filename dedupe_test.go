@@ -3,10 +3,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"fmt"
 	"maps"
+	"math"
+	"math/bits"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -53,6 +56,64 @@ func TestIDSet(t *testing.T) {
 			}
 		}
 	}
+}
+
+// steps is how many slots beyond the first all looks for what is in the set have to pass. It is the same in whatever order it was put in.
+func (s *idSet) steps() (n int) {
+	for i, k := range s.slots {
+		if k >= leastKey {
+			n += (i - s.home(k) + len(s.slots)) % len(s.slots)
+		}
+	}
+	return n
+}
+
+// TestGroundIDs: ids that were searched for, so that some of their bits are the same, and ids at any distance from each other, cost
+// as many steps as random ones, in a set of any size on the way and in whichever order ClickHouse has them.
+func TestGroundIDs(t *testing.T) {
+	t.Parallel()
+	const ids = 10_000
+	rnd := rand.New(rand.NewPCG(7, 8))
+	cost := func(key func(i int) uint64) float64 {
+		known := newDedupe(nil, nil, 1<<30)
+		set, n, looks := new(idSet), 0, 0
+		for i := range ids {
+			if before := len(set.slots); known.makeRoom(set, 1) && len(set.slots) != before {
+				n, looks = n+set.steps(), looks+set.used
+			}
+			set.add(keyOfBits(key(i)))
+		}
+		return float64(n+set.steps()) / float64(looks+set.used)
+	}
+	random := cost(func(int) uint64 { return rnd.Uint64() })
+	try := func(shape string, key func(i int) uint64) {
+		if got := cost(key); got > 1.5*random {
+			t.Errorf("%s: %.1f steps an id, %.1f for random ids", shape, got, random)
+		}
+	}
+	for run := range 150 { // every bit is in one of the first 64, and in some more
+		a, b, c := run%64, rnd.IntN(64), rnd.IntN(64)
+		if run < 64 {
+			b, c = (run+1)%64, (run+2)%64
+		}
+		same := uint64(1)<<a | uint64(1)<<b | uint64(1)<<c
+		value := rnd.Uint64() & same
+		try(fmt.Sprintf("bits %d, %d and %d are %064b", a, b, c, value), func(int) uint64 { return rnd.Uint64()&^same | value })
+	}
+	first := rnd.Uint64()
+	for _, stride := range []uint64{1, 3, 7, 10, 255, 1000, 0x9e3779b97f4a7c15, 1<<64 - 1, math.MaxUint64 / ids, math.MaxUint64/ids/2 + 1, math.MaxUint64 / 3, rnd.Uint64(), rnd.Uint64()} {
+		for shift := 0; shift+bits.TrailingZeros64(stride) < 48; shift += 1 + int(stride%8) { // beyond that there are not so many
+			try(fmt.Sprintf("%#x apart", stride<<shift), func(i int) uint64 { return first + uint64(i)*stride<<shift })
+		}
+	}
+	var sorted []uint64
+	for range ids {
+		sorted = append(sorted, rnd.Uint64()>>3)
+	}
+	slices.Sort(sorted)
+	try("loaded in the order of keys", func(i int) uint64 { return sorted[i] })
+	slices.SortFunc(sorted, func(a, b uint64) int { return cmp.Compare(bits.ReverseBytes64(a), bits.ReverseBytes64(b)) })
+	try("loaded in the order of ids", func(i int) uint64 { return sorted[i] })
 }
 
 // TestDedupeMemory: sets never take more than their budget, whatever comes, and what they know is never wrong.
