@@ -122,17 +122,7 @@ func serve() int {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
 	}
-	options := &slog.HandlerOptions{Level: cfg.logLevel, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
-		if err, is := a.Value.Any().(error); is { // ch-go's would print their stacks
-			a.Value = slog.StringValue(err.Error())
-		}
-		return a
-	}}
-	log := slog.Handler(slog.NewTextHandler(os.Stderr, options))
-	if cfg.logFormat == "json" {
-		log = slog.NewJSONHandler(os.Stderr, options)
-	}
-	slog.SetDefault(slog.New(log))
+	slog.SetDefault(cfg.logger(os.Stderr))
 	if os.Getenv("GOMEMLIMIT") == "" { // the garbage collector works harder before the budgets and what it needs itself are passed
 		debug.SetMemoryLimit(cfg.maxInFlightBytes + cfg.consumeMemory + cfg.dedupeMemory + restMemory)
 	}
@@ -377,7 +367,8 @@ func (s *system) consume(ctx context.Context) {
 			s.fail(fmt.Errorf("%w; its records are gone, and a start begins with the new one", err))
 		}
 	})
-	if !s.untilDone(ctx, prepareTables, s.clickhouse.makeTables) {
+	makeTables := func(ctx context.Context) error { return s.watermark.prepareTables(ctx, s.clickhouse) }
+	if !s.untilDone(ctx, prepareTables, makeTables) {
 		return
 	}
 	watching.Go(func() { // ends with ctx
@@ -385,7 +376,7 @@ func (s *system) consume(ctx context.Context) {
 			select {
 			case <-s.lacking:
 				slog.Warn("a server of CLICKHOUSE_CLUSTER has no tables: it gets them")
-				s.untilDone(ctx, prepareTables, s.clickhouse.makeTables)
+				s.untilDone(ctx, prepareTables, makeTables)
 			case <-ctx.Done():
 				return
 			}

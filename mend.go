@@ -238,6 +238,32 @@ func inHours(hours []int64) string {
 	return "hour IN (" + strings.Join(list, ",") + ")"
 }
 
+// syncReplicas waits until each server has what the other replicas of its shard have acknowledged.
+func (c *clickhouse) syncReplicas(ctx context.Context) error {
+	if !c.replicated.Load() { // Fast path
+		return nil
+	}
+	return c.eachServer(ctx, func(_ *clickhouse, conn asker) error {
+		for _, table := range []string{"events", "events_hourly"} {
+			if err := conn.Do(ctx, ch.Query{Body: "SYSTEM SYNC REPLICA " + c.database + "." + table + " LIGHTWEIGHT"}); err != nil {
+				return fmt.Errorf("wait for what other replicas have: %w", err)
+			}
+		}
+		return nil
+	})
+}
+
+// askNumber runs a query that answers one UInt64.
+func askNumber(ctx context.Context, a asker, q ch.Query) (n uint64, err error) {
+	var answer proto.ColUInt64
+	answered := false
+	err = a.Do(ctx, eachRow(q, func(i int) { n, answered = answer[i], true }, &answer))
+	if err == nil && !answered {
+		err = fmt.Errorf("no number was answered to %s", q.Body)
+	}
+	return n, err
+}
+
 // mendingID is the id of a command's mending: ClickHouse refuses a second one beside it, such as beside that of a command that was
 // killed. No group's inserts have a space there.
 func (c *clickhouse) mendingID() string { return "mending " + c.database }
