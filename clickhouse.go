@@ -339,17 +339,20 @@ func (c *clickhouse) sql(text string) string {
 	return strings.NewReplacer(fill...).Replace(text)
 }
 
-// hasEvents says whether a server has the table events, the last one that is made: where none has, nothing is stored.
-func (c *clickhouse) hasEvents(ctx context.Context) (has bool, err error) {
+// has says whether a server has the table events, the last one that is made, and whether one has something in events_hourly.
+func (c *clickhouse) has(ctx context.Context) (events, counts bool, err error) {
 	if err := c.checkProfile(ctx); err != nil { // before the first query that sends settings
-		return false, err
+		return false, false, err
 	}
 	err = c.eachServer(ctx, func(server *clickhouse, conn asker) error {
-		made, err := server.madeBy(ctx, conn, "events")
-		has = has || made != ""
-		return err
+		var name proto.ColStr
+		return conn.Do(ctx, eachRow(ch.Query{
+			Body: c.sql("SELECT name FROM system.tables WHERE database = '{database}' AND (name = 'events' OR name = 'events_hourly' AND total_rows > 0)"),
+		}, func(i int) {
+			events, counts = events || name.Row(i) == "events", counts || name.Row(i) == "events_hourly"
+		}, &name))
 	})
-	return has, err
+	return events, counts, err
 }
 
 // makeTables brings the tables of every server up to date. A server that has joined the cluster gets its own.

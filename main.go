@@ -184,15 +184,16 @@ func newSystem(cfg *settings) (*system, error) {
 	if s.producer, err = newProducer(cfg); err != nil {
 		return nil, fmt.Errorf("set up the Kafka producer: %w", err)
 	}
-	s.watermark = newWatermark(s.producer, cfg)
+	s.watermark = newWatermark(s.producer, cfg, s.stats.store.storedAgo)
 	s.metrics = newMetricsAPI(s.clickhouse, s.watermark.completeThrough, s.queryFailed)
 	quick := newClickHouse(cfg) // hangs no longer than its question may
 	quick.options.HandshakeTimeout, quick.options.ReadTimeout = readyTimeout, readyTimeout
-	s.ready = &readiness{kafka: s.producer, clickhouse: quick, conn: connection{to: quick}, broken: s.broken, failed: s.queryFailed,
-		stalled: s.watermark.stalled, trouble: s.stats.troubles.Oldest, consumes: cfg.role != "api"}
+	s.ready = &readiness{client: s.producer, clickhouse: quick, conn: connection{to: quick}, broken: s.broken, failed: s.queryFailed,
+		stalled: s.watermark.stalled, trouble: s.stats.troubles.Oldest, consumes: cfg.role != "api",
+		mayKnow: func(r *http.Request) bool { may, _ := s.access.rightsOf(keyOf(r)); return may == mayAll }}
 	host, _ := os.Hostname()
 	s.pipeline = newPipeline(cfg, net.JoinHostPort(host, fmt.Sprint(cfg.serverPort)), s.stats, s.watermark.behind, func() string {
-		words, _ := s.ready.consuming()
+		words, _ := s.ready.consuming(true)
 		return words
 	})
 	in := newIngester(s.producer, cfg, &s.stats.ingest, s.watermark.awaitStored)
@@ -351,8 +352,6 @@ func (s *system) queryFailed(err error) {
 		notify(s.lacking, struct{}{})
 	}
 }
-
-const prepareTables = "prepare the tables"
 
 // consume waits for Kafka and ClickHouse, prepares both, and stores what Kafka holds. The API accepts events meanwhile.
 func (s *system) consume(ctx context.Context) {

@@ -191,6 +191,9 @@ func (ins *inserter) insertRound(ctx context.Context) {
 	}
 	for _, b := range taken {
 		ins.hold(b.offsets)
+		for p := range b.offsets {
+			ins.stats.storedOf(p, started)
+		}
 		b.reset()
 	}
 	ins.stats.freshness.Update(time.Since(oldest).Seconds())
@@ -348,7 +351,7 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 		ins.unknown = false
 	}
 	if e, ok := ch.AsException(err); ok {
-		return fmt.Errorf("insert into %s.events: %w", ins.db.database, &ch.Exception{Code: e.Code, Name: e.Name, Message: firstLine(e.Message)})
+		return fmt.Errorf("insert into %s.events: %w", ins.db.database, &ch.Exception{Code: e.Code, Name: e.Name, Message: withoutValues(e)})
 	}
 	return err
 }

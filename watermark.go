@@ -55,6 +55,7 @@ type watermark struct {
 	kafka         *kgo.Client // the API's producer
 	admin         *kadm.Client
 	topic, group  string
+	storedAgo     func(int32) time.Duration
 	producersLate time.Duration // after a growth the API's producers may place records by the old number for so long
 	through       atomic.Int64  // Unix seconds, 0 while unknown
 	stored        storedSignal
@@ -81,9 +82,11 @@ type sample struct {
 	ends []int64
 }
 
-func newWatermark(kafka *kgo.Client, cfg *settings) *watermark {
+// newWatermark returns one that knows nothing yet. storedAgo is how long ago this instance stored records of a partition.
+func newWatermark(kafka *kgo.Client, cfg *settings, storedAgo func(partition int32) time.Duration) *watermark {
 	w := &watermark{
-		kafka: kafka, admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup,
+		storedAgo: storedAgo,
+		kafka:     kafka, admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup,
 		producersLate: cfg.ackTimeout + metadataWait, gone: map[string][]int64{},
 	}
 	w.progress.Store(new(progress))
@@ -107,9 +110,9 @@ func (w *watermark) completeThrough() int64 {
 }
 
 // startOver sets the group back to the start of the topic, because ClickHouse has no tables: what was taken in is lost with them. It is
-// counted once whatever happens. Nothing has to be done where nothing was taken in, as at the first start of all. While somebody
+// counted once whatever happens, but where the counts of it are still there: then a person has to choose. Nothing has to be done where nothing was taken in, as at the first start of all. While somebody
 // consumes it is an error that says what to do. The tables are made after it: whatever dies in between, the next start finds none, too.
-func (w *watermark) startOver(ctx context.Context) error {
+func (w *watermark) startOver(ctx context.Context, counts bool) error {
 	committed, err := committedOffsets(ctx, w.admin, w.topic, w.group)
 	if err != nil {
 		return err
@@ -129,8 +132,12 @@ func (w *watermark) startOver(ctx context.Context) error {
 		return nil
 	}
 	w.lost.Store(lostStore)
+	if counts {
+		return fmt.Errorf("ClickHouse has events_hourly and no events, and group %s has read %d records, which would be counted twice. Restore events from a backup, "+
+			"or drop events_hourly: then the group goes back to the start of topic %s by itself, and what Kafka does not have any more is lost", w.group, records, w.topic)
+	}
 	groups, err := allOf(w.admin.DescribeGroups(ctx, w.group))
-	if err != nil {
+	if err != nil && !errors.Is(err, kerr.GroupIDNotFound) {
 		return fmt.Errorf("ask who consumes in group %s: %w", w.group, err)
 	}
 	if others := groups[w.group].Members; len(others) > 0 {
@@ -148,9 +155,9 @@ func (w *watermark) startOver(ctx context.Context) error {
 // prepareTables brings the tables up to date. Where there are none although records were read, they will be read again: from the next
 // look on it is known again how far everything is stored.
 func (w *watermark) prepareTables(ctx context.Context, db *clickhouse) error {
-	has, err := db.hasEvents(ctx)
-	if err == nil && !has {
-		err = w.startOver(ctx)
+	events, counts, err := db.has(ctx)
+	if err == nil && !events {
+		err = w.startOver(ctx, counts)
 	}
 	if err == nil {
 		err = db.makeTables(ctx)
@@ -191,7 +198,7 @@ func (w *watermark) stalled() (worst, all time.Duration, waiting int64) {
 	p := w.progress.Load()
 	for i, lag := range p.lags {
 		if lag > 0 {
-			d := time.Since(p.since[i])
+			d := min(time.Since(p.since[i]), w.storedAgo(int32(i))) // offsets may have to wait while rows go in
 			if worst = max(worst, d); waiting == 0 {
 				all = d
 			}
@@ -315,21 +322,6 @@ func (w *watermark) standing(now time.Time, committed, ends []int64) []time.Time
 	return since
 }
 
-// committedOffsets returns the group's committed offsets of a topic, by partition: 0 where there is none.
-func committedOffsets(ctx context.Context, admin *kadm.Client, topic, group string) ([]int64, error) {
-	fetched, err := admin.FetchOffsetsForTopics(ctx, group, topic)
-	if err != nil && !errors.Is(err, kerr.GroupIDNotFound) { // nobody has joined yet: nothing is committed
-		return nil, err
-	}
-	offsets := make([]int64, len(fetched[topic]))
-	for p, o := range fetched[topic] {
-		if int(p) < len(offsets) && o.Err == nil {
-			offsets[p] = max(0, o.At)
-		}
-	}
-	return offsets, nil
-}
-
 // corrected returns committed offsets, which were read before the ends, as they fit the present topic. One beyond the end belongs to
 // a deleted topic of the same name, as long as it does not change. Records below the start of the log have expired, and nobody
 // can store them any more. The result is as long as ends.
@@ -356,24 +348,6 @@ func (w *watermark) corrected(ctx context.Context, topic string, committed, ends
 		fitting[p] = max(fitting[p], starts[p])
 	}
 	return fitting, nil
-}
-
-// offsetsOf returns what was listed of one topic, by partition.
-func offsetsOf(listed kadm.ListedOffsets, err error) ([]int64, error) {
-	if listed, err = allOf(listed, err); err != nil {
-		return nil, err
-	}
-	var offsets []int64
-	for _, partitions := range listed {
-		offsets = make([]int64, len(partitions))
-		for p, o := range partitions {
-			if int(p) >= len(offsets) {
-				return nil, fmt.Errorf("partition %d is listed, those before it are not", p)
-			}
-			offsets[p] = o.Offset
-		}
-	}
-	return offsets, nil
 }
 
 // atMost is for a topic that was recreated and ends earlier: what it held before will never be stored.

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -223,11 +224,23 @@ func (p *eventParser) decode(value []byte) (*event, error) {
 	case err != nil:
 		return nil, fmt.Errorf("not an event's JSON: %w", err)
 	case len(problems) > 0:
-		return nil, errors.New(problems[0].message)
+		return nil, errors.New(withoutText(problems[0]))
 	case !ev.storable():
-		return nil, fmt.Errorf("timestamp %d is not within 1970 to 2106", ev.timestamp)
+		return nil, errors.New("timestamp is not within 1970 to 2106")
 	}
 	return ev, nil
+}
+
+// withoutText is a problem's message without what the record has: it goes into the log and into headers.
+func withoutText(p problem) string {
+	switch message, _, _ := strings.Cut(p.message, ": "); {
+	case p.code == codeInvalidChannel:
+		return "channel is not one of web, mobile_app, api"
+	case strings.HasSuffix(message, "is not valid UTF-8 text"): // of a member with any name
+		return "a text is not valid UTF-8"
+	default:
+		return message
+	}
 }
 
 // redirect sends a record that cannot become a row here where it belongs: what is no event to the dead letters, an event under
