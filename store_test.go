@@ -297,7 +297,7 @@ func TestProfiles(t *testing.T) {
 			search(settings[n/2:])
 		}
 	}
-	at := 40
+	at := 100
 	if tortureFactor() > 1 {
 		at = 1
 	}
