@@ -7,6 +7,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	_ "embed"
@@ -15,6 +16,7 @@ import (
 	"log/slog"
 	"net"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -38,23 +40,87 @@ type clickhouse struct {
 // askTimeout bounds one attempt to ask or to insert. A healthy insert takes 30 ms; one that waits for merges, seconds.
 const askTimeout = 60 * time.Second
 
-// sharedSettings are those of every query: it means what it says, whatever the profile of CLICKHOUSE_USERNAME has. An answer is whole,
-// of all servers, or an error; a view without a target refuses an insert. An insert into a Distributed table is done when every
-// server has its rows. A server that is part of its own cluster would be read in the query's own process, and not as the others.
-var sharedSettings = func() (settings []ch.Setting) {
-	for value, keys := range map[string]string{
-		"0": "limit offset extremes use_query_cache ignore_materialized_views_with_dropped_target_table skip_unavailable_shards prefer_localhost_replica " +
-			"aggregate_functions_null_for_empty empty_result_for_aggregation_by_empty_set data_type_default_nullable prefer_column_name_to_alias",
-		"1": "distributed_foreground_insert",
-		"throw": "read_overflow_mode read_overflow_mode_leaf group_by_overflow_mode sort_overflow_mode result_overflow_mode set_overflow_mode " +
-			"distinct_overflow_mode join_overflow_mode transfer_overflow_mode timeout_overflow_mode timeout_overflow_mode_leaf",
-	} {
+// sharedSettings are those of every query: it means what it says, whatever the profile of CLICKHOUSE_USERNAME has, or an older
+// compatibility. An answer is whole, of all servers, or an error; a view without a target refuses an insert. An insert into a Distributed
+// table is done when every server has its rows. A server that is part of its own cluster would be read in the query's own process, and
+// not as the others. TestProfiles looks for what is missing here, among all that there are.
+var sharedSettings = settingsOf(map[string]string{
+	"0": "limit offset extremes use_query_cache ignore_materialized_views_with_dropped_target_table skip_unavailable_shards prefer_localhost_replica " +
+		"aggregate_functions_null_for_empty empty_result_for_aggregation_by_empty_set data_type_default_nullable prefer_column_name_to_alias " +
+		"group_by_use_nulls discard_query_data force_optimize_projection inject_random_order_for_select_without_order_by " +
+		"input_format_native_decode_types_in_binary_format output_format_native_encode_types_in_binary_format",
+	"1": "distributed_foreground_insert force_grouping_standard_compatibility enable_global_with_statement",
+	"throw": "read_overflow_mode read_overflow_mode_leaf group_by_overflow_mode sort_overflow_mode result_overflow_mode set_overflow_mode " +
+		"distinct_overflow_mode join_overflow_mode transfer_overflow_mode timeout_overflow_mode timeout_overflow_mode_leaf",
+})
+
+// insertSettings are those of every insert, beside the shared ones: it is done when it is acknowledged.
+//
+// ClickHouse's own deduplication of inserts is off: it remembers a block before the part is in place, so that an insert may be
+// answered "known" and not be there, and what was lost with a broken part could never be stored again. deduplicate_insert
+// overrides insert_deduplicate where it exists, and is on.
+var insertSettings = settingsOf(map[string]string{
+	"0":       "async_insert insert_deduplicate send_profile_events", // of which the last one is a third of a round's garbage
+	"disable": "deduplicate_insert",
+})
+
+// roundSettings are those of a round's insert, beside insertSettings: merges sort duplicates out anyway, which saves a quarter of the
+// CPU; other producers' events may be of any age, and of many months; and all of a round is gathered before parts are written.
+var roundSettings = settingsOf(map[string]string{
+	"0":           "optimize_on_insert materialized_views_ignore_errors max_partitions_per_insert_block",
+	wholeRound:    "min_insert_block_size_rows min_insert_block_size_bytes",
+	insertSilence: "receive_timeout",
+})
+
+// questionSettings are those of metrics and the overview, beside the shared ones.
+var questionSettings = settingsOf(map[string]string{"0": "enable_positional_arguments", queryLimit: "max_execution_time"})
+
+const (
+	// wholeRound is more rows and bytes than a round has.
+	wholeRound = "1000000000000"
+	// insertSilence, in seconds, is how long ClickHouse waits for the next block of an insert: an instance that is paused in
+	// the middle of one holds the next owner of its partitions up for so long.
+	insertSilence = "20"
+	// queryLimit, in seconds, is queryTimeout on the server.
+	queryLimit = "10"
+)
+
+var errFixed = errors.New("the profile of CLICKHOUSE_USERNAME does not let the program change settings")
+
+// checkProfile names the settings that the user's profile has otherwise than the program means them, and forbids to change: every query
+// that sends them would fail.
+func (c *clickhouse) checkProfile(ctx context.Context) error {
+	bare := &clickhouse{options: c.options}
+	bare.options.Settings = nil
+	means := map[string]string{}
+	for _, s := range slices.Concat(sharedSettings, insertSettings, roundSettings, questionSettings) {
+		means[s.Key] = s.Value
+	}
+	var fixed []string
+	var name, value proto.ColStr
+	err := bare.connected(func(conn asker) error {
+		return conn.Do(ctx, eachRow(ch.Query{Body: "SELECT name, value FROM system.settings WHERE readonly ORDER BY name"}, func(i int) {
+			if needed, sent := means[name.Row(i)]; sent && needed != value.Row(i) {
+				fixed = append(fixed, fmt.Sprintf("%s is %s, and has to be %s", name.Row(i), value.Row(i), needed))
+			}
+		}, &name, &value))
+	})
+	if err == nil && len(fixed) > 0 {
+		err = fmt.Errorf("%w: %s; take away its constraints", errFixed, strings.Join(fixed, "; "))
+	}
+	return err
+}
+
+// settingsOf makes settings of their names, by value, and sorts them.
+func settingsOf(names map[string]string) (settings []ch.Setting) {
+	for value, keys := range names {
 		for key := range strings.FieldsSeq(keys) {
 			settings = append(settings, ch.Setting{Key: key, Value: value})
 		}
 	}
+	slices.SortFunc(settings, func(a, b ch.Setting) int { return cmp.Compare(a.Key, b.Key) })
 	return settings
-}()
+}
 
 func newClickHouse(cfg *settings) *clickhouse {
 	c := &clickhouse{
@@ -177,21 +243,6 @@ func (c *clickhouse) eachServer(ctx context.Context, f func(server *clickhouse, 
 	return nil
 }
 
-// syncReplicas waits until each server has what the other replicas of its shard have acknowledged.
-func (c *clickhouse) syncReplicas(ctx context.Context) error {
-	if !c.replicated.Load() { // Fast path
-		return nil
-	}
-	return c.eachServer(ctx, func(_ *clickhouse, conn asker) error {
-		for _, table := range []string{"events", "events_hourly"} {
-			if err := conn.Do(ctx, ch.Query{Body: "SYSTEM SYNC REPLICA " + c.database + "." + table + " LIGHTWEIGHT"}); err != nil {
-				return fmt.Errorf("wait for what other replicas have: %w", err)
-			}
-		}
-		return nil
-	})
-}
-
 // eachRow has the query's columns decoded into these, by their order, and calls row with the number of each row in them.
 func eachRow(q ch.Query, row func(i int), columns ...proto.ColResult) ch.Query {
 	results := make(proto.Results, len(columns))
@@ -208,31 +259,12 @@ func eachRow(q ch.Query, row func(i int), columns ...proto.ColResult) ch.Query {
 	return q
 }
 
-// askNumber runs a query that answers one UInt64.
-func askNumber(ctx context.Context, a asker, q ch.Query) (n uint64, err error) {
-	var answer proto.ColUInt64
-	answered := false
-	err = a.Do(ctx, eachRow(q, func(i int) { n, answered = answer[i], true }, &answer))
-	if err == nil && !answered {
-		err = fmt.Errorf("no number was answered to %s", q.Body)
-	}
-	return n, err
-}
-
-// inserting are the settings of every insert: it is done when it is acknowledged, and a majority of a shard's replicas has it.
-//
-// ClickHouse's own deduplication of inserts is off: it remembers a block before the part is in place, so that an insert may be
-// answered "known" and not be there, and what was lost with a broken part could never be stored again.
+// inserting are the settings of every insert; a majority of a shard's replicas has it when it is acknowledged.
 func (c *clickhouse) inserting() []ch.Setting {
-	settings := []ch.Setting{
-		{Key: "async_insert", Value: "0"},
-		{Key: "insert_deduplicate", Value: "0"},
-		{Key: "deduplicate_insert", Value: "disable"}, // where it exists it overrides the one above, and is on
+	if !c.replicated.Load() {
+		return insertSettings
 	}
-	if c.replicated.Load() {
-		settings = append(settings, ch.Setting{Key: "insert_quorum", Value: "auto"}, ch.Setting{Key: "insert_quorum_parallel", Value: "1"})
-	}
-	return settings
+	return append(slices.Clone(insertSettings), ch.Setting{Key: "insert_quorum", Value: "auto"}, ch.Setting{Key: "insert_quorum_parallel", Value: "1"})
 }
 
 var errNoCluster = errors.New("no cluster of that name is known")
@@ -242,16 +274,7 @@ var errPartOfCluster = errors.New("its tables belong to a cluster")
 
 // clickhouseIsHopeless says whether no retry cures an error: these settings do not work with this server.
 func clickhouseIsHopeless(err error) bool {
-	return errors.Is(err, errPartOfCluster) || errors.Is(err, errNoCluster) || ch.IsErr(err, proto.ErrAuthenticationFailed)
-}
-
-// rejections are ClickHouse's codes for "this data, never", by
-// https://github.com/ClickHouse/ClickHouse/blob/master/src/Common/ErrorCodes.cpp. Everything else is taken for
-// transient: trying again in vain holds up, giving up in error loses.
-var rejections = []proto.Error{
-	proto.ErrViolatedConstraint, proto.ErrTypeMismatch, proto.ErrCannotConvertType, proto.ErrIncorrectData,
-	proto.ErrArgumentOutOfBound, proto.ErrValueIsOutOfRangeOfDataType, proto.ErrDecimalOverflow,
-	proto.ErrTooLargeStringSize, proto.ErrTooLargeArraySize,
+	return errors.Is(err, errPartOfCluster) || errors.Is(err, errNoCluster) || errors.Is(err, errFixed) || ch.IsErr(err, proto.ErrAuthenticationFailed)
 }
 
 // lacksTables says whether a query failed because a server of the cluster has no tables: it has just joined, or lost its disk. The
@@ -316,6 +339,22 @@ func (c *clickhouse) sql(text string) string {
 	return strings.NewReplacer(fill...).Replace(text)
 }
 
+// has says whether a server has the table events, the last one that is made, and whether one has something in events_hourly.
+func (c *clickhouse) has(ctx context.Context) (events, counts bool, err error) {
+	if err := c.checkProfile(ctx); err != nil { // before the first query that sends settings
+		return false, false, err
+	}
+	err = c.eachServer(ctx, func(server *clickhouse, conn asker) error {
+		var name proto.ColStr
+		return conn.Do(ctx, eachRow(ch.Query{
+			Body: c.sql("SELECT name FROM system.tables WHERE database = '{database}' AND (name = 'events' OR name = 'events_hourly' AND total_rows > 0)"),
+		}, func(i int) {
+			events, counts = events || name.Row(i) == "events", counts || name.Row(i) == "events_hourly"
+		}, &name))
+	})
+	return events, counts, err
+}
+
 // makeTables brings the tables of every server up to date. A server that has joined the cluster gets its own.
 func (c *clickhouse) makeTables(ctx context.Context) error {
 	return c.eachServer(ctx, func(server *clickhouse, conn asker) error { return server.applySchema(ctx, conn) })
@@ -333,7 +372,11 @@ func (c *clickhouse) applySchema(ctx context.Context, conn asker) error {
 		}
 		// The view is made before the table that it reads, so that no insert ever finds that table without it.
 		q := ch.Query{Body: c.sql(strings.ReplaceAll(stmt, "{fsync}", fsync)), Settings: []ch.Setting{{Key: "allow_materialized_view_with_bad_select", Value: "1"}}}
-		if err := conn.Do(ctx, q); err != nil {
+		err := conn.Do(ctx, q)
+		if ch.IsErr(err, proto.ErrQueryIsProhibited) { // which ClickHouse says without a name, and no query can change
+			err = fmt.Errorf("%w: allow_ddl is 0, and has to be 1: %w", errFixed, err)
+		}
+		if err != nil {
 			return fmt.Errorf("apply schema.sql: %w", err)
 		}
 	}

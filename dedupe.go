@@ -17,6 +17,7 @@ import (
 	"log/slog"
 	"maps"
 	"math/bits"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -342,10 +343,17 @@ type idSet struct {
 	lastUsed uint64 // round
 }
 
-// home is the slot that a key belongs in. It keeps the keys' order, so that growing reads and writes straight ahead.
+// placement is of this process alone: who sends events chooses what ids are made of, and would have them stand in one row.
+var placement = [3]uint64{rand.Uint64(), rand.Uint64() | 1, rand.Uint64() | 1}
+
+// home is the slot that a key belongs in. After one multiplication keys at equal distances are still that, and for one placement in a
+// hundred fall into a few clusters; the second one takes 0.3 ns. What it makes of keys has the same order in a table of any size, so
+// that growing reads and writes straight ahead.
 func (s *idSet) home(k idKey) int {
-	hi, _ := bits.Mul64(uint64(k), uint64(len(s.slots)))
-	return int(hi)
+	h := (uint64(k) ^ placement[0]) * placement[1]
+	h = (h ^ h>>32) * placement[2]
+	slot, _ := bits.Mul64(h, uint64(len(s.slots)))
+	return int(slot)
 }
 
 // find returns the slot of k, or the free one where it belongs. The table must have a free slot.

@@ -3,15 +3,20 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"fmt"
 	"maps"
+	"math"
+	"math/bits"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
@@ -53,6 +58,64 @@ func TestIDSet(t *testing.T) {
 			}
 		}
 	}
+}
+
+// steps is how many slots beyond the first all looks for what is in the set have to pass. It is the same in whatever order it was put in.
+func (s *idSet) steps() (n int) {
+	for i, k := range s.slots {
+		if k >= leastKey {
+			n += (i - s.home(k) + len(s.slots)) % len(s.slots)
+		}
+	}
+	return n
+}
+
+// TestGroundIDs: ids that were searched for, so that some of their bits are the same, and ids at any distance from each other, cost
+// as many steps as random ones, in a set of any size on the way and in whichever order ClickHouse has them.
+func TestGroundIDs(t *testing.T) {
+	t.Parallel()
+	const ids = 10_000
+	rnd := rand.New(rand.NewPCG(7, 8))
+	cost := func(key func(i int) uint64) float64 {
+		known := newDedupe(nil, nil, 1<<30)
+		set, n, looks := new(idSet), 0, 0
+		for i := range ids {
+			if before := len(set.slots); known.makeRoom(set, 1) && len(set.slots) != before {
+				n, looks = n+set.steps(), looks+set.used
+			}
+			set.add(keyOfBits(key(i)))
+		}
+		return float64(n+set.steps()) / float64(looks+set.used)
+	}
+	random := cost(func(int) uint64 { return rnd.Uint64() })
+	try := func(shape string, key func(i int) uint64) {
+		if got := cost(key); got > 1.5*random {
+			t.Errorf("%s: %.1f steps an id, %.1f for random ids", shape, got, random)
+		}
+	}
+	for run := range 150 { // every bit is in one of the first 64, and in some more
+		a, b, c := run%64, rnd.IntN(64), rnd.IntN(64)
+		if run < 64 {
+			b, c = (run+1)%64, (run+2)%64
+		}
+		same := uint64(1)<<a | uint64(1)<<b | uint64(1)<<c
+		value := rnd.Uint64() & same
+		try(fmt.Sprintf("bits %d, %d and %d are %064b", a, b, c, value), func(int) uint64 { return rnd.Uint64()&^same | value })
+	}
+	first := rnd.Uint64()
+	for _, stride := range []uint64{1, 3, 7, 10, 255, 1000, 0x9e3779b97f4a7c15, 1<<64 - 1, math.MaxUint64 / ids, math.MaxUint64/ids/2 + 1, math.MaxUint64 / 3, rnd.Uint64(), rnd.Uint64()} {
+		for shift := 0; shift+bits.TrailingZeros64(stride) < 48; shift += 1 + int(stride%8) { // beyond that there are not so many
+			try(fmt.Sprintf("%#x apart", stride<<shift), func(i int) uint64 { return first + uint64(i)*stride<<shift })
+		}
+	}
+	var sorted []uint64
+	for range ids {
+		sorted = append(sorted, rnd.Uint64()>>3)
+	}
+	slices.Sort(sorted)
+	try("loaded in the order of keys", func(i int) uint64 { return sorted[i] })
+	slices.SortFunc(sorted, func(a, b uint64) int { return cmp.Compare(bits.ReverseBytes64(a), bits.ReverseBytes64(b)) })
+	try("loaded in the order of ids", func(i int) uint64 { return sorted[i] })
 }
 
 // TestDedupeMemory: sets never take more than their budget, whatever comes, and what they know is never wrong.
@@ -248,4 +311,100 @@ func TestAbandonedRound(t *testing.T) {
 		}
 		in.insertRound(ctx)
 	}
+}
+
+// profileStand works with settings of a profile, each time in a database of its own.
+type profileStand struct {
+	t    *testing.T
+	cfg  *settings
+	runs int
+}
+
+// profileNow is the first event's time, half an hour after midnight.
+const profileNow = 1795393800
+
+// work makes tables, stores, looks up and asks with settings of a profile, and returns everything that came of it.
+func (s *profileStand) work(profile []ch.Setting) (all string, err error) {
+	s.runs++
+	db := newClickHouse(s.cfg)
+	db.options.Settings, db.database = append(slices.Clone(profile), sharedSettings...), fmt.Sprint(db.database, "_", s.runs)
+	defer askShards(s.t, "DROP DATABASE IF EXISTS "+db.database+" SYNC")
+	if err := db.makeTables(s.t.Context()); err != nil {
+		return "", err
+	}
+	for part := range 3 {
+		if err := s.insert(db, 20*part, 20*part+20); err != nil {
+			return "", err
+		}
+	}
+	for _, sql := range []string{
+		"SELECT hex(event_id), * EXCEPT (event_id, created_at) FROM %[1]s.events ORDER BY timestamp",
+		"SELECT * EXCEPT (unique_users_state, campaigns_state), finalizeAggregation(unique_users_state), finalizeAggregation(campaigns_state) FROM %[1]s.events_hourly ORDER BY channel, hour",
+		"SELECT create_table_query FROM system.tables WHERE database = '%[1]s' ORDER BY name",
+	} {
+		all += strings.ReplaceAll(strings.Join(askShards(s.t, fmt.Sprintf(sql, db.database)), "\n"), db.database, "database") + "\n"
+	}
+	m := newMetricsAPI(db, nil, ignored)
+	defer m.close()
+	note := func(what string, answer any, e error) {
+		if all += what + " " + string(jsonOf(answer)) + "\n"; err == nil && e != nil {
+			err = fmt.Errorf("%s: %w", what, e)
+		}
+	}
+	const from, to = profileNow + 5043, profileNow + 57*4321
+	for _, by := range []string{"", "channel", "hour", "day", "campaign"} {
+		a, err := m.query(s.t.Context(), &metricsQuery{eventName: "purchase", from: from, to: to, groupBy: by})
+		note("by "+by, a, err)
+	}
+	for _, span := range []int64{maxMinuteBuckets - 1, maxHourBuckets, maxHourBuckets + 1} {
+		a, err := newOverviewAPI(m).ask(s.t.Context(), &metricsQuery{from: from, to: from + span})
+		note("overview by "+a.Bucket, a, err)
+	}
+	others := connection{to: newClickHouse(s.cfg)} // who asks the views, without our settings, but for those about the answer to any query
+	defer others.close()
+	others.to.options.Settings = append(slices.Clone(profile), settingsOf(map[string]string{
+		"0": "extremes discard_query_data output_format_native_encode_types_in_binary_format inject_random_order_for_select_without_order_by",
+	})...)
+	for _, view := range []string{"events_between", "events_between_by_day"} {
+		var text proto.ColStr
+		note(view, nil, others.Do(s.t.Context(), eachRow(ch.Query{
+			Body: fmt.Sprintf("SELECT assumeNotNull(toString(sum(event_count)) || ' ' || toString(sum(revenue))) FROM %s.%s(from = %d, to = %d)", db.database, view, from, to),
+		}, func(i int) { all += text.Row(i) }, &text)))
+	}
+	return all, err
+}
+
+// insert stores these events as the program does, and looks them up.
+func (s *profileStand) insert(db *clickhouse, from, to int) error {
+	in := newInserter(db, s.cfg, &newStats().store, ignored, nil, newRoundCall(), membership{isMember: func(context.Context) error { return nil }})
+	defer in.conn.close()
+	b := newBlock(to - from)
+	for i := from; i < to; i++ {
+		ev := mustParse(s.t, new(eventParser), fmt.Sprintf(`{"event_name":"purchase","user_id":"u%d","timestamp":%d,"channel":"%s","campaign_id":"%s","tags":["a","b%d"],"metadata":{"price":%d.25,"currency":"TRY"}}`,
+			i%17, profileNow+i*4321, []string{"web", "api", "", "mobile_app"}[i%4], []string{"", "c1", "c2"}[i/5%3], i%2, i))
+		id, _ := ev.id(nil)
+		b.append(&id, ev, &kgo.Record{})
+	}
+	in.round = []*block{b}
+	for _, there := range []int{0, to - from} {
+		if err := in.dedupe.lookUp(s.t.Context(), in.round, true); err != nil {
+			return err
+		}
+		if n := len(in.dedupe.found); n != there {
+			return fmt.Errorf("%d events are found, want %d", n, there)
+		}
+		if there == 0 {
+			if err := in.insertOnce(s.t.Context()); err != nil {
+				return err
+			}
+		}
+	}
+	counts, err := in.dedupe.countHours(s.t.Context(), []int64{profileNow / hourSeconds})
+	if err == nil {
+		err = in.dedupe.read(s.t.Context(), []secondSpan{{profileNow, profileNow + minuteSeconds}})
+	}
+	if set := in.dedupe.minutes[profileNow/minuteSeconds]; err == nil && (counts[profileNow/hourSeconds] != 1 || set.used != 1) {
+		err = fmt.Errorf("an hour has %d events, and its first minute %d", counts[profileNow/hourSeconds], set.used)
+	}
+	return err
 }

@@ -17,7 +17,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"time"
 )
 
@@ -33,8 +33,12 @@ const idleTimeout = 2 * time.Minute
 // retryAfterSeconds is how long a refused client should wait: about the time of a broker's failover.
 const retryAfterSeconds = "2"
 
-// maxFaultLogs is how many failed requests are logged a second.
-const maxFaultLogs = 10
+const (
+	// faultAgain is the time between two lines about requests that fail in the same way; the second one says how many there were.
+	faultAgain = time.Minute
+	// maxFaults bounds the ways that are remembered; beyond it all are forgotten and logged anew. Causes of our own are few.
+	maxFaults = 200
+)
 
 // route is one line of the API: a method, a path, its handler, and the name of its counters.
 type route struct {
@@ -129,33 +133,63 @@ func (x *exchange) begin(r *http.Request) {
 func (x *exchange) end(r *http.Request, logged *requestLog) {
 	took := time.Since(x.started)
 	x.route.count(x.status, took)
-	if logged.takes(x.status) && x.route.name != "ready" { // which answers 503 until it is
+	times := logged.takes(x.status, x.route.name, x.cause)
+	if times > 0 && x.route.name != "ready" { // which answers 503 until it is
 		line := []any{"id", x.id, "method", r.Method, "path", r.URL.Path, "status", x.status, "ms", float64(took.Microseconds()) / 1000, "from", r.RemoteAddr}
 		if x.cause != "" {
 			line = append(line, "cause", x.cause)
+		}
+		if times > 1 {
+			line = append(line, "times", times)
 		}
 		slog.Info("request", line...)
 	}
 }
 
-// requestLog decides which requests are logged: a share of all, and those that fail, as long as they are not too many.
+// requestLog decides which requests are logged: a share of all, and of those that fail in the same way one a minute.
 type requestLog struct {
-	share  float64      // ACCESS_LOG
-	faults atomic.Int64 // of this second
-	second atomic.Int64 // Unix
+	share float64    // ACCESS_LOG
+	mu    sync.Mutex // guards told
+	told  map[fault]telling
 }
 
-func (l *requestLog) takes(status int) bool {
+// fault is a way to fail. cause is how its text begins, up to what may differ from request to request.
+type fault struct {
+	route  string
+	status int
+	cause  string
+}
+
+// telling is when a fault was logged, and how often it has happened since.
+type telling struct {
+	at    time.Time
+	times int
+}
+
+// takes says whether the request is logged: 0 is no, and a larger number for how many it stands, with those that were not logged
+// before it.
+func (l *requestLog) takes(status int, route, cause string) (times int) {
 	if status >= http.StatusInternalServerError {
-		now := time.Now().Unix()
-		if l.second.Swap(now) != now {
-			l.faults.Store(0)
+		if end := strings.IndexAny(cause, ":0123456789"); end >= 0 {
+			cause = cause[:end]
 		}
-		if l.faults.Add(1) <= maxFaultLogs {
-			return true
+		way, now := fault{route, status, cause}, time.Now()
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		t := l.told[way]
+		if t.times++; now.Sub(t.at) >= faultAgain {
+			times, t = t.times, telling{at: now}
 		}
+		if l.told == nil || len(l.told) >= maxFaults {
+			l.told = map[fault]telling{}
+		}
+		l.told[way] = t
+		return times
 	}
-	return l.share > 0 && rand.Float64() < l.share
+	if l.share > 0 && rand.Float64() < l.share {
+		return 1
+	}
+	return 0
 }
 
 // clientOf is who is charged for a request: whoever's key it has, else whoever sends from its address.

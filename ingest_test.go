@@ -13,6 +13,7 @@ import (
 	"sort"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/event-ingestion/event-ingestion/budget"
@@ -234,4 +235,26 @@ func TestDocumentRoutes(t *testing.T) {
 			t.Errorf("%s is not in the document", code)
 		}
 	}
+}
+
+// TestFaultsInTheLog: Kafka is away for ten minutes, and a hundred requests a second say so, each about another port.
+func TestFaultsInTheLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) { // time passes when everybody sleeps
+		l, lines, told := new(requestLog), 0, 0
+		for i := range 60_000 {
+			if n := l.takes(http.StatusServiceUnavailable, "bulk", fmt.Sprintf("dial 127.0.0.1:%d: refused", i)); n > 0 {
+				lines, told = lines+1, told+n
+			}
+			if i < 2*maxFaults {
+				l.takes(http.StatusInternalServerError, fmt.Sprint("route", i), "")
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		if lines > 12 || told < 50_000 || told > 60_000 || len(l.told) > maxFaults {
+			t.Errorf("%d lines about %d of 60000 requests, %d ways are remembered", lines, told, len(l.told))
+		}
+		if l.takes(http.StatusServiceUnavailable, "bulk", "too much is in flight") != 1 || l.takes(http.StatusServiceUnavailable, "metrics", "dial") != 1 {
+			t.Error("another cause, or another route, waits for the minute of the first")
+		}
+	})
 }

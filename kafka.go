@@ -279,6 +279,39 @@ func awaitDeletion(ctx context.Context, kafka *kgo.Client, topic string) error {
 	return nil
 }
 
+// committedOffsets returns the group's committed offsets of a topic, by partition: 0 where there is none.
+func committedOffsets(ctx context.Context, admin *kadm.Client, topic, group string) ([]int64, error) {
+	fetched, err := admin.FetchOffsetsForTopics(ctx, group, topic)
+	if err != nil && !errors.Is(err, kerr.GroupIDNotFound) { // nobody has joined yet: nothing is committed
+		return nil, err
+	}
+	offsets := make([]int64, len(fetched[topic]))
+	for p, o := range fetched[topic] {
+		if int(p) < len(offsets) && o.Err == nil {
+			offsets[p] = max(0, o.At)
+		}
+	}
+	return offsets, nil
+}
+
+// offsetsOf returns what was listed of one topic, by partition.
+func offsetsOf(listed kadm.ListedOffsets, err error) ([]int64, error) {
+	if listed, err = allOf(listed, err); err != nil {
+		return nil, err
+	}
+	var offsets []int64
+	for _, partitions := range listed {
+		offsets = make([]int64, len(partitions))
+		for p, o := range partitions {
+			if int(p) >= len(offsets) {
+				return nil, fmt.Errorf("partition %d is listed, those before it are not", p)
+			}
+			offsets[p] = o.Offset
+		}
+	}
+	return offsets, nil
+}
+
 // recordBytes is about what a record takes in a batch.
 func recordBytes(rec *kgo.Record) int {
 	n := 64 + len(rec.Key) + len(rec.Value)

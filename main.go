@@ -122,7 +122,7 @@ func serve() int {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
 	}
-	slog.SetDefault(slog.New(cfg.logHandler(os.Stderr)))
+	slog.SetDefault(cfg.logger(os.Stderr))
 	if os.Getenv("GOMEMLIMIT") == "" { // the garbage collector works harder before the budgets and what it needs itself are passed
 		debug.SetMemoryLimit(cfg.maxInFlightBytes + cfg.consumeMemory + cfg.dedupeMemory + restMemory)
 	}
@@ -184,15 +184,16 @@ func newSystem(cfg *settings) (*system, error) {
 	if s.producer, err = newProducer(cfg); err != nil {
 		return nil, fmt.Errorf("set up the Kafka producer: %w", err)
 	}
-	s.watermark = newWatermark(s.producer, cfg)
+	s.watermark = newWatermark(s.producer, cfg, s.stats.store.storedAgo)
 	s.metrics = newMetricsAPI(s.clickhouse, s.watermark.completeThrough, s.queryFailed)
 	quick := newClickHouse(cfg) // hangs no longer than its question may
 	quick.options.HandshakeTimeout, quick.options.ReadTimeout = readyTimeout, readyTimeout
-	s.ready = &readiness{kafka: s.producer, clickhouse: quick, conn: connection{to: quick}, broken: s.broken, failed: s.queryFailed,
-		stalled: s.watermark.stalled, trouble: s.stats.troubles.Oldest, consumes: cfg.role != "api"}
+	s.ready = &readiness{client: s.producer, clickhouse: quick, conn: connection{to: quick}, broken: s.broken, failed: s.queryFailed,
+		stalled: s.watermark.stalled, trouble: s.stats.troubles.Oldest, consumes: cfg.role != "api",
+		mayKnow: func(r *http.Request) bool { may, _ := s.access.rightsOf(keyOf(r)); return may == mayAll }}
 	host, _ := os.Hostname()
 	s.pipeline = newPipeline(cfg, net.JoinHostPort(host, fmt.Sprint(cfg.serverPort)), s.stats, s.watermark.behind, func() string {
-		words, _ := s.ready.consuming()
+		words, _ := s.ready.consuming(true)
 		return words
 	})
 	in := newIngester(s.producer, cfg, &s.stats.ingest, s.watermark.awaitStored)
@@ -352,8 +353,6 @@ func (s *system) queryFailed(err error) {
 	}
 }
 
-const prepareTables = "prepare the tables"
-
 // consume waits for Kafka and ClickHouse, prepares both, and stores what Kafka holds. The API accepts events meanwhile.
 func (s *system) consume(ctx context.Context) {
 	if !s.untilDone(ctx, "prepare the topics", s.prepareTopics) {
@@ -367,7 +366,8 @@ func (s *system) consume(ctx context.Context) {
 			s.fail(fmt.Errorf("%w; its records are gone, and a start begins with the new one", err))
 		}
 	})
-	if !s.untilDone(ctx, prepareTables, s.clickhouse.makeTables) {
+	makeTables := func(ctx context.Context) error { return s.watermark.prepareTables(ctx, s.clickhouse) }
+	if !s.untilDone(ctx, prepareTables, makeTables) {
 		return
 	}
 	watching.Go(func() { // ends with ctx
@@ -375,7 +375,7 @@ func (s *system) consume(ctx context.Context) {
 			select {
 			case <-s.lacking:
 				slog.Warn("a server of CLICKHOUSE_CLUSTER has no tables: it gets them")
-				s.untilDone(ctx, prepareTables, s.clickhouse.makeTables)
+				s.untilDone(ctx, prepareTables, makeTables)
 			case <-ctx.Done():
 				return
 			}

@@ -175,7 +175,7 @@ func (m *mender) compare(ctx context.Context, hours []int64) (agree bool, err er
 	if !certain {
 		return false, nil
 	}
-	slog.Warn("events_hourly does not agree with events after a fault, mending", "rows", len(found), "first", found[0])
+	slog.Warn("events_hourly does not agree with events after a fault, mending", "rows", len(found), "hours", len(hours), "first hour", time.Unix(hours[0]*hourSeconds, 0).UTC().Format(time.RFC3339))
 	m.mended(len(found))
 	m.tried = found
 	return false, m.insertDifferences(ctx, differing("FINAL"), found)
@@ -238,6 +238,32 @@ func inHours(hours []int64) string {
 	return "hour IN (" + strings.Join(list, ",") + ")"
 }
 
+// syncReplicas waits until each server has what the other replicas of its shard have acknowledged.
+func (c *clickhouse) syncReplicas(ctx context.Context) error {
+	if !c.replicated.Load() { // Fast path
+		return nil
+	}
+	return c.eachServer(ctx, func(_ *clickhouse, conn asker) error {
+		for _, table := range []string{"events", "events_hourly"} {
+			if err := conn.Do(ctx, ch.Query{Body: "SYSTEM SYNC REPLICA " + c.database + "." + table + " LIGHTWEIGHT"}); err != nil {
+				return fmt.Errorf("wait for what other replicas have: %w", err)
+			}
+		}
+		return nil
+	})
+}
+
+// askNumber runs a query that answers one UInt64.
+func askNumber(ctx context.Context, a asker, q ch.Query) (n uint64, err error) {
+	var answer proto.ColUInt64
+	answered := false
+	err = a.Do(ctx, eachRow(q, func(i int) { n, answered = answer[i], true }, &answer))
+	if err == nil && !answered {
+		err = fmt.Errorf("no number was answered to %s", q.Body)
+	}
+	return n, err
+}
+
 // mendingID is the id of a command's mending: ClickHouse refuses a second one beside it, such as beside that of a command that was
 // killed. No group's inserts have a space there.
 func (c *clickhouse) mendingID() string { return "mending " + c.database }
@@ -294,6 +320,32 @@ func (a *insertsAtWork) await(ctx context.Context, conn asker) (others time.Dura
 var corruptions = []proto.Error{
 	proto.ErrCorruptedData, proto.ErrChecksumDoesntMatch, proto.ErrCannotReadAllData, proto.ErrAttemptToReadAfterEOF,
 	proto.ErrCannotDecompress, proto.ErrBadSizeOfFileInDataPart, proto.ErrNoFileInDataPart,
+}
+
+// rowless are ClickHouse's codes for what is wrong with tables, settings, disks and servers: their texts have nothing of a row. So do
+// those for a damaged file.
+var rowless = append([]proto.Error{
+	proto.ErrUnknownTable, proto.ErrUnknownDatabase, proto.ErrUnknownIdentifier, proto.ErrNoSuchColumnInTable, proto.ErrTableIsReadOnly, proto.ErrReadonly,
+	proto.ErrNotEnoughSpace, proto.ErrMemoryLimitExceeded, proto.ErrTooManyParts, proto.ErrTooManyPartitions, proto.ErrTimeoutExceeded, proto.ErrSocketTimeout,
+	proto.ErrNetworkError, proto.ErrAllConnectionTriesFailed, proto.ErrAccessDenied, proto.ErrAuthenticationFailed, proto.ErrSettingConstraintViolation,
+	proto.ErrUnknownSetting, proto.ErrQueryWasCancelled, proto.ErrTooFewLiveReplicas, proto.ErrNoZookeeper, proto.ErrKeeperException, proto.ErrAborted,
+	proto.ErrTableIsDropped, proto.ErrCannotFsync, proto.ErrCannotWriteToFile, proto.ErrCannotOpenFile,
+}, corruptions...)
+
+// ofRow is where a value of a row may begin in ClickHouse's other texts.
+var ofRow = regexp.MustCompile("['\"`0-9]|(?i)\\b(string|value|text)s? ")
+
+// withoutValues is what ClickHouse says of an insert, up to where values of rows begin.
+func withoutValues(e *ch.Exception) string {
+	text := firstLine(e.Message)
+	const values = "Column values: " // of a constraint, behind its expression
+	if before, _, has := strings.Cut(text, values); has {
+		return before + values + "not shown"
+	}
+	if begin := ofRow.FindStringIndex(text); begin != nil && !slices.Contains(rowless, e.Code) {
+		return text[:begin[0]] + "… (what follows may be of a row: it is in ClickHouse's log)"
+	}
+	return text
 }
 
 // readingPart finds the part's name in ClickHouse's messages for these errors.

@@ -146,15 +146,18 @@ func (o *overviewAPI) ask(ctx context.Context, q *metricsQuery) (a overviewResul
 		users, campaigns proto.ColUInt64
 		top              []group
 		topErr           error
+		answered         bool
 		waiting          sync.WaitGroup
 	)
 	waiting.Go(func() { top, topErr = o.topCampaigns(ctx, q) }) // ends with ctx
 	reset := func() {
+		answered = false
 		a = overviewResult{From: q.from, To: q.to, Bucket: q.bucket(), Channels: []group{}, Names: []group{}, Series: []group{}}
 	}
 	err = o.metrics.do(ctx, reset, eachRow(ch.Query{Body: q.overviewSQL(), Parameters: q.parameters()}, func(i int) {
 		switch g := (group{Key: key.Row(i), Count: total[i], Revenue: json.Number(money.Row(i))}); kind[i] {
 		case kindTotal:
+			answered = true
 			a.Count, a.Users, a.Revenue, a.ActiveCampaigns = g.Count, users[i], g.Revenue, campaigns[i]
 		case kindBucket:
 			if a.Bucket != "minute" {
@@ -173,6 +176,9 @@ func (o *overviewAPI) ask(ctx context.Context, q *metricsQuery) (a overviewResul
 		}
 	}, &kind, &key, &total, &money, &users, &campaigns))
 	waiting.Wait()
+	if err == nil && !answered {
+		err = errNoTotal
+	}
 	a.Campaigns = top
 	return a, errors.Join(err, topErr)
 }

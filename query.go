@@ -9,6 +9,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"maps"
 	"net/http"
 	"net/url"
@@ -33,7 +34,7 @@ const (
 )
 
 const (
-	// queryTimeout bounds one metrics query, on the server too.
+	// queryTimeout bounds one metrics query; queryLimit does on the server.
 	queryTimeout = 10 * time.Second
 	// queryConns bounds the queries that run at once; the next one waits its turn.
 	queryConns = 8
@@ -279,6 +280,9 @@ func (q *metricsQuery) sql() string {
 	return "SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + byDay("''", where)
 }
 
+// errNoTotal is an answer that is cut off before it ends, or throws rows away: a setting of the profile does that.
+var errNoTotal = errors.New("ClickHouse answers without the total; look at the profile of CLICKHOUSE_USERNAME for what throws rows away")
+
 func isoHour(expr string) string { return "formatDateTime(" + expr + ", '%Y-%m-%dT%H:00:00Z', 'UTC')" }
 
 func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResult, err error) {
@@ -286,19 +290,24 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResul
 		key          proto.ColStr
 		count, users proto.ColUInt64
 		isTotal      proto.ColUInt8
+		answered     bool
 	)
 	reset := func() {
+		answered = false
 		if a = (metricsResult{}); q.groupBy != "" {
 			a.Groups = []group{}
 		}
 	}
 	err = m.do(ctx, reset, eachRow(ch.Query{Body: q.sql(), Parameters: q.parameters()}, func(i int) {
 		if isTotal[i] == 1 {
-			a.Count, a.Users = count[i], users[i]
+			a.Count, a.Users, answered = count[i], users[i], true
 		} else {
 			a.Groups = append(a.Groups, group{Key: key.Row(i), Count: int64(count[i]), Users: new(users[i])})
 		}
 	}, &key, &count, &users, &isTotal))
+	if err == nil && !answered {
+		err = errNoTotal
+	}
 	if q.groupBy == "campaign" && len(a.Groups) > maxCampaigns {
 		a.Groups, a.Truncated = a.Groups[:maxCampaigns], true
 	}
@@ -320,7 +329,7 @@ func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error
 		return err
 	}
 	query.Body = m.clickhouse.sql(query.Body)
-	query.Settings = []ch.Setting{{Key: "max_execution_time", Value: "10"}, {Key: "enable_positional_arguments", Value: "0"}}
+	query.Settings = questionSettings
 	for attempt := 0; ; attempt++ {
 		reset()
 		err = pool.Do(ctx, query)

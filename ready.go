@@ -5,7 +5,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,6 +19,8 @@ import (
 	"github.com/ClickHouse/ch-go"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 const (
@@ -35,38 +36,69 @@ const (
 
 // readiness answers GET /ready.
 type readiness struct {
-	kafka      *kgo.Client
+	client     *kgo.Client
 	clickhouse *clickhouse
 	broken     *brokenParts
 	failed     func(error)                                      // told what ClickHouse says when a query fails
 	stalled    func() (worst, all time.Duration, waiting int64) // as watermark has it
-	trouble    func() string                                    // the oldest one, empty when everything works
+	trouble    func() troubles.Trouble                          // the oldest one, none when everything works
+	mayKnow    func(*http.Request) bool                         // whoever asks may know why: keys are not set, or it has one
 	consumer   atomic.Pointer[consumer]                         // nil until it runs
 	stopping   atomic.Bool
 	consumes   bool // ROLE is not api
 
-	mu        sync.Mutex // guards what follows; its holder asks while the others wait for the answer
-	conn      connection // its own, so that slow queries cannot occupy it
-	answered  time.Time
-	kafkaErr  error
-	tablesErr error
+	mu       sync.Mutex // guards what follows; its holder asks while the others wait for the answer
+	conn     connection // its own, so that slow queries cannot occupy it
+	answered time.Time
+	kafka    dependency
+	tables   dependency
 }
 
-func (rd *readiness) serve(w http.ResponseWriter, _ *http.Request) {
-	kafkaErr, tablesErr := rd.dependencies()
+// dependency is what was last found of one: nil, or why it does not work, and since when.
+type dependency struct {
+	err   error
+	since time.Time
+}
+
+func (d *dependency) found(err error) {
+	if err != nil && d.err == nil {
+		d.since = time.Now()
+	}
+	d.err = err
+}
+
+// words say what is wrong, and why to those who may know it.
+func (d *dependency) words(why bool) string {
+	if !why {
+		return "does not answer as it should since " + d.since.UTC().Format(time.RFC3339)
+	}
+	return firstLine(d.err.Error())
+}
+
+func (rd *readiness) serve(w http.ResponseWriter, r *http.Request) {
+	kafka, tables := rd.dependencies()
+	why := rd.mayKnow(r)
 	type check struct{ name, text string }
-	checks := []check{{"kafka", "ok"}, {"clickhouse", cmp.Or(rd.broken.words(), "ok")}}
+	checks := []check{{"kafka", "ok"}, {"clickhouse", "ok"}}
+	if text := rd.broken.words(); text != "" {
+		if checks[1].text = text; !why {
+			checks[1].text = "answers, but has a broken part"
+		}
+	}
 	status, word := http.StatusOK, "ready"
 	if rd.stopping.Load() {
 		status, word = http.StatusServiceUnavailable, "stopping"
 	}
-	for i, err := range []error{kafkaErr, tablesErr} {
-		if err != nil {
-			status, word, checks[i].text = http.StatusServiceUnavailable, "not ready", firstLine(err.Error())
+	for i, d := range []dependency{kafka, tables} {
+		if d.err != nil {
+			status, word, checks[i].text = http.StatusServiceUnavailable, "not ready", d.words(why)
 		}
 	}
+	if tr := rd.trouble(); tables.err != nil && tr.What == prepareTables && !rd.consumes { // what else says why there are none?
+		checks[1].text += "; " + troubleWords(tr, why)
+	}
 	if rd.consumes {
-		text, running := rd.consuming()
+		text, running := rd.consuming(why)
 		if checks = append(checks, check{"consumers", text}); !running {
 			status, word = http.StatusServiceUnavailable, "not ready"
 		}
@@ -86,25 +118,25 @@ func (rd *readiness) serve(w http.ResponseWriter, _ *http.Request) {
 
 // dependencies asks Kafka and ClickHouse, at most once per readyAge for everybody. A client that goes away does not cancel
 // the check: the others wait for its answer.
-func (rd *readiness) dependencies() (kafkaErr, tablesErr error) {
+func (rd *readiness) dependencies() (kafka, tables dependency) {
 	rd.mu.Lock()
 	defer rd.mu.Unlock()
 	if time.Since(rd.answered) < readyAge {
-		return rd.kafkaErr, rd.tablesErr
+		return rd.kafka, rd.tables
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), readyTimeout)
 	defer cancel()
 	var asking sync.WaitGroup
-	asking.Go(func() { rd.kafkaErr = rd.brokers(ctx) }) // ends with ctx
-	rd.tablesErr = rd.tables(ctx)
+	asking.Go(func() { rd.kafka.found(rd.brokers(ctx)) }) // ends with ctx
+	rd.tables.found(rd.askTables(ctx))
 	asking.Wait()
 	rd.answered = time.Now()
-	return rd.kafkaErr, rd.tablesErr
+	return rd.kafka, rd.tables
 }
 
-// tables says whether ClickHouse answers and has the tables. The server may have closed an idle connection, so a first
+// askTables says whether ClickHouse answers and has the tables. The server may have closed an idle connection, so a first
 // failure without an answer is retried on a new one.
-func (rd *readiness) tables(ctx context.Context) (err error) {
+func (rd *readiness) askTables(ctx context.Context) (err error) {
 	for range 2 {
 		_, err = askNumber(ctx, &rd.conn, ch.Query{Body: rd.clickhouse.sql("SELECT count() FROM {events_hourly} WHERE event_name = ''")})
 		if err == nil {
@@ -125,7 +157,7 @@ func (rd *readiness) tables(ctx context.Context) (err error) {
 func (rd *readiness) brokers(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
-	brokers := append(rd.kafka.DiscoveredBrokers(), rd.kafka.SeedBrokers()...)
+	brokers := append(rd.client.DiscoveredBrokers(), rd.client.SeedBrokers()...)
 	answers := make(chan error, len(brokers))
 	for _, b := range brokers {
 		go func() { // ends with ctx
@@ -151,11 +183,11 @@ func (rd *readiness) brokers(ctx context.Context) error {
 }
 
 // consuming says in words how storing goes, and whether the consumer runs at all. A stalled instance stays ready: it still
-// accepts events, and Kafka keeps them.
-func (rd *readiness) consuming() (text string, running bool) {
+// accepts events, and Kafka keeps them. What fails is named, and why to those who may know it.
+func (rd *readiness) consuming(why bool) (text string, running bool) {
 	because := ""
-	if why := rd.trouble(); why != "" {
-		because = ": " + why
+	if tr := rd.trouble(); tr.What != "" {
+		because = ": " + troubleWords(tr, why)
 	}
 	if c := rd.consumer.Load(); rd.consumes && c == nil {
 		return "not started yet" + because, false
@@ -171,6 +203,16 @@ func (rd *readiness) consuming() (text string, running bool) {
 	}
 	return fmt.Sprintf("stalled %d s%s, %s waiting", int(d.Seconds()), because, grouped(waiting)), true
 }
+
+func troubleWords(tr troubles.Trouble, why bool) string {
+	if why {
+		return tr.String()
+	}
+	return tr.Brief()
+}
+
+// prepareTables is what fails while there are no tables.
+const prepareTables = "prepare the tables"
 
 // grouped writes n with commas between thousands.
 func grouped(n int64) string {

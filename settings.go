@@ -414,3 +414,17 @@ func parseIdentifier(s string) (string, bool) {
 }
 
 var sqlName = regexp.MustCompile(`^[a-zA-Z_]\w{0,149}$`)
+
+// logger writes what LOG_LEVEL and LOG_FORMAT ask for.
+func (cfg *settings) logger(w io.Writer) *slog.Logger {
+	options := &slog.HandlerOptions{Level: cfg.logLevel, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if err, is := a.Value.Any().(error); is { // ch-go's would print their stacks
+			a.Value = slog.StringValue(err.Error())
+		}
+		return a
+	}}
+	if cfg.logFormat == "json" {
+		return slog.New(slog.NewJSONHandler(w, options))
+	}
+	return slog.New(slog.NewTextHandler(w, options))
+}

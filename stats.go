@@ -69,6 +69,23 @@ type storeStats struct {
 	lookups, duplicates, mended       *metrics.Counter
 	seconds, lookupSeconds, freshness *metrics.PrometheusHistogram
 	troubles                          *troubles.Set
+
+	mu       sync.Mutex          // guards storedAt
+	storedAt map[int32]time.Time // when the last records of a partition were stored, or known, by this instance
+}
+
+// storedOf notes that records of a partition were stored.
+func (s *storeStats) storedOf(partition int32, at time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.storedAt[partition] = at
+}
+
+// storedAgo is how long ago this instance stored records of a partition; centuries when it never has.
+func (s *storeStats) storedAgo(partition int32) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return time.Since(s.storedAt[partition])
 }
 
 func (s *storeStats) lookedUp(rows int, took time.Duration) {
@@ -145,6 +162,7 @@ func newStats() *stats {
 		retried:  counter("event_ingestion_retries_total", "Rejected records put on the retry topic."),
 	}
 	s.store = storeStats{
+		storedAt:   map[int32]time.Time{},
 		troubles:   failing,
 		consumed:   counter("event_ingestion_records_consumed_total", "Records read from the main topic."),
 		inserts:    counter("event_ingestion_inserts_total", "Inserts that ClickHouse has taken."),

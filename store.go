@@ -26,11 +26,6 @@ import (
 )
 
 const (
-	// insertSilence, in seconds, is how long ClickHouse waits for the next block of an insert: an instance that is paused in
-	// the middle of one holds the next owner of its partitions up for so long.
-	insertSilence = "20"
-	// wholeRound is more rows and bytes than a round has: ClickHouse gathers all of it before it writes a part of each partition.
-	wholeRound = "1000000000000"
 	// An insert that takes longer than healthyInsert shows that ClickHouse has much to do. Where other inserters are a reason, the
 	// next round waits for four times what was longer, at most maxRest, unless a block is full: fewer and larger inserts cost less.
 	healthyInsert = 100 * time.Millisecond
@@ -196,6 +191,9 @@ func (ins *inserter) insertRound(ctx context.Context) {
 	}
 	for _, b := range taken {
 		ins.hold(b.offsets)
+		for p := range b.offsets {
+			ins.stats.storedOf(p, started)
+		}
 		b.reset()
 	}
 	ins.stats.freshness.Update(time.Since(oldest).Seconds())
@@ -347,20 +345,13 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 			copy(columns, ins.empty) // rows that still stand here would be sent once more with the EOF
 			return io.EOF
 		},
-		Settings: []ch.Setting{
-			{Key: "optimize_on_insert", Value: "0"}, // merges sort duplicates out anyway; a quarter less CPU
-			{Key: "materialized_views_ignore_errors", Value: "0"},
-			{Key: "max_partitions_per_insert_block", Value: "0"}, // other producers' events may be of any age
-			{Key: "min_insert_block_size_rows", Value: wholeRound},
-			{Key: "min_insert_block_size_bytes", Value: wholeRound},
-			{Key: "receive_timeout", Value: insertSilence},
-		},
+		Settings: slices.Clone(roundSettings), // Do appends to it
 	})
 	if err == nil {
 		ins.unknown = false
 	}
 	if e, ok := ch.AsException(err); ok {
-		return fmt.Errorf("insert into %s.events: %w", ins.db.database, &ch.Exception{Code: e.Code, Name: e.Name, Message: firstLine(e.Message)})
+		return fmt.Errorf("insert into %s.events: %w", ins.db.database, &ch.Exception{Code: e.Code, Name: e.Name, Message: withoutValues(e)})
 	}
 	return err
 }
@@ -369,13 +360,22 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 func (ins *inserter) Do(ctx context.Context, q ch.Query) error {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	q.Settings = append(append(q.Settings, ins.db.inserting()...), ch.Setting{Key: "send_profile_events", Value: "0"}) // a third of what a round leaves to the garbage collector
+	q.Settings = append(q.Settings, ins.db.inserting()...)
 	return ins.conn.Do(ctx, q)
 }
 
 // A rejected insert stores nothing, so the bad rows have to be found. The error for a constraint has its expression, which
 // ClickHouse evaluates: one query a block finds all rows that break it. For any other error the round is halved until the bad
 // rows stand alone.
+
+// rejections are ClickHouse's codes for "this data, never", by
+// https://github.com/ClickHouse/ClickHouse/blob/master/src/Common/ErrorCodes.cpp. Everything else is taken for
+// transient: trying again in vain holds up, giving up in error loses.
+var rejections = []proto.Error{
+	proto.ErrViolatedConstraint, proto.ErrTypeMismatch, proto.ErrCannotConvertType, proto.ErrIncorrectData,
+	proto.ErrArgumentOutOfBound, proto.ErrValueIsOutOfRangeOfDataType, proto.ErrDecimalOverflow,
+	proto.ErrTooLargeStringSize, proto.ErrTooLargeArraySize,
+}
 
 // dropRejected takes the bad rows out of a rejected round, or stores it in two halves. The error is ctx's.
 func (ins *inserter) dropRejected(ctx context.Context, rejection error) error {

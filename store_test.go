@@ -9,6 +9,7 @@ import (
 	"io"
 	"math"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -252,6 +253,65 @@ func TestProfileThatCutsAnswers(t *testing.T) {
 	err := c.Do(t.Context(), eachRow(ch.Query{Body: "SELECT number FROM numbers(1000) SETTINGS max_block_size = 100"}, func(int) { n++ }, new(proto.ColUInt64)))
 	if !ch.IsErr(err, proto.ErrTooManyRowsOrBytes) {
 		t.Errorf("%d of 1000 rows: %v", n, err)
+	}
+}
+
+// TestProfiles: whatever the profile of the program's user has, a number is right, or there is an error that names the setting. Every
+// Bool that ClickHouse knows is turned round, and compatibility is each year's. Several are turned at once, and fewer when something
+// differs; `make torture` turns one after the other.
+func TestProfiles(t *testing.T) {
+	t.Parallel()
+	s := profileStand{t: t, cfg: settingsFrom(t, newSpace(t))}
+	want, err := s.work(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, part := range []string{`{"total_count":56,"unique_users":17,`, `{"key":"api","total_count":14,`, `"total_count":58,"unique_users":17,"purchases":58,"revenue":1783.5,`} {
+		if !strings.Contains(want, part) {
+			t.Fatalf("no %s in\n%s", part, want)
+		}
+	}
+	var turned []ch.Setting
+	for line := range strings.SplitSeq(clickhouseQuery(t, "SELECT name, 1 - toUInt8(value) FROM system.settings WHERE type = 'Bool' AND NOT is_obsolete ORDER BY sipHash64(name)"), "\n") {
+		name, value, _ := strings.Cut(line, "\t")
+		turned = append(turned, ch.Setting{Key: name, Value: value})
+	}
+	isRight := func(settings []ch.Setting) (right bool) {
+		got, err := s.work(settings)
+		switch {
+		case err == nil && got == want:
+			return true
+		case len(settings) > 1:
+		case err == nil:
+			differ := 0
+			for differ < min(len(got), len(want)) && got[differ] == want[differ] {
+				differ++
+			}
+			t.Errorf("%v: %.300s\nwant %.300s", settings, got[differ:], want[differ:])
+		case !strings.Contains(err.Error(), settings[0].Key):
+			t.Errorf("%v: an error that does not name it: %.500v", settings, err)
+		}
+		return false
+	}
+	var search func(settings []ch.Setting)
+	search = func(settings []ch.Setting) {
+		if n := len(settings); !isRight(settings) && n > 1 {
+			search(settings[:n/2])
+			search(settings[n/2:])
+		}
+	}
+	at := 100
+	if tortureFactor() > 1 {
+		at = 1
+	}
+	for some := range slices.Chunk(turned, at) {
+		search(some)
+	}
+	for year := 18; year <= time.Now().Year()%100; year++ {
+		isRight([]ch.Setting{{Key: "compatibility", Value: fmt.Sprintf("%d.8", year)}})
+	}
+	if len(turned) < 500 {
+		t.Errorf("ClickHouse knows %d Bools only", len(turned))
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"strings"
 	"unicode/utf8"
 
 	"github.com/valyala/fastjson"
@@ -407,9 +408,21 @@ func (p *eventParser) decode(value []byte) (*event, error) {
 	case err != nil:
 		return nil, fmt.Errorf("not an event's JSON: %w", err)
 	case len(problems) > 0:
-		return nil, errors.New(problems[0].message)
+		return nil, errors.New(withoutText(problems[0]))
 	case !ev.storable():
-		return nil, fmt.Errorf("timestamp %d is not within 1970 to 2106", ev.timestamp)
+		return nil, errors.New("timestamp is not within 1970 to 2106")
 	}
 	return ev, nil
+}
+
+// withoutText is a problem's message without what the record has: it goes into the log and into headers.
+func withoutText(p problem) string {
+	switch message, _, _ := strings.Cut(p.message, ": "); {
+	case p.code == codeInvalidChannel:
+		return "channel is not one of web, mobile_app, api"
+	case strings.HasSuffix(message, "is not valid UTF-8 text"): // of a member with any name
+		return "a text is not valid UTF-8"
+	default:
+		return message
+	}
 }

@@ -55,6 +55,7 @@ type watermark struct {
 	kafka         *kgo.Client // the API's producer
 	admin         *kadm.Client
 	topic, group  string
+	storedAgo     func(int32) time.Duration
 	producersLate time.Duration // after a growth the API's producers may place records by the old number for so long
 	through       atomic.Int64  // Unix seconds, 0 while unknown
 	stored        storedSignal
@@ -62,6 +63,7 @@ type watermark struct {
 	retried       []int64                  // (2) of the last look, nil before the first
 	moving        []int64                  // records below may be on the wrong partition, because the topic has grown
 	moveUntil     time.Time                // so may those that are produced until then
+	lost          atomic.Int32             // wholeStore, lostStore or newStore
 	gone          map[string][]int64       // committed offsets that belong to a deleted topic of the same name
 	progress      atomic.Pointer[progress] // of the last look
 }
@@ -80,17 +82,91 @@ type sample struct {
 	ends []int64
 }
 
-func newWatermark(kafka *kgo.Client, cfg *settings) *watermark {
+// newWatermark returns one that knows nothing yet. storedAgo is how long ago this instance stored records of a partition.
+func newWatermark(kafka *kgo.Client, cfg *settings, storedAgo func(partition int32) time.Duration) *watermark {
 	w := &watermark{
-		kafka: kafka, admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup,
+		storedAgo: storedAgo,
+		kafka:     kafka, admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup,
 		producersLate: cfg.ackTimeout + metadataWait, gone: map[string][]int64{},
 	}
 	w.progress.Store(new(progress))
 	return w
 }
 
+// What is known of the tables. What the group has committed says nothing of a store that was lost, and of a new one only a look does
+// that began after the group was set back.
+const (
+	wholeStore int32 = iota
+	lostStore
+	newStore
+)
+
 // completeThrough is the Unix second up to which everything acknowledged is stored, 0 while unknown.
-func (w *watermark) completeThrough() int64 { return w.through.Load() }
+func (w *watermark) completeThrough() int64 {
+	if w.lost.Load() != wholeStore {
+		return 0
+	}
+	return w.through.Load()
+}
+
+// startOver sets the group back to the start of the topic, because ClickHouse has no tables: what was taken in is lost with them. It is
+// counted once whatever happens, but where the counts of it are still there: then a person has to choose. Nothing has to be done where nothing was taken in, as at the first start of all. While somebody
+// consumes it is an error that says what to do. The tables are made after it: whatever dies in between, the next start finds none, too.
+func (w *watermark) startOver(ctx context.Context, counts bool) error {
+	committed, err := committedOffsets(ctx, w.admin, w.topic, w.group)
+	if err != nil {
+		return err
+	}
+	starts, err := offsetsOf(w.admin.ListStartOffsets(ctx, w.topic))
+	if err != nil {
+		return err
+	}
+	again, records := kadm.Offsets{}, int64(0)
+	for p := range min(len(committed), len(starts)) {
+		if committed[p] > starts[p] {
+			again.AddOffset(w.topic, int32(p), starts[p], -1)
+			records += committed[p] - starts[p]
+		}
+	}
+	if records == 0 {
+		return nil
+	}
+	w.lost.Store(lostStore)
+	if counts {
+		return fmt.Errorf("ClickHouse has events_hourly and no events, and group %s has read %d records, which would be counted twice. Restore events from a backup, "+
+			"or drop events_hourly: then the group goes back to the start of topic %s by itself, and what Kafka does not have any more is lost", w.group, records, w.topic)
+	}
+	groups, err := allOf(w.admin.DescribeGroups(ctx, w.group))
+	if err != nil && !errors.Is(err, kerr.GroupIDNotFound) {
+		return fmt.Errorf("ask who consumes in group %s: %w", w.group, err)
+	}
+	if others := groups[w.group].Members; len(others) > 0 {
+		return fmt.Errorf("ClickHouse has no tables, and group %s has read %d records: what was stored is lost. Stop all instances that consume, %d of them, such as one at %s: "+
+			"then the group goes back to the start of topic %s by itself. If this is the wrong server or database, look at CLICKHOUSE_HOST, CLICKHOUSE_CLUSTER and CLICKHOUSE_DATABASE",
+			w.group, records, len(others), others[0].ClientHost, w.topic)
+	}
+	if err := w.admin.CommitAllOffsets(ctx, w.group, again); err != nil {
+		return fmt.Errorf("ClickHouse has no tables, and group %s has read %d records: set it back to the start of topic %s: %w", w.group, records, w.topic, err)
+	}
+	slog.Warn("ClickHouse has no tables: what was stored is lost, and the group goes back to the start of the topic", "group", w.group, "topic", w.topic, "records to read again", records)
+	return troubles.Sleep(ctx, 2*sampleInterval) // other instances see it before there is a table to ask
+}
+
+// prepareTables brings the tables up to date. Where there are none although records were read, they will be read again: from the next
+// look on it is known again how far everything is stored.
+func (w *watermark) prepareTables(ctx context.Context, db *clickhouse) error {
+	events, counts, err := db.has(ctx)
+	if err == nil && !events {
+		err = w.startOver(ctx, counts)
+	}
+	if err == nil {
+		err = db.makeTables(ctx)
+	}
+	if err == nil {
+		w.lost.CompareAndSwap(lostStore, newStore)
+	}
+	return err
+}
 
 // behind returns how many records wait on the main topic and on events.retry, and how long ago the moment was up to which everything
 // is stored, 0 while that is unknown.
@@ -99,7 +175,10 @@ func (w *watermark) behind() (lag, retries int64, age time.Duration) {
 	for _, n := range p.lags {
 		lag += n
 	}
-	return lag, p.retries, w.stored.age()
+	if age = w.stored.age(); w.lost.Load() != wholeStore {
+		age = 0
+	}
+	return lag, p.retries, age
 }
 
 // awaitStored returns true once what was acknowledged by then is stored, false when ctx is done or the program stops first.
@@ -119,7 +198,7 @@ func (w *watermark) stalled() (worst, all time.Duration, waiting int64) {
 	p := w.progress.Load()
 	for i, lag := range p.lags {
 		if lag > 0 {
-			d := time.Since(p.since[i])
+			d := min(time.Since(p.since[i]), w.storedAgo(int32(i))) // offsets may have to wait while rows go in
 			if worst = max(worst, d); waiting == 0 {
 				all = d
 			}
@@ -144,6 +223,7 @@ func (w *watermark) run(ctx context.Context, failing *troubles.Set) {
 func (w *watermark) look(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
+	lost := w.lost.Load()
 	retryTopic := w.topic + ".retry"
 	stored, err := committedOffsets(ctx, w.admin, w.topic, w.group)
 	if err != nil {
@@ -180,7 +260,7 @@ func (w *watermark) look(ctx context.Context) error {
 	atMost(w.moving, ends)
 	rewound := !atLeast(stored, w.progress.Load().committed) // what was stored is missing
 	ahead := slices.ContainsFunc(w.samples, func(s sample) bool { return s.at.Unix() > now.Unix() })
-	if rewound || ahead || w.through.Load() >= now.Unix() { // or the clock was set back: it has not been then yet
+	if rewound || ahead || lost != wholeStore || w.through.Load() >= now.Unix() { // or the clock was set back: it has not been then yet
 		w.through.Store(0)
 		w.samples = w.samples[:0]
 	}
@@ -197,9 +277,12 @@ func (w *watermark) look(ctx context.Context) error {
 	for p := range retryEnds {
 		found.retries += max(0, retryEnds[p]-retried[p])
 	}
+	quiet := slices.Equal(w.retried, retryEnds) && atLeast(stored, w.moving)
 	w.progress.Store(found)
-	w.advance(now, stored, ends, slices.Equal(w.retried, retryEnds) && atLeast(stored, w.moving))
-	w.retried = retried
+	if w.retried = retried; lost == w.lost.Load() && lost != lostStore { // else what was committed may be of what was lost
+		w.advance(now, stored, ends, quiet)
+		w.lost.CompareAndSwap(newStore, wholeStore)
+	}
 	return nil
 }
 
@@ -239,21 +322,6 @@ func (w *watermark) standing(now time.Time, committed, ends []int64) []time.Time
 	return since
 }
 
-// committedOffsets returns the group's committed offsets of a topic, by partition: 0 where there is none.
-func committedOffsets(ctx context.Context, admin *kadm.Client, topic, group string) ([]int64, error) {
-	fetched, err := admin.FetchOffsetsForTopics(ctx, group, topic)
-	if err != nil && !errors.Is(err, kerr.GroupIDNotFound) { // nobody has joined yet: nothing is committed
-		return nil, err
-	}
-	offsets := make([]int64, len(fetched[topic]))
-	for p, o := range fetched[topic] {
-		if int(p) < len(offsets) && o.Err == nil {
-			offsets[p] = max(0, o.At)
-		}
-	}
-	return offsets, nil
-}
-
 // corrected returns committed offsets, which were read before the ends, as they fit the present topic. One beyond the end belongs to
 // a deleted topic of the same name, as long as it does not change. Records below the start of the log have expired, and nobody
 // can store them any more. The result is as long as ends.
@@ -280,24 +348,6 @@ func (w *watermark) corrected(ctx context.Context, topic string, committed, ends
 		fitting[p] = max(fitting[p], starts[p])
 	}
 	return fitting, nil
-}
-
-// offsetsOf returns what was listed of one topic, by partition.
-func offsetsOf(listed kadm.ListedOffsets, err error) ([]int64, error) {
-	if listed, err = allOf(listed, err); err != nil {
-		return nil, err
-	}
-	var offsets []int64
-	for _, partitions := range listed {
-		offsets = make([]int64, len(partitions))
-		for p, o := range partitions {
-			if int(p) >= len(offsets) {
-				return nil, fmt.Errorf("partition %d is listed, those before it are not", p)
-			}
-			offsets[p] = o.Offset
-		}
-	}
-	return offsets, nil
 }
 
 // atMost is for a topic that was recreated and ends earlier: what it held before will never be stored.

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"math"
 	"runtime"
 	"strconv"
 	"strings"
@@ -17,30 +18,41 @@ import (
 	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
-// TestStalled: partitions that take turns are not stalled; one that stands by itself is, after a while.
+// never is when this instance has stored what a watermark is asked about.
+func never(int32) time.Duration { return math.MaxInt64 }
+
+// TestStalled: partitions that take turns are not stalled; one that stands by itself is, after a while. Those whose rows go in are not,
+// however long their offsets wait.
 func TestStalled(t *testing.T) {
 	t.Parallel()
-	w := new(watermark)
+	st := &newStats().store
+	w := &watermark{storedAgo: st.storedAgo}
 	rd := &readiness{stalled: w.stalled, trouble: troubles.New().Oldest, consumes: true}
 	c := new(consumer)
 	c.member.Store(new("member"))
 	rd.consumer.Store(c)
 	for _, c := range []struct {
-		lags  []int64
-		since []int // seconds ago
-		want  string
+		lags   []int64
+		since  []int // seconds ago
+		stored []int // the same, by this instance
+		want   string
 	}{
-		{[]int64{0, 0, 0}, []int{0, 0, 0}, "ok"},
-		{[]int64{5, 7, 0}, []int{1, 20, 0}, "ok"},
-		{[]int64{5, 7, 0}, []int{5, 20, 0}, "stalled 5 s, 12 waiting"},
-		{[]int64{5, 7, 0}, []int{1, 90, 0}, "stalled 90 s, 12 waiting"},
+		{[]int64{0, 0, 0}, []int{0, 0, 0}, nil, "ok"},
+		{[]int64{5, 7, 0}, []int{1, 20, 0}, nil, "ok"},
+		{[]int64{5, 7, 0}, []int{5, 20, 0}, nil, "stalled 5 s, 12 waiting"},
+		{[]int64{5, 7, 0}, []int{1, 90, 0}, nil, "stalled 90 s, 12 waiting"},
+		{[]int64{5, 7, 0}, []int{90, 90, 0}, []int{1, 2}, "ok"},
+		{[]int64{5, 7, 0}, []int{90, 90, 0}, []int{1, 70}, "stalled 70 s, 12 waiting"},
 	} {
 		p := &progress{lags: c.lags}
 		for _, s := range c.since {
 			p.since = append(p.since, time.Now().Add(-time.Duration(s)*time.Second))
 		}
+		for partition, s := range c.stored {
+			st.storedOf(int32(partition), time.Now().Add(-time.Duration(s)*time.Second))
+		}
 		w.progress.Store(p)
-		if got, _ := rd.consuming(); got != c.want {
+		if got, _ := rd.consuming(true); got != c.want {
 			t.Errorf("lags %v, standing for %v s: %q, want %q", c.lags, c.since, got, c.want)
 		}
 	}
@@ -58,7 +70,7 @@ func TestGrowthIsSeen(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer producer.Close()
-	w := newWatermark(producer, cfg)
+	w := newWatermark(producer, cfg, never)
 	look := func() (through int64) {
 		t.Helper()
 		if err := w.look(t.Context()); err != nil {
@@ -93,7 +105,7 @@ func TestClockSetBack(t *testing.T) {
 	t.Parallel()
 	cfg := settingsFrom(t, newSpace(t))
 	side := newTestSideProducer(t, cfg)
-	w := newWatermark(side.kafka, cfg)
+	w := newWatermark(side.kafka, cfg, never)
 	ahead := time.Now().Add(time.Hour)
 	look := func() {
 		t.Helper()
@@ -307,7 +319,7 @@ func TestRetryWorkers(t *testing.T) {
 	if len(back) != short*rounds {
 		t.Errorf("%d records are back, want %d", len(back), short*rounds)
 	}
-	w := newWatermark(side.kafka, cfg)
+	w := newWatermark(side.kafka, cfg, never)
 	done, err := committedOffsets(t.Context(), w.admin, cfg.kafkaTopic+".retry", cfg.kafkaGroup+".retry")
 	if err != nil {
 		t.Fatal(err)

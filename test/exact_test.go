@@ -292,6 +292,10 @@ func TestProfileThatChangesQueries(t *testing.T) {
 		drained(p)
 	}
 	mustCount(t, env, "odd", events)
+	question := fmt.Sprintf("%sevent_name=odd&from=%d&to=%d&group_by=day", metricsPath, now-events*9, now)
+	if status, _, answer := p.do("GET", question, "", "", nil); status != http.StatusOK || !strings.Contains(answer, fmt.Sprintf(`"total_count":%d,`, events)) || strings.Contains(answer, `"key":""`) {
+		t.Errorf("by day: %d %s", status, answer)
+	}
 	l, done := loadInto(t, p.url, 1000, time.Hour)
 	for range 2 {
 		if out, code := subcommand(t, env, fmt.Sprintf("reconcile -recount -from %d -to %d", now-86400, now-7200)); code != 0 {

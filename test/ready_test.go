@@ -103,6 +103,20 @@ func TestWrongLogin(t *testing.T) {
 	control(t, "/clickhouse/start")
 }
 
+// TestFixedProfile: a profile that has settings otherwise than the program means them, and forbids to change them, is told by all of
+// their names, and only by theirs.
+func TestFixedProfile(t *testing.T) {
+	t.Parallel()
+	for _, role := range []string{"all", "api"} {
+		p := newProgram(t, append(newSpace(t), "CLICKHOUSE_USERNAME=fixed", "ROLE="+role))
+		p.start()
+		const says = "does not let the program change settings: group_by_use_nulls is 1, and has to be 0; insert_deduplicate is 1, and has to be 0; take away"
+		if code := p.ended(says); code != 1 || !strings.Contains(p.log.String(), says) {
+			t.Errorf("exit code %d, and the log does not say %s:\n%s", code, says, p.log)
+		}
+	}
+}
+
 // TestCausesAreTold: a broker that hangs up on a wrong password, and a ClickHouse that is not there, are named in /ready and,
 // each once, in the log; when they heal the program goes on.
 func TestCausesAreTold(t *testing.T) {

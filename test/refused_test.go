@@ -7,6 +7,7 @@ import (
 	crand "crypto/rand"
 	"fmt"
 	"net/http"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -286,4 +287,81 @@ func TestTooLarge(t *testing.T) {
 	if len(put) != 20 || put[string(large.Value)] {
 		t.Errorf("%d records are put off, want 20", len(put))
 	}
+}
+
+// TestNoValuesInWords: whatever ClickHouse says of rows, what they have in them is not in the log, not on /ready, and not in the
+// headers of what is put aside. Who may not read is told what does not work, and since when, and not why.
+func TestNoValuesInWords(t *testing.T) {
+	t.Parallel()
+	const key = "key-of-a-reader-0123456789"
+	env := newSpace(t, "MAX_RETRY_ATTEMPTS=1", "API_KEYS="+key)
+	p := startProgram(t, env)
+	db := space(env, "CLICKHOUSE_DATABASE")
+	send := func(name string) {
+		t.Helper()
+		var body []byte
+		for i := range 40 {
+			body = fmt.Appendf(body, `{"event_name":%q,"user_id":"secret%d","timestamp":%d,"metadata":{"card":"4111-%d"}}`+"\n", name, i, time.Now().Unix(), i)
+		}
+		if status, _, answer := p.ask("POST", bulkPath, body, "X-API-Key: "+key, "Content-Type: "+ndjson); status != http.StatusAccepted {
+			t.Fatal(status, answer)
+		}
+	}
+	words := func(names ...string) string {
+		for _, name := range names {
+			if strings.Contains(name, "secret") || strings.Contains(name, "4111") {
+				t.Fatalf("values of rows: %s", name)
+			}
+		}
+		return strings.Join(names, "\n")
+	}
+	ready := func(headers ...string) string {
+		_, _, answer := p.ask("GET", "/ready", nil, headers...)
+		return answer
+	}
+
+	clickhouseQuery(t, "ALTER TABLE "+db+".events ADD CONSTRAINT known CHECK user_id = 'known'")
+	clickhouseQuery(t, "ALTER TABLE "+db+".events ADD CONSTRAINT cards CHECK metadata NOT LIKE '%4%'")
+	send("constraint")
+	for _, rec := range readTopic(t, space(env, "KAFKA_TOPIC")+".dlq", 40) {
+		if said := header(rec, "error_message"); !strings.Contains(words(said), "VIOLATED_CONSTRAINT") {
+			t.Errorf("error_message %q", said)
+		}
+		words(ready())
+	}
+	if !strings.Contains(p.log.String(), "VIOLATED_CONSTRAINT") {
+		t.Errorf("not said:\n%s", p.log)
+	}
+
+	for _, constraint := range []string{"known", "cards"} {
+		clickhouseQuery(t, "ALTER TABLE "+db+".events DROP CONSTRAINT "+constraint)
+	}
+	clickhouseQuery(t, "CREATE MATERIALIZED VIEW "+db+".numbers ENGINE = Memory AS SELECT toInt64(user_id) AS n FROM "+db+".events WHERE event_name = 'parsed'")
+	send("parsed") // rows get into events before the view fails
+	p.await("said", 30*time.Second, func() bool { return strings.Contains(words(p.log.String()), "CANNOT_PARSE_") })
+	clickhouseQuery(t, "DROP TABLE "+db+".numbers SYNC")
+	p.await("stored", time.Minute, func() bool {
+		return clickhouseQuery(t, "SELECT count() FROM "+db+".events WHERE event_name = 'parsed'") == "40"
+	})
+
+	clickhouseQuery(t, "RENAME TABLE "+db+".events TO "+db+".elsewhere")
+	send("waiting")
+	p.await("said to a reader", 30*time.Second, func() bool {
+		return regexp.MustCompile(`"consumers":"stalled \d+ s: [a-z ]+: .*UNKNOWN_TABLE.*, \d+ waiting"`).MatchString(words(ready("X-API-Key: " + key)))
+	})
+	if answer := ready(); !regexp.MustCompile(`"consumers":"stalled \d+ s: [a-z ]+ fails since 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ, \d+ waiting"`).MatchString(answer) || strings.Contains(answer, "UNKNOWN_TABLE") || strings.Contains(answer, db) {
+		t.Errorf("without a key: %s", answer)
+	}
+	clickhouseQuery(t, "RENAME TABLE "+db+".events_hourly TO "+db+".away")
+	p.await("not ready", 30*time.Second, func() bool {
+		return strings.Contains(ready("X-API-Key: "+key), `"clickhouse":"handle packet: UNKNOWN_TABLE`)
+	})
+	if answer := ready(); !regexp.MustCompile(`"clickhouse":"does not answer as it should since 20\d\d-`).MatchString(answer) || strings.Contains(answer, db) {
+		t.Errorf("without a key: %s", answer)
+	}
+	clickhouseQuery(t, "RENAME TABLE "+db+".away TO "+db+".events_hourly, "+db+".elsewhere TO "+db+".events")
+	p.await("stored", time.Minute, func() bool {
+		return clickhouseQuery(t, "SELECT count() FROM "+db+".events WHERE event_name = 'waiting'") == "40"
+	})
+	words(p.log.String())
 }

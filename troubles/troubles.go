@@ -6,17 +6,22 @@ package troubles
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
+
+	"github.com/ClickHouse/ch-go"
+	"github.com/twmb/franz-go/pkg/kerr"
 )
 
 const (
 	// tellAgain is how often the log repeats a cause that stays the same.
 	tellAgain = time.Minute
-	// maxTold bounds the remembered causes; beyond it all are forgotten and logged anew.
+	// maxTold bounds the remembered causes; beyond it the one that was told the longest time ago is forgotten.
 	maxTold = 200
 	// maxCause bounds a cause, in bytes.
 	maxCause = 500
@@ -31,7 +36,7 @@ type Set struct {
 	mu   sync.Mutex         // guards what follows
 	open map[string]trouble // by what fails
 	ever map[string]bool    // what has worked at least once
-	told map[string]telling // by what fails and its cause without digits: ports, sizes and counts change from try to try
+	told map[string]telling // by what fails and the code of its cause
 }
 
 // trouble is one thing that does not work.
@@ -68,22 +73,47 @@ func (s *Set) Note(what string, err error) {
 		tr = trouble{since: now}
 	}
 	tr.cause = cause
-	key := what + ": " + strings.Map(func(r rune) rune {
-		if r >= '0' && r <= '9' {
-			return -1
-		}
-		return r
-	}, cause)
+	key := what + ": " + codeOf(err, cause)
 	seen, known := s.told[key]
 	seen.times++
 	if !known || now.Sub(seen.at) >= tellAgain {
 		slog.Warn("fails, and is tried again", "what", what, "error", cause, "times", seen.times, "for", now.Sub(tr.since).Round(time.Millisecond))
 		seen, tr.told = telling{at: now}, true
 	}
-	if len(s.told) >= maxTold {
-		clear(s.told)
+	if len(s.told) >= maxTold && !known {
+		delete(s.told, s.leastTold())
 	}
 	s.told[key], s.open[what] = seen, tr
+}
+
+// leastTold is the key of what was told the longest time ago, under the lock.
+func (s *Set) leastTold() (least string) {
+	for key, seen := range s.told {
+		if least == "" || seen.at.Before(s.told[least].at) {
+			least = key
+		}
+	}
+	return least
+}
+
+// codeOf is what an error is, whatever its text says of a row: ClickHouse's code, Kafka's, or the system's. An error without one is
+// its text without digits: ports, sizes and counts change from try to try.
+func codeOf(err error, text string) string {
+	if e, ok := ch.AsException(err); ok {
+		return e.Code.String()
+	}
+	if e := new(kerr.Error); errors.As(err, &e) {
+		return e.Message
+	}
+	if e := syscall.Errno(0); errors.As(err, &e) {
+		return e.Error()
+	}
+	return strings.Map(func(r rune) rune {
+		if r >= '0' && r <= '9' {
+			return -1
+		}
+		return r
+	}, text)
 }
 
 // Clear says that what works.
@@ -104,17 +134,38 @@ func (s *Set) HasWorked(what string) bool {
 	return s.ever[what]
 }
 
-// Oldest is what has failed for the longest time, as "what: cause"; empty when everything works.
-func (s *Set) Oldest() string {
+// Trouble is what fails, why, and since when. The zero value is none.
+type Trouble struct {
+	What, Cause string
+	Since       time.Time
+}
+
+// String is "what: cause", empty for none.
+func (t Trouble) String() string {
+	if t.What == "" {
+		return ""
+	}
+	return t.What + ": " + t.Cause
+}
+
+// Brief is String without the cause, for those who may not know it.
+func (t Trouble) Brief() string {
+	if t.What == "" {
+		return ""
+	}
+	return t.What + " fails since " + t.Since.UTC().Format(time.RFC3339)
+}
+
+// Oldest is what has failed for the longest time.
+func (s *Set) Oldest() (oldest Trouble) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	text, since := "", time.Time{}
 	for what, tr := range s.open {
-		if text == "" || tr.since.Before(since) {
-			text, since = what+": "+tr.cause, tr.since
+		if oldest.What == "" || tr.since.Before(oldest.Since) {
+			oldest = Trouble{what, tr.cause, tr.since}
 		}
 	}
-	return text
+	return oldest
 }
 
 // Until repeats try until it succeeds, and notes each failure. The pause between two tries begins at 100 ms and doubles up to

@@ -12,6 +12,10 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/ClickHouse/ch-go"
+	"github.com/ClickHouse/ch-go/proto"
+	"github.com/twmb/franz-go/pkg/kerr"
 )
 
 func TestTroubles(t *testing.T) {
@@ -26,7 +30,7 @@ func TestTroubles(t *testing.T) {
 			return n
 		}
 		tr := New()
-		if got := tr.Oldest(); got != "" {
+		if got := tr.Oldest().String(); got != "" {
 			t.Errorf("at first: %q", got)
 		}
 		for i := range 1200 { // two minutes
@@ -41,12 +45,12 @@ func TestTroubles(t *testing.T) {
 		if n := lines(); n != 2 {
 			t.Errorf("%d lines for two other causes", n)
 		}
-		if got := tr.Oldest(); got != "insert: too many parts" {
+		if got := tr.Oldest().String(); got != "insert: too many parts" {
 			t.Error(got)
 		}
 		tr.Clear("insert")
 		tr.Clear("insert")
-		if got := tr.Oldest(); got != "look up: away" {
+		if got := tr.Oldest().String(); got != "look up: away" {
 			t.Error(got)
 		}
 		if n := lines(); n != 1 {
@@ -59,11 +63,28 @@ func TestTroubles(t *testing.T) {
 		if n := lines(); n != 0 {
 			t.Errorf("%d lines for what comes and goes", n)
 		}
+		tr.Note("look up", errors.New("gone"))
+		lines()
 		for i := range 3 * maxTold {
 			tr.Note("insert", errors.New(strings.Repeat("x", i)))
+			if i%(maxTold/2) == 0 {
+				time.Sleep(tellAgain)
+				tr.Note("look up", errors.New("gone"))
+			}
 		}
 		if len(tr.told) > maxTold {
 			t.Errorf("%d causes are remembered", len(tr.told))
+		}
+		lines()
+		if tr.Note("look up", errors.New("gone")); lines() != 0 {
+			t.Error("an old cause was forgotten over new ones")
+		}
+		for i := range 3 * maxTold { // rows that ClickHouse refuses, each with another text
+			tr.Note("insert rows", fmt.Errorf("insert: %w", &ch.Exception{Code: proto.ErrViolatedConstraint, Name: "DB::Exception", Message: "user" + strings.Repeat("y", i)}))
+			tr.Note("read", fmt.Errorf("%s: %w", strings.Repeat("z", i), kerr.NotLeaderForPartition))
+		}
+		if n := lines(); n != 2 {
+			t.Errorf("%d lines for two codes", n)
 		}
 	})
 }
@@ -79,12 +100,12 @@ func TestUntil(t *testing.T) {
 			return nil
 		})
 		// Nine pauses, 21.3 s together, each less a random half.
-		if took := time.Since(began); err != nil || tries != 10 || took < 10*time.Second || took > 22*time.Second || !s.HasWorked("answer") || s.Oldest() != "" {
+		if took := time.Since(began); err != nil || tries != 10 || took < 10*time.Second || took > 22*time.Second || !s.HasWorked("answer") || s.Oldest().What != "" {
 			t.Errorf("%v after %d tries in %s, and then %q", err, tries, took, s.Oldest())
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 		defer cancel()
-		if err := s.Until(ctx, "never", func() error { return errors.New("away") }); err != context.DeadlineExceeded || s.Oldest() != "never: away" {
+		if err := s.Until(ctx, "never", func() error { return errors.New("away") }); err != context.DeadlineExceeded || s.Oldest().String() != "never: away" {
 			t.Errorf("%v, %q", err, s.Oldest())
 		}
 	})
