@@ -88,10 +88,10 @@ func TestAuditOfLetters(t *testing.T) {
 	} {
 		p := &ledgerPass{last: math.MaxUint64, most: 1, tallies: map[[32]byte]tally{}}
 		for _, replays := range c.topic {
-			p.note(id, onTopic, replays)
+			p.note(id, 0, onTopic, replays)
 		}
-		p.note(id, inDeadLetters, c.letter)
-		p.note([32]byte{2}, inDeadLetters, 0) // older than what the topic still holds
+		p.note(id, 0, inDeadLetters, c.letter)
+		p.note([32]byte{2}, 0, inDeadLetters, 0) // older than what the topic still holds
 		if got := p.tallies[id]; len(p.tallies) != 1 || got.in != c.want || int(got.records) != len(c.topic) {
 			t.Errorf("%s: %+v", c.about, p.tallies)
 		}
@@ -102,7 +102,7 @@ func TestAuditOfLetters(t *testing.T) {
 func TestPassGivesAway(t *testing.T) {
 	p := &ledgerPass{last: math.MaxUint64, most: 10, tallies: map[[32]byte]tally{}}
 	for i := range 256 {
-		p.note([32]byte{byte(i)}, onTopic, 0)
+		p.note([32]byte{byte(i)}, 0, onTopic, 0)
 	}
 	if n := len(p.tallies); n > 10 || n != int(p.last>>56)+1 {
 		t.Errorf("%d events up to %016x", n, p.last)
@@ -113,7 +113,7 @@ func TestPassGivesAway(t *testing.T) {
 func TestManyNowhere(t *testing.T) {
 	p := &ledgerPass{last: math.MaxUint64, most: 20, tallies: map[[32]byte]tally{}}
 	for i := range 20 {
-		p.note([32]byte{byte(i)}, onTopic, 0)
+		p.note([32]byte{byte(i)}, 0, onTopic, 0)
 	}
 	l := new(ledger)
 	l.add(p)
