@@ -15,7 +15,6 @@ import (
 	"io"
 	"maps"
 	"math"
-	"slices"
 	"strconv"
 	"text/tabwriter"
 
@@ -36,8 +35,6 @@ func audit(fs *flag.FlagSet) action {
 	r.flags(fs)
 	asJSON := fs.Bool("json", false, "the figures as a JSON object")
 	memory := fs.Int("memory", 1024, "MiB for the ids of events; more than fit are read in several passes")
-	erased := map[string]bool{}
-	fs.Func("erased", "user_id that was erased: its events are left out, and none may be in the tables; may be given several times", func(s string) error { erased[s] = true; return nil })
 	return func(ctx context.Context, sys System, _ []string, w io.Writer) error {
 		if err := r.check(); err != nil {
 			return err
@@ -45,7 +42,7 @@ func audit(fs *flag.FlagSet) action {
 		if *memory < 1 {
 			return badArgument{fmt.Errorf("-memory %d has to be at least 1", *memory)}
 		}
-		l, err := sys.readLedger(ctx, r, erased, *memory<<20/tallyBytes)
+		l, err := sys.readLedger(ctx, r, *memory<<20/tallyBytes)
 		if err != nil {
 			return err
 		}
@@ -66,7 +63,7 @@ type ledger struct {
 	rows, aggregated int64
 	unequal          int64 // by how much they differ, hour by hour
 	late             int64 // events that are still to be read: a difference when nobody is at work
-	unerased         int64 // rows of erased users, of whatever time
+	unerased         int64 // rows of erased users
 }
 
 // whereabouts is a place where an event can be.
@@ -102,8 +99,12 @@ type ledgerPass struct {
 }
 
 // readLedger reads topics and tables, with at most so many events in memory. The events of erased users are left out.
-func (sys System) readLedger(ctx context.Context, r timeRange, erased map[string]bool, most int) (*ledger, error) {
+func (sys System) readLedger(ctx context.Context, r timeRange, most int) (*ledger, error) {
 	l := &ledger{nowhere: []string{}}
+	erased, err := sys.erasures(ctx)
+	if err != nil {
+		return nil, err
+	}
 	for first, done := uint64(0), false; !done; {
 		p := &ledgerPass{first: first, last: math.MaxUint64, most: most, tallies: map[[32]byte]tally{}}
 		if err := p.read(ctx, sys, r, erased); err != nil {
@@ -115,7 +116,8 @@ func (sys System) readLedger(ctx context.Context, r timeRange, erased map[string
 	if err := l.compareTables(ctx, sys, r); err != nil {
 		return nil, err
 	}
-	return l, l.countErased(ctx, sys, erased)
+	l.unerased, err = erased.count(ctx, sys, r)
+	return l, err
 }
 
 // add takes over what a pass has found.
@@ -131,7 +133,7 @@ func (l *ledger) add(p *ledgerPass) {
 	}
 }
 
-func (p *ledgerPass) read(ctx context.Context, sys System, r timeRange, erased map[string]bool) error {
+func (p *ledgerPass) read(ctx context.Context, sys System, r timeRange, erased erased) error {
 	var places [len(suffixes)]map[int32]int64
 	for where := range whereabouts(len(suffixes)) {
 		places[where] = map[int32]int64{}
@@ -140,7 +142,7 @@ func (p *ledgerPass) read(ctx context.Context, sys System, r timeRange, erased m
 			if err != nil && where == onTopic {
 				p.junk++
 			}
-			if err != nil || at < r.from || at >= r.to || erased[string(user)] {
+			if err != nil || at < r.from || at >= r.to || erased.has(user, at) {
 				return nil
 			}
 			p.note(id, at, where, replaysOf(rec))
@@ -204,21 +206,6 @@ func (p *ledgerPass) readTable(ctx context.Context, sys System, r timeRange) err
 		Body: fmt.Sprintf("SELECT event_id FROM {events} WHERE timestamp >= %d AND timestamp < %d"+
 			" AND substring(event_id, 1, 8) BETWEEN unhex('%016x') AND unhex('%016x')", r.from, r.to, p.first, p.last),
 	}, func(i int) { p.note(ids[i], 0, inTable, 0) }, &ids)
-}
-
-// countErased looks for rows of erased users, which a record that was still to be read, or a rewind, has brought back.
-func (l *ledger) countErased(ctx context.Context, sys System, erased map[string]bool) error {
-	if len(erased) == 0 {
-		return nil
-	}
-	var users proto.ColStr // sent beside the query: no user's name has to be escaped for SQL
-	users.AppendArr(slices.Collect(maps.Keys(erased)))
-	var n proto.ColUInt64
-	return sys.ask(ctx, ch.Query{
-		Body:          "SELECT count() FROM {events} WHERE user_id IN (SELECT user FROM erased)",
-		ExternalTable: "erased",
-		ExternalData:  []proto.InputColumn{{Name: "user", Data: &users}},
-	}, func(i int) { l.unerased = int64(n[i]) }, &n)
 }
 
 // difference is how many acknowledged events are nowhere.

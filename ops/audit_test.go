@@ -31,7 +31,7 @@ func TestAuditInPasses(t *testing.T) {
 	s.produce(".retry", 0, events[9:11])
 	s.query(fmt.Sprintf("INSERT INTO {events} SELECT SHA256(concat('u', toString(number), ' %d')), 'e', '', concat('u', toString(number)), %[1]d FROM numbers(400) WHERE number NOT IN (7, 8, 9)", at))
 	read := func(most int) *ledger {
-		l, err := s.readLedger(t.Context(), always, nil, most)
+		l, err := s.readLedger(t.Context(), always, most)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -63,14 +63,22 @@ func TestAuditEnds(t *testing.T) {
 	s.produce("", 0, []string{event("lost")})
 	id, _, _, _ := s.Decode([]byte(event("lost")))
 	s.run(1, "audit", "difference  1", fmt.Sprintf("nowhere: %x", id))
-	s.run(0, fmt.Sprint("audit -to ", at))                              // it is later than that
-	s.run(0, "audit -erased lost", "records on the topic  3")           // it is no matter any more
-	s.run(1, "audit -erased lost -erased a", "rows of erased users  1") // and this one is still there
+	s.run(0, fmt.Sprint("audit -to ", at)) // it is later than that
+	s.erase("lost", at-1)
+	s.run(1, "audit", "difference  1") // it is later than that
+	s.erase("lost", at)
+	s.run(0, "audit", "records on the topic  3") // it is no matter any more
+	s.erase("a", at-1)
+	s.run(0, "audit", "rows of erased users  0")
+	s.erase("a", at)
+	s.run(1, "audit", "rows of erased users  1") // and this one is still there
 	quoted := `o'h\ara`
 	s.store(event(quoted))
-	s.run(1, "audit -erased lost -erased "+quoted, "rows of erased users  1")
-	s.query("ALTER TABLE {events} DELETE WHERE user_id = 'b' SETTINGS mutations_sync = 2")
-	s.run(1, "audit -erased lost -erased b", "rows of erased users  0", "counted too few or too many, hour by hour  1")
+	s.erase(quoted, at)
+	s.run(1, "audit", "rows of erased users  2")
+	s.erase("b", at)
+	s.query("ALTER TABLE {events} DELETE WHERE user_id != 'c' SETTINGS mutations_sync = 2")
+	s.run(1, "audit", "rows of erased users  0", "counted too few or too many, hour by hour  3")
 }
 
 // TestAuditOfLetters: a letter is an event's end, unless the letter has come back since.
