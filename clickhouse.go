@@ -319,7 +319,7 @@ func cutSchema(text string) (statements, definitions []string) {
 }
 
 // sql fills in the braces of schema.sql, which the program's own queries have, too. {events} and {events_hourly} are the rows of
-// all servers, each once; {events anywhere} those of every replica, {processes} and {parts} what every server says.
+// all servers, each once; {events anywhere} those of every replica; {erasures}, {processes} and {parts} what every server says.
 func (c *clickhouse) sql(text string) string {
 	text = strings.NewReplacer(definitions...).Replace(text) // what is defined may have the braces below
 	fill := []string{"{database}", c.database, "{cluster}", "'" + c.cluster + "'", "{Replicated}", "", "{path}", ""}
@@ -328,12 +328,12 @@ func (c *clickhouse) sql(text string) string {
 	}
 	if c.cluster == "" {
 		fill = append(fill, "{events}", c.database+".events", "{events_hourly}", c.database+".events_hourly",
-			"{events anywhere}", c.database+".events", "{processes}", "system.processes", "{parts}", "system.parts",
+			"{events anywhere}", c.database+".events", "{erasures}", c.database+".erasures", "{processes}", "system.processes", "{parts}", "system.parts",
 			"{nothing after}", "(SELECT max(last_at) FROM "+c.database+".events_hourly WHERE hour = last_hour) <= {to:UInt32}")
 	} else { // the servers are asked at different moments: what comes in meanwhile may be after the end of a range
 		everywhere := "clusterAllReplicas('" + c.cluster + "', "
 		fill = append(fill, "{events}", c.database+".events_distributed", "{events_hourly}", c.database+".events_hourly_distributed",
-			"{events anywhere}", everywhere+c.database+", events)", "{processes}", everywhere+"system, processes)", "{parts}", everywhere+"system, parts)",
+			"{events anywhere}", everywhere+c.database+", events)", "{erasures}", everywhere+c.database+", erasures)", "{processes}", everywhere+"system, processes)", "{parts}", everywhere+"system, parts)",
 			"{nothing after}", "0")
 	}
 	return strings.NewReplacer(fill...).Replace(text)

@@ -36,6 +36,7 @@ const usage = `event-ingestion takes events over HTTP and answers metrics about 
   event-ingestion reconcile  make events_hourly agree with events (reconcile -h)
   event-ingestion rewind     read from Kafka again what ClickHouse lost (rewind -h)
   event-ingestion dlq        list, show and replay dead letters (dlq -h)
+  event-ingestion erase      remove a user's events (erase -h)
   event-ingestion healthcheck  exit 0 when the instance of this machine is ready, for containers
   event-ingestion version    print the version
   event-ingestion -h         this page

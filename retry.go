@@ -1,4 +1,4 @@
-// Off the main way: records that wait on events.retry, and those that end on events.dlq.
+// Off the main way: records that wait on events.retry, those that end on events.dlq, and rows of users who were erased.
 //
 // A row that ClickHouse rejects goes to the retry topic, and after MAX_RETRY_ATTEMPTS to the dead letters. A record that is no
 // event goes to the dead letters at once. Retry workers put what waits back on events when it is due, under its own key, so
@@ -10,12 +10,15 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"log/slog"
 	"slices"
 	"strconv"
 	"time"
 
+	"github.com/ClickHouse/ch-go"
+	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
@@ -338,4 +341,73 @@ func (w *retryWorker) putBack(ctx context.Context) {
 			w.kafka.ResumeFetchPartitions(map[string][]int32{w.topic: {p}})
 		}
 	}
+}
+
+const (
+	// erasuresPause is the least time between two looks at the table of erasures: 1 ms of ClickHouse's CPU a second.
+	erasuresPause = time.Second
+	// erasureDelay is how old a look may be when an insert begins: an erasure waits for so long, and for the inserts that run then.
+	erasureDelay = 5 * time.Second
+)
+
+// erasures knows whose rows are not stored any more. Only the inserter's goroutine uses it.
+type erasures struct {
+	db      *clickhouse
+	count   func(rows int)              // of those that were left out
+	users   map[[sha256.Size]byte]int64 // the Unix second up to which, by the hash of user_id
+	version uint64                      // names the rows of the table
+	looked  time.Time                   // when version was asked for last
+}
+
+// look reads the table anew if it has changed since the last look, and that was erasuresPause ago.
+func (e *erasures) look(ctx context.Context, a asker) error {
+	now := time.Now()
+	if now.Sub(e.looked) < erasuresPause {
+		return nil
+	}
+	version, err := askNumber(ctx, a, ch.Query{Body: e.db.sql("SELECT count() + sumWithOverflow(cityHash64(user, up_to)) FROM {erasures}")})
+	if err == nil && version != e.version {
+		users := map[[sha256.Size]byte]int64{}
+		var user proto.ColFixedStr32
+		var upTo proto.ColUInt32
+		err = a.Do(ctx, eachRow(ch.Query{Body: e.db.sql("SELECT user, toUnixTimestamp(max(up_to)) FROM {erasures} GROUP BY user")},
+			func(i int) { users[user[i]] = int64(upTo[i]) }, &user, &upTo))
+		if err == nil {
+			e.users, e.version = users, version
+		}
+	}
+	if err == nil {
+		e.looked = now
+	}
+	return err
+}
+
+// leaveOut looks, and takes the rows of erased users out of a round.
+func (e *erasures) leaveOut(ctx context.Context, a asker, round []*block) error {
+	if err := e.look(ctx, a); err != nil || len(e.users) == 0 { // Fast path
+		return err
+	}
+	for _, b := range round {
+		e.count(b.filter(func(row int) bool {
+			upTo, erased := e.users[sha256.Sum256(b.userID.RowBytes(row))]
+			return !erased || b.at(row) > upTo
+		}))
+	}
+	return nil
+}
+
+var errErasures = errors.New("it is long ago that the erased users were looked at, and there are others now")
+
+// check is for the moment in which an insert begins: the last look at the erased users is not too old, or would find no others. It
+// takes a connection of its own, because the inserter's is in the middle of the insert.
+func (e *erasures) check(ctx context.Context) error {
+	if time.Since(e.looked) < erasureDelay { // Fast path
+		return nil
+	}
+	before := e.version
+	err := e.db.connected(func(conn asker) error { return e.look(ctx, conn) })
+	if err == nil && e.version != before {
+		return errErasures
+	}
+	return err
 }

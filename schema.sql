@@ -3,7 +3,8 @@
 --
 -- events is the last of the three that an insert needs: no row can come before everything is there that counts it.
 --
--- {database} is replaced by the setting CLICKHOUSE_DATABASE. {events} and {events_hourly} are the rows of all servers. Statements
+-- {database} is replaced by the setting CLICKHOUSE_DATABASE. {events} and {events_hourly} are the rows of all servers; of erasures and
+-- the like each server has a copy. Statements
 -- with {cluster} are only for CLICKHOUSE_CLUSTER; where its shards have replicas, {Replicated} and {path} make the engines
 -- Replicated ones. DEFINE is ours: it names what later definitions and the program use.
 
@@ -79,6 +80,25 @@ CREATE TABLE IF NOT EXISTS {database}.recounts
 )
 ENGINE = MergeTree
 ORDER BY first;
+
+-- Whom `erase` has erased: rows of these users that happened up to then are not stored any more, wherever they come from. A user who is
+-- erased again has another row.
+CREATE TABLE IF NOT EXISTS {database}.erasures
+(
+    user      FixedString(32) COMMENT 'SHA-256 of user_id',
+    up_to     DateTime('UTC') COMMENT 'what happened up to this second is erased',
+    erased_at DateTime('UTC') DEFAULT now()
+)
+ENGINE = MergeTree
+ORDER BY user;
+
+-- The hours that an erasure has still to count anew: none but while it runs, or after it was cut off.
+CREATE TABLE IF NOT EXISTS {database}.erasing
+(
+    hour DateTime('UTC')
+)
+ENGINE = MergeTree
+ORDER BY hour;
 
 -- One row per event_name, channel and hour: what the metrics endpoint and the dashboards read.
 --

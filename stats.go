@@ -67,6 +67,7 @@ type storeStats struct {
 	consumed                          *metrics.Counter
 	inserts, rows, failures           *metrics.Counter
 	lookups, duplicates, mended       *metrics.Counter
+	erased                            *metrics.Counter
 	seconds, lookupSeconds, freshness *metrics.PrometheusHistogram
 	troubles                          *troubles.Set
 
@@ -171,6 +172,7 @@ func newStats() *stats {
 		seconds:    histogram("event_ingestion_insert_duration_seconds", "Time of an insert with all its attempts."),
 		freshness:  histogram("event_ingestion_freshness_seconds", "Age of a block's first record when its round is stored."),
 		duplicates: counter("event_ingestion_duplicates_total", "Records of events that were stored before."),
+		erased:     counter("event_ingestion_erased_events_total", "Records that were left out because their user was erased."),
 		lookups: counter("event_ingestion_lookups_total",
 			"Records that memory did not know about and that were looked up in ClickHouse."),
 		lookupSeconds: histogram("event_ingestion_lookup_duration_seconds",

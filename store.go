@@ -10,6 +10,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -53,6 +54,7 @@ type inserter struct {
 	stats    *storeStats
 	failed   func(error) // told what ClickHouse says when a query fails
 	dedupe   *dedupe
+	erased   *erasures
 	flushes  chan flushRequest
 	ended    chan struct{} // closed when run returns
 
@@ -75,12 +77,8 @@ type flushRequest struct {
 func newInserter(db *clickhouse, cfg *settings, stats *storeStats, failed func(error), blocks []func() *block, call *roundCall, m membership) *inserter {
 	ins := &inserter{
 		membership: m, db: db, blocks: blocks, call: call, wait: cfg.workerBatchTimeout, mostHeld: heldBlocks * cfg.workerBatchSize,
-		inserts: newInsertsAtWork(db, cfg.kafkaGroup), stats: stats, failed: failed,
-		flushes: make(chan flushRequest),
-		ended:   make(chan struct{}),
-		conn:    connection{to: db},
-		empty:   newBlock(0).columns,
-		small:   newBlock(gatherRows),
+		inserts: newInsertsAtWork(db, cfg.kafkaGroup), erased: &erasures{db: db, count: stats.erased.Add}, stats: stats, failed: failed,
+		flushes: make(chan flushRequest), ended: make(chan struct{}), conn: connection{to: db}, empty: newBlock(0).columns, small: newBlock(gatherRows),
 	}
 	ins.dedupe = newDedupe(ins, db, cfg.dedupeMemory)
 	ins.mender = mender{
@@ -173,7 +171,7 @@ func (ins *inserter) insertRound(ctx context.Context) {
 		return
 	}
 	ins.round = append(ins.round[:0], taken...)
-	if ins.persist(ctx, "look for duplicates", func() error { return ins.prepare(ctx) }) != nil {
+	if ins.persist(ctx, "look for duplicates", func() error { return cmp.Or(ins.erased.leaveOut(ctx, ins, ins.round), ins.prepare(ctx)) }) != nil {
 		return
 	}
 	ins.noteHours(false)
@@ -226,9 +224,12 @@ func (ins *inserter) insertRows(ctx context.Context) error {
 		err := ins.persist(ctx, "insert", func() error {
 			if ins.unknown {
 				ins.noteHours(true) // the aggregate may have got something else than the table
-				if err := ins.settle(ctx); err != nil || ins.rows() == 0 {
+				if err := ins.settle(ctx); err != nil {
 					return err
 				}
+			}
+			if err := ins.erased.leaveOut(ctx, ins, ins.round); err != nil || ins.rows() == 0 {
+				return err
 			}
 			err := ins.insertOnce(ctx)
 			if ch.IsErr(err, rejections...) { // and has stored nothing
@@ -328,7 +329,7 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 		Input:   columns,
 		OnInput: func(ctx context.Context) error {
 			if next == 0 {
-				if err := ins.isMember(ctx); err != nil {
+				if err := cmp.Or(ins.isMember(ctx), ins.erased.check(ctx)); err != nil {
 					ins.conn.close() // or ch-go would wait for an answer to what it did not send
 					return err
 				}

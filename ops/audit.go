@@ -1,7 +1,7 @@
 // audit: what Kafka acknowledged against what is stored, event by event.
 //
 // It reads topics and tables by itself, and believes nothing that the program counts. Its memory is bounded: the ids that do not
-// fit are read in several passes. What it finds is a ledger.
+// fit are read in several passes. What it finds is a ledger. Events move while it reads: settled.go looks again at what it missed.
 
 package ops
 
@@ -15,7 +15,6 @@ import (
 	"io"
 	"maps"
 	"math"
-	"slices"
 	"strconv"
 	"text/tabwriter"
 
@@ -36,8 +35,6 @@ func audit(fs *flag.FlagSet) action {
 	r.flags(fs)
 	asJSON := fs.Bool("json", false, "the figures as a JSON object")
 	memory := fs.Int("memory", 1024, "MiB for the ids of events; more than fit are read in several passes")
-	erased := map[string]bool{}
-	fs.Func("erased", "user_id that was erased: its events are left out, and none may be in the tables; may be given several times", func(s string) error { erased[s] = true; return nil })
 	return func(ctx context.Context, sys System, _ []string, w io.Writer) error {
 		if err := r.check(); err != nil {
 			return err
@@ -45,7 +42,7 @@ func audit(fs *flag.FlagSet) action {
 		if *memory < 1 {
 			return badArgument{fmt.Errorf("-memory %d has to be at least 1", *memory)}
 		}
-		l, err := sys.readLedger(ctx, r, erased, *memory<<20/tallyBytes)
+		l, err := sys.readLedger(ctx, r, *memory<<20/tallyBytes)
 		if err != nil {
 			return err
 		}
@@ -65,7 +62,8 @@ type ledger struct {
 	nowhere          []string           // ids of the first that are nowhere but on the topic
 	rows, aggregated int64
 	unequal          int64 // by how much they differ, hour by hour
-	unerased         int64 // rows of erased users, of whatever time
+	late             int64 // events that are still to be read: a difference when nobody is at work
+	unerased         int64 // rows of erased users
 }
 
 // whereabouts is a place where an event can be.
@@ -75,16 +73,18 @@ const (
 	onTopic whereabouts = iota
 	inDeadLetters
 	inRetry
+	toBeRead // or on the way back from there
 	inTable
 )
 
 // suffixes are those of the topics, by whereabouts.
-var suffixes = []string{onTopic: "", inDeadLetters: ".dlq", inRetry: ".retry"}
+var suffixes = [...]string{onTopic: "", inDeadLetters: ".dlq", inRetry: ".retry"}
 
 // tally is what a pass has found of an event.
 type tally struct {
-	records int32 // on the topic
-	replays int16 // how often it came back from the dead letters
+	records int32  // on the topic
+	at      uint32 // Unix second
+	replays int16  // how often it came back from the dead letters
 	in      whereabouts
 }
 
@@ -95,11 +95,16 @@ type ledgerPass struct {
 	most        int
 	tallies     map[[32]byte]tally
 	junk        int64
+	late        int64
 }
 
 // readLedger reads topics and tables, with at most so many events in memory. The events of erased users are left out.
-func (sys System) readLedger(ctx context.Context, r timeRange, erased map[string]bool, most int) (*ledger, error) {
+func (sys System) readLedger(ctx context.Context, r timeRange, most int) (*ledger, error) {
 	l := &ledger{nowhere: []string{}}
+	erased, err := sys.erasures(ctx)
+	if err != nil {
+		return nil, err
+	}
 	for first, done := uint64(0), false; !done; {
 		p := &ledgerPass{first: first, last: math.MaxUint64, most: most, tallies: map[[32]byte]tally{}}
 		if err := p.read(ctx, sys, r, erased); err != nil {
@@ -111,12 +116,14 @@ func (sys System) readLedger(ctx context.Context, r timeRange, erased map[string
 	if err := l.compareTables(ctx, sys, r); err != nil {
 		return nil, err
 	}
-	return l, l.countErased(ctx, sys, erased)
+	l.unerased, err = erased.count(ctx, sys, r)
+	return l, err
 }
 
 // add takes over what a pass has found.
 func (l *ledger) add(p *ledgerPass) {
 	l.junk = p.junk // the same in each pass
+	l.late += p.late
 	for id, found := range p.tallies {
 		l.records += int64(found.records)
 		l.distinct++
@@ -126,29 +133,43 @@ func (l *ledger) add(p *ledgerPass) {
 	}
 }
 
-func (p *ledgerPass) read(ctx context.Context, sys System, r timeRange, erased map[string]bool) error {
-	for where, suffix := range suffixes {
-		group := ""
-		if whereabouts(where) == inRetry { // what is committed has been put back, or is dead
-			group = sys.Group + suffix
-		}
-		err := sys.readRecords(ctx, sys.Topic+suffix, group, func(rec *kgo.Record) error {
+func (p *ledgerPass) read(ctx context.Context, sys System, r timeRange, erased erased) error {
+	var places [len(suffixes)]map[int32]int64
+	for where := range whereabouts(len(suffixes)) {
+		places[where] = map[int32]int64{}
+		err := sys.readOn(ctx, sys.Topic+suffixes[where], sys.groupOf(where), places[where], func(rec *kgo.Record) error {
 			id, at, user, err := sys.Decode(rec.Value)
-			if err != nil && whereabouts(where) == onTopic {
+			if err != nil && where == onTopic {
 				p.junk++
 			}
-			if err != nil || at < r.from || at >= r.to || erased[string(user)] {
+			if err != nil || at < r.from || at >= r.to || erased.has(user, at) {
 				return nil
 			}
-			replays, _ := strconv.ParseInt(header(rec, "replay_count"), 10, 16)
-			p.note(id, whereabouts(where), int16(replays))
+			p.note(id, at, where, replaysOf(rec))
 			return nil
 		})
 		if err != nil {
 			return err
 		}
 	}
-	return p.readTable(ctx, sys, r)
+	if err := p.readTable(ctx, sys, r); err != nil {
+		return err
+	}
+	return p.follow(ctx, sys, places)
+}
+
+// groupOf is the group whose committed records are no longer there: what is committed of the retry topic has been put back, or is dead.
+func (sys System) groupOf(where whereabouts) string {
+	if where == inRetry {
+		return sys.Group + suffixes[inRetry]
+	}
+	return ""
+}
+
+// replaysOf is how often a record came back from the dead letters.
+func replaysOf(rec *kgo.Record) int16 {
+	n, _ := strconv.ParseInt(header(rec, "replay_count"), 10, 16)
+	return int16(n)
 }
 
 func (p *ledgerPass) has(id *[32]byte) bool {
@@ -157,7 +178,7 @@ func (p *ledgerPass) has(id *[32]byte) bool {
 }
 
 // note takes down where an event was found. What is not on the topic is older than what that still holds, and no matter.
-func (p *ledgerPass) note(id [32]byte, in whereabouts, replays int16) {
+func (p *ledgerPass) note(id [32]byte, at int64, in whereabouts, replays int16) {
 	if !p.has(&id) {
 		return
 	}
@@ -165,6 +186,7 @@ func (p *ledgerPass) note(id [32]byte, in whereabouts, replays int16) {
 	switch {
 	case in == onTopic:
 		found.records++
+		found.at = uint32(at)
 		found.replays = max(found.replays, replays)
 	case !known, in == inDeadLetters && replays < found.replays: // a letter that has come back since
 		return
@@ -183,39 +205,7 @@ func (p *ledgerPass) readTable(ctx context.Context, sys System, r timeRange) err
 	return sys.ask(ctx, ch.Query{
 		Body: fmt.Sprintf("SELECT event_id FROM {events} WHERE timestamp >= %d AND timestamp < %d"+
 			" AND substring(event_id, 1, 8) BETWEEN unhex('%016x') AND unhex('%016x')", r.from, r.to, p.first, p.last),
-	}, func(i int) { p.note(ids[i], inTable, 0) }, &ids)
-}
-
-// compareTables counts both tables, hour by hour.
-func (l *ledger) compareTables(ctx context.Context, sys System, r timeRange) error {
-	// The aggregate has whole hours: those entirely within the range are compared.
-	from, to := (r.from+hourSeconds-1)/hourSeconds*hourSeconds, r.to/hourSeconds*hourSeconds
-	var rows, aggregated, unequal proto.ColInt64
-	return sys.ask(ctx, ch.Query{
-		Body: fmt.Sprintf(`SELECT toInt64(sum(has)), toInt64(sum(counted)), toInt64(sum(abs(has - counted))) FROM (
-			SELECT name, ch, hour, sum(has) AS has, sum(counted) AS counted FROM (
-				SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, toStartOfHour(timestamp) AS hour, toInt64(uniqExact(event_id)) AS has, toInt64(0) AS counted
-				FROM {events} WHERE timestamp >= %[1]d AND timestamp < %[2]d GROUP BY name, ch, hour
-				UNION ALL
-				SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, hour, toInt64(0) AS has, sum(event_count) AS counted
-				FROM {events_hourly} WHERE hour >= %[1]d AND hour < %[2]d GROUP BY name, ch, hour
-			) GROUP BY name, ch, hour)`, from, to),
-	}, func(i int) { l.rows, l.aggregated, l.unequal = rows[i], aggregated[i], unequal[i] }, &rows, &aggregated, &unequal)
-}
-
-// countErased looks for rows of erased users, which a record that was still to be read, or a rewind, has brought back.
-func (l *ledger) countErased(ctx context.Context, sys System, erased map[string]bool) error {
-	if len(erased) == 0 {
-		return nil
-	}
-	var users proto.ColStr // sent beside the query: no user's name has to be escaped for SQL
-	users.AppendArr(slices.Collect(maps.Keys(erased)))
-	var n proto.ColUInt64
-	return sys.ask(ctx, ch.Query{
-		Body:          "SELECT count() FROM {events} WHERE user_id IN (SELECT user FROM erased)",
-		ExternalTable: "erased",
-		ExternalData:  []proto.InputColumn{{Name: "user", Data: &users}},
-	}, func(i int) { l.unerased = int64(n[i]) }, &n)
+	}, func(i int) { p.note(ids[i], 0, inTable, 0) }, &ids)
 }
 
 // difference is how many acknowledged events are nowhere.
@@ -241,6 +231,7 @@ func (l *ledger) print(w io.Writer, asJSON bool) {
 		{"counted in events_hourly", "aggregated", l.aggregated},
 		{"counted too few or too many, hour by hour", "unequal", l.unequal},
 		{"rows of erased users", "unerased", l.unerased},
+		{"still to be read", "unread", l.late},
 	} {
 		object[f.key] = f.n
 		fmt.Fprintf(t, "%s\t%d\t\n", f.words, f.n)

@@ -31,7 +31,7 @@ func TestAuditInPasses(t *testing.T) {
 	s.produce(".retry", 0, events[9:11])
 	s.query(fmt.Sprintf("INSERT INTO {events} SELECT SHA256(concat('u', toString(number), ' %d')), 'e', '', concat('u', toString(number)), %[1]d FROM numbers(400) WHERE number NOT IN (7, 8, 9)", at))
 	read := func(most int) *ledger {
-		l, err := s.readLedger(t.Context(), always, nil, most)
+		l, err := s.readLedger(t.Context(), always, most)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -63,14 +63,22 @@ func TestAuditEnds(t *testing.T) {
 	s.produce("", 0, []string{event("lost")})
 	id, _, _, _ := s.Decode([]byte(event("lost")))
 	s.run(1, "audit", "difference  1", fmt.Sprintf("nowhere: %x", id))
-	s.run(0, fmt.Sprint("audit -to ", at))                              // it is later than that
-	s.run(0, "audit -erased lost", "records on the topic  3")           // it is no matter any more
-	s.run(1, "audit -erased lost -erased a", "rows of erased users  1") // and this one is still there
+	s.run(0, fmt.Sprint("audit -to ", at)) // it is later than that
+	s.erase("lost", at-1)
+	s.run(1, "audit", "difference  1") // it is later than that
+	s.erase("lost", at)
+	s.run(0, "audit", "records on the topic  3") // it is no matter any more
+	s.erase("a", at-1)
+	s.run(0, "audit", "rows of erased users  0")
+	s.erase("a", at)
+	s.run(1, "audit", "rows of erased users  1") // and this one is still there
 	quoted := `o'h\ara`
 	s.store(event(quoted))
-	s.run(1, "audit -erased lost -erased "+quoted, "rows of erased users  1")
-	s.query("ALTER TABLE {events} DELETE WHERE user_id = 'b' SETTINGS mutations_sync = 2")
-	s.run(1, "audit -erased lost -erased b", "rows of erased users  0", "counted too few or too many, hour by hour  1")
+	s.erase(quoted, at)
+	s.run(1, "audit", "rows of erased users  2")
+	s.erase("b", at)
+	s.query("ALTER TABLE {events} DELETE WHERE user_id != 'c' SETTINGS mutations_sync = 2")
+	s.run(1, "audit", "rows of erased users  0", "counted too few or too many, hour by hour  3")
 }
 
 // TestAuditOfLetters: a letter is an event's end, unless the letter has come back since.
@@ -88,10 +96,10 @@ func TestAuditOfLetters(t *testing.T) {
 	} {
 		p := &ledgerPass{last: math.MaxUint64, most: 1, tallies: map[[32]byte]tally{}}
 		for _, replays := range c.topic {
-			p.note(id, onTopic, replays)
+			p.note(id, 0, onTopic, replays)
 		}
-		p.note(id, inDeadLetters, c.letter)
-		p.note([32]byte{2}, inDeadLetters, 0) // older than what the topic still holds
+		p.note(id, 0, inDeadLetters, c.letter)
+		p.note([32]byte{2}, 0, inDeadLetters, 0) // older than what the topic still holds
 		if got := p.tallies[id]; len(p.tallies) != 1 || got.in != c.want || int(got.records) != len(c.topic) {
 			t.Errorf("%s: %+v", c.about, p.tallies)
 		}
@@ -102,7 +110,7 @@ func TestAuditOfLetters(t *testing.T) {
 func TestPassGivesAway(t *testing.T) {
 	p := &ledgerPass{last: math.MaxUint64, most: 10, tallies: map[[32]byte]tally{}}
 	for i := range 256 {
-		p.note([32]byte{byte(i)}, onTopic, 0)
+		p.note([32]byte{byte(i)}, 0, onTopic, 0)
 	}
 	if n := len(p.tallies); n > 10 || n != int(p.last>>56)+1 {
 		t.Errorf("%d events up to %016x", n, p.last)
@@ -113,7 +121,7 @@ func TestPassGivesAway(t *testing.T) {
 func TestManyNowhere(t *testing.T) {
 	p := &ledgerPass{last: math.MaxUint64, most: 20, tallies: map[[32]byte]tally{}}
 	for i := range 20 {
-		p.note([32]byte{byte(i)}, onTopic, 0)
+		p.note([32]byte{byte(i)}, 0, onTopic, 0)
 	}
 	l := new(ledger)
 	l.add(p)

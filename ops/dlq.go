@@ -169,8 +169,12 @@ func dlqReplay(fs *flag.FlagSet) action {
 			return err
 		}
 		defer kafka.Close()
+		erased, err := sys.erasures(ctx)
+		if err != nil {
+			return err
+		}
 		var letters []*kgo.Record // that wait to be put back
-		size, n, noEvent, tired := 0, 0, 0, 0
+		size, n, noEvent, tired, ofErased := 0, 0, 0, 0, 0
 		putBack := func() error {
 			for _, sent := range kafka.ProduceSync(ctx, letters...) {
 				if errors.Is(sent.Err, kerr.MessageTooLarge) && len(letters) > 1 { // it may have been the batch
@@ -184,11 +188,14 @@ func dlqReplay(fs *flag.FlagSet) action {
 			return nil
 		}
 		err = f.each(ctx, sys, func(rec *kgo.Record) (taken bool, err error) {
-			id, _, _, err := sys.Decode(rec.Value)
+			id, at, user, err := sys.Decode(rec.Value)
 			replays, _ := strconv.Atoi(header(rec, "replay_count"))
 			switch {
 			case err != nil:
 				noEvent++
+				return false, nil
+			case erased.has(user, at):
+				ofErased++
 				return false, nil
 			case replays >= maxReplays:
 				tired++
@@ -215,7 +222,7 @@ func dlqReplay(fs *flag.FlagSet) action {
 		if *dryRun {
 			verb = "would be put back"
 		}
-		fmt.Fprintf(w, "%d letters %s; left out: %d that are no event, %d replayed %d times already\n", n, verb, noEvent, tired, maxReplays)
+		fmt.Fprintf(w, "%d letters %s; left out: %d that are no event, %d replayed %d times already, %d of erased users\n", n, verb, noEvent, tired, maxReplays, ofErased)
 		return nil
 	}
 }

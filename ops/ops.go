@@ -1,4 +1,4 @@
-// Package ops has the commands that operators run beside the system: audit, rewind, dlq and healthcheck.
+// Package ops has the commands that operators run beside the system: audit, dlq, erase, healthcheck, reconcile and rewind.
 //
 // A command knows the system by one value, System. ops.go owns that door, the list of commands, their exit codes, and healthcheck,
 // which is the smallest command and shows what one looks like. tables.go has what commands share that ask ClickHouse, records.go
@@ -36,7 +36,7 @@ type System struct {
 	// EachServer is Connect for every server of the cluster, one after the other and always in the same order, up to the first
 	// error. Without a cluster it is Connect.
 	EachServer func(ctx context.Context, f func(Conn) error) error
-	// SQL fills in the braces of schema.sql: {database}, {events}, {events_hourly} and so on.
+	// SQL fills in the braces of schema.sql: {database}, {events}, {events_hourly}, {erasures} and so on.
 	SQL func(text string) string
 	// Decode reads a record's value: the event's id, its time in Unix seconds and its user, who is valid until the next call. The
 	// error says why the value is no event. It serves one goroutine.
@@ -66,6 +66,7 @@ var commands = map[string]command{
 	"dlq list":    dlqList,
 	"dlq show":    dlqShow,
 	"dlq replay":  dlqReplay,
+	"erase":       erase,
 	"healthcheck": healthcheck,
 	"reconcile":   reconcile,
 	"rewind":      rewind,

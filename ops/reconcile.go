@@ -10,13 +10,16 @@
 package ops
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -132,7 +135,7 @@ func (sys System) mend(ctx context.Context, hours string, quiet int64, dryRun bo
 	return rows, err
 }
 
-// recount counts the hours of the range anew, some at a time.
+// recount counts the hours of the range anew.
 func (sys System) recount(ctx context.Context, r timeRange, w io.Writer) error {
 	if err := sys.finishRecount(ctx, w); err != nil {
 		return err
@@ -147,57 +150,89 @@ func (sys System) recount(ctx context.Context, r timeRange, w io.Writer) error {
 	if err != nil {
 		return err
 	}
+	return sys.recountHours(ctx, hours, w)
+}
+
+// recountHours counts these hours anew, which ascend, some at a time.
+func (sys System) recountHours(ctx context.Context, hours []int64, w io.Writer) error {
 	for some := range slices.Chunk(hours, recountHours) {
-		first, last := some[0], some[len(some)-1]
-		if err := sys.recountOnce(ctx, first, last+hourSeconds-1); err != nil {
-			return fmt.Errorf("%w (run it again: until then there is no answer about %s)", err, span(first, last))
+		if err := sys.recountOnce(ctx, spansOf(some)); err != nil {
+			return fmt.Errorf("%w (run it again: until then there is no answer about %s)", err, spansOf(some))
 		}
-		fmt.Fprintf(w, "%s counted anew\n", span(first, last))
+		fmt.Fprintf(w, "%s counted anew\n", spansOf(some))
 	}
 	fmt.Fprintf(w, "%d hours are counted anew\n", len(hours))
 	return nil
 }
 
-// span is the hours from first to last, in words.
-func span(first, last int64) string {
-	hour := func(second int64) string { return time.Unix(second, 0).UTC().Format("2006-01-02T15:00Z") }
-	if first/hourSeconds == last/hourSeconds {
-		return hour(first)
+// span is hours that follow one another, by the Unix seconds at which the first and the last of them begin.
+type span struct{ first, last int64 }
+
+// spans are hours.
+type spans []span
+
+// spansOf are hours, which ascend.
+func spansOf(hours []int64) (all spans) {
+	for _, hour := range hours {
+		if n := len(all); n > 0 && hour-all[n-1].last <= hourSeconds {
+			all[n-1].last = hour
+		} else {
+			all = append(all, span{hour, hour})
+		}
 	}
-	return hour(first) + " to " + hour(last)
+	return all
+}
+
+// String is the hours in words: those between the first and the last are not told apart.
+func (s spans) String() string {
+	hour := func(second int64) string { return time.Unix(second, 0).UTC().Format("2006-01-02T15:00Z") }
+	first, last := s[0].first, s[len(s)-1].last
+	switch {
+	case first == last:
+		return hour(first)
+	case len(s) == 1:
+		return hour(first) + " to " + hour(last)
+	}
+	return "some hours from " + hour(first) + " to " + hour(last)
+}
+
+// sql is the condition that a column is in the hours.
+func (s spans) sql(column string) string {
+	var any []string
+	for _, of := range s {
+		any = append(any, fmt.Sprintf("%s BETWEEN %d AND %d", column, of.first, of.last+hourSeconds-1))
+	}
+	return "(" + strings.Join(any, " OR ") + ")"
 }
 
 // finishRecount recounts the hours of a recount that was cut off.
 func (sys System) finishRecount(ctx context.Context, w io.Writer) error {
-	var first, last, n proto.ColUInt64
-	var from, to int64
+	found := map[span]bool{}
 	err := sys.EachServer(ctx, func(do Conn) error {
-		return do.rows(ctx, ch.Query{
-			Body: sys.SQL("SELECT count(), toUInt64(min(toUnixTimestamp(first))), toUInt64(max(toUnixTimestamp(last))) FROM {database}.recounts"),
-		}, func(i int) {
-			if n[i] > 0 && (to == 0 || int64(first[i]) < from) {
-				from = int64(first[i])
-			}
-			if n[i] > 0 {
-				to = max(to, int64(last[i]))
-			}
-		}, &n, &first, &last)
+		var first, last proto.ColUInt32
+		return do.rows(ctx, ch.Query{Body: sys.SQL("SELECT toUnixTimestamp(first), toUnixTimestamp(last) FROM {database}.recounts")},
+			func(i int) { found[span{int64(first[i]), int64(last[i]) + 1 - hourSeconds}] = true }, &first, &last)
 	})
-	if err != nil || to == 0 {
+	if err != nil || len(found) == 0 {
 		return err
 	}
-	fmt.Fprintf(w, "%s: a recount was cut off, it is finished first\n", span(from, to))
-	return sys.recountOnce(ctx, from, to)
+	cut := spans(slices.SortedFunc(maps.Keys(found), func(a, b span) int { return cmp.Compare(a.first, b.first) }))
+	fmt.Fprintf(w, "%s: a recount was cut off, it is finished first\n", cut)
+	return sys.recountOnce(ctx, cut)
 }
 
-// recountOnce counts the hours from one Unix second to another, both included, anew. Each step can be repeated.
-func (sys System) recountOnce(ctx context.Context, first, last int64) error {
-	hours := fmt.Sprintf("hour >= %d AND hour <= %d", first, last)
+// recountOnce counts these hours anew. Each step can be repeated.
+func (sys System) recountOnce(ctx context.Context, hours spans) error {
 	onEachServer := func(sql string) error {
 		return sys.EachServer(ctx, func(do Conn) error { return do(ctx, ch.Query{Body: sys.SQL(sql)}) })
 	}
+	var rows []string
+	for _, s := range hours {
+		rows = append(rows, fmt.Sprintf("(%d, %d)", s.first, s.last+hourSeconds-1))
+	}
 	// A question that began before the hours stood there is waited for: it may be about to read.
-	if err := onEachServer(fmt.Sprintf("INSERT INTO {database}.recounts SELECT %d, %d WHERE NOT EXISTS (SELECT 1 FROM {database}.recounts)", first, last)); err != nil {
+	if err := onEachServer("INSERT INTO {database}.recounts SELECT r.1, r.2 FROM (SELECT arrayJoin([" + strings.Join(rows, ", ") + "]) AS r)" +
+		" WHERE NOT EXISTS (SELECT 1 FROM {database}.recounts)"); err != nil {
 		return err
 	}
 	err := sys.Connect(ctx, func(do Conn) error {
@@ -216,7 +251,7 @@ func (sys System) recountOnce(ctx context.Context, first, last int64) error {
 		return err
 	}
 	err = sys.EachServer(ctx, func(do Conn) error {
-		if err := do(ctx, ch.Query{Body: sys.SQL("ALTER TABLE {database}.events_hourly DELETE WHERE " + hours)}); err != nil {
+		if err := do(ctx, ch.Query{Body: sys.SQL("ALTER TABLE {database}.events_hourly DELETE WHERE " + hours.sql("hour"))}); err != nil {
 			return err
 		}
 		for { // a mutation that is waited for by ClickHouse says nothing meanwhile, and looks like a server that hangs
@@ -234,8 +269,8 @@ func (sys System) recountOnce(ctx context.Context, first, last int64) error {
 	}
 	err = sys.Connect(ctx, func(do Conn) error {
 		return do(ctx, ch.Query{
-			Body: sys.SQL(fmt.Sprintf("INSERT INTO {database}.events_hourly (event_name, channel, hour, {counts}) SELECT {counted} FROM {events} FINAL"+
-				" WHERE timestamp >= %d AND timestamp <= %d GROUP BY event_name, channel, hour", first, last)),
+			Body: sys.SQL("INSERT INTO {database}.events_hourly (event_name, channel, hour, {counts}) SELECT {counted} FROM {events} FINAL" +
+				" WHERE " + hours.sql("timestamp") + " GROUP BY event_name, channel, hour"),
 			QueryID:  sys.MendingID,
 			Settings: append([]ch.Setting{{Key: "max_bytes_before_external_group_by", Value: "1000000000"}}, sys.Inserting()...),
 		})
@@ -243,7 +278,7 @@ func (sys System) recountOnce(ctx context.Context, first, last int64) error {
 	if err != nil {
 		return err
 	}
-	if err := sys.settle(ctx, hours); err != nil {
+	if err := sys.settle(ctx, hours.sql("hour")); err != nil {
 		return err
 	}
 	return onEachServer("TRUNCATE TABLE {database}.recounts")

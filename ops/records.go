@@ -25,16 +25,22 @@ const (
 // readRecords hands each record of a topic to f, up to where the partitions end when it starts. It leaves out what the group has
 // committed; an empty group has committed nothing. An error of f ends it.
 func (sys System) readRecords(ctx context.Context, topic, group string, f func(*kgo.Record) error) error {
+	return sys.readOn(ctx, topic, group, map[int32]int64{}, f)
+}
+
+// readOn is readRecords from where another reading has ended: at is the next offset of each partition, and moves to the ends.
+func (sys System) readOn(ctx context.Context, topic, group string, at map[int32]int64, f func(*kgo.Record) error) error {
 	kafka, err := sys.Kafka("event-ingestion-audit", kgo.FetchMaxWait(fetchWait), kgo.KeepControlRecords(), kgo.FetchIsolationLevel(kgo.ReadCommitted()))
 	if err != nil {
 		return err
 	}
 	defer kafka.Close()
 	admin := kadm.NewClient(kafka)
-	from, left, err := unread(ctx, admin, topic, group)
+	from, left, err := unread(ctx, admin, topic, group, at)
 	if err != nil {
 		return err
 	}
+	ends := maps.Clone(left)
 	kafka.AddConsumePartitions(map[string]map[int32]kgo.Offset{topic: from})
 	for len(left) > 0 {
 		fetches, err := poll(ctx, kafka)
@@ -62,11 +68,19 @@ func (sys System) readRecords(ctx context.Context, topic, group string, f func(*
 			return failed
 		}
 	}
+	maps.Copy(at, ends)
 	return nil
 }
 
-// unread returns where to read each partition that has something to read, and the offset before which to stop there.
-func unread(ctx context.Context, admin *kadm.Client, topic, group string) (from map[int32]kgo.Offset, ends map[int32]int64, err error) {
+// unread returns where to read each partition that has something to read at or after an offset, and the offset before which to stop
+// there.
+func unread(ctx context.Context, admin *kadm.Client, topic, group string, at map[int32]int64) (from map[int32]kgo.Offset, ends map[int32]int64, err error) {
+	var done kadm.OffsetResponses // before the ends: what is beyond those belongs to a deleted topic of the same name
+	if group != "" {
+		if done, err = committedOf(ctx, admin, group, topic); err != nil {
+			return nil, nil, err
+		}
+	}
 	listed, err := wholeAnswer(admin.ListEndOffsets(ctx, topic))
 	if err != nil {
 		return nil, nil, fmt.Errorf("ends of topic %s: %w", topic, err)
@@ -75,16 +89,13 @@ func unread(ctx context.Context, admin *kadm.Client, topic, group string) (from 
 	if err != nil {
 		return nil, nil, err
 	}
-	var done kadm.OffsetResponses
-	if group != "" {
-		if done, err = committedOf(ctx, admin, group, topic); err != nil {
-			return nil, nil, err
-		}
-	}
 	from, ends = map[int32]kgo.Offset{}, map[int32]int64{}
 	for p, end := range listed[topic] {
 		start := starts[topic][p].Offset
-		if committed, ok := done.Lookup(topic, p); ok && committed.Err == nil {
+		if at[p] <= end.Offset {
+			start = max(start, at[p])
+		}
+		if committed, ok := done.Lookup(topic, p); ok && committed.Err == nil && committed.At <= end.Offset {
 			start = max(start, committed.At)
 		}
 		if start < end.Offset {

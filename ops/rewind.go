@@ -84,15 +84,24 @@ func (sys System) rewind(ctx context.Context, at time.Time, dryRun bool, w io.Wr
 
 // mustBeIdle refuses a group with members: they would commit over what is set here.
 func mustBeIdle(ctx context.Context, admin *kadm.Client, group string) error {
-	groups, err := wholeAnswer(admin.DescribeGroups(ctx, group))
-	if err != nil && !errors.Is(err, kerr.GroupIDNotFound) { // nobody has ever joined it
-		return fmt.Errorf("describe group %s: %w", group, err)
+	members, err := membersOf(ctx, admin, group)
+	if err != nil {
+		return err
 	}
-	if members := groups[group].Members; len(members) > 0 {
+	if len(members) > 0 {
 		return fmt.Errorf("group %s has members, %d of them, such as one at %s: stop the program first, or wait until the group has missed those that were killed",
 			group, len(members), members[0].ClientHost)
 	}
 	return nil
+}
+
+// membersOf are the members of a group: none when nobody has ever joined it.
+func membersOf(ctx context.Context, admin *kadm.Client, group string) ([]kadm.DescribedGroupMember, error) {
+	groups, err := wholeAnswer(admin.DescribeGroups(ctx, group))
+	if err != nil && !errors.Is(err, kerr.GroupIDNotFound) {
+		return nil, fmt.Errorf("describe group %s: %w", group, err)
+	}
+	return groups[group].Members, nil
 }
 
 // rewindTargets returns the first offset of each partition at or after the time. It refuses a time before the log's start where

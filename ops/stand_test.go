@@ -56,7 +56,7 @@ func newStand(t testing.TB) *stand {
 			return kgo.NewClient(append(opts, kgo.ClientID(clientID), kgo.SeedBrokers(strings.Split(os.Getenv("KAFKA_BROKERS"), ",")...))...)
 		},
 		Connect: connect, EachServer: connect,
-		SQL: strings.NewReplacer("{database}", name, "{events}", name+".events", "{events_hourly}", name+".events_hourly", "{processes}", "system.processes").Replace,
+		SQL: strings.NewReplacer("{database}", name, "{events}", name+".events", "{events_hourly}", name+".events_hourly", "{erasures}", name+".erasures", "{processes}", "system.processes").Replace,
 		Decode: func(value []byte) (id [32]byte, at int64, userID []byte, err error) {
 			if n, _ := fmt.Sscanf(string(value), "%s %d", &userID, &at); n < 2 {
 				return id, 0, nil, errors.New("no event")
@@ -84,7 +84,14 @@ func newStand(t testing.TB) *stand {
 	s.query("CREATE DATABASE {database}")
 	s.query("CREATE TABLE {events} (event_id FixedString(32), event_name String, channel String, user_id String, timestamp DateTime('UTC')) ENGINE MergeTree ORDER BY event_id")
 	s.query("CREATE TABLE {events_hourly} (event_name String, channel String, hour DateTime('UTC'), event_count Int64) ENGINE MergeTree ORDER BY hour")
+	s.query("CREATE TABLE {erasures} (user FixedString(32), up_to DateTime('UTC')) ENGINE MergeTree ORDER BY user")
 	return s
+}
+
+// erase has a user erased up to a second, without deleting anything.
+func (s *stand) erase(user string, upTo int64) {
+	s.t.Helper()
+	s.query(fmt.Sprintf("INSERT INTO {erasures} VALUES (SHA256(unhex('%x')), %d)", user, upTo))
 }
 
 // query changes tables, also when the test has ended.

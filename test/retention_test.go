@@ -1,13 +1,9 @@
-// What is to go, goes: old parts by their TTL, an erased user by the recipe of deploy/README.md. Settings reach tables that are
-// there.
+// What is to go, goes: old parts by their TTL. Settings reach tables that are there.
 
 package test
 
 import (
 	"fmt"
-	"os"
-	"regexp"
-	"strings"
 	"testing"
 	"time"
 )
@@ -69,58 +65,6 @@ func TestRetention(t *testing.T) {
 	if got := ttls(); got != ";" {
 		t.Errorf("ttl %s", got)
 	}
-}
-
-// TestErasure follows the recipe word by word while events come in.
-func TestErasure(t *testing.T) {
-	t.Parallel()
-	env := newSpace(t)
-	db := space(env, "CLICKHOUSE_DATABASE")
-	p := startProgram(t, env)
-	var body []byte
-	for i := range 300 {
-		body = fmt.Appendf(body, `{"event_name":"erase","user_id":"user_%d","timestamp":%d,"metadata":{"price":2}}`+"\n", 120+i%10, time.Now().Unix()-int64(i)*400)
-	}
-	postAll(t, p, [][]byte{body})
-	drained(p)
-	mustCount(t, env, "erase", 300)
-	l, done := loadInto(t, p.url, 300, time.Hour, "-users", "100") // others than the erased one
-	doc, err := os.ReadFile("deploy/README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, recipe, _ := strings.Cut(string(doc), "Erasing a user")
-	recipe, _, _ = strings.Cut(recipe, "\n```\n")
-	said := ""
-	for _, m := range regexp.MustCompile(`(?m)^(clickhouse client --query "(.*)"|event-ingestion (.*?)( +#.*)?)$`).FindAllStringSubmatch(recipe, -1) {
-		if m[2] != "" {
-			clickhouseQuery(t, strings.ReplaceAll(m[2], "event_ingestion.", db+"."))
-			continue
-		}
-		if strings.HasPrefix(m[3], "audit") {
-			l.Stop()
-			done()
-			drained(p)
-		}
-		out, code := subcommand(t, env, m[3])
-		if said += m[3] + ";"; code != 0 {
-			t.Fatalf("%s: %d %s", m[3], code, out)
-		}
-	}
-	if said != "reconcile -recount -from 0 -to 4102444800;audit -erased user_123;" {
-		t.Fatalf("the recipe is %q", said)
-	}
-	mustCount(t, env, "erase", 270)
-	if out, code := subcommand(t, env, "audit -erased user_123 -erased user_124"); code != 1 || !regexp.MustCompile(`(?m)rows of erased users +30$`).MatchString(out) {
-		t.Errorf("an audit does not see that a user's rows are there: exit code %d\n%s", code, out)
-	}
-	if got := clickhouseQuery(t, "SELECT uniqCombined64Merge(17)(unique_users_state) FROM "+db+".events_hourly WHERE event_name = 'erase'"); got != "9" {
-		t.Errorf("%s users are left, want 9", got)
-	}
-	if out, _ := subcommand(t, env, "reconcile -dry-run"); !strings.Contains(out, "0 rows of events_hourly differ") {
-		t.Error(out)
-	}
-	mustAgree(t, l, p.url)
 }
 
 // TestFsync: the setting reaches tables that are there, and is taken back.

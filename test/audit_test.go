@@ -1,0 +1,51 @@
+// An audit beside ingestion: it judges a moment that is settled, and ends.
+
+package test
+
+import (
+	"encoding/json"
+	"fmt"
+	"testing"
+	"time"
+)
+
+// TestAuditBesideIngestion: while events come in, some of which ClickHouse rejects until they are dead letters, every audit balances. One
+// event that is missing in the table, or one that is counted twice, is found all the same.
+func TestAuditBesideIngestion(t *testing.T) {
+	t.Parallel()
+	env := faultSpace(t, "MAX_RETRY_ATTEMPTS=2")
+	db := space(env, "CLICKHOUSE_DATABASE")
+	p := startProgram(t, env)
+	clickhouseQuery(t, "ALTER TABLE "+db+".events ADD CONSTRAINT fiftieth CHECK event_name = 'kept' OR cityHash64(event_id) % 50 != 0")
+	at := time.Now().Unix() - 5*hourSeconds
+	postAll(t, p, numbered("kept", 100, 100, func(int) int64 { return at }))
+	l, done := loadInto(t, p.url, 2000, time.Hour, "-users", "20000", "-bulk", "200")
+	var a struct {
+		Stored, Difference, Unequal, Waiting, Unread int64
+		Letters                                      int64 `json:"dead_letters"`
+		Nowhere                                      []string
+	}
+	audit := func(want int) {
+		t.Helper()
+		out, code := subcommand(t, env, "audit -json")
+		if err := json.Unmarshal([]byte(out), &a); code != want || err != nil {
+			t.Fatalf("ended with %d, not %d: %s", code, want, out)
+		}
+	}
+	p.await("dead letters", time.Minute, func() bool { audit(0); return a.Letters > 0 })
+	for range moreInTorture(5, 20) {
+		audit(0)
+	}
+	lost := eventID("kept", "u7", at, "")
+	clickhouseQuery(t, fmt.Sprintf("ALTER TABLE %s.events DELETE WHERE event_id = unhex('%s') SETTINGS mutations_sync = 2", db, lost))
+	if audit(1); a.Difference != 1 || a.Unequal != 1 || len(a.Nowhere) != 1 || a.Nowhere[0] != lost {
+		t.Errorf("without an event: %+v", a)
+	}
+	clickhouseQuery(t, fmt.Sprintf("INSERT INTO %[1]s.events_hourly SELECT * REPLACE (toInt64(2) AS event_count) FROM %[1]s.events_hourly WHERE event_name = 'kept' LIMIT 1", db))
+	if audit(1); a.Difference != 1 || a.Unequal != 3 {
+		t.Errorf("with an hour that counts two more: %+v", a)
+	}
+	l.Stop()
+	done()
+	t.Logf("at the end %d stored, %d dead letters, %d waiting", a.Stored, a.Letters, a.Waiting)
+}
