@@ -228,7 +228,11 @@ func noteCause(w http.ResponseWriter, cause string) {
 
 // writeError answers {"error":…,"detail":…}.
 func writeError(w http.ResponseWriter, status int, message, detail string) {
-	noteCause(w, cmp.Or(detail, message))
+	cause := cmp.Or(detail, message)
+	if status < http.StatusInternalServerError && detail != "" {
+		cause = message + ": " + detail
+	}
+	noteCause(w, cause)
 	b := append(make([]byte, 0, 256), `{"error":`...)
 	b = appendString(b, message)
 	if detail != "" {

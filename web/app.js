@@ -59,10 +59,9 @@ async function refresh() {
     if (mine === asked) {
       $('pipeline').replaceChildren(...pipeline(p))
       $('refused').hidden = !p.refusals.length
-      if ($('refused').dataset.of !== JSON.stringify(p.refused)) { // else it stays, with what the reader has opened
-        $('refused').dataset.of = JSON.stringify(p.refused)
-        $('refused').replaceChildren(...refused(p))
-      }
+      const open = $('refused').querySelector('details')?.open // by the reader
+      $('refused').replaceChildren(...refused(p))
+      $('refused').querySelector('details').open = !!open
       links(p.links)
     }
     return p
