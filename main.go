@@ -85,12 +85,7 @@ func operated() (ops.System, error) {
 		Listen: net.JoinHostPort(cfg.serverHost, fmt.Sprint(cfg.serverPort)), TLS: cfg.tlsCertFile != "",
 		Kafka: func(clientID string, opts ...kgo.Opt) (*kgo.Client, error) { return newKafka(cfg, clientID, opts...) },
 		Connect: func(ctx context.Context, f func(ops.Conn) error) error {
-			return db.connected(func(c asker) error {
-				if err := db.adoptRevenue(ctx, c); err != nil {
-					return err
-				}
-				return f(c.Do)
-			})
+			return db.adopted(ctx, func(c asker) error { return f(c.Do) })
 		},
 		EachServer: func(ctx context.Context, f func(ops.Conn) error) error {
 			return db.eachServer(ctx, func(_ *clickhouse, c asker) error { return f(c.Do) })
@@ -104,11 +99,11 @@ func operated() (ops.System, error) {
 			}
 			return id, at, userID, err
 		},
-		SyncReplicas: func(ctx context.Context) error {
-			if _, err := db.servers(ctx); err != nil { // which finds out whether there are any
-				return err
+		SyncReplicas: func(ctx context.Context) (err error) {
+			if _, err = db.servers(ctx); err == nil { // which finds out whether there are any
+				err = db.syncReplicas(ctx)
 			}
-			return db.syncReplicas(ctx)
+			return err
 		},
 		Differences:    func(hours, differs string) string { return fmt.Sprintf(differences, "FINAL", hours, differs) },
 		AddDifferences: addDifferences,

@@ -331,6 +331,16 @@ func (m *metricsAPI) adopt(ctx context.Context) error {
 	return err
 }
 
+// adopted is connected for a command, which does not decide about the tables either.
+func (c *clickhouse) adopted(ctx context.Context, f func(asker) error) error {
+	return c.connected(func(conn asker) error {
+		if err := c.adoptRevenue(ctx, conn); err != nil {
+			return err
+		}
+		return f(conn)
+	})
+}
+
 // Do is do for an answer that needs no reset.
 func (m *metricsAPI) Do(ctx context.Context, query ch.Query) error {
 	return m.do(ctx, func() {}, query)
