@@ -67,6 +67,14 @@ func TestDockerfileBuilds(t *testing.T) {
 	} else if runtime.GOOS == "linux" {
 		t.Error(err)
 	}
+	changelog, _ := os.ReadFile("../CHANGELOG.md")
+	newest := regexp.MustCompile(`(?m)^## (\d+\.\d+\.\d+)`).FindSubmatch(changelog)
+	if out, err := exec.Command(binary, "version").Output(); err != nil || newest == nil || !bytes.HasPrefix(out, newest[1]) {
+		t.Errorf("event-ingestion version: %s, %v; CHANGELOG.md's is %s", out, err, newest)
+	}
+	if licenses, err := os.ReadFile(filepath.Join(dir, "deploy", "LICENSES.txt")); err != nil || len(licenses) == 0 {
+		t.Errorf("the image has no licences: %v", err)
+	}
 	// The health check of image and stack: 1 says not ready, 2 would say that there is no such command.
 	cmd := exec.Command(binary, "healthcheck")
 	cmd.Env = []string{"SERVER_PORT=1"}
