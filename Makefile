@@ -93,8 +93,8 @@ fuzz: ## each fuzz target for FUZZTIME (default 20s)
 bench: $(DEV) ## all benchmarks on an embedded stack; BENCH=regexp chooses
 	$(DEV) -ephemeral -- go test -run '^$$' -bench '$(or $(BENCH),.)' -skip Peers -benchmem -timeout 30m . ./test
 
-bench-peers: $(DEV) ## this program beside other ways into the same tables: medians of RUNS (default 5) runs, 20 minutes; WAYS=drain for those with that word
-	$(DEV) -ephemeral -- go test -run '^$$' -bench Peers -benchtime $(or $(RUNS),5)x -timeout 80m ./test
+bench-peers: $(DEV) ## this program beside other ways into the same tables: medians of RUNS (default 5) runs of 10 s or more each, 40 minutes; WAYS=drain for those with that word
+	$(DEV) -ephemeral -- go test -run '^$$' -bench Peers -benchtime $(or $(RUNS),5)x -timeout 160m ./test
 
 profile: $(DEV) ## CPU and memory profile of an event's way, from a body to rows: cpu.pprof, mem.pprof; BENCH=regexp chooses
 	$(DEV) -ephemeral -- go test -run '^$$' -bench '$(or $(BENCH),BodyToRecords|RecordToRow|Insert)' -cpuprofile cpu.pprof -memprofile mem.pprof .
