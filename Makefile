@@ -85,7 +85,7 @@ test-clock: $(DEV) ## the program's tests at other hours, half an hour; SHIFTS="
 	dev/scripts/test_clock.py $(SHIFTS) -- $(TESTFLAGS)
 
 torture: $(DEV) ## the tests that kill things, with five times as many kills; TORTURE=n for more
-	TORTURE=$${TORTURE:-5} $(DEV) -ephemeral -- go test -race -count=1 -timeout 80m -v -run 'Kill|Power|Shards|Paused|Away|Answers|Instances|Torn|Stop|Model|Disk|Refused|Broken|Cost' . ./test
+	TORTURE=$${TORTURE:-5} $(DEV) -ephemeral -- go test -race -count=1 -timeout 80m -v -run 'Kill|Power|Servers|Replicas|Recount|Paused|Away|Answers|Instances|Torn|Stop|Model|Disk|Refused|Broken|Cost' . ./test
 
 fuzz: ## each fuzz target for FUZZTIME (default 20s)
 	for t in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do go test -run '^$$' -fuzz "^$$t$$" -fuzztime $${FUZZTIME:-20s} . || exit 1; done

@@ -29,6 +29,7 @@ type block struct {
 	currency   dictColumn
 
 	columns proto.Input
+	json    skimmer                   // of metadata
 	kept    []int                     // scratch of filter
 	row     event                     // scratch of event
 	records []*kgo.Record             // of the rows, for the case that ClickHouse rejects some
@@ -109,7 +110,7 @@ func (b *block) append(id *eventID, ev *event, rec *kgo.Record) {
 	b.timestamp.Data = append(b.timestamp.Data, proto.DateTime(ev.timestamp))
 	b.tags.append(ev.tags)
 	b.metadata.AppendBytes(ev.metadata)
-	price, currency := priceOf(ev.metadata)
+	price, currency := priceOf(&b.json, ev.metadata)
 	b.price.ColDecimal64 = append(b.price.ColDecimal64, price)
 	b.currency.append(currency)
 }
@@ -211,23 +212,23 @@ func (b *block) outOfKeys() bool {
 const priceScale = 10000
 
 // priceOf takes price and currency out of an event's metadata; 0 and nil when they are not there. A price beyond what
-// Decimal(18, 4) holds counts as none.
-func priceOf(metadata []byte) (price proto.Decimal64, currency []byte) {
-	if len(metadata) == 0 {
-		return 0, nil // before the reader makes an error of it, which is garbage
+// Decimal(18, 4) holds counts as none. The currency lives until r is used again. A tree of all metadata would be large: the
+// skimmer steps over what is not asked for.
+func priceOf(r *skimmer, metadata []byte) (price proto.Decimal64, currency []byte) {
+	var m skimmed
+	r.reset(metadata)
+	if !r.eat('{') {
+		return 0, nil
 	}
-	r := jsonReader{b: metadata}
-	var k, v jsonValue
-	r.eat('{')
-	for n := 0; r.member(n, &k, &v); n++ {
-		switch string(k.raw) {
+	for n := 0; r.member(n, &m); n++ {
+		switch first := m.raw[0]; string(m.name) {
 		case `"price"`:
-			if f := fastfloat.ParseBestEffort(string(v.raw)); v.kind == 0 && math.Abs(f) < 1e13 {
+			if f := fastfloat.ParseBestEffort(string(m.raw)); (first == '-' || first-'0' <= 9) && math.Abs(f) < 1e13 {
 				price = proto.Decimal64(math.Round(f * priceScale))
 			}
 		case `"currency"`:
-			if v.kind == '"' && len(v.raw) <= maxTextBytes {
-				currency = v.text(new([]byte))
+			if first == '"' && len(m.raw) <= maxTextBytes {
+				currency = r.word(m.raw)
 			}
 		}
 	}

@@ -87,7 +87,7 @@ func costOf(single bool, media, encoding string, body []byte) (c cost) {
 		err := error(nil)
 		if media == asSegment {
 			q.entry = appendItemEntries
-			_, err = q.encodeSegment(context.Background(), "batch", 1795441976)
+			err = q.encodeSegment(context.Background(), "batch", 1795441976)
 		} else {
 			err = q.encode(context.Background(), media, 1795441976)
 		}

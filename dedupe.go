@@ -50,7 +50,7 @@ type dedupe struct {
 	bytes   atomic.Int64 // never above budget, a table and its larger successor included
 	sets    atomic.Int64 // len(minutes) in the last round
 	minutes map[int64]*idSet
-	wanted  map[int64]int // rows that had to be looked up, by minute
+	wanted  map[int64]missed // by minute
 	round   uint64
 	stuck   uint64 // the round in which nothing was left to drop
 
@@ -58,6 +58,12 @@ type dedupe struct {
 	doubtful int                  // of them, those of minutes without a set
 	found    map[eventID]struct{} // of the rows looked up: those that ClickHouse has
 }
+
+// missed is rows of a minute that had to be looked up, because the minute is not known. The first ones do not count where it did not
+// fit into memory when it was loaded last.
+type missed struct{ rows, spared int }
+
+func (m missed) counted() int { return max(m.rows-m.spared, 0) }
 
 func newDedupe(a asker, db *clickhouse, budget int64) *dedupe {
 	d := &dedupe{asker: a, db: db, budget: budget, tally: map[int64]int{}, found: map[eventID]struct{}{}}
@@ -67,7 +73,7 @@ func newDedupe(a asker, db *clickhouse, budget int64) *dedupe {
 
 // forgetAll starts over: others have stored events that the sets do not know.
 func (d *dedupe) forgetAll() {
-	d.minutes, d.wanted = map[int64]*idSet{}, map[int64]int{}
+	d.minutes, d.wanted = map[int64]*idSet{}, map[int64]missed{}
 	d.bytes.Store(0)
 }
 
@@ -163,16 +169,18 @@ func (d *dedupe) load(ctx context.Context) error {
 		if set := d.minutes[minute]; set != nil {
 			set.lastUsed = d.round
 		} else if d.budget > 0 {
-			d.wanted[minute] += n
+			m := d.wanted[minute]
+			m.rows += n
+			d.wanted[minute] = m
 			hours[minute/hourMinutes] = 0
 		}
 	}
 	if len(hours) == 0 {
 		return nil
 	}
-	for minute, n := range d.wanted {
+	for minute, m := range d.wanted {
 		if _, asked := hours[minute/hourMinutes]; asked {
-			hours[minute/hourMinutes] += max(n, 0)
+			hours[minute/hourMinutes] += m.counted()
 		}
 	}
 	maps.DeleteFunc(hours, func(_ int64, n int) bool { return n < loadRows })
@@ -194,7 +202,7 @@ func (d *dedupe) load(ctx context.Context) error {
 			continue
 		}
 		for minute := hour * hourMinutes; minute < (hour+1)*hourMinutes && room > 0; minute++ {
-			if d.wanted[minute] >= loadRows && d.minutes[minute] == nil {
+			if d.wanted[minute].counted() >= loadRows && d.minutes[minute] == nil {
 				room -= counts[hour] / hourMinutes
 				spans = append(spans, secondSpan{minute * minuteSeconds, (minute + 1) * minuteSeconds})
 			}
@@ -246,7 +254,7 @@ func (d *dedupe) read(ctx context.Context, spans []secondSpan) error {
 		case d.makeRoom(set, 1):
 			set.add(keyOfBits(key[i]))
 		default:
-			d.wanted[m] = -loadAgain
+			d.wanted[m] = missed{spared: loadAgain}
 			d.drop(m)
 		}
 	}, &minute, &key))

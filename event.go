@@ -8,14 +8,15 @@ package main
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"math/bits"
 	"strconv"
 )
 
 // event is one parsed event. Every slice points into the text that it was read from, or into the eventParser that filled it,
 // and is valid until that text changes or the parser reads on.
 //
-// A new field also goes into validate.go (fieldSet to field), appendEvent, maxEncoded, batch.go (block to event) and
-// schema.sql; TestFields and TestMaxEncoded fail until all but the last have it. What makes two events different also goes into id.
+// A new field also goes into fieldSet to fieldByName, appendEvent, maxEncoded, validate.go (form, field), batch.go (block to event)
+// and schema.sql; TestFields and TestMaxEncoded fail until all but the last have it. What makes two events different also goes into id.
 type event struct {
 	name       []byte
 	channel    []byte // web, mobile_app, api or empty
@@ -33,6 +34,52 @@ const (
 	daySeconds     = 24 * hourSeconds
 	maxUnixSeconds = 1<<32 - 1
 )
+
+// fieldSet has a bit for each known field, to notice one that is sent twice. At event it says what else a new field needs.
+type fieldSet uint16
+
+const (
+	fieldName fieldSet = 1 << iota
+	fieldUserID
+	fieldTimestamp
+	fieldChannel
+	fieldCampaignID
+	fieldTags
+	fieldMetadata
+	fieldInsertID
+)
+
+// fieldNames are the fields of an event, in the order of their bits.
+var fieldNames = [...]string{"event_name", "user_id", "timestamp", "channel", "campaign_id", "tags", "metadata", "insert_id"}
+
+// maxNameBytes is what a field's name takes as it is sent, with 6 bytes of an escape for each character. Longer ones are not looked at.
+const maxNameBytes = 6*len("event_name_") + len(`""`)
+
+// name is that of the first field in f.
+func (f fieldSet) name() string { return fieldNames[bits.TrailingZeros16(uint16(f))] }
+
+// fieldByName is a switch, whose texts the compiler compares in place; a loop over fieldNames is slower.
+func fieldByName(key []byte) fieldSet {
+	switch string(key) {
+	case "event_name":
+		return fieldName
+	case "user_id":
+		return fieldUserID
+	case "timestamp":
+		return fieldTimestamp
+	case "channel":
+		return fieldChannel
+	case "campaign_id":
+		return fieldCampaignID
+	case "tags":
+		return fieldTags
+	case "metadata":
+		return fieldMetadata
+	case "insert_id":
+		return fieldInsertID
+	}
+	return 0
+}
 
 // storable says whether ClickHouse's DateTime can hold the event's time. checkAge implies it.
 func (e *event) storable() bool { return e.timestamp >= 0 && e.timestamp <= maxUnixSeconds }

@@ -1,8 +1,7 @@
 // The HTTP write path: read a body, cut it into events, check them, hand them to Kafka, answer when Kafka has them.
 //
-// ingest.go owns the handlers of single events and of bulks, and the shapes that events arrive in: one object, {"events":[…]},
-// or one event a line. It has each event read in place, so that a body is read once, from front to back; whatever surrounds
-// the events must be JSON and is otherwise ignored. request.go owns what a request holds meanwhile.
+// ingest.go owns the handlers of single events, of bulks and of Segment's messages. request.go owns what a request holds meanwhile, and
+// cuts it into events; package segment knows what a message of Segment's means.
 //
 // For ?wait=stored it compares the moment of a request's own acknowledgement with the one up to which everything is stored. All
 // waiting requests share one wake-up, and ask nothing of Kafka or ClickHouse.
@@ -10,10 +9,7 @@
 package main
 
 import (
-	"bytes"
-	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -24,11 +20,6 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 
 	"github.com/event-ingestion/event-ingestion/budget"
-)
-
-var (
-	errTooManyEvents = errors.New("more than 1000 events: split the request")
-	errNoLines       = errors.New("there is no line with an event: send 1 to 1000, one JSON object each")
 )
 
 // codeUnavailable is the code of a good event that Kafka did not acknowledge in time.
@@ -124,7 +115,7 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 	}
 	defer q.release()
 	if media == typeText { // from a page's beacon, which cannot name its type
-		if media = typeJSON; !isEnvelope(q.body.B) {
+		if media = typeJSON; !isEnvelope(q.body.B, "events") {
 			media = typeNDJSON
 		}
 	}
@@ -154,73 +145,6 @@ func (in *ingester) receive(w http.ResponseWriter, r *http.Request, from *intake
 	}
 	writeReadError(w, err)
 	return nil
-}
-
-// encode checks every event of the request and appends the good ones as records, the bad ones as entries of the answer's
-// errors. Nothing goes to Kafka yet, so a body that turns out not to be JSON at its very end is refused whole. It ends early
-// with the context's error.
-func (q *ingestRequest) encode(ctx context.Context, media string, now int64) error {
-	if media == typeNDJSON {
-		return eachLine(q.body.B, func(line []byte) error {
-			if err := q.step(ctx); err != nil {
-				return err
-			}
-			var ev *event
-			var err error
-			if len(line) <= maxEventBytes { // else it is refused unread
-				ev, _, err = q.parser.parse(line)
-			}
-			return q.decide(ev, err, len(line), now) // which does not affect the other lines
-		})
-	}
-	q.parser.json.reset(q.body.B)
-	return eachEvent(&q.parser.json, "events", nil, func(*jsonReader) error { return q.next(ctx, q.parser.read, now) })
-}
-
-// next reads an event in the middle of the body by read, and decides what becomes of it: nothing, when it is nil. An error of the
-// reader fails the whole body.
-func (q *ingestRequest) next(ctx context.Context, read func(*jsonReader) (*event, error), now int64) error {
-	if err := q.step(ctx); err != nil {
-		return err
-	}
-	r := &q.parser.json
-	r.space()
-	start := r.i
-	switch ev, err := read(r); {
-	case r.err != nil:
-		return fmt.Errorf("events[%d]: %w", q.index, r.err)
-	case ev == nil && err == nil:
-		return nil
-	default:
-		return q.decide(ev, err, r.i-start, now)
-	}
-}
-
-// step goes on to the next event.
-func (q *ingestRequest) step(ctx context.Context) error {
-	q.index++
-	if q.index%64 == 0 {
-		return ctx.Err()
-	}
-	return nil
-}
-
-// decide adds the current event, which was sent as size bytes, to the records, or what is wrong with it to the errors. err is
-// why it cannot be read.
-func (q *ingestRequest) decide(ev *event, err error, size int, now int64) error {
-	var problems []problem
-	switch {
-	case size > maxEventBytes:
-		problems = []problem{{"", codeMaxLength, fmt.Sprintf("the event is larger than %d KiB", maxEventBytes>>10)}}
-	case err != nil:
-		problems = []problem{{"", codeInvalidFormat, err.Error()}}
-	default:
-		problems = q.parser.checkAge(now, q.in.clockSkew)
-	}
-	if len(problems) > 0 {
-		return q.addError(q.index, problems, false)
-	}
-	return q.add(ev)
 }
 
 // produce hands the request's records to Kafka and waits until each is acknowledged by all in-sync replicas or has failed, or
@@ -336,83 +260,80 @@ func wantsStored(w http.ResponseWriter, r *http.Request) (wait, ok bool) {
 	return is, !is || value == "stored"
 }
 
-// eachEvent calls do with r at each element of the array that list names, as in {"events":[…]}; do reads one value. The other
-// members go to other, which may be nil.
-func eachEvent(r *jsonReader, list string, other func(k, v jsonValue), do func(*jsonReader) error) error {
-	if !r.eat('{') {
-		return cmp.Or(byteOrderMark(r.b), errNotEnvelope(list))
-	}
-	var k jsonValue
-	events, found := 0, false
-	for n := 0; r.key(n, &k); n++ {
-		switch {
-		case !k.is(list):
-			if v := r.value(); other != nil && r.err == nil {
-				other(k, v)
-			}
-		case found:
-			return fmt.Errorf("%q appears more than once", list)
-		case !r.eat('['):
-			return errNotEnvelope(list)
-		default:
-			found = true
-			for ; r.more(events, ']'); events++ {
-				if events == maxBulkEvents {
-					return errTooManyEvents
-				}
-				if err := do(r); err != nil {
-					return err
-				}
-			}
-		}
-	}
-	if r.end() == nil && events == 0 {
-		return errNoEvents(list)
-	}
-	return r.err
+// segmentKinds are the messages of Segment's protocol, by the last part of a route's path: the whole name or its letter.
+var segmentKinds = map[string]string{
+	"batch": "batch", "b": "batch", "import": "batch",
+	"track": "track", "t": "track", "page": "page", "p": "page", "screen": "screen", "s": "screen",
+	"identify": "identify", "i": "identify", "group": "group", "g": "group", "alias": "alias", "a": "alias",
 }
 
-// isEnvelope says whether a body is {"events":…} rather than an event a line, judging by its first object. A body that is not
-// JSON but begins like an envelope counts as one: the error is then about the body, not about its lines.
-func isEnvelope(body []byte) bool {
-	var k jsonValue
-	r := jsonReader{b: body}
-	if !r.eat('{') {
-		return false
+// segmentRoutes are the POST routes below /v1/. A key may also stand in the body.
+func (in *ingester) segmentRoutes(ac *access) (routes []route) {
+	for part, kind := range segmentKinds {
+		routes = append(routes, route{http.MethodPost, "/v1/" + part, "segment", func(w http.ResponseWriter, r *http.Request) { in.serveSegment(w, r, kind, ac) }})
 	}
-	for n := 0; r.key(n, &k); n++ {
-		if k.is("events") {
-			return true
-		}
-		r.value()
-	}
-	return r.err != nil
+	return routes
 }
 
-func errNoEvents(list string) error {
-	return fmt.Errorf("%q is missing or empty: send 1 to 1000 events", list)
-}
-
-func errNotEnvelope(list string) error {
-	return fmt.Errorf("the body must be a JSON object, in which %q is an array", list)
-}
-
-// eachLine calls do with each line of an NDJSON body; blank lines are skipped.
-func eachLine(body []byte, do func(line []byte) error) error {
-	n := 0
-	for line := range bytes.SplitSeq(body, []byte("\n")) {
-		if line = bytes.Trim(line, " \t\r"); len(line) == 0 { // what JSON calls white space, and no other
-			continue
-		}
-		if n++; n > maxBulkEvents {
-			return errTooManyEvents
-		}
-		if err := do(line); err != nil {
-			return err
+// serveSegment answers a message or a batch of Segment's clients. They drop what gets a 4xx, so a 200 names the invalid items.
+func (in *ingester) serveSegment(w http.ResponseWriter, r *http.Request, kind string, ac *access) {
+	if takes(w, r, typeJSON) == "" {
+		return
+	}
+	wait, ok := wantsStored(w, r)
+	if !ok {
+		return
+	}
+	from := &in.singles
+	if kind == "batch" {
+		from = &in.bulks
+	}
+	q := in.receive(w, r, from)
+	if q == nil {
+		return
+	}
+	defer q.release()
+	refused := map[string]int{} // items by code
+	q.entry = func(dst []byte, index int, problems []problem) []byte {
+		refused[problems[0].code]++
+		return appendItemEntries(dst, index, problems)
+	}
+	if err := q.encodeSegment(r.Context(), kind, time.Now().Unix()); err != nil {
+		writeReadError(w, err)
+		return
+	}
+	if keyOf(r) == "" { // one in the header was checked before the body was read
+		key := writeKeyOf(q.body.B, kind)
+		if may, _ := ac.rightsOf(key); may == mayNothing {
+			writeVerdict(w, unknownKey(key))
+			return
 		}
 	}
-	if n == 0 {
-		return errNoLines
+	for code, n := range refused {
+		in.stats.refusedItems(code).Add(n)
 	}
-	return nil
+	in.produce(q)
+	in.answerSegment(w, q, wait && in.awaitStored(w, r, q))
+}
+
+// answerSegment says 200 only when Kafka has every valid item.
+func (in *ingester) answerSegment(w http.ResponseWriter, q *ingestRequest, stored bool) {
+	success := q.acknowledged()
+	in.stats.accepted.Add(success)
+	in.stats.refused.Add(q.failed)
+	if late := len(q.records) - success; late > 0 {
+		in.stats.unavailable.Add(late)
+		writeUnavailable(w, q.failure())
+		return
+	}
+	end := `]}`
+	if stored {
+		end = `],"status":"stored"}`
+	}
+	writeJSON(w, http.StatusOK, []byte(`{"success":true,"errors":[`), q.errors.Bytes(), []byte(end))
+}
+
+// appendItemEntries appends an entry for each problem of an item.
+func appendItemEntries(dst []byte, index int, problems []problem) []byte {
+	return appendProblems(dst, problems, fmt.Sprintf(`{"index":%d,`, index), "error")
 }

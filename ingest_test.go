@@ -1,15 +1,21 @@
-// What a request meets before its events: settings and bodies.
+// The write path from inside: settings, bodies, Segment's messages, and the document of the routes.
 
 package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
+	"net/http"
 	"net/http/httptest"
 	"os"
+	"slices"
+	"sort"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/budget"
 )
 
 func TestSettings(t *testing.T) {
@@ -87,5 +93,145 @@ func TestTinyBlocks(t *testing.T) {
 		}
 		acc.Put(&body)
 		acc.Close()
+	}
+}
+
+// segmentNow is the time of receipt, as the tests' messages would have it: 2026-11-23T13:52:56Z.
+const segmentNow = 1795441976
+
+// TestSegmentItems: what is wrong with a message is said by the mapping and by the rules of every event, at once.
+func TestSegmentItems(t *testing.T) {
+	q := newTestRequest()
+	const at = `"timestamp":"2026-11-23T13:52:50.999Z"`
+	long := strings.Repeat("x", 101)
+	for _, c := range []struct {
+		kind, message string
+		want          string // the record, or "" and the errors' parts
+		errors        string
+	}{
+		{"batch", `{"event":"e","userId":"u"}`, ``, `{"index":0,"field":"type","code":"validation.invalid-format.error","error":"type must be`},
+		{"batch", `{"type":"t","event":"e","userId":"u"}`, ``, `"field":"type"`},
+		{"batch", `[1]`, ``, `{"index":0,"field":"","code":"validation.invalid-format.error","error":"an event must be a JSON object"}`},
+		{"track", `{"userId":5}`, ``, `{"index":0,"field":"user_id","code":"validation.invalid-format.error","error":"user_id must be a string, not number"},{"index":0,"field":"event_name","code":"validation.required.error","error":"event_name is required"}`},
+		{"track", `{"event":"e"}`, ``, `"field":"user_id","code":"validation.required.error"`},
+		{"track", `{"event":"` + long + `","userId":"u"}`, ``, `"field":"event_name","code":"validation.max-length.error"`},
+		{"track", `{"event":"e","userId":"u","messageId":"` + long + `"}`, ``, `"field":"insert_id","code":"validation.max-length.error"`},
+		{"track", `{"event":"e","userId":"u","userId":"v"}`, ``, `"field":"userId","code":"validation.invalid-format.error"`},
+		{"track", `{"event":"e","userId":"u","timestamp":1795441970}`, ``, `"field":"timestamp","code":"validation.invalid-format.error"`},
+		{"track", `{"event":"e","userId":"u","timestamp":"yesterday"}`, ``, `"field":"timestamp","code":"validation.invalid-format.error"`},
+		{"track", `{"event":"e","userId":"u","timestamp":"2027-01-01T00:00:00Z"}`, ``, `"field":"timestamp","code":"validation.timestamp-future.error"`},
+		{"track", `{"event":"e","userId":"u","timestamp":"2020-01-01T00:00:00Z"}`, ``, `"field":"timestamp","code":"validation.timestamp-expired.error"`},
+		{"track", `{"event":"e","userId":"u","properties":[]}`, ``, `"field":"metadata","code":"validation.invalid-format.error"`},
+		{"page", `{"name":"` + strings.Repeat("x", 17<<10) + `","userId":"u"}`, ``, `"field":"metadata","code":"validation.max-length.error"`},
+		{"page", `{"name":"` + strings.Repeat("x", 10<<10) + `","category":"` + strings.Repeat("x", 10<<10) + `","userId":"u"}`, ``, `"field":"metadata","code":"validation.max-length.error"`},
+		{"track", `{"event":"e","userId":"\ud800"}`, ``, `"field":"userId","code":"validation.invalid-format.error"`},
+		{"track", `{"event":"e","userId":"u","x":` + strings.Repeat("[", 301) + strings.Repeat("]", 301) + `}`, ``, `nested more than 300 deep`},
+	} {
+		body := c.message
+		if c.kind == "batch" {
+			body = `{"batch":[` + body + `],"sentAt":"2026-11-23T13:52:56.000Z"}`
+		}
+		for range 2 { // the second time through a dirty parser
+			q.fill([]byte(body))
+			q.entry = appendItemEntries
+			if err := q.encodeSegment(t.Context(), c.kind, segmentNow); err != nil {
+				t.Errorf("%.200s: %v", body, err)
+				continue
+			}
+			got := ""
+			if len(q.records) > 0 {
+				got = string(q.arena.B[2*len(eventID{}):])
+			}
+			if errors := "[" + string(q.errors.Bytes()) + "]"; got != c.want || !strings.Contains(errors, c.errors) || c.errors == "" && q.failed > 0 || !json.Valid([]byte(errors)) {
+				t.Errorf("%s %.300s:\n got %s %s\nwant %s %s", c.kind, c.message, got, errors, c.want, c.errors)
+			}
+		}
+	}
+}
+
+// TestSegmentSingle: one message does not hold the memory of a batch.
+func TestSegmentSingle(t *testing.T) {
+	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest, nil)
+	ac, err := newAccess(&settings{serverHost: "localhost"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	body := `{"batch":[` + strings.Repeat(`{"type":"track","event":"e","userId":"u"},`, 999) + `{"type":"track","event":"e","userId":"u"}]}`
+	q := in.receive(httptest.NewRecorder(), httptest.NewRequest("POST", "/v1/batch", strings.NewReader(body)), &in.bulks)
+	if err := q.encodeSegment(t.Context(), "batch", segmentNow); err != nil || len(q.records) != 1000 {
+		t.Fatal(err, len(q.records))
+	}
+	q.release()
+	in.bodies = budget.New(64<<10, 0)
+	w := httptest.NewRecorder()
+	in.serveSegment(w, httptest.NewRequest("POST", "/v1/track", strings.NewReader(`{"userId":"u"}`)), "track", ac)
+	if w.Code != http.StatusOK || !strings.Contains(w.Body.String(), codeRequired) {
+		t.Error(w.Code, w.Body)
+	}
+}
+
+// BenchmarkSegmentToRecords is BenchmarkBodyToRecords for messages of a client.
+func BenchmarkSegmentToRecords(b *testing.B) {
+	const message = `{"type":"track","messageId":"node-next-1795441976-0f9c1d6e-4b7a-4f5e-9d57","userId":"user_123","event":"product_view","timestamp":"2026-11-23T13:52:56.123Z",` +
+		`"properties":{"product_id":"prod-789","price":129.99,"currency":"TRY","referrer":"google"},"context":{"library":{"name":"@segment/analytics-node","version":"3.1.0"},"campaign":{"name":"cmp_987"}},"integrations":{}}`
+	body := []byte(`{"batch":[` + strings.Repeat(message+",", 999) + message + `]}`)
+	q := newTestRequest()
+	b.ReportAllocs()
+	b.SetBytes(int64(len(body)))
+	for b.Loop() {
+		q.fill(body)
+		if err := q.encodeSegment(b.Context(), "batch", segmentNow); err != nil || len(q.records) != 1000 {
+			b.Fatal("not 1000 records", err)
+		}
+		q.sealRecords("events")
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/1000, "ns/event")
+}
+
+// document is what the tests need of openapi.json.
+type document struct {
+	Paths map[string]map[string]struct {
+		Responses map[string]any
+	}
+}
+
+func readDocument(t *testing.T) (doc document, text string) {
+	t.Helper()
+	b, err := os.ReadFile("web/openapi.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(b, &doc); err != nil {
+		t.Fatal(err)
+	}
+	return doc, string(b)
+}
+
+// TestDocumentRoutes: every route of the API is in the document, and the reverse; so is every code of an error.
+func TestDocumentRoutes(t *testing.T) {
+	doc, text := readDocument(t)
+	var documented, routed []string
+	for path, methods := range doc.Paths {
+		for method := range methods {
+			documented = append(documented, strings.ToUpper(method)+" "+path)
+		}
+	}
+	s := &system{cfg: &settings{role: "all"}, metrics: newMetricsAPI(nil, nil, nil), ready: &readiness{}}
+	for _, rt := range s.routes(nil) {
+		short := rt.name == "segment" && (len(rt.path) == len("/v1/t") || rt.path == "/v1/import") // stands with the whole name
+		if rt.name != "pages" && !short {
+			routed = append(routed, rt.method+" "+rt.path)
+		}
+	}
+	sort.Strings(documented)
+	sort.Strings(routed)
+	if !slices.Equal(documented, routed) {
+		t.Errorf("documented %v, routed %v", documented, routed)
+	}
+	for _, code := range []string{codeRequired, codeMaxLength, codeFuture, codeExpired, codeInvalidChannel, codeMaxTags,
+		codeTagTooLong, codeInvalidFormat, codeInvalidRange, codeInvalidGroupBy, codeUnavailable} {
+		if !strings.Contains(text, `"`+code+`"`) {
+			t.Errorf("%s is not in the document", code)
+		}
 	}
 }

@@ -122,17 +122,7 @@ func serve() int {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
 	}
-	options := &slog.HandlerOptions{Level: cfg.logLevel, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
-		if err, is := a.Value.Any().(error); is { // ch-go's would print their stacks
-			a.Value = slog.StringValue(err.Error())
-		}
-		return a
-	}}
-	log := slog.Handler(slog.NewTextHandler(os.Stderr, options))
-	if cfg.logFormat == "json" {
-		log = slog.NewJSONHandler(os.Stderr, options)
-	}
-	slog.SetDefault(slog.New(log))
+	slog.SetDefault(slog.New(cfg.logHandler(os.Stderr)))
 	if os.Getenv("GOMEMLIMIT") == "" { // the garbage collector works harder before the budgets and what it needs itself are passed
 		debug.SetMemoryLimit(cfg.maxInFlightBytes + cfg.consumeMemory + cfg.dedupeMemory + restMemory)
 	}
@@ -244,7 +234,7 @@ func (s *system) routes(in *ingester) []route {
 			route{http.MethodGet, "/api/v1/overview", "overview", newOverviewAPI(s.metrics).serve},
 			route{http.MethodGet, "/api/v1/pipeline", "pipeline", servePipeline(s.pipeline)},
 		)
-		routes = append(routes, (&segment{in, s.access}).routes()...)
+		routes = append(routes, in.segmentRoutes(s.access)...)
 		for path, page := range web.Pages(notFound) {
 			routes = append(routes, route{http.MethodGet, path, "pages", page.ServeHTTP})
 		}

@@ -331,7 +331,7 @@ func (b *brokenParts) note(err error) {
 	b.total.Add(1)
 	later := "after that stop all instances and run `event-ingestion rewind -to start`: Kafka has the rows"
 	if p.table == "events_hourly" {
-		later = "after that run `event-ingestion reconcile`: events has the rows"
+		later = "after that run `event-ingestion reconcile`, with -from for what is older than 31 days: events has the rows"
 	}
 	slog.Error("ClickHouse has a broken part", "table", p.table, "part", p.name, "why", firstLine(err.Error()),
 		"within 8 minutes of its merge run", fmt.Sprintf("DETACH TABLE %[1]s.%[2]s SYNC; ATTACH TABLE %[1]s.%[2]s", b.database, p.table), "then", later)

@@ -302,7 +302,7 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResul
 	if q.groupBy == "campaign" && len(a.Groups) > maxCampaigns {
 		a.Groups, a.Truncated = a.Groups[:maxCampaigns], true
 	}
-	if q.groupBy != "" && !a.Truncated { // the parts of a query may see different moments, above all on several shards
+	if q.groupBy != "" && !a.Truncated { // the parts of a query may see different moments, above all on several servers
 		a.Count = 0
 		for _, g := range a.Groups {
 			a.Count += uint64(g.Count)

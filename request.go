@@ -1,13 +1,20 @@
 // One request on its way: the events of a body, their records, and what became of them.
 //
-// request.go owns the memory of a request, which its records point into. It is pooled, and goes back only when both the
-// handler and Kafka's last acknowledgement are done with it. ingest.go decides what is done with a request, and when.
+// request.go cuts a body into events, in the shapes that they arrive in: {"events":[…]}, one event a line, or Segment's messages. Each is
+// read in place, so that a body is read once, from front to back; whatever surrounds the events must be JSON and is otherwise ignored.
+//
+// It owns the memory of a request, which its records point into. It is pooled, and goes back only when both the handler and Kafka's
+// last acknowledgement are done with it. ingest.go decides what is done with a request, and when.
 
 package main
 
 import (
+	"bytes"
+	"cmp"
+	"context"
 	"encoding/hex"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"unsafe"
@@ -15,6 +22,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 
 	"github.com/event-ingestion/event-ingestion/budget"
+	"github.com/event-ingestion/event-ingestion/segment"
 )
 
 // Limits of a request, as the OpenAPI document has them.
@@ -68,6 +76,147 @@ type ingestRequest struct {
 
 // outgoingBytes is what a record of the slab takes.
 const outgoingBytes = int(unsafe.Sizeof(outgoing{}))
+
+// encode checks every event of the request and appends the good ones as records, the bad ones as entries of the answer's
+// errors. Nothing goes to Kafka yet, so a body that turns out not to be JSON at its very end is refused whole. It ends early
+// with the context's error.
+func (q *ingestRequest) encode(ctx context.Context, media string, now int64) error {
+	if media == typeNDJSON {
+		return q.encodeLines(ctx, now)
+	}
+	r := &q.parser.json
+	r.reset(q.body.B)
+	return r.eachEvent("events", maxBulkEvents, nil, func() error { return q.next(ctx, r, q.parser.read, now) })
+}
+
+// encodeLines is encode for one event a line; blank lines are skipped. A line that is no JSON does not affect the others.
+func (q *ingestRequest) encodeLines(ctx context.Context, now int64) error {
+	lines := 0
+	for line := range bytes.SplitSeq(q.body.B, []byte("\n")) {
+		if line = bytes.Trim(line, " \t\r"); len(line) == 0 { // what JSON calls white space, and no other
+			continue
+		}
+		if lines++; lines > maxBulkEvents {
+			return errTooManyEvents(maxBulkEvents)
+		}
+		if err := q.step(ctx); err != nil {
+			return err
+		}
+		var ev *event
+		var why error
+		if len(line) <= maxEventBytes { // else it is refused unread
+			ev, _, why = q.parser.parse(line)
+		}
+		if err := q.decide(ev, why, len(line), now); err != nil {
+			return err
+		}
+	}
+	if lines == 0 {
+		return fmt.Errorf("there is no line with an event: send 1 to %d, one JSON object each", maxBulkEvents)
+	}
+	return nil
+}
+
+// next reads an event in the middle of the body by read, and decides what becomes of it: nothing, when it is nil. An error of the
+// skimmer fails the whole body.
+func (q *ingestRequest) next(ctx context.Context, r *skimmer, read func(*skimmer) (*event, error), now int64) error {
+	if err := q.step(ctx); err != nil {
+		return err
+	}
+	start := afterSpace(r.b, r.i)
+	switch ev, err := read(r); {
+	case r.err != nil:
+		return fmt.Errorf("events[%d]: %w", q.index, r.err)
+	case ev == nil && err == nil:
+		return nil
+	default:
+		return q.decide(ev, err, r.i-start, now)
+	}
+}
+
+// step goes on to the next event.
+func (q *ingestRequest) step(ctx context.Context) error {
+	q.index++
+	if q.index%64 == 0 {
+		return ctx.Err()
+	}
+	return nil
+}
+
+// decide adds the current event, which was sent as size bytes, to the records, or what is wrong with it to the errors. err is
+// why it cannot be read.
+func (q *ingestRequest) decide(ev *event, err error, size int, now int64) error {
+	var problems []problem
+	switch {
+	case size > maxEventBytes:
+		problems = []problem{{"", codeMaxLength, fmt.Sprintf("the event is larger than %d KiB", maxEventBytes>>10)}}
+	case err != nil:
+		problems = []problem{{"", codeInvalidFormat, err.Error()}}
+	default:
+		problems = q.parser.checkAge(now, q.in.clockSkew)
+	}
+	if len(problems) > 0 {
+		return q.addError(q.index, problems, false)
+	}
+	return q.add(ev)
+}
+
+// encodeSegment is encode for Segment's messages: each is translated, and its event read as every other.
+func (q *ingestRequest) encodeSegment(ctx context.Context, kind string, now int64) error {
+	var r, members skimmer
+	r.reset(q.body.B)
+	t := segment.Translator{Members: members.eachMember, MaxMetadata: maxMetadataBytes}
+	var translated []byte
+	read := func(r *skimmer) (*event, error) {
+		switch m := r.value(); {
+		case r.err != nil:
+			return nil, r.err
+		case m.raw[0] != '{':
+			return nil, errNotObject
+		case m.depth > maxDepth:
+			return nil, errEventTooDeep
+		default:
+			to, problems, stored := t.Append(translated[:0], m.raw, kind, now)
+			if translated = to; !stored {
+				return nil, nil
+			}
+			ev, _, err := q.parser.parse(to)
+			for i, p := range problems {
+				q.parser.problems = slices.Insert(q.parser.problems, i, problem{p.Field, p.Code, p.Message})
+			}
+			q.parser.problems = q.parser.problems[:min(len(q.parser.problems), maxProblems)]
+			return ev, err
+		}
+	}
+	do := func() error { return q.next(ctx, &r, read, now) }
+	switch {
+	case kind == "batch":
+		return r.eachEvent("batch", maxBulkEvents, nil, do)
+	case r.peek() != '{':
+		return cmp.Or(byteOrderMark(r.b), errNotObject)
+	}
+	return cmp.Or(do(), r.end())
+}
+
+// writeKeyOf returns the first writeKey in a body that has been read: beside the batch, or in a message.
+func writeKeyOf(body []byte, kind string) (key string) {
+	var r, members skimmer
+	r.reset(body)
+	note := func(name, value []byte, _ bool) {
+		if key == "" && string(name) == "writeKey" && value[0] == '"' && len(value) <= maxTextBytes {
+			key = string(members.word(value))
+		}
+	}
+	if kind != "batch" {
+		members.eachMember(body, note)
+		return key
+	}
+	r.eachEvent("batch", maxBulkEvents, note, func() error {
+		members.eachMember(r.value().raw, note)
+		return nil
+	})
+	return key
+}
 
 // add encodes the current event: its key and its value go into the arena, a slot of records remembers where.
 func (q *ingestRequest) add(ev *event) error {

@@ -185,6 +185,20 @@ func loadSettings(getenv func(string) string) (*settings, error) {
 	return c, nil
 }
 
+// logHandler writes the log as LOG_LEVEL and LOG_FORMAT have it.
+func (c *settings) logHandler(w io.Writer) slog.Handler {
+	options := &slog.HandlerOptions{Level: c.logLevel, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if err, is := a.Value.Any().(error); is { // ch-go's would print their stacks
+			a.Value = slog.StringValue(err.Error())
+		}
+		return a
+	}}
+	if c.logFormat == "json" {
+		return slog.NewJSONHandler(w, options)
+	}
+	return slog.NewTextHandler(w, options)
+}
+
 // printSettings writes the table for -h.
 func printSettings(w io.Writer) {
 	for _, s := range new(settings).settingsTable() {

@@ -6,7 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math"
+	"net"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -85,7 +88,7 @@ func TestManyHours(t *testing.T) {
 		ev.timestamp = 1_600_000_000 + i*hourSeconds
 		id, _ := ev.id(nil)
 		b.append(&id, ev, &kgo.Record{})
-		in.dedupe.wanted[ev.timestamp/minuteSeconds] = loadRows
+		in.dedupe.wanted[ev.timestamp/minuteSeconds] = missed{rows: loadRows}
 	}
 	for known := range int64(3) {
 		if n := in.dedupe.sets.Load(); n != known*loadHours*hourMinutes {
@@ -304,4 +307,37 @@ func TestReplicatedSchema(t *testing.T) {
 	if len(schemaStatements) < 12 || replicated != 2 || distributed != 2 {
 		t.Errorf("%d statements, %d replicated tables, %d distributed ones", len(schemaStatements), replicated, distributed)
 	}
+}
+
+// lateProxy is a port where ClickHouse answers, late by the nanoseconds that late has.
+func lateProxy(t *testing.T, late *atomic.Int64) (port string) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() { // ends with the listener
+		for {
+			client, err := l.Accept()
+			if err != nil {
+				return
+			}
+			server, err := net.Dial("tcp", clickhouseAddress(t))
+			if err != nil {
+				client.Close()
+				continue
+			}
+			go func() { io.Copy(server, client); server.Close() }() // ends with either side
+			go func() {                                             // ends with either side
+				defer client.Close()
+				b := make([]byte, 32<<10)
+				for n, err := server.Read(b); err == nil; n, err = server.Read(b) {
+					time.Sleep(time.Duration(late.Load()))
+					client.Write(b[:n])
+				}
+			}()
+		}
+	}()
+	return strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
 }

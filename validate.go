@@ -8,13 +8,15 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
-	"math/bits"
 	"slices"
 	"strconv"
 	"unicode/utf8"
+
+	"github.com/valyala/fastjson"
 )
 
 // Limits of one event, as the OpenAPI document has them. Lengths are in Unicode code points, metadata in bytes as sent.
@@ -51,57 +53,36 @@ var (
 	errEventTooDeep = fmt.Errorf("values are nested more than %d deep", maxDepth)
 )
 
+// Limits of what fastjson gets: an event that has more values or bytes is given to it hollow.
+const (
+	// maxValues bounds what a parser keeps. Each slot of its tree keeps room for the most members, and for the most items, that it
+	// ever had: events whose shapes shift leave it with maxValues²/2 of each, 92 KB. A tree of [0,0,…] of 64 KiB would cost 14 MB
+	// of garbage.
+	maxValues = 64
+	maxParsed = 4 << 10 // bytes
+)
+
 // eventParser parses events one after another without garbage: it reuses its scratch space. It is not for concurrent use: each
 // worker and each request has its own.
 type eventParser struct {
-	json     jsonReader
+	json     skimmer
+	fast     fastjson.Parser
 	ev       event
 	seen     fieldSet
-	named    fieldSet // by a member, whatever its value
+	named    fieldSet           // by a member, whatever its value
+	members  [maxValues]skimmed // what fastjson visits, in that order
+	visited  int                // of them
 	problems []problem
 	metadata []byte
-	scratch  []byte // texts of the event that were sent with escapes; at most 25 of them, each maxTextBytes
+	scratch  []byte
 }
-
-// fieldSet has a bit for each known field, to notice one that is sent twice. At event it says what else a new field needs.
-type fieldSet uint16
-
-const (
-	fieldName fieldSet = 1 << iota
-	fieldUserID
-	fieldTimestamp
-	fieldChannel
-	fieldCampaignID
-	fieldTags
-	fieldMetadata
-	fieldInsertID
-)
-
-// fieldNames are the fields of an event, in the order of their bits.
-var fieldNames = [...]string{"event_name", "user_id", "timestamp", "channel", "campaign_id", "tags", "metadata", "insert_id"}
-
-// form is what a field's value has to be.
-func (f fieldSet) form() (kind byte, text string) {
-	switch f {
-	case fieldTimestamp:
-		return 0, "an integer of Unix seconds"
-	case fieldTags:
-		return '[', "an array of strings"
-	case fieldMetadata:
-		return '{', "an object"
-	}
-	return '"', "a string"
-}
-
-// name is that of the first field in f.
-func (f fieldSet) name() string { return fieldNames[bits.TrailingZeros16(uint16(f))] }
 
 // parse reads one event from raw and checks every rule that does not need a clock. A good event has no problems. The error
 // means that raw is no JSON object. Event and problems are valid until the next parse, or until raw changes.
 func (p *eventParser) parse(raw []byte) (*event, []problem, error) {
 	r := &p.json
 	r.reset(raw)
-	if r.space(); r.i == len(raw) {
+	if r.peek() == 0 && r.i == len(raw) {
 		return nil, nil, errNoEvent
 	}
 	ev, err := p.read(r)
@@ -112,72 +93,129 @@ func (p *eventParser) parse(raw []byte) (*event, []problem, error) {
 }
 
 // read is parse for an event in the middle of a text, whose problems it leaves in p. A member that is no field of an event only
-// has to be JSON. An error that the reader does not have, too, is about this one event: the reader has got past it, and what
+// has to be JSON. An error that the skimmer does not have, too, is about this one event: the skimmer has got past it, and what
 // follows can be read.
-func (p *eventParser) read(r *jsonReader) (*event, error) {
-	p.begin()
-	var k, v jsonValue
-	deepest, err := 0, r.object()
-	for n := 0; err == nil && r.member(n, &k, &v); n++ {
-		p.member(&k, &v)
-		deepest = max(deepest, v.depth)
+func (p *eventParser) read(r *skimmer) (*event, error) {
+	p.problems, p.seen, p.named, p.visited = p.problems[:0], 0, 0, 0
+	p.ev = event{tags: p.ev.tags[:0]}
+	if !r.eat('{') {
+		r.value()
+		return nil, cmp.Or(r.err, errNotObject)
+	}
+	start, values, deepest := r.i-1, 1, 0
+	from, to := r.i, r.i // what is cut out: the inside of metadata that stays as it was sent
+	for n := 0; ; n++ {
+		m := &p.members[min(n, maxValues-1)]
+		if !r.member(n, m) {
+			break
+		}
+		values += m.values
+		deepest = max(deepest, m.depth)
+		if from == to && !m.spaced && m.raw[0] == '{' && string(m.name) == `"metadata"` {
+			from, to = r.i-len(m.raw)+1, r.i-1
+			values -= m.values - 1
+		}
 	}
 	switch {
-	case err != nil || r.err != nil:
-		return nil, cmp.Or(r.err, err)
+	case r.err != nil:
+		return nil, r.err
 	case deepest >= maxDepth: // and the event is a bracket itself
 		return nil, errEventTooDeep
 	}
-	p.finish()
-	return &p.ev, nil
-}
-
-// object steps into an object; another value is read and errNotObject.
-func (r *jsonReader) object() error {
-	if r.eat('{') {
-		return nil
+	if values > maxValues || r.i-start-(to-from) > maxParsed { // Slow path
+		p.hollow(r, start)
+	} else {
+		p.scratch = append(append(p.scratch[:0], r.b[start:from]...), r.b[to:r.i]...)
 	}
-	r.value()
-	return cmp.Or(r.err, errNotObject)
-}
-
-func (p *eventParser) begin() {
-	p.problems, p.scratch = p.problems[:0], p.scratch[:0]
-	p.seen, p.named = 0, 0
-	p.ev = event{tags: p.ev.tags[:0]}
-}
-
-func (p *eventParser) finish() {
+	parser, text := &p.fast, p.scratch
+	if len(text) > maxParsed { // Slow path: long texts. What has held them is thrown away.
+		parser, p.scratch = new(fastjson.Parser), nil
+	}
+	v, err := parser.ParseBytes(text)
+	if err != nil {
+		return nil, err
+	}
+	v.GetObject().Visit(p.member)
 	const required = fieldName | fieldUserID | fieldTimestamp
 	for missing := required &^ p.seen; missing != 0; missing &= missing - 1 {
 		p.addf(missing.name(), codeRequired, "is required")
 	}
+	return &p.ev, nil
 }
 
-func (p *eventParser) member(k, v *jsonValue) {
-	var f fieldSet
-	if len(k.raw) <= maxNameBytes { // Fast path: what is longer is no name of ours, however it is spelled.
-		f = fieldByName(p.word(k))
+// maxHollow is how many members a hollow event may have: the fields, and more than maxProblems that are wrong.
+const maxHollow = 32
+
+// hollow leaves in p.scratch the event that begins at start, without what no rule looks at, and has p.members stand for what is
+// left: at most maxHollow of them and maxTags. The skimmer is at its end again.
+func (p *eventParser) hollow(r *skimmer, start int) {
+	end, hollow, members, named := r.i, append(p.scratch[:0], '{'), 0, fieldSet(0)
+	r.i = start + len("{")
+	var m skimmed
+	for n := 0; members < maxHollow && r.member(n, &m); n++ {
+		f := fieldSet(0)
+		if len(m.name) <= maxNameBytes {
+			f = fieldByName(r.word(m.name))
+		}
+		if f == 0 && !m.badText {
+			continue
+		}
+		p.members[members] = m
+		if members++; members > 1 {
+			hollow = append(hollow, ',')
+		}
+		hollow = append(append(hollow, m.name...), ':')
+		switch {
+		case named&f != 0:
+			hollow = append(hollow, "null"...)
+		case f == fieldTags && m.raw[0] == '[':
+			hollow = append(hollow, '[')
+			after := r.i
+			r.i -= len(m.raw) - len("[")
+			for i := 0; i < min(m.items, maxTags) && r.more(i, ']'); i++ {
+				if i > 0 {
+					hollow = append(hollow, ',')
+				}
+				hollow = appendHollow(hollow, r.value().raw)
+			}
+			hollow, r.i = append(hollow, ']'), after
+		default:
+			hollow = appendHollow(hollow, m.raw)
+		}
+		named |= f
 	}
+	p.scratch, r.i = append(hollow, '}'), end
+}
+
+// appendHollow appends a value without what is in it.
+func appendHollow(dst, raw []byte) []byte {
+	if raw[0] == '{' || raw[0] == '[' {
+		return append(dst, raw[0], raw[0]+2) // } or ]
+	}
+	return append(dst, raw...)
+}
+
+// member takes in a member that fastjson has read.
+func (p *eventParser) member(name []byte, v *fastjson.Value) {
+	m := &p.members[p.visited]
+	p.visited++
+	f := fieldByName(name)
 	switch {
-	case k.badText || v.badText:
+	case m.badText:
 		p.seen |= f
 		if len(p.problems) < maxProblems { // a name costs an allocation
-			p.addf(clip(k.raw[1:len(k.raw)-1]), codeInvalidFormat, "is not valid UTF-8 text")
+			p.addf(clip(m.name[1:len(m.name)-1]), codeInvalidFormat, "is not valid UTF-8 text")
 		}
 	case p.named&f != 0:
 		p.addf(f.name(), codeInvalidFormat, "appears more than once")
 	case f != 0:
-		p.field(f, v)
+		p.field(f, m, v)
 	}
 	p.named |= f
 }
 
-// In a JSON string a character takes at most 12 bytes, as a surrogate pair of escapes; in a field's name, 6.
-const (
-	maxTextBytes = 12*maxTextChars + len(`""`)
-	maxNameBytes = 6*len("event_name_") + len(`""`)
-)
+// maxTextBytes is what a text takes as it is sent: a character has at most 12 bytes, as a surrogate pair of escapes.
+const maxTextBytes = 12*maxTextChars + len(`""`)
 
 // clip shortens a name that the client made up, for a message.
 func clip(name []byte) string {
@@ -188,66 +226,57 @@ func clip(name []byte) string {
 	return string(bytes.ToValidUTF8(name[:most], []byte("�"))) + "…"
 }
 
-// fieldByName is a switch, whose texts the compiler compares in place; a loop over fieldNames is slower.
-func fieldByName(key []byte) fieldSet {
-	switch string(key) {
-	case "event_name":
-		return fieldName
-	case "user_id":
-		return fieldUserID
-	case "timestamp":
-		return fieldTimestamp
-	case "channel":
-		return fieldChannel
-	case "campaign_id":
-		return fieldCampaignID
-	case "tags":
-		return fieldTags
-	case "metadata":
-		return fieldMetadata
-	case "insert_id":
-		return fieldInsertID
+// form is what a field's value has to be.
+func (f fieldSet) form() (kind fastjson.Type, description string) {
+	switch f {
+	case fieldTimestamp:
+		return fastjson.TypeNumber, "an integer of Unix seconds"
+	case fieldTags:
+		return fastjson.TypeArray, "an array of strings"
+	case fieldMetadata:
+		return fastjson.TypeObject, "an object"
 	}
-	return 0
+	return fastjson.TypeString, "a string"
 }
 
 // field checks a field's value and puts it into the event.
-func (p *eventParser) field(f fieldSet, v *jsonValue) {
-	if v.kind == 'n' || f&(fieldName|fieldUserID) != 0 && string(v.raw) == `""` {
+func (p *eventParser) field(f fieldSet, m *skimmed, v *fastjson.Value) {
+	kind := v.Type()
+	if kind == fastjson.TypeNull || f&(fieldName|fieldUserID) != 0 && string(m.raw) == `""` {
 		return // absent
 	}
 	p.seen |= f
-	if kind, form := f.form(); v.kind != kind {
-		p.addf(f.name(), codeInvalidFormat, "must be %s, not %s", form, kindNames[v.kind])
+	if want, form := f.form(); kind != want {
+		p.addf(f.name(), codeInvalidFormat, "must be %s, not %s", form, kind)
 		return
 	}
 	switch f {
 	case fieldName:
-		p.ev.name = p.text(f, codeMaxLength, v)
+		p.ev.name = p.text(f, codeMaxLength, len(m.raw), v)
 	case fieldUserID:
-		p.ev.userID = p.text(f, codeMaxLength, v)
+		p.ev.userID = p.text(f, codeMaxLength, len(m.raw), v)
 	case fieldCampaignID:
-		p.ev.campaignID = p.text(f, codeMaxLength, v)
+		p.ev.campaignID = p.text(f, codeMaxLength, len(m.raw), v)
 	case fieldInsertID:
-		p.ev.insertID = p.text(f, codeMaxLength, v)
+		p.ev.insertID = p.text(f, codeMaxLength, len(m.raw), v)
 	case fieldChannel:
-		p.channel(v)
+		p.channel(m.raw, v)
 	case fieldTimestamp:
-		p.timestamp(v)
+		p.timestamp(m.raw)
 	case fieldTags:
-		p.tags(v)
+		p.tags(m, v)
 	case fieldMetadata:
-		p.meta(v)
+		p.meta(m, v)
 	}
 }
 
-// text is a string's text, with its problems noted under f.
-func (p *eventParser) text(f fieldSet, tooLong string, v *jsonValue) []byte {
-	if len(v.raw) > maxTextBytes { // whatever is in it: not worth unescaping
-		p.addf(f.name(), tooLong, "has %d bytes, the limit is %d characters", len(v.raw)-len(`""`), maxTextChars)
+// text is a string's text, which was sent as size bytes, with its problems noted under f.
+func (p *eventParser) text(f fieldSet, tooLong string, size int, v *fastjson.Value) []byte {
+	if size > maxTextBytes { // whatever is in it
+		p.addf(f.name(), tooLong, "has %d bytes, the limit is %d characters", size-len(`""`), maxTextChars)
 		return nil
 	}
-	b := v.text(&p.scratch)
+	b, _ := v.StringBytes()
 	if len(b) > maxTextChars {
 		if n := utf8.RuneCount(b); n > maxTextChars {
 			p.addf(f.name(), tooLong, "has %d characters, the limit is %d", n, maxTextChars)
@@ -262,12 +291,12 @@ func (p *eventParser) text(f fieldSet, tooLong string, v *jsonValue) []byte {
 	return b
 }
 
-func (p *eventParser) channel(v *jsonValue) {
-	if len(v.raw) <= maxTextBytes {
-		p.ev.channel = v.text(&p.scratch)
+func (p *eventParser) channel(raw []byte, v *fastjson.Value) {
+	if len(raw) <= maxTextBytes {
+		p.ev.channel, _ = v.StringBytes()
 	}
-	if !validChannel(p.ev.channel) || len(v.raw) > maxTextBytes {
-		p.addf("channel", codeInvalidChannel, "must be one of web, mobile_app, api, not %s", clip(v.raw))
+	if !validChannel(p.ev.channel) || len(raw) > maxTextBytes {
+		p.addf("channel", codeInvalidChannel, "must be one of web, mobile_app, api, not %s", clip(raw))
 	}
 }
 
@@ -279,8 +308,8 @@ func validChannel(b []byte) bool {
 	return false
 }
 
-func (p *eventParser) timestamp(v *jsonValue) {
-	n, err := integer64(v.raw)
+func (p *eventParser) timestamp(raw []byte) {
+	n, err := integer64(raw)
 	if err != nil {
 		p.addf("timestamp", codeInvalidFormat, "must be an integer of Unix seconds")
 		return
@@ -308,37 +337,42 @@ func integer64(raw []byte) (int64, error) {
 	return n, nil
 }
 
-func (p *eventParser) tags(v *jsonValue) {
-	r := jsonReader{b: v.raw, i: len(`[`)} // it has been read without an error before
-	n := 0
-	for ; r.more(n, ']'); n++ {
-		t := r.value()
-		if n >= maxTags {
-			continue
+func (p *eventParser) tags(m *skimmed, v *fastjson.Value) {
+	items, _ := v.Array()
+	for n, item := range items[:min(len(items), maxTags)] {
+		before, size := len(p.problems), 0
+		if len(m.raw) > maxTextBytes { // it may be too long
+			p.scratch = item.MarshalTo(p.scratch[:0]) // as it was sent, until it is asked for its type
+			size = len(p.scratch)
 		}
-		before := len(p.problems)
-		if t.kind == '"' {
-			p.ev.tags = append(p.ev.tags, p.text(fieldTags, codeTagTooLong, &t))
+		if kind := item.Type(); kind == fastjson.TypeString {
+			p.ev.tags = append(p.ev.tags, p.text(fieldTags, codeTagTooLong, size, item))
 		} else {
-			p.addf("tags", codeInvalidFormat, "must be a string, not %s", kindNames[t.kind])
+			p.addf("tags", codeInvalidFormat, "must be a string, not %s", kind)
 		}
 		for j := before; j < len(p.problems); j++ {
 			p.problems[j].message = fmt.Sprintf("tags[%d] %s", n, p.problems[j].message[len("tags "):])
 		}
 	}
-	if n > maxTags {
-		p.addf("tags", codeMaxTags, "has %d items, the limit is %d", n, maxTags)
+	if m.items > maxTags {
+		p.addf("tags", codeMaxTags, "has %d items, the limit is %d", m.items, maxTags)
 	}
 }
 
-func (p *eventParser) meta(v *jsonValue) {
-	if len(v.raw) > maxMetadataBytes {
-		p.addf("metadata", codeMaxLength, "has %d bytes, the limit is %d", len(v.raw), maxMetadataBytes)
-		return
-	}
-	p.ev.metadata = v.raw
-	if v.spaced {
-		p.metadata = v.appendCompact(p.metadata[:0])
+// meta keeps metadata as it was sent, but for white space between its tokens.
+func (p *eventParser) meta(m *skimmed, v *fastjson.Value) {
+	switch {
+	case len(m.raw) > maxMetadataBytes:
+		p.addf("metadata", codeMaxLength, "has %d bytes, the limit is %d", len(m.raw), maxMetadataBytes)
+	case !m.spaced: // Fast path
+		p.ev.metadata = m.raw
+	case m.items > 0 && v.GetObject().Len() == 0: // it is hollow
+		b := bytes.NewBuffer(p.metadata[:0])
+		json.Compact(b, m.raw) // which has been skimmed
+		p.metadata = b.Bytes()
+		p.ev.metadata = p.metadata
+	default:
+		p.metadata = v.MarshalTo(p.metadata[:0])
 		p.ev.metadata = p.metadata
 	}
 }
@@ -363,4 +397,19 @@ func (p *eventParser) addf(field, code, format string, args ...any) {
 	if len(p.problems) < maxProblems {
 		p.problems = append(p.problems, problem{field, code, field + " " + fmt.Sprintf(format, args...)})
 	}
+}
+
+// decode reads a record's value as an event, which lives until the next call. The API's rules hold for other producers
+// too, except the age: a record may have waited.
+func (p *eventParser) decode(value []byte) (*event, error) {
+	ev, problems, err := p.parse(value)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("not an event's JSON: %w", err)
+	case len(problems) > 0:
+		return nil, errors.New(problems[0].message)
+	case !ev.storable():
+		return nil, fmt.Errorf("timestamp %d is not within 1970 to 2106", ev.timestamp)
+	}
+	return ev, nil
 }

@@ -11,6 +11,7 @@ import (
 	"math"
 	"os"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/valyala/fastjson"
 )
 
 func TestEventID(t *testing.T) {
@@ -159,17 +161,26 @@ func FuzzEvent(f *testing.F) {
 	for _, seed := range []string{sampleEvent, `{}`, `{"event_name":"\ud83d\ude00","user_id":"\\|","timestamp":-0}`, `{"metadata":{"a\u0000":"\u007f\ud800"}}`, `[[[[`, `{"tags":["",""],"channel":"api"}`, strings.Replace(sampleEvent, "{", `{"insert_id":"\\|\u00fc",`, 1)} {
 		f.Add([]byte(seed))
 	}
-	dirty := new(eventParser)
+	dirty, dirtyHollow := new(eventParser), new(eventParser)
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		ev, problems, err := dirty.parse(raw)
 		if err == nil != (json.Valid(raw) && isObject(raw)) && err != errEventTooDeep {
 			t.Fatalf("error %v, encoding/json says valid is %v: %q", err, json.Valid(raw), raw)
 		}
-		if err != nil || len(problems) > 0 {
+		if err != nil {
+			return
+		}
+		if _, hollow, _ := dirtyHollow.parse([]byte(withValues(raw))); !slices.Equal(problems, hollow) {
+			t.Fatalf("%q has the problems %v, and %v when it is hollow", raw, problems, hollow)
+		}
+		if len(problems) > 0 {
 			return
 		}
 		encoded := appendEvent(nil, ev)
 		id, _ := ev.id(nil)
+		if hollow := mustParse(t, dirtyHollow, withValues(raw)); !bytes.Equal(encoded, appendEvent(nil, hollow)) {
+			t.Fatalf("%q is %q when it is hollow", raw, appendEvent(nil, hollow))
+		}
 		if !json.Valid(encoded) || !utf8.Valid(encoded) {
 			t.Fatalf("%q is encoded as %q", raw, encoded)
 		}
@@ -179,6 +190,54 @@ func FuzzEvent(f *testing.F) {
 			t.Fatalf("%q became %q", encoded, second)
 		}
 	})
+}
+
+// withValues is an event with so many values that fastjson gets it hollow.
+func withValues(raw []byte) string {
+	members := string(raw[:bytes.LastIndexByte(raw, '}')])
+	if strings.TrimSpace(members) != "{" {
+		members += ","
+	}
+	return members + `"many":[0` + strings.Repeat(",0", maxValues) + `]}`
+}
+
+// TestKeptParser: a parser that has read events of ever other shapes is as small as maxValues says.
+func TestKeptParser(t *testing.T) {
+	p := new(eventParser)
+	parse := func(kind string, before, within int) {
+		item := map[string]string{"array": "0", "object": `"":0`}[kind]
+		item = strings.Repeat(item+",", within) + item
+		if item = "[" + item + "]"; kind == "object" {
+			item = "{" + item[1:len(item)-1] + "}"
+		}
+		if _, _, err := p.parse([]byte(`{"x":[` + strings.Repeat("0,", before) + item + `]}`)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	heap := func() int {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int(m.HeapAlloc)
+	}
+	before := heap()
+	for slot := range maxValues {
+		for within := range maxValues {
+			parse("array", slot, within)
+			parse("object", slot, within)
+		}
+	}
+	for range 100 {
+		parse("array", 0, 30_000)
+		parse("object", 0, 30_000)
+	}
+	parse("array", 0, 0) // lets go of the large text
+	kept := heap() - before
+	if t.Logf("the parser keeps %d bytes", kept); kept > 128<<10 {
+		t.Error("which is too much")
+	}
+	runtime.KeepAlive(p)
 }
 
 func isObject(raw []byte) bool {
@@ -203,11 +262,13 @@ func FuzzEventID(f *testing.F) {
 	})
 }
 
+// FuzzJSON: the skimmer, fastjson behind it, and encoding/json agree.
 func FuzzJSON(f *testing.F) {
 	for _, seed := range []string{sampleEvent, ` [ 1 , -0.5e+3 , "\ud83d\ude00\n\/" , { } , [ ] , null , true , false ] `, `[[[[`, `{"a":01}`, `{"a":1,}`, `[1 2]`, `"\ud800"`, `{"a"}`, `[}`, `-`, `1.`, `2e`} {
 		f.Add([]byte(seed))
 	}
-	var r jsonReader
+	var r skimmer
+	var fast fastjson.Parser
 	f.Fuzz(func(t *testing.T, text []byte) {
 		r.reset(text)
 		v := r.value()
@@ -218,16 +279,30 @@ func FuzzJSON(f *testing.F) {
 		if err != nil {
 			return
 		}
+		if v.depth >= maxDepth {
+			return // which fastjson does not read
+		}
+		tree, err := fast.ParseBytes(text)
+		if err != nil {
+			t.Fatalf("fastjson does not read %q: %v", text, err)
+		}
 		var want bytes.Buffer
 		json.Compact(&want, text)
-		if got := v.appendCompact(nil); !bytes.Equal(got, want.Bytes()) {
+		got := tree.MarshalTo(nil)
+		if !bytes.Equal(got, want.Bytes()) {
 			t.Fatalf("%q is compact as %q, want %q", text, got, want.Bytes())
 		}
-		if v.kind == '"' && !v.badText {
+		if compact := !v.spaced; compact != (len(v.raw) == want.Len()) {
+			t.Fatalf("%q is compact: %v", text, compact)
+		}
+		if v.raw[0] == '"' && !v.badText {
 			var want string
 			json.Unmarshal(text, &want)
-			if got := v.text(new([]byte)); string(got) != want {
+			if got := r.word(v.raw); string(got) != want {
 				t.Fatalf("%q reads %q, want %q", text, got, want)
+			}
+			if got, _ := tree.StringBytes(); string(got) != want {
+				t.Fatalf("fastjson reads %q as %q, want %q", text, got, want)
 			}
 		}
 	})
@@ -240,8 +315,8 @@ func FuzzSplitBulk(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
 		var pieces [][]byte
-		r := jsonReader{b: body}
-		if err := eachEvent(&r, "events", nil, func(r *jsonReader) error {
+		r := skimmer{b: body}
+		if err := r.eachEvent("events", maxBulkEvents, nil, func() error {
 			v := r.value()
 			pieces = append(pieces, v.raw)
 			return r.err

@@ -231,7 +231,9 @@ func TestPutOffStopped(t *testing.T) {
 // TestRetryWorkers: 20,000 records of 16 KB wait for a minute, and take little memory; those with a short delay pass them, each
 // once, while workers come and go; what waits is still uncommitted in the end.
 func TestRetryWorkers(t *testing.T) {
-	t.Parallel()
+	if !apart(t) { // it measures memory
+		return
+	}
 	cfg := settingsFrom(t, newSpace(t))
 	side := newTestSideProducer(t, cfg)
 	kafka, err := newProducer(cfg, kgo.RecordPartitioner(kgo.ManualPartitioner()))

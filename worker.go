@@ -10,7 +10,6 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -213,21 +212,6 @@ func (w *worker) pass(n int) {
 	if w.queue[0] = head[n:]; n == len(head) {
 		w.queue[0], w.queue = nil, w.queue[1:]
 	}
-}
-
-// decode reads a record's value as an event, which lives until the next call. The API's rules hold for other producers
-// too, except the age: a record may have waited.
-func (p *eventParser) decode(value []byte) (*event, error) {
-	ev, problems, err := p.parse(value)
-	switch {
-	case err != nil:
-		return nil, fmt.Errorf("not an event's JSON: %w", err)
-	case len(problems) > 0:
-		return nil, errors.New(problems[0].message)
-	case !ev.storable():
-		return nil, fmt.Errorf("timestamp %d is not within 1970 to 2106", ev.timestamp)
-	}
-	return ev, nil
 }
 
 // redirect sends a record that cannot become a row here where it belongs: what is no event to the dead letters, an event under

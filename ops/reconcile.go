@@ -215,7 +215,21 @@ func (sys System) recountOnce(ctx context.Context, first, last int64) error {
 	if err != nil {
 		return err
 	}
-	if err := onEachServer("ALTER TABLE {database}.events_hourly DELETE WHERE " + hours + " SETTINGS mutations_sync = 2"); err != nil {
+	err = sys.EachServer(ctx, func(do Conn) error {
+		if err := do(ctx, ch.Query{Body: sys.SQL("ALTER TABLE {database}.events_hourly DELETE WHERE " + hours)}); err != nil {
+			return err
+		}
+		for { // a mutation that is waited for by ClickHouse says nothing meanwhile, and looks like a server that hangs
+			n, err := do.number(ctx, ch.Query{Body: sys.SQL("SELECT count() FROM system.mutations WHERE database = '{database}' AND table = 'events_hourly' AND NOT is_done")})
+			if err != nil || n == 0 {
+				return err
+			}
+			if err := pause(ctx, lookPause); err != nil {
+				return err
+			}
+		}
+	})
+	if err != nil {
 		return err
 	}
 	err = sys.Connect(ctx, func(do Conn) error {

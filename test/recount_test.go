@@ -3,8 +3,10 @@
 package test
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"strings"
 	"sync"
@@ -155,4 +157,118 @@ func TestRecountKilled(t *testing.T) {
 	if out, code := subcommand(t, p.env, "reconcile -dry-run"); code != 0 || !strings.Contains(out, "0 rows of events_hourly differ") {
 		t.Error(out)
 	}
+}
+
+// TestRecountTorn: ClickHouse dies under load while hours are recounted, the one that is written to among them. An insert may be torn
+// then, and the command fails; run again it ends, and all is counted once.
+func TestRecountTorn(t *testing.T) {
+	alone(t)
+	p, from, to := recountSpace(t)
+	l, done := loadInto(t, p.url, 1000, time.Hour, "-dup", "0.1")
+	args := fmt.Sprintf("reconcile -recount -from %d -to %d", from, time.Now().Unix()+3600)
+	for range 3 * tortureFactor() {
+		target := l.OK.Load() + 500
+		p.await("under load", 30*time.Second, func() bool { return l.OK.Load() > target })
+		cmd := command(t, p.env, strings.Fields(args)...)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		p.await("hours are recounted", 20*time.Second, func() bool {
+			return clickhouseQuery(t, "SELECT count() FROM "+space(p.env, "CLICKHOUSE_DATABASE")+".recounts") == "1"
+		})
+		control(t, "/clickhouse/kill")
+		control(t, "/clickhouse/start")
+		cmd.Wait()
+	}
+	if out, code := subcommand(t, p.env, args); code != 0 {
+		t.Fatalf("%d %s", code, out)
+	}
+	l.Stop()
+	done()
+	mustHold(p, l)
+	mustBeCounted(p, from, to)
+}
+
+// TestOneCommandAtATime: a command that changes tables says that another one is at it, or waits its turn. Several at once mend an
+// hour once.
+func TestOneCommandAtATime(t *testing.T) {
+	t.Parallel()
+	p, from, to := recountSpace(t)
+	p.terminate()
+	db := space(p.env, "CLICKHOUSE_DATABASE")
+	recount := fmt.Sprintf("reconcile -recount -from %d -to %d", from, to+3600)
+	atOnce := func(commands ...string) (done int64) {
+		var running sync.WaitGroup
+		var n atomic.Int64
+		for _, args := range commands {
+			running.Go(func() {
+				if out, code := subcommand(t, p.env, args); code == 0 {
+					n.Add(1)
+				} else if code != 1 || !strings.Contains(out, "another command changes the tables") {
+					t.Errorf("%s: %d %s", args, code, out)
+				}
+			})
+		}
+		running.Wait()
+		return n.Load()
+	}
+	ctx, release := context.WithCancel(t.Context())
+	defer release()
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://127.0.0.1:"+stackEnv(t, "CLICKHOUSE_HTTP_PORT")+"/?query_id=tables+"+db,
+		strings.NewReader("SELECT sleepEachRow(0.1) FROM system.numbers SETTINGS max_block_size = 1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	held := make(chan struct{})
+	go func() { // ends with release
+		defer close(held)
+		if resp, err := http.DefaultClient.Do(req); err == nil {
+			io.Copy(io.Discard, resp.Body)
+			resp.Body.Close()
+		}
+	}()
+	p.await("held", 20*time.Second, func() bool {
+		return clickhouseQuery(t, "SELECT count() FROM system.processes WHERE query_id = 'tables "+db+"'") == "1"
+	})
+	if n := atOnce("reconcile", recount, "rewind -to start", "reconcile -dry-run"); n != 1 {
+		t.Errorf("%d of three and a dry run did what another one was at", n)
+	}
+	release()
+	<-held
+	clickhouseQuery(t, "KILL QUERY WHERE query_id = 'tables "+db+"' SYNC")
+	for _, commands := range [][]string{{"reconcile -from 0", "reconcile -from 0", "reconcile -from 0"}, {"reconcile -from 0", recount}, {recount, recount}} {
+		clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events_hourly SELECT * FROM %[1]s.events_hourly", db)) // all of it twice
+		if atOnce(commands...) == 0 {
+			t.Errorf("all of %q were refused", commands)
+		}
+		mustCount(t, p.env, "purchase", 20*((to-from)/3600+1))
+	}
+}
+
+// TestReconcileBesideSlowInsert: an insert stands in events for longer than the command takes for quiet, and in events_hourly not yet.
+func TestReconcileBesideSlowInsert(t *testing.T) {
+	t.Parallel()
+	env := newSpace(t)
+	makeTables(t, env)
+	db := space(env, "CLICKHOUSE_DATABASE")
+	for i := range 5 {
+		clickhouseQuery(t, fmt.Sprintf("ALTER TABLE %s.events_hourly ADD CONSTRAINT slow%d CHECK sleepEachRow(2.5) = 0", db, i))
+	}
+	ended := make(chan error, 1)
+	go func() { // ends with the insert
+		resp, err := http.Post("http://127.0.0.1:"+stackEnv(t, "CLICKHOUSE_HTTP_PORT"), "text/plain", strings.NewReader(fmt.Sprintf(
+			"INSERT INTO %s.events (event_id, event_name, user_id, timestamp) SETTINGS async_insert = 0 VALUES (SHA256('slow'), 'slow', 'u', now() - 7200)", db)))
+		if err == nil && resp.StatusCode != http.StatusOK {
+			err = fmt.Errorf("status %d", resp.StatusCode)
+		}
+		ended <- err
+	}()
+	stands := fmt.Sprintf("SELECT count() FROM %s.events WHERE event_name = 'slow' AND created_at < now64(3) - 10.5", db)
+	for deadline := time.Now().Add(time.Minute); clickhouseQuery(t, stands) == "0" && time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+	}
+	out, code := subcommand(t, env, "reconcile")
+	if err := <-ended; code != 0 || err != nil {
+		t.Errorf("the command or the insert failed: %d %s %v", code, out, err)
+	}
+	mustCount(t, env, "slow", 1)
 }
