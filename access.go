@@ -20,6 +20,22 @@ import (
 	"sync/atomic"
 )
 
+// segmentPrefix is where the routes of Segment's protocol are.
+const segmentPrefix = "/v1/"
+
+// tidyPath is a path without the slashes that Segment's clients put at the end or double, as they join a host and a path; that of
+// another route as it is. It comes before everything that looks at a path.
+func tidyPath(path string) string {
+	if !strings.Contains(path, "//") && !strings.HasSuffix(path, "/") { // Fast path
+		return path
+	}
+	parts := strings.FieldsFunc(path, func(r rune) bool { return r == '/' })
+	if tidy := "/" + strings.Join(parts, "/"); strings.HasPrefix(path, "/") && strings.HasPrefix(tidy, segmentPrefix) {
+		return tidy
+	}
+	return path
+}
+
 // access decides about requests before they reach a handler.
 type access struct {
 	keys    atomic.Pointer[map[client]rights] // by the key's hash; empty lets everybody do everything
@@ -122,8 +138,8 @@ func (a *access) admits(h http.Header, r *http.Request) (client, verdict) {
 		return client{}, v
 	}
 	given := keyOf(r)
-	inBody := strings.HasPrefix(r.URL.Path, "/v1/") && given == "" // where Segment's clients may have it
-	if isOpen := !strings.HasPrefix(r.URL.Path, "/api/") && !strings.HasPrefix(r.URL.Path, "/v1/"); isOpen || inBody {
+	inBody := strings.HasPrefix(r.URL.Path, segmentPrefix) && given == "" // where Segment's clients may have it
+	if isOpen := !strings.HasPrefix(r.URL.Path, "/api/") && !strings.HasPrefix(r.URL.Path, segmentPrefix); isOpen || inBody {
 		return client{}, verdict{}
 	}
 	may, key := a.rightsOf(given)
@@ -179,7 +195,7 @@ func isUnasked(r *http.Request) bool {
 // takesEvents says whether a request goes to a route that takes events.
 func takesEvents(r *http.Request) bool {
 	p := r.URL.Path
-	return r.Method == http.MethodPost && (p == "/api/v1/events" || p == "/api/v1/events/bulk" || strings.HasPrefix(p, "/v1/"))
+	return r.Method == http.MethodPost && (p == "/api/v1/events" || p == "/api/v1/events/bulk" || strings.HasPrefix(p, segmentPrefix))
 }
 
 // keyOf returns the request's key, empty without one. Segment's clients send it as a user name without a password. A key in
@@ -188,7 +204,7 @@ func keyOf(r *http.Request) string {
 	if key := r.Header.Get("X-API-Key"); key != "" {
 		return key
 	}
-	if user, _, ok := r.BasicAuth(); ok && strings.HasPrefix(r.URL.Path, "/v1/") {
+	if user, _, ok := r.BasicAuth(); ok && strings.HasPrefix(r.URL.Path, segmentPrefix) {
 		return user
 	}
 	if scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " "); strings.EqualFold(scheme, "Bearer") {

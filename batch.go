@@ -7,12 +7,11 @@
 package main
 
 import (
-	"math"
+	"bytes"
 	"time"
 
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
-	"github.com/valyala/fastjson/fastfloat"
 )
 
 // block is rows of the table events. A column is declared, named in newBlock's table, filled in append and read in event.
@@ -208,31 +207,58 @@ func (b *block) outOfKeys() bool {
 	return max(b.eventName.index.Rows(), b.channel.index.Rows(), b.campaignID.index.Rows(), b.tags.index.Rows(), b.currency.index.Rows()) > maxKeys-maxTags
 }
 
-// priceScale is the Decimal(18, 4) of the table.
-const priceScale = 10000
+// otherCurrency stands for a metadata.currency that is no text, or is longer than any: it is not absent, and no currency is called so.
+const otherCurrency = "?"
 
-// priceOf takes price and currency out of an event's metadata; 0 and nil when they are not there. A price beyond what
-// Decimal(18, 4) holds counts as none. The currency lives until r is used again. A tree of all metadata would be large: the
-// skimmer steps over what is not asked for.
+// priceOf takes price and currency out of an event's metadata; 0 and nil when they are not there, or null. Of members with one name the
+// first counts, as for ClickHouse's JSONExtract. A price may also be a text. The currency lives until r is used again. A tree of all
+// metadata would be large: the skimmer steps over what is not asked for.
 func priceOf(r *skimmer, metadata []byte) (price proto.Decimal64, currency []byte) {
 	var m skimmed
+	var priced, named []byte // as they were sent
 	r.reset(metadata)
 	if !r.eat('{') {
 		return 0, nil
 	}
-	for n := 0; r.member(n, &m); n++ {
-		switch first := m.raw[0]; string(m.name) {
-		case `"price"`:
-			if f := fastfloat.ParseBestEffort(string(m.raw)); (first == '-' || first-'0' <= 9) && math.Abs(f) < 1e13 {
-				price = proto.Decimal64(math.Round(f * priceScale))
+	for n := 0; (priced == nil || named == nil) && r.member(n, &m); n++ {
+		name := m.name[1 : len(m.name)-1]
+		if len(m.name) <= maxNameBytes && bytes.IndexByte(name, '\\') >= 0 { // Slow path
+			name = r.word(m.name)
+		}
+		switch string(name) {
+		case "price":
+			if priced == nil {
+				priced = m.raw
 			}
-		case `"currency"`:
-			if first == '"' && len(m.raw) <= maxTextBytes {
-				currency = r.word(m.raw)
+		case "currency":
+			if named == nil {
+				named = m.raw
 			}
 		}
 	}
+	if len(priced) > 0 && priced[0] == '"' {
+		priced = r.word(priced)
+	}
+	if isNumber(priced) {
+		price = proto.Decimal64(decimalOf(priced))
+	}
+	switch {
+	case len(named) == 0 || named[0] == 'n':
+	case named[0] == '"' && len(named) <= maxTextBytes:
+		currency = r.word(named)
+	default:
+		currency = []byte(otherCurrency)
+	}
 	return price, currency
+}
+
+// isNumber says whether a text is a number of JSON.
+func isNumber(b []byte) bool {
+	if len(b) == 0 || b[0] != '-' && b[0]-'0' > 9 {
+		return false
+	}
+	end, want := skimScalar(b, 0)
+	return want == "" && end == len(b)
 }
 
 // idColumn is FixedString(32).

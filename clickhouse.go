@@ -10,6 +10,7 @@ import (
 	"context"
 	"crypto/tls"
 	_ "embed"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -32,7 +33,8 @@ type clickhouse struct {
 	replicated atomic.Bool // a shard of the cluster has several servers
 	fsync      string      // 1 when an insert waits for the disk, else 0
 	keepDays   int         // RETENTION_DAYS
-	decides    bool        // about these two: an instance that stores does; a command, or ROLE=api, may not have them set
+	revenue    *atomic.Pointer[revenueRule]
+	decides    bool // about these three: an instance that stores does; a command, or ROLE=api, may not have them set
 }
 
 // askTimeout bounds one attempt to ask or to insert. A healthy insert takes 30 ms; one that waits for merges, seconds.
@@ -62,6 +64,7 @@ func newClickHouse(cfg *settings) *clickhouse {
 		cluster:  cfg.clickhouseCluster,
 		fsync:    "0",
 		keepDays: cfg.retentionDays,
+		revenue:  new(atomic.Pointer[revenueRule]),
 		options: ch.Options{
 			Address:          net.JoinHostPort(cfg.clickhouseHost, strconv.Itoa(cfg.clickhousePort)),
 			User:             cfg.clickhouseUsername,
@@ -79,6 +82,7 @@ func newClickHouse(cfg *settings) *clickhouse {
 	if cfg.clickhouseFsync {
 		c.fsync = "1"
 	}
+	c.revenue.Store(&cfg.revenue)
 	return c
 }
 
@@ -141,7 +145,7 @@ func (c *clickhouse) servers(ctx context.Context) (all []*clickhouse, err error)
 		Body:       "SELECT replica_num, host_name, port FROM system.clusters WHERE cluster = {cluster:String} ORDER BY shard_num, replica_num",
 		Parameters: []proto.Parameter{parameter("cluster", c.cluster)},
 	}, func(i int) {
-		server := &clickhouse{options: c.options, database: c.database, cluster: c.cluster, fsync: c.fsync, keepDays: c.keepDays, decides: c.decides}
+		server := &clickhouse{options: c.options, database: c.database, cluster: c.cluster, fsync: c.fsync, keepDays: c.keepDays, revenue: c.revenue, decides: c.decides}
 		server.options.Address = net.JoinHostPort(host.Row(i), strconv.Itoa(int(port[i])))
 		replicated = replicated || replica[i] > 1
 		all = append(all, server)
@@ -313,7 +317,35 @@ func (c *clickhouse) sql(text string) string {
 			"{events anywhere}", everywhere+c.database+", events)", "{processes}", everywhere+"system, processes)", "{parts}", everywhere+"system, parts)",
 			"{nothing after}", "0")
 	}
+	rule := c.revenue.Load()
+	names := strings.ReplaceAll(literal(strings.Join(rule.Events, "\x00")), "\x00", "', '")
+	fill = append(fill, "{purchase events}", names, "{currency}", literal(strings.ToLower(rule.Currency)), "{revenue rule}", literal(rule.text()))
 	return strings.NewReplacer(fill...).Replace(text)
+}
+
+// literal is a text in SQL.
+func literal(s string) string { return "'" + literalEscapes.Replace(s) + "'" }
+
+// viewTable is the view that counts, and comments on the rule by which it does.
+const viewTable = "events_hourly_mv"
+
+// adoptRevenue has questions go by the rule of the tables, if they have one.
+func (c *clickhouse) adoptRevenue(ctx context.Context, conn asker) error {
+	text, err := c.known(ctx, conn, "comment", viewTable)
+	if rule := new(revenueRule); err == nil && json.Unmarshal([]byte(text), rule) == nil && len(rule.Events) > 0 {
+		c.revenue.Store(rule)
+	}
+	return err
+}
+
+// applyRevenue has the view count by the rule that the settings say, from now on.
+func (c *clickhouse) applyRevenue(ctx context.Context, conn asker) error {
+	has, err := c.known(ctx, conn, "comment", viewTable)
+	if err != nil || has == c.revenue.Load().text() {
+		return err
+	}
+	slog.Warn("PURCHASE_EVENTS or CURRENCY changes what is revenue; hours that are counted stay as they are until reconcile -recount", "rule", c.revenue.Load().text(), "before", has)
+	return conn.Do(ctx, ch.Query{Body: c.sql("ALTER TABLE {database}." + viewTable + " MODIFY COMMENT {revenue rule}, MODIFY QUERY {view}")})
 }
 
 // makeTables brings the tables of every server up to date. A server that has joined the cluster gets its own.
@@ -337,6 +369,9 @@ func (c *clickhouse) applySchema(ctx context.Context, conn asker) error {
 			return fmt.Errorf("apply schema.sql: %w", err)
 		}
 	}
+	if err := c.applyRevenue(ctx, conn); err != nil {
+		return fmt.Errorf("apply PURCHASE_EVENTS and CURRENCY: %w", err)
+	}
 	for table, column := range map[string]string{"events": "timestamp", "events_hourly": "hour"} {
 		if err := c.applyRetention(ctx, conn, table, column, keepDays); err != nil {
 			return fmt.Errorf("apply RETENTION_DAYS to %s: %w", table, err)
@@ -351,7 +386,7 @@ var (
 	fsyncOf = regexp.MustCompile(`fsync_after_insert = (\d)`)
 )
 
-// adopt looks at the tables as they are. It takes CLICKHOUSE_FSYNC and RETENTION_DAYS from them, unless this program decides about
+// adopt looks at the tables as they are. It takes CLICKHOUSE_FSYNC, RETENTION_DAYS and what is revenue from them, unless this program decides about
 // them, and refuses to store on one server of a cluster.
 func (c *clickhouse) adopt(ctx context.Context, conn asker) (fsync string, keepDays int, err error) {
 	fsync, keepDays = c.fsync, c.keepDays
@@ -361,6 +396,9 @@ func (c *clickhouse) adopt(ctx context.Context, conn asker) (fsync string, keepD
 			c.options.Address, errPartOfCluster, c.database)
 	}
 	if c.decides || err != nil {
+		return fsync, keepDays, err
+	}
+	if err = c.adoptRevenue(ctx, conn); err != nil {
 		return fsync, keepDays, err
 	}
 	made, err := c.madeBy(ctx, conn, "events")
@@ -377,11 +415,16 @@ func (c *clickhouse) adopt(ctx context.Context, conn asker) (fsync string, keepD
 
 // madeBy is the statement that makes a table as it is; empty when there is none.
 func (c *clickhouse) madeBy(ctx context.Context, conn asker, table string) (statement string, err error) {
-	var made proto.ColStr
+	return c.known(ctx, conn, "create_table_query", table)
+}
+
+// known is what system.tables has of a table in a column of texts; empty when there is no such table.
+func (c *clickhouse) known(ctx context.Context, conn asker, column, table string) (text string, err error) {
+	var answer proto.ColStr
 	err = conn.Do(ctx, eachRow(ch.Query{
-		Body: c.sql("SELECT create_table_query FROM system.tables WHERE database = '{database}' AND name = '" + table + "'"),
-	}, func(i int) { statement = made.Row(i) }, &made))
-	return statement, err
+		Body: c.sql("SELECT " + column + " FROM system.tables WHERE database = '{database}' AND name = '" + table + "'"),
+	}, func(i int) { text = answer.Row(i) }, &answer))
+	return text, err
 }
 
 // applyRetention gives a table the TTL that RETENTION_DAYS asks for, or takes it away. All of a month has one time to go, or the

@@ -1,13 +1,15 @@
 // The event: what it holds, what makes two of them the same, and its canonical JSON.
 //
 // event.go turns an event into the key and the value that go on Kafka. Both ends of the system use it: ingest.go for
-// what clients send, worker.go for what Kafka holds. It owns no goroutine and no I/O.
+// what clients send, worker.go for what Kafka holds. It knows what a price is worth, too. It owns no goroutine and no I/O.
 
 package main
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"math/bits"
 	"strconv"
 )
@@ -187,4 +189,73 @@ func appendString[S []byte | string](dst []byte, s S) []byte {
 	}
 	dst = append(dst, s[start:]...)
 	return append(dst, '"')
+}
+
+// A price is Decimal(18, 4) in the table.
+const (
+	priceDecimals = 4
+	maxPrice      = 1_000_000_000_000_000_000 - 1 // in its last decimal
+)
+
+// decimalOf is a number of JSON as the table has it: rounded to the last decimal, halves away from zero, and 0 when it is too large. It
+// reads digits, because a float has 15 of them and the table 18.
+func decimalOf(number []byte) int64 {
+	digits, isNegative := bytes.CutPrefix(number, []byte("-"))
+	exponent := 0
+	if e := bytes.IndexAny(digits, "eE"); e >= 0 { // Slow path
+		exponent, digits = exponentOf(digits[e+1:]), digits[:e]
+	}
+	whole, fraction, _ := bytes.Cut(digits, []byte("."))
+	n, at, wanted := int64(0), 0, len(whole)+exponent+priceDecimals // digits, up to the last decimal
+	for _, part := range [...][]byte{whole, fraction} {
+		for _, c := range part {
+			if at < wanted && n > maxPrice/10 {
+				return 0
+			}
+			if at < wanted {
+				n = 10*n + int64(c-'0')
+			} else if at == wanted && c >= '5' {
+				n++
+			}
+			at++
+		}
+	}
+	for ; at < wanted && n > 0; at++ {
+		if n > maxPrice/10 {
+			return 0
+		}
+		n *= 10
+	}
+	switch {
+	case n > maxPrice: // it was rounded
+		return 0
+	case isNegative:
+		n = -n
+	}
+	return n
+}
+
+// exponentOf reads what stands behind the e of a number, up to more than its digits can make up for.
+func exponentOf(b []byte) (n int) {
+	const most = 1 << 30
+	for _, c := range b {
+		if c != '-' && c != '+' {
+			n = min(10*n+int(c-'0'), most)
+		}
+	}
+	if b[0] == '-' {
+		return -n
+	}
+	return n
+}
+
+// revenueRule says which events' prices are revenue: PURCHASE_EVENTS and CURRENCY. The tables keep it as JSON.
+type revenueRule struct {
+	Events   []string `json:"purchase_events"`
+	Currency string   `json:"currency"`
+}
+
+func (r *revenueRule) text() string {
+	b, _ := json.Marshal(r) // of texts
+	return string(b)
 }

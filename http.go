@@ -8,6 +8,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -76,6 +77,9 @@ func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			x := &exchange{ResponseWriter: w, route: other, started: time.Now()}
 			x.begin(r)
+			if tidy := tidyPath(r.URL.Path); tidy != r.URL.Path {
+				r.URL.Path, r.URL.RawPath = tidy, ""
+			}
 			var instead verdict
 			x.client, instead = ac.admits(x.Header(), r)
 			switch p := r.URL.Path; {
@@ -108,7 +112,8 @@ type exchange struct {
 	route   *routeStats
 	client  client // by its key; zero without a valid one
 	status  int
-	cause   string // of a status from 500 on
+	cause   string // of an error
+	noted   bool   // the events that are refused have been counted
 	started time.Time
 }
 
@@ -131,7 +136,7 @@ func (x *exchange) end(r *http.Request, logged *requestLog) {
 	x.route.count(x.status, took)
 	if logged.takes(x.status) && x.route.name != "ready" { // which answers 503 until it is
 		line := []any{"id", x.id, "method", r.Method, "path", r.URL.Path, "status", x.status, "ms", float64(took.Microseconds()) / 1000, "from", r.RemoteAddr}
-		if x.cause != "" {
+		if x.cause != "" && x.status >= http.StatusInternalServerError { // others' may have what was sent
 			line = append(line, "cause", x.cause)
 		}
 		slog.Info("request", line...)
@@ -223,9 +228,11 @@ func noteCause(w http.ResponseWriter, cause string) {
 
 // writeError answers {"error":…,"detail":…}.
 func writeError(w http.ResponseWriter, status int, message, detail string) {
-	if status >= http.StatusInternalServerError {
-		noteCause(w, detail)
+	cause := cmp.Or(detail, message)
+	if status < http.StatusInternalServerError && detail != "" {
+		cause = message + ": " + detail
 	}
+	noteCause(w, cause)
 	b := append(make([]byte, 0, 256), `{"error":`...)
 	b = appendString(b, message)
 	if detail != "" {
@@ -254,6 +261,7 @@ func writeUnavailable(w http.ResponseWriter, detail string) {
 
 // writeProblems answers 400 with every broken rule.
 func writeProblems(w http.ResponseWriter, problems []problem) {
+	noteCause(w, problems[0].message)
 	b := append(make([]byte, 0, 512), `{"error":"validation failed","errors":[`...)
 	b = append(appendProblems(b, problems, "{", "message"), ']')
 	writeJSON(w, http.StatusBadRequest, appendRequestID(b, w))

@@ -20,10 +20,15 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 
 	"github.com/event-ingestion/event-ingestion/budget"
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 // codeUnavailable is the code of a good event that Kafka did not acknowledge in time.
 const codeUnavailable = "unavailable"
+
+// segmentSkew is how many seconds an event of Segment's clients may be in the future: they do not read what is refused. It is stored at
+// its own time, and counted when that has come.
+const segmentSkew = daySeconds
 
 // storedTimeout is how long an answer waits for ?wait=stored.
 const storedTimeout = 5 * time.Second
@@ -38,6 +43,8 @@ type ingester struct {
 	bodies       *budget.Budget
 	singles      intake
 	bulks        intake
+	messages     intake // of Segment's clients, one at a time
+	batches      intake
 	stats        *ingestStats
 }
 
@@ -46,9 +53,15 @@ func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats, stored fu
 		kafka: kafka, topic: cfg.kafkaTopic, ackTimeout: cfg.ackTimeout, writeTimeout: cfg.writeTimeout, stored: stored, stats: stats,
 		bodies: budget.New(cfg.maxInFlightBytes, cfg.maxInFlightPerClient),
 	}
-	in.singles.limit, in.bulks.limit = maxSingleBody, maxBulkBody
-	for _, from := range []*intake{&in.singles, &in.bulks} {
-		from.clockSkew = int64(cfg.clockSkew / time.Second)
+	skew := int64(cfg.clockSkew / time.Second)
+	for from, is := range map[*intake]struct {
+		limit, most int
+		skew        int64
+	}{
+		&in.singles: {maxSingleBody, 1, skew}, &in.bulks: {maxBulkBody, maxBulkEvents, skew},
+		&in.messages: {maxSingleBody, 1, segmentSkew}, &in.batches: {maxBulkBody, maxMessages, segmentSkew},
+	} {
+		from.limit, from.most, from.clockSkew = is.limit, is.most, is.skew
 		from.pool.New = func() any { return newRequest(from) }
 	}
 	return in
@@ -76,6 +89,8 @@ func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 	}
 	if problems := q.parser.checkAge(time.Now().Unix(), q.in.clockSkew); len(problems) > 0 {
 		in.stats.refused.Add(1)
+		q.refused.Add(refusalOf(problems[0], ev.name))
+		in.note(w, routeEvents, &q.refused)
 		writeProblems(w, problems)
 		return
 	}
@@ -123,8 +138,42 @@ func (in *ingester) serveBulk(w http.ResponseWriter, r *http.Request) {
 		writeReadError(w, err)
 		return
 	}
+	in.note(w, routeBulk, &q.refused)
 	in.produce(q)
 	in.answerBulk(w, q, wait && in.awaitStored(w, r, q))
+}
+
+// note has the refused events of a request counted and shown.
+func (in *ingester) note(w http.ResponseWriter, route string, refused *troubles.Refused) {
+	if noted := in.stats.refusals.Note(route, refused); noted {
+		if x, ok := w.(*exchange); ok {
+			x.noted = true
+		}
+	}
+}
+
+// noting serves a route that takes events. A request that is refused whole, for its body or its type, counts as one refusal: how many
+// events were in it is not known.
+func (in *ingester) noting(route string, serve http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		serve(w, r)
+		x, ok := w.(*exchange)
+		if !ok || x.noted {
+			return
+		}
+		whole := problem{message: x.cause}
+		switch x.status {
+		case http.StatusBadRequest, http.StatusUnsupportedMediaType:
+			whole.code = codeInvalidFormat
+		case http.StatusRequestEntityTooLarge:
+			whole.code = codeMaxLength
+		default:
+			return
+		}
+		var refused troubles.Refused
+		refused.Add(refusalOf(whole, nil))
+		in.note(w, route, &refused)
+	}
 }
 
 // receive reads r's body and returns a request with it, which the caller releases; nil when it has answered why not. While the
@@ -270,7 +319,8 @@ var segmentKinds = map[string]string{
 // segmentRoutes are the POST routes below /v1/. A key may also stand in the body.
 func (in *ingester) segmentRoutes(ac *access) (routes []route) {
 	for part, kind := range segmentKinds {
-		routes = append(routes, route{http.MethodPost, "/v1/" + part, "segment", func(w http.ResponseWriter, r *http.Request) { in.serveSegment(w, r, kind, ac) }})
+		serve := func(w http.ResponseWriter, r *http.Request) { in.serveSegment(w, r, kind, ac) }
+		routes = append(routes, route{http.MethodPost, segmentPrefix + part, routeSegment, in.noting(routeSegment, serve)})
 	}
 	return routes
 }
@@ -284,20 +334,16 @@ func (in *ingester) serveSegment(w http.ResponseWriter, r *http.Request, kind st
 	if !ok {
 		return
 	}
-	from := &in.singles
+	from := &in.messages
 	if kind == "batch" {
-		from = &in.bulks
+		from = &in.batches
 	}
 	q := in.receive(w, r, from)
 	if q == nil {
 		return
 	}
 	defer q.release()
-	refused := map[string]int{} // items by code
-	q.entry = func(dst []byte, index int, problems []problem) []byte {
-		refused[problems[0].code]++
-		return appendItemEntries(dst, index, problems)
-	}
+	q.entry = appendItemEntries
 	if err := q.encodeSegment(r.Context(), kind, time.Now().Unix()); err != nil {
 		writeReadError(w, err)
 		return
@@ -309,9 +355,7 @@ func (in *ingester) serveSegment(w http.ResponseWriter, r *http.Request, kind st
 			return
 		}
 	}
-	for code, n := range refused {
-		in.stats.refusedItems(code).Add(n)
-	}
+	in.note(w, routeSegment, &q.refused)
 	in.produce(q)
 	in.answerSegment(w, q, wait && in.awaitStored(w, r, q))
 }
@@ -326,11 +370,14 @@ func (in *ingester) answerSegment(w http.ResponseWriter, q *ingestRequest, store
 		writeUnavailable(w, q.failure())
 		return
 	}
-	end := `]}`
+	begin, end := `{"success":true,"errors":[`, `]}`
+	if q.failed > 0 {
+		begin = `{"success":false,"errors":[`
+	}
 	if stored {
 		end = `],"status":"stored"}`
 	}
-	writeJSON(w, http.StatusOK, []byte(`{"success":true,"errors":[`), q.errors.Bytes(), []byte(end))
+	writeJSON(w, http.StatusOK, []byte(begin), q.errors.Bytes(), []byte(end))
 }
 
 // appendItemEntries appends an entry for each problem of an item.

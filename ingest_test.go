@@ -50,6 +50,8 @@ func TestSettings(t *testing.T) {
 		{"KAFKA_BROKERS", "a:b"}, {"KAFKA_BROKERS", "a:9092,b:0"}, {"KAFKA_BROKERS", "a:65536"}, {"CLICKHOUSE_HOST", "[::1]:9000"}, {"CLICKHOUSE_HOST", "http://localhost"},
 		{"KAFKA_SASL_USERNAME", "u"}, {"KAFKA_LINGER", "10s"}, {"RETENTION_DAYS", "30"},
 		{"CORS_ORIGINS", "https://a.example,https://Shop.example"}, {"CORS_ORIGINS", "https://shop.example:443"}, {"CORS_ORIGINS", "http://maça.example"}, {"CORS_ORIGINS", "null"},
+		{"PURCHASE_EVENTS", "a,,b"}, {"PURCHASE_EVENTS", "a,b\x00c"}, {"PURCHASE_EVENTS", "\xff"}, {"PURCHASE_EVENTS", strings.Repeat("e", 101)},
+		{"CURRENCY", "?"}, {"CURRENCY", "T'Y"}, {"CURRENCY", "₺"}, {"CURRENCY", strings.Repeat("T", 21)},
 		{"CLOCK_SKEW", "1.5s"}, {"KAFKA_TOPIC", "a b"}, {"KAFKA_TOPIC", ".."}, {"KAFKA_TOPIC", strings.Repeat("t", 244)},
 		{"CLICKHOUSE_DATABASE", "Table"}, {"CLICKHOUSE_DATABASE", "function"}, {"CLICKHOUSE_DATABASE", "system"}, {"CLICKHOUSE_DATABASE", strings.Repeat("d", 151)},
 	} {
@@ -112,7 +114,7 @@ func TestSegmentItems(t *testing.T) {
 		{"batch", `{"event":"e","userId":"u"}`, ``, `{"index":0,"field":"type","code":"validation.invalid-format.error","error":"type must be`},
 		{"batch", `{"type":"t","event":"e","userId":"u"}`, ``, `"field":"type"`},
 		{"batch", `[1]`, ``, `{"index":0,"field":"","code":"validation.invalid-format.error","error":"an event must be a JSON object"}`},
-		{"track", `{"userId":5}`, ``, `{"index":0,"field":"user_id","code":"validation.invalid-format.error","error":"user_id must be a string, not number"},{"index":0,"field":"event_name","code":"validation.required.error","error":"event_name is required"}`},
+		{"track", `{"userId":true}`, ``, `{"index":0,"field":"user_id","code":"validation.invalid-format.error","error":"user_id must be a string, not true"},{"index":0,"field":"event_name","code":"validation.required.error","error":"event_name is required"}`},
 		{"track", `{"event":"e"}`, ``, `"field":"user_id","code":"validation.required.error"`},
 		{"track", `{"event":"` + long + `","userId":"u"}`, ``, `"field":"event_name","code":"validation.max-length.error"`},
 		{"track", `{"event":"e","userId":"u","messageId":"` + long + `"}`, ``, `"field":"insert_id","code":"validation.max-length.error"`},

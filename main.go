@@ -84,8 +84,8 @@ func operated() (ops.System, error) {
 		Topic: cfg.kafkaTopic, Group: cfg.kafkaGroup, Database: cfg.clickhouseDatabase,
 		Listen: net.JoinHostPort(cfg.serverHost, fmt.Sprint(cfg.serverPort)), TLS: cfg.tlsCertFile != "",
 		Kafka: func(clientID string, opts ...kgo.Opt) (*kgo.Client, error) { return newKafka(cfg, clientID, opts...) },
-		Connect: func(_ context.Context, f func(ops.Conn) error) error {
-			return db.connected(func(c asker) error { return f(c.Do) })
+		Connect: func(ctx context.Context, f func(ops.Conn) error) error {
+			return db.adopted(ctx, func(c asker) error { return f(c.Do) })
 		},
 		EachServer: func(ctx context.Context, f func(ops.Conn) error) error {
 			return db.eachServer(ctx, func(_ *clickhouse, c asker) error { return f(c.Do) })
@@ -99,11 +99,11 @@ func operated() (ops.System, error) {
 			}
 			return id, at, userID, err
 		},
-		SyncReplicas: func(ctx context.Context) error {
-			if _, err := db.servers(ctx); err != nil { // which finds out whether there are any
-				return err
+		SyncReplicas: func(ctx context.Context) (err error) {
+			if _, err = db.servers(ctx); err == nil { // which finds out whether there are any
+				err = db.syncReplicas(ctx)
 			}
-			return db.syncReplicas(ctx)
+			return err
 		},
 		Differences:    func(hours, differs string) string { return fmt.Sprintf(differences, "FINAL", hours, differs) },
 		AddDifferences: addDifferences,
@@ -228,8 +228,8 @@ func (s *system) routes(in *ingester) []route {
 	}
 	if s.cfg.role != "consumer" {
 		routes = append(routes,
-			route{http.MethodPost, "/api/v1/events", "events", in.serveOne},
-			route{http.MethodPost, "/api/v1/events/bulk", "bulk", in.serveBulk},
+			route{http.MethodPost, "/api/v1/events", routeEvents, in.noting(routeEvents, in.serveOne)},
+			route{http.MethodPost, "/api/v1/events/bulk", routeBulk, in.noting(routeBulk, in.serveBulk)},
 			route{http.MethodGet, "/api/v1/metrics", "metrics", s.metrics.serve},
 			route{http.MethodGet, "/api/v1/overview", "overview", newOverviewAPI(s.metrics).serve},
 			route{http.MethodGet, "/api/v1/pipeline", "pipeline", servePipeline(s.pipeline)},

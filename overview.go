@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -41,6 +42,7 @@ type overviewResult struct {
 	Users           uint64      `json:"unique_users"`
 	Purchases       int64       `json:"purchases"`
 	Revenue         json.Number `json:"revenue"`
+	Currency        string      `json:"currency"`
 	ActiveCampaigns uint64      `json:"active_campaigns"`
 	Channels        []group     `json:"channels"`
 	Names           []group     `json:"event_names"`
@@ -134,7 +136,7 @@ func (q *metricsQuery) overviewSQL() string {
 		" if(kind = 3, name, channel) AS key, sum(event_count) AS total, toString(sum(revenue)) AS money, " + noUsers +
 		" FROM (SELECT key.1 AS name, key.2 AS channel, event_count, revenue FROM " + pairs + ") GROUP BY GROUPING SETS ((name), (channel)))" +
 		" ORDER BY kind, if(kind = 1, 0, -total), key" +
-		fmt.Sprintf(" LIMIT %d BY kind, if(kind = 3 AND key != 'purchase', '', key)", overviewTop) // anybody may make up names
+		fmt.Sprintf(" LIMIT %d BY kind, if(kind = 3 AND key NOT IN ({purchase events}), '', key)", overviewTop) // anybody may make up names
 }
 
 // ask asks for the figures and, at the same time, for the campaigns.
@@ -149,8 +151,9 @@ func (o *overviewAPI) ask(ctx context.Context, q *metricsQuery) (a overviewResul
 		waiting          sync.WaitGroup
 	)
 	waiting.Go(func() { top, topErr = o.topCampaigns(ctx, q) }) // ends with ctx
+	rule := o.metrics.clickhouse.revenue.Load()
 	reset := func() {
-		a = overviewResult{From: q.from, To: q.to, Bucket: q.bucket(), Channels: []group{}, Names: []group{}, Series: []group{}}
+		a = overviewResult{From: q.from, To: q.to, Bucket: q.bucket(), Currency: rule.Currency, Channels: []group{}, Names: []group{}, Series: []group{}}
 	}
 	err = o.metrics.do(ctx, reset, eachRow(ch.Query{Body: q.overviewSQL(), Parameters: q.parameters()}, func(i int) {
 		switch g := (group{Key: key.Row(i), Count: total[i], Revenue: json.Number(money.Row(i))}); kind[i] {
@@ -164,8 +167,8 @@ func (o *overviewAPI) ask(ctx context.Context, q *metricsQuery) (a overviewResul
 		case kindChannel:
 			a.Channels = append(a.Channels, g)
 		case kindName:
-			if g.Key == "purchase" {
-				a.Purchases = g.Count
+			if slices.Contains(rule.Events, g.Key) {
+				a.Purchases += g.Count
 			}
 			if len(a.Names) < overviewTop {
 				a.Names = append(a.Names, g)

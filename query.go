@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -50,6 +51,7 @@ type metricsAPI struct {
 	through    func() int64                 // Unix second up to which everything acknowledged is stored, 0 while unknown
 	failed     func(error)                  // told what ClickHouse says when a query fails
 	pool       func() (*chpool.Pool, error) // made when first used
+	adopted    atomic.Int64                 // Unix second when the tables were last asked for their rule of revenue
 }
 
 // metricsQuery is a parsed request. Empty texts are no filter. from and to are Unix seconds, both inclusive.
@@ -68,7 +70,7 @@ type metricsResult struct {
 	Through   *int64  `json:"complete_through"`
 }
 
-// group is a line of an answer. Users and Revenue are only in some of them. Revenue is in TRY, as ClickHouse writes it: it may
+// group is a line of an answer. Users and Revenue are only in some of them. Revenue is in CURRENCY, as ClickHouse writes it: it may
 // exceed 64 bits.
 type group struct {
 	Key     string      `json:"key"`
@@ -106,7 +108,11 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 	if through := m.through(); through != 0 { // before the query, which then sees at least that much
 		known = &through
 	}
-	body, err := ask(ctx, known)
+	err := m.adopt(ctx)
+	var body []byte
+	if err == nil {
+		body, err = ask(ctx, known)
+	}
 	if r.Context().Err() != nil { // the client has gone
 		return
 	}
@@ -309,6 +315,35 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResul
 		}
 	}
 	return a, err
+}
+
+// adopt has an instance that does not decide about the tables go by their rule of revenue, which another one may have changed a second
+// ago.
+func (m *metricsAPI) adopt(ctx context.Context) error {
+	now := time.Now().Unix()
+	if m.clickhouse.decides || m.adopted.Load() == now { // Fast path
+		return nil
+	}
+	err := m.clickhouse.adoptRevenue(ctx, m)
+	if err == nil {
+		m.adopted.Store(now)
+	}
+	return err
+}
+
+// adopted is connected for a command, which does not decide about the tables either.
+func (c *clickhouse) adopted(ctx context.Context, f func(asker) error) error {
+	return c.connected(func(conn asker) error {
+		if err := c.adoptRevenue(ctx, conn); err != nil {
+			return err
+		}
+		return f(conn)
+	})
+}
+
+// Do is do for an answer that needs no reset.
+func (m *metricsAPI) Do(ctx context.Context, query ch.Query) error {
+	return m.do(ctx, func() {}, query)
 }
 
 // do runs a query on a pooled connection. The server may have closed it, and with a restart all of the pool, of which ch-go puts

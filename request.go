@@ -23,17 +23,20 @@ import (
 
 	"github.com/event-ingestion/event-ingestion/budget"
 	"github.com/event-ingestion/event-ingestion/segment"
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 // Limits of a request, as the OpenAPI document has them.
 const (
 	maxBulkEvents = 1000
+	maxMessages   = 5000          // of Segment's clients, which drop a batch that is refused
 	maxEventBytes = maxSingleBody // of one event in a bulk, as sent
 )
 
 // intake is where requests for one event, or for many, come from: one event must not hold the memory of a thousand.
 type intake struct {
 	limit     int       // bytes of a body
+	most      int       // events in it
 	clockSkew int64     // seconds that an event may be in the future
 	pool      sync.Pool // of *ingestRequest
 }
@@ -64,9 +67,10 @@ type ingestRequest struct {
 	records []outgoing     // a slab
 	arena   *budget.Buffer // keys and values of the records, back to back
 	idInput []byte
-	errors  *budget.Buffer // entries of the bulk answer's errors, JSON; nil while there are none
-	failed  int            // how many events are in errors
-	answer  []byte         // the part before errors
+	errors  *budget.Buffer   // entries of the bulk answer's errors, JSON; nil while there are none
+	failed  int              // how many events are in errors
+	refused troubles.Refused // those of them that are not valid
+	answer  []byte           // the part before errors
 
 	holders  atomic.Int32 // the handler, and Kafka while records are in flight
 	pending  atomic.Int32 // records without an outcome
@@ -86,7 +90,7 @@ func (q *ingestRequest) encode(ctx context.Context, media string, now int64) err
 	}
 	r := &q.parser.json
 	r.reset(q.body.B)
-	return r.eachEvent("events", maxBulkEvents, nil, func() error { return q.next(ctx, r, q.parser.read, now) })
+	return r.eachEvent("events", q.in.most, nil, func() error { return q.next(ctx, r, q.parser.read, now) })
 }
 
 // encodeLines is encode for one event a line; blank lines are skipped. A line that is no JSON does not affect the others.
@@ -96,8 +100,8 @@ func (q *ingestRequest) encodeLines(ctx context.Context, now int64) error {
 		if line = bytes.Trim(line, " \t\r"); len(line) == 0 { // what JSON calls white space, and no other
 			continue
 		}
-		if lines++; lines > maxBulkEvents {
-			return errTooManyEvents(maxBulkEvents)
+		if lines++; lines > q.in.most {
+			return errTooManyEvents(q.in.most)
 		}
 		if err := q.step(ctx); err != nil {
 			return err
@@ -112,7 +116,7 @@ func (q *ingestRequest) encodeLines(ctx context.Context, now int64) error {
 		}
 	}
 	if lines == 0 {
-		return fmt.Errorf("there is no line with an event: send 1 to %d, one JSON object each", maxBulkEvents)
+		return fmt.Errorf("there is no line with an event: send 1 to %d, one JSON object each", q.in.most)
 	}
 	return nil
 }
@@ -156,9 +160,18 @@ func (q *ingestRequest) decide(ev *event, err error, size int, now int64) error 
 		problems = q.parser.checkAge(now, q.in.clockSkew)
 	}
 	if len(problems) > 0 {
+		q.refused.Add(refusalOf(problems[0], nameOf(ev)))
 		return q.addError(q.index, problems, false)
 	}
 	return q.add(ev)
+}
+
+// nameOf is the name of an event that may not have been read.
+func nameOf(ev *event) []byte {
+	if ev == nil {
+		return nil
+	}
+	return ev.name
 }
 
 // encodeSegment is encode for Segment's messages: each is translated, and its event read as every other.
@@ -191,7 +204,7 @@ func (q *ingestRequest) encodeSegment(ctx context.Context, kind string, now int6
 	do := func() error { return q.next(ctx, &r, read, now) }
 	switch {
 	case kind == "batch":
-		return r.eachEvent("batch", maxBulkEvents, nil, do)
+		return r.eachEvent("batch", q.in.most, nil, do)
 	case r.peek() != '{':
 		return cmp.Or(byteOrderMark(r.b), errNotObject)
 	}
@@ -211,7 +224,7 @@ func writeKeyOf(body []byte, kind string) (key string) {
 		members.eachMember(body, note)
 		return key
 	}
-	r.eachEvent("batch", maxBulkEvents, note, func() error {
+	r.eachEvent("batch", maxMessages, note, func() error {
 		members.eachMember(r.value().raw, note)
 		return nil
 	})
@@ -246,7 +259,7 @@ func (q *ingestRequest) add(ev *event) error {
 
 // growSlab moves to a bigger slab. Records are not in flight yet, so nothing points to the old one.
 func (q *ingestRequest) growSlab() error {
-	size := min(max(16, 2*cap(q.records)), maxBulkEvents)
+	size := min(max(16, 2*cap(q.records)), q.in.most)
 	if err := q.account.Take((size - cap(q.records)) * outgoingBytes); err != nil {
 		return err
 	}
@@ -389,5 +402,8 @@ func (q *ingestRequest) reset() {
 	}
 	q.firstErr.Store(nil)
 	q.failed, q.index, q.entry = 0, -1, appendBulkEntry
-	q.records, q.answer = q.records[:0], q.answer[:0]
+	q.refused.Reset()
+	if q.records, q.answer = q.records[:0], q.answer[:0]; cap(q.records) > maxBulkEvents { // nobody's budget has it in the pool
+		q.records = nil
+	}
 }

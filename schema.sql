@@ -7,7 +7,12 @@
 -- with {cluster} are only for CLICKHOUSE_CLUSTER; where its shards have replicas, {Replicated} and {path} make the engines
 -- Replicated ones. DEFINE is ours: it names what later definitions and the program use.
 
-DEFINE {revenue of events} AS sumIf(toDecimal128(price, 4), event_name = 'purchase' AND currency IN ('TRY', ''));
+--
+-- {purchase events}, {currency} in lower case, and {revenue rule}, a text with both, are the settings PURCHASE_EVENTS and CURRENCY.
+
+DEFINE {is revenue} AS event_name IN ({purchase events}) AND lower(currency) IN ({currency}, '');
+
+DEFINE {revenue of events} AS sumIf(toDecimal128(price, 4), {is revenue});
 
 -- What is counted of events: by the view at insert, in the cut hours of a query, by reconcile.
 DEFINE {counts of events} AS
@@ -22,6 +27,12 @@ DEFINE {counted} AS
     channel,
     toStartOfHour(timestamp) AS hour,
     {counts of events};
+
+-- What the view counts of the rows of an insert.
+DEFINE {view} AS
+    SELECT {counted}
+    FROM {database}.events
+    GROUP BY event_name, channel, hour;
 
 -- The same for rows that are already counted.
 DEFINE {added up} AS
@@ -106,16 +117,16 @@ SETTINGS
     materialize_projections_on_insert = 0, materialize_projections_on_merge = 1, deduplicate_merge_projection_mode = 'rebuild',
     auto_statistics_types = '', non_replicated_deduplication_window = 0, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
 
--- Its columns are named so that it can be made before events.
+-- Its columns are named so that it can be made before events. Its comment is the rule by which it counts revenue: when the settings
+-- say another one, the program changes both. What was counted before stays.
 CREATE MATERIALIZED VIEW IF NOT EXISTS {database}.events_hourly_mv TO {database}.events_hourly
 (
     event_name LowCardinality(String), channel LowCardinality(String), hour DateTime('UTC'), event_count Int64,
     unique_users_state AggregateFunction(uniqCombined64(17), String), revenue Decimal(38, 4),
     campaigns_state AggregateFunction(uniqCombined64(12), LowCardinality(String)), last_at DateTime('UTC')
 )
-AS SELECT {counted}
-FROM {database}.events
-GROUP BY event_name, channel, hour;
+AS {view}
+COMMENT {revenue rule};
 
 -- One row per event. The sorting key answers "which of these ids are here?" by primary key, and the cut hours of a metrics
 -- query by event_name and time. ReplacingMergeTree merges away a duplicate that got past the dedupe.
@@ -201,3 +212,10 @@ UNION ALL
 -- The rows of events on all servers.
 CREATE OR REPLACE VIEW {database}.events_all AS
 SELECT * FROM {events};
+
+-- What counts as a purchase: its names, and those events whose price is revenue.
+CREATE OR REPLACE VIEW {database}.purchase_events AS
+SELECT arrayJoin([{purchase events}]) AS event_name;
+
+CREATE OR REPLACE VIEW {database}.purchases AS
+SELECT * FROM {events} WHERE {is revenue};

@@ -22,6 +22,7 @@ import (
 	"strings"
 	"time"
 	"unicode"
+	"unicode/utf8"
 )
 
 // Limits that are no settings, of more than one part.
@@ -66,6 +67,7 @@ type settings struct {
 	clickhouseTLS, clickhouseFsync         bool
 	clickhouseCA                           *x509.CertPool // nil means the system's
 	retentionDays                          int
+	revenue                                revenueRule
 
 	workerCount, workerBatchSize   int
 	workerBatchTimeout             time.Duration
@@ -131,6 +133,8 @@ func (c *settings) settingsTable() []setting {
 		{"CLICKHOUSE_CLUSTER", "", "name of a cluster that the server knows: events are spread over its servers by ClickHouse's Distributed engine", matching(&c.clickhouseCluster, "a name without quotes and backslashes", parseCluster)},
 		{"CLICKHOUSE_FSYNC", "false", "true has each insert wait for ClickHouse's disk, so that a power cut loses nothing of it; about an eighth of the highest rate", matching(&c.clickhouseFsync, "true or false", parseBoolean)},
 		{"RETENTION_DAYS", "0", "ClickHouse drops events, and what was counted of them, after so many days, a month at a time; at least 31, 0 keeps all", parsedBy(&c.retentionDays, parseRetention)},
+		{"PURCHASE_EVENTS", "purchase,Order Completed", "comma-separated event names whose metadata.price is revenue", parsedBy(&c.revenue.Events, parseEventNames)},
+		{"CURRENCY", "TRY", "currency of revenue: metadata.currency is that, in any case of letters, or absent", matching(&c.revenue.Currency, "1 to 20 letters and digits", parseCurrency)},
 
 		{"WORKER_COUNT", "20", "workers; partition p belongs to worker p mod WORKER_COUNT", integerIn(&c.workerCount, 1, 1000)},
 		{"WORKER_BATCH_SIZE", "2000", "rows of a worker's block; a full block starts an insert", integerIn(&c.workerBatchSize, 1, 100000)},
@@ -351,6 +355,23 @@ func matching[T any](dst *T, wants string, parse func(string) (T, bool)) func(st
 		*dst = value
 		return nil
 	}
+}
+
+// parseEventNames takes names that an event can have, but for those with a comma.
+func parseEventNames(s string) ([]string, error) {
+	list := strings.Split(s, ",")
+	for i, name := range list {
+		list[i] = strings.TrimSpace(name)
+		if n := len([]rune(list[i])); n == 0 || n > maxTextChars || !utf8.ValidString(name) || strings.ContainsFunc(name, unicode.IsControl) {
+			return nil, fmt.Errorf("name %d of %d has to have 1 to %d characters, and no control characters", i+1, len(list), maxTextChars)
+		}
+	}
+	return list, nil
+}
+
+func parseCurrency(s string) (string, bool) {
+	other := strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
+	return s, other == "" && s != "" && len(s) <= 20
 }
 
 func parseLink(s string) (string, bool) {

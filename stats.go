@@ -16,6 +16,7 @@ import (
 	_ "net/http/pprof"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -34,14 +35,9 @@ const (
 )
 
 type ingestStats struct {
-	set                            *metrics.Set
 	accepted, refused, unavailable *metrics.Counter
 	ack                            *metrics.PrometheusHistogram
-}
-
-// refusedItems counts the invalid items of Segment's protocol, whose senders get a 200.
-func (s *ingestStats) refusedItems(code string) *metrics.Counter {
-	return s.set.GetOrCreateCounter(`event_ingestion_segment_items_refused_total{code="` + code + `"}`)
+	refusals                       *troubles.Refusals
 }
 
 type sideStats struct {
@@ -103,6 +99,29 @@ func (rs *routeStats) count(status int, took time.Duration) {
 	rs.seconds.Update(took.Seconds())
 }
 
+// Routes that take events, by the names of their counters.
+const (
+	routeEvents  = "events"
+	routeBulk    = "bulk"
+	routeSegment = "segment"
+)
+
+// otherField stands for what only a sender knows, in counters: the name of a member that is no field of an event.
+const otherField = "other"
+
+// refusalOf is what is shown of an event of that name that was refused for p: nothing else that its sender made up, so that there are
+// few kinds of them.
+func refusalOf(p problem, name []byte) troubles.Refusal {
+	field, message := p.field, p.message
+	if field != "" && field != "type" && !slices.Contains(fieldNames[:], field) {
+		field, message = otherField, "a member"+strings.TrimPrefix(message, field)
+	}
+	if p.code == codeInvalidChannel {
+		message, _, _ = strings.Cut(message, ", not ")
+	}
+	return troubles.Refusal{Code: p.code, Field: field, Message: message, Name: string(name)}
+}
+
 // stats is every counter of one running system. set is what /metrics prints, help says what each of its metrics is.
 type stats struct {
 	set      *metrics.Set
@@ -123,7 +142,7 @@ func newStats() *stats {
 		// With labels: made where they are counted.
 		"event_ingestion_http_requests_total":           "Answers by route and status code; code 0 is none.",
 		"event_ingestion_http_request_duration_seconds": "Time from a request's header to the end of its answer, by route.",
-		"event_ingestion_segment_items_refused_total":   "Items of Segment's protocol that are not valid, by the code of their first problem.",
+		"event_ingestion_refused_total":                 "Events that are not valid, by route, and by code and field of their first problem; a body that is refused whole counts as one.",
 		"event_ingestion_dead_letters_total":            "Records given up, by error type.",
 		"event_ingestion_build_info":                    "1, with the version as label.",
 	}}
@@ -132,7 +151,7 @@ func newStats() *stats {
 		return set.NewPrometheusHistogramExt(s.named(name, help), seconds)
 	}
 	s.ingest = ingestStats{
-		set:         set,
+		refusals:    troubles.NewRefusals(set, "event_ingestion_refused_total"),
 		accepted:    counter("event_ingestion_events_accepted_total", "Events that Kafka has acknowledged."),
 		refused:     counter("event_ingestion_events_refused_total", "Events that are not valid."),
 		unavailable: counter("event_ingestion_events_unavailable_total", "Good events that Kafka did not acknowledge in time."),
@@ -161,8 +180,15 @@ func newStats() *stats {
 			"Rows of events_hourly that did not agree with events after a fault and were mended."),
 	}
 	set.NewGauge(fmt.Sprintf(`event_ingestion_build_info{version="%s",goversion="%s"}`, version(), runtime.Version()), func() float64 { return 1 })
-	for _, code := range []string{codeRequired, codeMaxLength, codeInvalidFormat, codeFuture, codeExpired} {
-		s.ingest.refusedItems(code)
+	for _, route := range []string{routeEvents, routeBulk, routeSegment} {
+		s.ingest.refusals.Expect(route, codeRequired, "event_name", "user_id", "timestamp")
+		s.ingest.refusals.Expect(route, codeMaxLength, "", "event_name", "user_id", "campaign_id", "metadata", "insert_id")
+		s.ingest.refusals.Expect(route, codeInvalidFormat, append([]string{"", otherField, "type"}, fieldNames[:]...)...)
+		s.ingest.refusals.Expect(route, codeInvalidChannel, "channel")
+		s.ingest.refusals.Expect(route, codeFuture, "timestamp")
+		s.ingest.refusals.Expect(route, codeExpired, "timestamp")
+		s.ingest.refusals.Expect(route, codeMaxTags, "tags")
+		s.ingest.refusals.Expect(route, codeTagTooLong, "tags")
 	}
 	metrics.ExposeMetadata(true) // HELP and TYPE lines
 	s.side.deadLetters()         // makes the counters: an alert sees the first dead letter only when there was a 0 before
@@ -279,6 +305,8 @@ type pipelineAnswer struct {
 	Consumers string               `json:"consumers"`
 	Links     []pipelineLink       `json:"links"`
 	Series    map[string][]float64 `json:"series"`
+	Refused   []troubles.Count     `json:"refused"`  // events by reason since the start, the most first
+	Refusals  []troubles.Refusal   `json:"refusals"` // the last of them, the newest first
 }
 
 type pipelineLink struct {
@@ -335,6 +363,7 @@ func (p *pipeline) sample(now time.Time) {
 func (p *pipeline) answer() pipelineAnswer {
 	a := p.fixed
 	a.Consumers = p.consumers()
+	a.Refused, a.Refusals = p.stats.ingest.refusals.Shown()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	a.Series = maps.Clone(p.series)

@@ -9,6 +9,6 @@ for part in $(ls "$parts"); do
 	while answer=$(curl -sS -m 60 -w ' %{http_code}' -H "X-API-Key: $2" -H 'Content-Type: application/x-ndjson' \
 		--data-binary "@$parts/$part" "$1/api/v1/events/bulk" || echo " 000"); do case $answer in
 		*' 202') echo "$answer"; break ;;
-		*' 000' | *' 429' | *' 5'?? | *'"unavailable"'*) sleep 1 ;;
+		*' 000' | *' 429' | *' 5'?? | *'"code":"unavailable"'*) sleep 1 ;;
 		*) echo "$answer" >&2; failed=1; break ;; esac; done # some are not valid, or the key is not
 done; exit $failed

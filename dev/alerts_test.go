@@ -14,7 +14,7 @@ import (
 
 const (
 	grafanaAlerts = "../deploy/grafana/provisioning/alerting/alerts.yml"
-	alertRules    = "../deploy/prometheus.rules.yml"
+	alertRules    = "../deploy/prometheus-rules.yml"
 	alertTests    = "testdata/alerts.yml"
 )
 
@@ -104,7 +104,7 @@ func alertsOfPrometheus(t *testing.T) (alerts []alert, interval string) {
 func TestAlertsEqual(t *testing.T) {
 	theirs, often := alertsOfGrafana(t)
 	ours, interval := alertsOfPrometheus(t)
-	if len(ours) != len(theirs) || len(ours) < 9 || often != interval {
+	if len(ours) != len(theirs) || len(ours) < 10 || often != interval {
 		t.Fatalf("Grafana has %d alerts every %s, Prometheus %d every %s", len(theirs), often, len(ours), interval)
 	}
 	for i, a := range ours {
@@ -156,14 +156,14 @@ func TestAlertsLoaded(t *testing.T) {
 		RuleFiles []string `yaml:"rule_files"`
 	}
 	readYAML(t, "../deploy/prometheus.yml", &config)
-	if fmt.Sprint(config.RuleFiles) != "[prometheus.rules.yml]" {
+	if fmt.Sprint(config.RuleFiles) != "[prometheus-rules.yml]" {
 		t.Fatalf("rule_files: %v", config.RuleFiles)
 	}
 	mounts := map[string]string{}
 	for _, v := range stack(t, nil, composeFile).Services["prometheus"].Volumes {
 		mounts[v.Target] = v.Source
 	}
-	if source := mounts["/etc/prometheus/prometheus.rules.yml"]; mounts["/etc/prometheus/prometheus.yml"] == "" || !strings.HasSuffix(source, "deploy/prometheus.rules.yml") {
+	if source := mounts["/etc/prometheus/prometheus-rules.yml"]; mounts["/etc/prometheus/prometheus.yml"] == "" || !strings.HasSuffix(source, "deploy/prometheus-rules.yml") {
 		t.Errorf("Prometheus has %v", mounts)
 	}
 	checkWith(t, "promtool", "check", "config", "../deploy/prometheus.yml") // and the rules that it names

@@ -51,8 +51,10 @@ func (r *timeRange) check() error {
 
 // ask is rows on a connection of its own, with the braces of schema.sql.
 func (sys System) ask(ctx context.Context, q ch.Query, row func(i int), columns ...proto.ColResult) error {
-	q.Body = sys.SQL(q.Body)
-	return sys.Connect(ctx, func(do Conn) error { return do.rows(ctx, q, row, columns...) })
+	return sys.Connect(ctx, func(do Conn) error { // which finds out what the braces mean
+		q.Body = sys.SQL(q.Body)
+		return do.rows(ctx, q, row, columns...)
+	})
 }
 
 // rows runs a query. It decodes what is answered into columns, by their order, and calls row with the number of each row in

@@ -8,10 +8,9 @@ package segment
 
 import (
 	"bytes"
-	"encoding/json"
 	"fmt"
 	"strconv"
-	"time"
+	"unicode/utf8"
 
 	"github.com/valyala/fastjson"
 )
@@ -34,6 +33,7 @@ type Translator struct {
 	MaxMetadata int
 
 	found    [fields][]byte   // as sent; empty when absent
+	metadata []byte           // what is made of properties, when that is not all
 	inside   map[string]place // the object that is being read
 	depth    int              // of it in the message
 	take     func(name, value []byte, isText bool)
@@ -59,8 +59,20 @@ const (
 	properties
 	propertiesName
 	propertiesCategory
+	propertiesContext
+	price
+	revenue
+	total
 	library
 	campaign
+	source
+	medium
+	term
+	content
+	path
+	referrer
+	title
+	locale
 	fields
 )
 
@@ -78,11 +90,16 @@ var message = map[string]place{
 	"userId": {field: userID}, "anonymousId": {field: anonymousID}, "messageId": {field: messageID}, "writeKey": {field: writeKey},
 	"timestamp": {field: timestamp}, "originalTimestamp": {field: originalTimestamp}, "channel": {field: channel},
 	"properties": {properties, map[string]place{
-		"name": {field: propertiesName}, "category": {field: propertiesCategory},
+		"name": {field: propertiesName}, "category": {field: propertiesCategory}, "context": {field: propertiesContext},
+		"price": {field: price}, "revenue": {field: revenue}, "total": {field: total},
 	}},
 	"context": {nowhere, map[string]place{
-		"library":  {nowhere, map[string]place{"name": {field: library}}},
-		"campaign": {nowhere, map[string]place{"name": {field: campaign}}},
+		"library": {nowhere, map[string]place{"name": {field: library}}},
+		"campaign": {nowhere, map[string]place{
+			"name": {field: campaign}, "source": {field: source}, "medium": {field: medium}, "term": {field: term}, "content": {field: content},
+		}},
+		"page":   {nowhere, map[string]place{"path": {field: path}, "referrer": {field: referrer}, "title": {field: title}}},
+		"locale": {field: locale},
 	}},
 }
 
@@ -122,11 +139,10 @@ func (t *Translator) Append(dst, from []byte, kind string, now int64) (to []byte
 	} else {
 		to = t.copy(to, "user_id", anonymousID)
 	}
+	t.found[campaign] = cut(t.found[campaign])
 	to = t.copy(to, "campaign_id", campaign)
 	to = t.copy(to, "insert_id", messageID)
-	if kind == "page" || kind == "screen" {
-		t.addTitles()
-	}
+	t.addToProperties(kind == "page" || kind == "screen")
 	to = t.copy(to, "metadata", properties)
 	to = append(append(append(to, `"channel":"`...), t.channel()...), `","timestamp":`...)
 	to = append(strconv.AppendInt(to, min(t.time(now), maxSeconds), 10), '}')
@@ -144,6 +160,7 @@ func (t *Translator) member(name, value []byte, isText bool) {
 	case !isOurs:
 		return
 	case at.field == nowhere, isNull && (t.depth == 0 || len(t.found[at.field]) > 0):
+	case t.depth > 0 && t.has(at.field): // the first counts
 	case t.depth == 0 && len(t.found[at.field]) > 0:
 		t.addf(string(name), codeInvalidFormat, "appears more than once")
 		return
@@ -158,14 +175,63 @@ func (t *Translator) member(name, value []byte, isText bool) {
 	}
 }
 
-// copy appends a field under the name that it has in an event, with a comma, unless it is absent.
+// has says whether a field was sent, and not as null.
+func (t *Translator) has(f field) bool { return len(t.found[f]) > 0 && t.found[f][0] != 'n' }
+
+// copy appends a field under the name that it has in an event, with a comma, unless it is absent. A number where an event has a text
+// is the text that it was sent as.
 func (t *Translator) copy(dst []byte, as string, f field) []byte {
-	value := t.found[f]
-	if len(value) == 0 || value[0] == 'n' {
+	if !t.has(f) {
 		return dst
 	}
 	dst = append(append(append(dst, '"'), as...), `":`...)
-	return append(append(dst, value...), ',')
+	if value := t.found[f]; isNumber(value) && f != properties {
+		return append(append(append(dst, '"'), value...), `",`...)
+	}
+	return append(append(dst, t.found[f]...), ',')
+}
+
+// isNumber says whether a value of JSON is one.
+func isNumber(value []byte) bool { return value[0] == '-' || value[0]-'0' <= 9 }
+
+// maxCampaign is how many characters a campaign's name may have; what is longer is cut.
+const maxCampaign = 100
+
+// cut is the beginning of a string, as it was sent, or of a number: at most maxCampaign characters. Another value stays as it is.
+func cut(value []byte) []byte {
+	i, isText := 0, len(value) > 0 && value[0] == '"'
+	if isText {
+		i++
+	} else if len(value) == 0 || !isNumber(value) {
+		return value
+	}
+	for range maxCampaign {
+		switch {
+		case i == len(value) || value[i] == '"': // and the end of it
+			return value
+		case value[i] == '\\' && value[i+1] == 'u' && isHighSurrogate(value[i:]): // two escapes are one character
+			i += 12
+		case value[i] == '\\' && value[i+1] == 'u':
+			i += 6
+		case value[i] == '\\':
+			i += 2
+		default:
+			_, n := utf8.DecodeRune(value[i:])
+			i += n
+		}
+	}
+	switch {
+	case !isText:
+		return value[:i]
+	case value[i] == '"':
+		return value
+	}
+	return append(value[:i:i], '"') // a copy
+}
+
+// isHighSurrogate says whether an escape is the first of a pair: \uD800 to \uDBFF.
+func isHighSurrogate(escape []byte) bool {
+	return len(escape) >= 12 && escape[2]|0x20 == 'd' && (escape[3] == '8' || escape[3] == '9' || escape[3]|0x20 == 'a' || escape[3]|0x20 == 'b')
 }
 
 // word is a string, to be compared with known ones: empty when it is none, or longer than any of them. It lives until the next.
@@ -181,39 +247,125 @@ func (t *Translator) word(f field) []byte {
 	return v.GetStringBytes()
 }
 
-// addTitles puts the name and the category of a page or screen in front of its properties, unless these have them already.
-func (t *Translator) addTitles() {
+// said is a field under the name that it gets in metadata.
+type said struct {
+	name  string
+	field field
+}
+
+// The parts of metadata.context.
+var (
+	pageParts     = []said{{"path", path}, {"referrer", referrer}, {"title", title}}
+	campaignParts = []said{{"source", source}, {"medium", medium}, {"term", term}, {"content", content}}
+)
+
+// addToProperties puts in front of the properties what else an event's metadata has: the name and the category of a page or screen,
+// what was paid, under the name price, and the context. What the properties have under these names stays. The context is left out when
+// there is no room for it; without the others an event would be another one, and is refused.
+func (t *Translator) addToProperties(hasTitles bool) {
 	own := t.found[properties]
+	if !t.has(properties) {
+		own = nil
+	}
 	if len(own) > t.MaxMetadata || len(own) > 0 && own[0] != '{' {
 		return // they are refused
 	}
-	var b bytes.Buffer
-	for _, title := range []struct {
-		name      string
-		from, own field
-	}{{"name", name, propertiesName}, {"category", category, propertiesCategory}} {
-		value := t.found[title.from]
-		if len(value) > t.MaxMetadata {
-			t.addf("metadata", codeMaxLength, "would have %d bytes of %s, the limit is %d", len(value), title.name, t.MaxMetadata)
-		} else if len(value) > 0 && value[0] == '"' && len(t.found[title.own]) == 0 {
-			fmt.Fprintf(&b, `,"%s":%s`, title.name, value)
+	b := append(t.metadata[:0], '{')
+	if value := t.found[name]; hasTitles && len(value) > 0 && value[0] == '"' && len(t.found[propertiesName]) == 0 {
+		b = t.appendNeeded(b, "name", name)
+	}
+	if value := t.found[category]; hasTitles && len(value) > 0 && value[0] == '"' && len(t.found[propertiesCategory]) == 0 {
+		b = t.appendNeeded(b, "category", category)
+	}
+	if paid := t.paid(); paid != price {
+		b = t.appendNeeded(b, "price", paid)
+	}
+	needed := len(b)
+	if len(t.found[propertiesContext]) == 0 {
+		if b = t.appendContext(b); len(b)+len(own) > t.MaxMetadata {
+			b = b[:needed]
 		}
 	}
-	titles := b.Len()
-	if titles == 0 {
+	t.metadata = b
+	switch {
+	case len(b) == len("{"):
+		return
+	case len(b)+len(own) > t.MaxMetadata:
+		t.addf("metadata", codeMaxLength, "has %d bytes with name and category or price, the limit is %d", len(b)+len(own), t.MaxMetadata)
+		t.found[properties], t.metadata = nil, nil
 		return
 	}
-	if json.Compact(&b, own); b.Len() > titles+len(`{}`) {
-		b.Bytes()[titles] = ','
-	} else {
-		b.Truncate(titles)
-		b.WriteByte('}')
+	if own = bytes.TrimLeft(bytes.TrimPrefix(own, []byte("{")), " \t\r\n"); len(own) == 0 {
+		own = []byte("}")
 	}
-	b.Bytes()[0] = '{'
-	if t.found[properties] = b.Bytes(); b.Len() > t.MaxMetadata {
-		t.addf("metadata", codeMaxLength, "has %d bytes with name and category, the limit is %d", b.Len(), t.MaxMetadata)
-		t.found[properties] = nil
+	if own[0] == '}' {
+		b = b[:len(b)-len(",")]
 	}
+	t.metadata = append(b, own...)
+	t.found[properties] = t.metadata
+}
+
+// appendNeeded is appendMember for what has to fit, and is not copied if it cannot.
+func (t *Translator) appendNeeded(dst []byte, as string, f field) []byte {
+	if n := len(t.found[f]); n > t.MaxMetadata {
+		t.addf("metadata", codeMaxLength, "would have %d bytes of %s, the limit is %d", n, as, t.MaxMetadata)
+		return dst
+	}
+	return t.appendMember(dst, as, f)
+}
+
+// appendMember appends a field and a comma.
+func (t *Translator) appendMember(dst []byte, as string, f field) []byte {
+	dst = append(append(append(dst, '"'), as...), `":`...)
+	return append(append(dst, t.found[f]...), ',')
+}
+
+// appendContext appends the member context, with what was sent of it, or nothing. Only texts and numbers: nothing is nested deeper
+// than it was sent.
+func (t *Translator) appendContext(dst []byte) []byte {
+	start := len(dst)
+	dst = append(dst, `"context":{`...)
+	before := len(dst)
+	dst = t.appendParts(dst, "page", pageParts)
+	dst = t.appendParts(dst, "campaign", campaignParts)
+	if t.isScalar(locale) {
+		dst = t.appendMember(dst, "locale", locale)
+	}
+	if len(dst) == before {
+		return dst[:start]
+	}
+	return append(dst[:len(dst)-len(",")], `},`...)
+}
+
+// appendParts is appendContext for an object in it.
+func (t *Translator) appendParts(dst []byte, as string, parts []said) []byte {
+	start := len(dst)
+	dst = append(append(append(dst, '"'), as...), `":{`...)
+	before := len(dst)
+	for _, p := range parts {
+		if t.isScalar(p.field) {
+			dst = t.appendMember(dst, p.name, p.field)
+		}
+	}
+	if len(dst) == before {
+		return dst[:start]
+	}
+	return append(dst[:len(dst)-len(",")], `},`...)
+}
+
+// isScalar says whether a field was sent as a text or a number that may fit.
+func (t *Translator) isScalar(f field) bool {
+	return t.has(f) && len(t.found[f]) <= t.MaxMetadata && (t.found[f][0] == '"' || isNumber(t.found[f]))
+}
+
+// paid is the field that is an event's price: price itself, when it was sent, or when no other says it.
+func (t *Translator) paid() field {
+	for _, f := range [...]field{revenue, total} {
+		if !t.has(price) && t.isScalar(f) {
+			return f
+		}
+	}
+	return price
 }
 
 // mobileLibraries are in the names of libraries for apps.
@@ -222,11 +374,11 @@ var mobileLibraries = []string{"-ios", "-android", "-swift", "-kotlin", "react-n
 // channel is an event's, by where the message says that it comes from.
 func (t *Translator) channel() string {
 	switch string(t.word(channel)) {
-	case "browser":
+	case "web", "browser":
 		return "web"
-	case "mobile":
+	case "mobile_app", "mobile":
 		return "mobile_app"
-	case "server":
+	case "api", "server":
 		return "api"
 	}
 	from := t.word(library)
@@ -241,10 +393,7 @@ func (t *Translator) channel() string {
 	return "api"
 }
 
-// timeForms are the ISO 8601 times that clients send; each also takes a fraction of a second.
-var timeForms = []string{time.RFC3339, "2006-01-02T15:04:05Z0700", "2006-01-02T15:04:05", "2006-01-02 15:04:05", time.DateOnly}
-
-// time is the message's, down to the second, or now when it says none. One without a zone is UTC.
+// time is the message's, down to the second, or now when it says none.
 func (t *Translator) time(now int64) int64 {
 	at := timestamp
 	if len(t.found[at]) == 0 {
@@ -253,11 +402,8 @@ func (t *Translator) time(now int64) int64 {
 	if len(t.found[at]) == 0 {
 		return now
 	}
-	given := t.word(at)
-	for _, form := range timeForms {
-		if at, err := time.Parse(form, string(given)); err == nil {
-			return at.Unix()
-		}
+	if second, ok := unixOf(t.word(at)); ok {
+		return second
 	}
 	t.addf("timestamp", codeInvalidFormat, "must be a time of ISO 8601, such as 2026-01-31T14:00:00.000Z")
 	return now

@@ -18,6 +18,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -270,6 +271,18 @@ func refusing(t *testing.T, address string) *httptest.Server {
 	return server
 }
 
+// goSender is a program of send.go.txt, which sends what it is given.
+func goSender(t *testing.T) (path string) {
+	t.Helper()
+	text := "package main\n\nimport (\n\t\"bytes\"\n\t\"fmt\"\n\t\"io\"\n\t\"net/http\"\n\t\"net/url\"\n\t\"os\"\n\t\"time\"\n)\n\n" + senderText(t, "send.go.txt") +
+		"\nfunc main() {\n\tlines, _ := io.ReadAll(os.Stdin)\n\tstatus, answer := send(os.Args[1], os.Args[2], lines)\n\tfmt.Printf(\"%s\", answer)\n\tif status != 202 {\n\t\tos.Exit(1)\n\t}\n}\n"
+	path = filepath.Join(t.TempDir(), "main.go")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
 func TestSenders(t *testing.T) {
 	oneClock(t)
 	t.Parallel()
@@ -297,12 +310,7 @@ func TestSenders(t *testing.T) {
 			return exec.Command("python3", "-c", senderText(t, "send.py")+fmt.Sprintf("print(send(%q, %q, [{'event_name': 'py', 'user_id': 'u'}] * 50))", front, firstKey))
 		}},
 		"go": {"go", 50, func(front string) *exec.Cmd {
-			text := "package main\n\nimport (\n\t\"bytes\"\n\t\"fmt\"\n\t\"io\"\n\t\"net/http\"\n\t\"net/url\"\n\t\"os\"\n\t\"time\"\n)\n\n" + senderText(t, "send.go.txt") +
-				"\nfunc main() {\n\tlines, _ := io.ReadAll(os.Stdin)\n\tstatus, answer := send(os.Args[1], os.Args[2], lines)\n\tfmt.Printf(\"%s\", answer)\n\tif status != 202 {\n\t\tos.Exit(1)\n\t}\n}\n"
-			path := filepath.Join(t.TempDir(), "main.go")
-			if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-				t.Fatal(err)
-			}
+			path := goSender(t)
 			var lines bytes.Buffer
 			for i := range 50 {
 				fmt.Fprintln(&lines, event("go", i))
@@ -329,11 +337,63 @@ func TestSenders(t *testing.T) {
 		t.Errorf("what is refused for ever: %v, %.200s", err, out)
 	}
 	p.awaitCount("rest", 1)
+	// An event that is refused for ever, whose answer has the word that a good one is sent again for.
+	for name, cmd := range map[string]*exec.Cmd{
+		"send.sh": exec.Command("sh", "assets/send.sh", p.url, firstKey),
+		"send.go": exec.Command("go", "run", goSender(t), p.url, firstKey),
+	} {
+		cmd.Stdin = strings.NewReader(fmt.Sprintf(`{"event_name":"u","user_id":"u","timestamp":%d,"unavailable":"\ud800"}`, time.Now().Unix()))
+		var out bytes.Buffer
+		cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = &out, &out, &syscall.SysProcAttr{Setpgid: true}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		endless := time.AfterFunc(time.Minute, func() { syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
+		err := cmd.Wait()
+		if !endless.Stop() || err == nil || !strings.Contains(out.String(), `"field":"unavailable"`) {
+			t.Errorf("%s: %v, %.300s", name, err, out.String())
+		}
+	}
 	if _, err := exec.LookPath("python3"); err == nil {
 		out, err := exec.Command("python3", "-c", senderText(t, "send.py")+fmt.Sprintf("send(%q, %q, [{'event_name': 'py'}])", p.url, firstKey)).CombinedOutput()
 		if err == nil || !strings.Contains(string(out), "user_id is required") {
 			t.Errorf("send.py does not say what is refused: %v, %s", err, out)
 		}
+	}
+}
+
+// TestPageSenderWaits: without CORS_ORIGINS a page can read no answer. Its sender waits longer each time, holds what it may hold, says so
+// once, and sends all of it when that is over; an event that is refused for good is not sent again.
+func TestPageSenderWaits(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("node"); err != nil {
+		t.Skip("node is not installed")
+	}
+	out, err := exec.Command("node", "-e", senderText(t, "send.js")+`
+		const warned = [], pauses = [], sent = new Set()
+		let next, posts = 0, answer = async () => { throw new TypeError('blocked') }
+		globalThis.addEventListener = () => {}
+		globalThis.setTimeout = (f, ms) => { next = f; pauses.push(ms) }
+		globalThis.fetch = async (to, how) => { posts++; return answer(JSON.parse(await how.body.text()).events) }
+		console.warn = text => warned.push(text)
+		const turn = async () => { const f = next; next = null; f(); while (!next) await new Promise(setImmediate) }
+		const track = sender('http://api', 'key')
+		while (!next) await new Promise(setImmediate)
+		for (let i = 0; i < 20000; i++) track({event_name: 'e', user_id: 'u' + i})
+		pauses.length = 0
+		for (let i = 0; i < 12; i++) await turn()
+		if (pauses.join() !== '1000,2000,4000,8000,16000,32000,60000,60000,60000,60000,60000,60000') throw new Error('pauses ' + pauses)
+		if (posts !== 12 || warned.length !== 1 || !warned[0].includes('CORS_ORIGINS')) throw new Error(posts + ' posts, said ' + warned)
+		answer = async events => { events.forEach(e => sent.add(e.user_id)); return new Response('{}', {status: 202}) }
+		for (let i = 0; i < 120; i++) await turn()
+		if (sent.size !== 10000 || !sent.has('u0') || pauses.at(-1) !== 500) throw new Error(sent.size + ' sent, pause ' + pauses.at(-1))
+		posts = 0
+		answer = async () => new Response('{"success_count":0,"failed_count":1,"errors":[{"index":0,"code":"validation.invalid-format.error","field":"unavailable"}]}', {status: 400})
+		track({event_name: 'bad', user_id: 'u'})
+		for (let i = 0; i < 3; i++) await turn()
+		if (posts !== 1 || warned.length !== 2 || !warned[1].includes('refused for good')) throw new Error(posts + ' posts of what is refused, said ' + warned)`, "--input-type=module").CombinedOutput()
+	if err != nil {
+		t.Errorf("%v\n%s", err, out)
 	}
 }
 

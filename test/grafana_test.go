@@ -323,7 +323,7 @@ func alertExprs(t *testing.T, file string) (exprs []string) {
 		}
 		exprs = append(exprs, expr)
 	}
-	if len(exprs) < 9 || len(exprs) != strings.Count(string(b), "expr:") {
+	if len(exprs) < 10 || len(exprs) != strings.Count(string(b), "expr:") {
 		t.Fatalf("%s: %d expressions found", file, len(exprs))
 	}
 	return exprs
@@ -334,7 +334,7 @@ func TestAlertMetrics(t *testing.T) {
 	names := metricNames(t)
 	names["up"] = true
 	names["ClickHouseAsyncMetrics_FilesystemMainPathAvailableBytes"] = true // of the disk with path in ClickHouse's config.xml; the embedded one has none of these
-	for _, expr := range alertExprs(t, "deploy/prometheus.rules.yml") {
+	for _, expr := range alertExprs(t, "deploy/prometheus-rules.yml") {
 		found := 0
 		for _, name := range regexp.MustCompile(`\b(event_ingestion_\w+|ClickHouse\w+|up)\b`).FindAllString(expr, -1) {
 			if found++; !names[name] {

@@ -1,11 +1,11 @@
 // The dashboard: asks api/v1/overview and api/v1/pipeline, says how old the numbers are, and sends test events. All its addresses are
 // relative to the page's own: a proxy may have put it below any path.
-import { Chart, element, List, money, number, pipeline, totals } from './draw.js'
+import { Chart, element, List, money, number, pipeline, refused, totals } from './draw.js'
 
 const pollEvery = 5000, pollAtMost = 60_000, beforeEvery = 60_000, patience = 15_000 // ms; the API gives up on ClickHouse after 10 s
 const $ = id => document.getElementById(id)
 const controls = $('controls').elements
-const charts = [new Chart('Events', g => g.total_count, number), new Chart('Unique users', g => g.unique_users, number), new Chart('Revenue in TRY', g => g.revenue, money)]
+const charts = [new Chart('Events', g => g.total_count, number), new Chart('Unique users', g => g.unique_users, number), new Chart('Revenue', g => g.revenue, money)]
 const lists = [new List('Channels'), new List('Events', choose), new List('Campaigns')]
 $('charts').append(...charts.map(c => c.node))
 $('lists').append(...lists.map(l => l.node))
@@ -60,6 +60,10 @@ async function refresh() {
   const showPipeline = call('api/v1/pipeline').then(p => {
     if (mine === asked) {
       $('pipeline').replaceChildren(...pipeline(p))
+      $('refused').hidden = !p.refusals.length
+      const open = $('refused').querySelector('details')?.open // by the reader
+      $('refused').replaceChildren(...refused(p))
+      $('refused').querySelector('details').open = !!open
       links(p.links)
     }
     return p
@@ -121,6 +125,7 @@ function age() {
 }
 
 function draw(o, earlier) {
+  money.currency = o.currency
   const filtered = filters().size > 0
   $('empty').hidden = o.total_count > 0 || filtered
   $('curl').textContent = `curl -X POST ${new URL('api/v1/events', document.baseURI)} -H 'Content-Type: application/json'${key && " -H 'X-API-Key: …'"} \\\n  -d '{"event_name":"product_view","user_id":"user_123","channel":"web","timestamp":'$(date +%s)'}'`
@@ -190,7 +195,7 @@ $('login').addEventListener('submit', e => {
 $('send').addEventListener('submit', e => {
   e.preventDefault()
   const { price, campaign_id, ...event } = Object.fromEntries(new FormData(e.target))
-  send({ ...event, ...(campaign_id && { campaign_id }), ...(price && { metadata: { price: +price, currency: 'TRY' } }) }, $('sent'))
+  send({ ...event, ...(campaign_id && { campaign_id }), ...(price && { metadata: { price: +price } }) }, $('sent'))
 })
 $('first').addEventListener('click', () => send({ event_name: 'product_view', user_id: 'user_123', channel: 'web' }, $('first-sent')))
 $('copy').addEventListener('click', async () => {

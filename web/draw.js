@@ -2,7 +2,9 @@
 // where the reader has put a chart's cursor.
 
 export const number = new Intl.NumberFormat('en')
-export const money = new Intl.NumberFormat('en', { style: 'currency', currency: 'TRY', currencyDisplay: 'code', maximumFractionDigits: 0 })
+const whole = new Intl.NumberFormat('en', { maximumFractionDigits: 0 })
+// money is in the currency that the API says, which Intl may not know.
+export const money = { currency: '', format: n => `${money.currency}\u00a0${whole.format(n)}` }
 const compact = new Intl.NumberFormat('en', { notation: 'compact', maximumFractionDigits: 1 })
 const percent = new Intl.NumberFormat('en', { style: 'percent', maximumFractionDigits: 0, signDisplay: 'exceptZero' })
 
@@ -35,6 +37,17 @@ export function pipeline(p) {
     return element('div', {}, element('span', {}, label), element('b', {}, values.length ? format(value(values)) : '–'), sparkline(values))
   })
   return [element('h2', {}, 'Pipeline ', element('small', {}, `instance ${p.instance}, last 5 minutes`)), element('div', { class: 'strip' }, ...cells)]
+}
+
+// refused lists what events were refused for, and the last of them.
+export function refused(p) {
+  const total = p.refused.reduce((n, r) => n + r.events, 0)
+  const table = (names, rows) => element('table', {}, element('thead', {}, element('tr', {}, ...names.map(n => element('th', { scope: 'col' }, n)))), element('tbody', {}, ...rows.map(cells => element('tr', {}, ...cells.map(c => element('td', {}, c))))))
+  return [
+    element('h2', {}, `${number.format(total)} refused `, element('small', {}, `by instance ${p.instance} since its start; they are not stored`)),
+    table(['Route', 'Code', 'Field', 'Events'], p.refused.slice(0, 10).map(r => [r.route, r.code, r.field, number.format(r.events)])),
+    element('details', {}, element('summary', {}, 'The last of them'), table(['At', 'Route', 'Event', 'Why'], p.refusals.map(r => [r.time, r.route, r.event_name, r.message]))),
+  ]
 }
 
 function sparkline(values) {
