@@ -10,7 +10,7 @@ const lists = [new List('Channels'), new List('Events', choose), new List('Campa
 $('charts').append(...charts.map(c => c.node))
 $('lists').append(...lists.map(l => l.node))
 
-const keptAs = `event-ingestion ${new URL('.', document.baseURI).pathname} key` // below a path the storage is shared with others
+const keptAs = `event-ingestion ${location.pathname} key` // below a path the storage is shared with others
 let key = sessionStorage.getItem(keptAs) || ''
 let timer, asked = 0
 let shown = null // the last overview that was drawn, and when the API sent it
@@ -128,7 +128,7 @@ function draw(o, earlier) {
   money.currency = o.currency
   const filtered = filters().size > 0
   $('empty').hidden = o.total_count > 0 || filtered
-  $('curl').textContent = `curl -X POST ${new URL('api/v1/events', document.baseURI)} -H 'Content-Type: application/json'${key && " -H 'X-API-Key: …'"} \\\n  -d '{"event_name":"product_view","user_id":"user_123","channel":"web","timestamp":'$(date +%s)'}'`
+  $('curl').textContent = `curl -X POST ${element('a', { href: 'api/v1/events' }).href} -H 'Content-Type: application/json'${key && " -H 'X-API-Key: …'"} \\\n  -d '{"event_name":"product_view","user_id":"user_123","channel":"web","timestamp":'$(date +%s)'}'`
   $('totals').replaceChildren(...totals(o, earlier))
   $('charts').hidden = $('lists').hidden = false
   for (const c of charts) c.show(o, earlier)
