@@ -10,10 +10,11 @@ COPY go.mod go.sum ./
 RUN go mod download
 COPY . .
 RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
-    go build -trimpath -ldflags="-s -w" -o /out/event-ingestion .
+    go build -trimpath -ldflags="-s -w -X main.release=$(sh dev/scripts/version.sh)" -o /out/event-ingestion .
 
 FROM gcr.io/distroless/static-debian13:nonroot@sha256:e2e927ec666bae08560abb3c55d0659eceabb657f56b6782ab500a9fc7f555e3
 COPY --from=build /out/event-ingestion /event-ingestion
+COPY --from=build /src/deploy/LICENSES.txt /LICENSES.txt
 USER 65532:65532
 EXPOSE 8080 6060
 # There is no shell and no wget: the binary asks its own /ready.

@@ -4,14 +4,18 @@
 DATA_DIR ?= .data
 export DATA_DIR
 
-GO_FILES := $(wildcard *.go budget/*.go load/*.go ops/*.go segment/*.go troubles/*.go web/*) schema.sql go.mod go.sum
+GO_FILES := $(wildcard *.go budget/*.go load/*.go ops/*.go segment/*.go troubles/*.go web/*) schema.sql go.mod go.sum CHANGELOG.md
 DEV      := bin/dev
 APP      := bin/event-ingestion
+
+# What `version` says: CHANGELOG.md's newest version; +dev and the commit when there are changes after it.
+VERSION := $(shell dev/scripts/version.sh)
+LDFLAGS := -s -w -X main.release=$(VERSION)
 
 # make up SCALE=1: three instances of the program behind a load balancer.
 COMPOSE := docker compose -f docker-compose.yml $(if $(SCALE),-f deploy/compose.scale.yml)
 
-.PHONY: help run stop demo build up down logs test test-cluster test-clock torture fuzz bench bench-peers profile lint clean test-api test-clients test-page screenshot
+.PHONY: help run stop demo build up down logs test test-cluster test-clock torture fuzz bench bench-peers profile lint clean test-api test-clients test-page screenshot release licenses
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,10 +37,16 @@ demo: $(APP) ## thirty days of a believable shop into what `make run` started
 build: $(APP) ## the one static binary, bin/event-ingestion
 
 $(APP): $(GO_FILES)
-	CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o $@ .
+	CGO_ENABLED=0 go build -trimpath -ldflags='$(LDFLAGS)' -o $@ .
 
 $(DEV): $(wildcard dev/*.go) dev/clickhouse.xml dev/go.mod dev/go.sum
 	cd dev && CGO_ENABLED=0 go build -trimpath -o ../$@ .
+
+release: ## the program for Linux and macOS, amd64 and arm64, with licences and checksums, into dist/; a tag has to be CHANGELOG.md's version
+	dev/scripts/release.sh
+
+licenses: ## deploy/LICENSES.txt anew, after a change of go.mod
+	LICENSES=write go test -run 'TestLicenses$$' -count=1 ./test
 
 up: ## the production stack in containers: Kafka, ClickHouse, Grafana, the program; SCALE=1 for three instances
 	$(COMPOSE) up -d --build --wait
@@ -63,7 +73,7 @@ test-clients: $(DEV) ## the real clients of Segment's protocol for Python, Node,
 	$(DEV) -ephemeral -- dev/scripts/test_clients.sh
 
 test-page: $(DEV) ## the dashboard page in headless Chromium, as in make test once this has installed it
-	TESTS='TestPage$$' $(DEV) -ephemeral -- dev/scripts/test_clients.sh
+	TESTS='TestPage(Below)?$$' $(DEV) -ephemeral -- dev/scripts/test_clients.sh
 
 screenshot: ## README's picture of the dashboard, of what `make run` and `make demo` show
 	dev/scripts/test_clients.sh screenshot
@@ -83,23 +93,24 @@ fuzz: ## each fuzz target for FUZZTIME (default 20s)
 bench: $(DEV) ## all benchmarks on an embedded stack; BENCH=regexp chooses
 	$(DEV) -ephemeral -- go test -run '^$$' -bench '$(or $(BENCH),.)' -skip Peers -benchmem -timeout 30m . ./test
 
-bench-peers: $(DEV) ## this program beside other ways into the same tables: medians of RUNS (default 5) runs, 20 minutes; WAYS=drain for those with that word
-	$(DEV) -ephemeral -- go test -run '^$$' -bench Peers -benchtime $(or $(RUNS),5)x -timeout 80m ./test
+bench-peers: $(DEV) ## this program beside other ways into the same tables: medians of RUNS (default 5) runs of 10 s or more each, 40 minutes; WAYS=drain for those with that word
+	$(DEV) -ephemeral -- go test -run '^$$' -bench Peers -benchtime $(or $(RUNS),5)x -timeout 160m ./test
 
 profile: $(DEV) ## CPU and memory profile of an event's way, from a body to rows: cpu.pprof, mem.pprof; BENCH=regexp chooses
 	$(DEV) -ephemeral -- go test -run '^$$' -bench '$(or $(BENCH),BodyToRecords|RecordToRow|Insert)' -cpuprofile cpu.pprof -memprofile mem.pprof .
 	@echo "look at them with: go tool pprof -http=: cpu.pprof"
 
-lint: ## gofmt, vet, staticcheck, govulncheck, the Kubernetes manifest
+lint: ## gofmt, vet, staticcheck, govulncheck, the Kubernetes manifest, the workflow
 	@test -z "$$(gofmt -l .)" || { gofmt -l . ; echo "run gofmt -w ."; exit 1; }
 	go vet ./... && (cd dev && go vet ./...) && cd dev/scripts/clients && go vet ./...
 	go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...
 	cd dev && go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...
 	dev/scripts/check_kubernetes.sh
+	go run github.com/rhysd/actionlint/cmd/actionlint@v1.7.12 -shellcheck= -pyflakes=
 	@out=$$(go run golang.org/x/vuln/cmd/govulncheck@v1.9.0 ./... 2>&1) || case "$$out" in \
 		*"fetching vulnerabilities"*) echo "govulncheck left out: its database cannot be reached" ;; \
 		*) echo "$$out"; exit 1 ;; esac
 
 clean: ## what was built and the data of `make run`
 	@test ! -x $(DEV) || $(DEV) stop
-	rm -rf bin "$(DATA_DIR)" *.pprof *.test
+	rm -rf bin dist "$(DATA_DIR)" *.pprof *.test

@@ -286,12 +286,15 @@ func newAdminServer(addr string, st *stats) *http.Server {
 	return &http.Server{Addr: addr, Handler: mux, ReadHeaderTimeout: readHeaderTimeout, MaxHeaderBytes: maxHeaderBytes}
 }
 
-// version is what `go build` knows of the source: a tag, or a commit and whether the tree was clean.
+// release is CHANGELOG.md's newest version, which make and the Dockerfile give to the linker (-X main.release=…).
+var release string
+
+// version is release or, of a build without it, what `go build` knows of the source: a tag, or a commit and whether the tree was clean.
 func version() string {
-	if info, ok := debug.ReadBuildInfo(); ok {
+	if info, ok := debug.ReadBuildInfo(); ok && release == "" {
 		return info.Main.Version
 	}
-	return "unknown"
+	return cmp.Or(release, "unknown")
 }
 
 const (

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"debug/elf"
 	"encoding/xml"
 	"errors"
@@ -65,6 +66,14 @@ func TestDockerfileBuilds(t *testing.T) {
 		}
 	} else if runtime.GOOS == "linux" {
 		t.Error(err)
+	}
+	changelog, _ := os.ReadFile("../CHANGELOG.md")
+	newest := regexp.MustCompile(`(?m)^## (\d+\.\d+\.\d+)`).FindSubmatch(changelog)
+	if out, err := exec.Command(binary, "version").Output(); err != nil || newest == nil || !bytes.HasPrefix(out, newest[1]) {
+		t.Errorf("event-ingestion version: %s, %v; CHANGELOG.md's is %s", out, err, newest)
+	}
+	if licenses, err := os.ReadFile(filepath.Join(dir, "deploy", "LICENSES.txt")); err != nil || len(licenses) == 0 {
+		t.Errorf("the image has no licences: %v", err)
 	}
 	// The health check of image and stack: 1 says not ready, 2 would say that there is no such command.
 	cmd := exec.Command(binary, "healthcheck")
@@ -302,8 +311,17 @@ func TestBalancerConfig(t *testing.T) {
 	checkWith(t, "haproxy", "-c", "-q", "-f", "../deploy/haproxy.cfg")
 }
 
-func TestPrometheusConfig(t *testing.T) {
-	checkWith(t, "promtool", "check", "config", "../deploy/prometheus.yml")
+func TestProxyConfig(t *testing.T) {
+	checkWith(t, "nginx", "-t", "-q", "-e", "stderr", "-g", "pid "+t.TempDir()+"/pid;", "-c", fileAt(t, "../deploy/nginx.conf"))
+}
+
+func fileAt(t *testing.T, path string) string {
+	t.Helper()
+	absolute, err := filepath.Abs(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return absolute
 }
 
 // checkWith runs the checker of a file's own program, where that is installed.
@@ -311,7 +329,8 @@ func checkWith(t *testing.T, program string, args ...string) {
 	t.Helper()
 	path, err := exec.LookPath(program)
 	if err != nil {
-		t.Skipf("%s is not installed: the file is not checked here", program)
+		t.Skipf("%s is not installed (Debian's package %s has it): the file is not checked here", program,
+			cmp.Or(map[string]string{"promtool": "prometheus", "systemd-analyze": "systemd"}[program], program))
 	}
 	out, err := exec.Command(path, args...).CombinedOutput()
 	if err != nil || program == "systemd-analyze" && len(bytes.TrimSpace(out)) > 0 { // it only warns about unknown keys

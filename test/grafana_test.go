@@ -309,6 +309,44 @@ func TestGrafanaPanels(t *testing.T) {
 	}
 }
 
+// alertExprs are the expressions of a file of alerts, Grafana's or Prometheus'.
+func alertExprs(t *testing.T, file string) (exprs []string) {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile(`expr: ("(?:[^"\\]|\\.)*")`).FindAllStringSubmatch(string(b), -1) {
+		expr, err := strconv.Unquote(m[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		exprs = append(exprs, expr)
+	}
+	if len(exprs) < 10 || len(exprs) != strings.Count(string(b), "expr:") {
+		t.Fatalf("%s: %d expressions found", file, len(exprs))
+	}
+	return exprs
+}
+
+// TestAlertMetrics: what a rule of Prometheus asks for is there, of the program, of ClickHouse, or of Prometheus itself.
+func TestAlertMetrics(t *testing.T) {
+	names := metricNames(t)
+	names["up"] = true
+	names["ClickHouseAsyncMetrics_FilesystemMainPathAvailableBytes"] = true // of the disk with path in ClickHouse's config.xml; the embedded one has none of these
+	for _, expr := range alertExprs(t, "deploy/prometheus-rules.yml") {
+		found := 0
+		for _, name := range regexp.MustCompile(`\b(event_ingestion_\w+|ClickHouse\w+|up)\b`).FindAllString(expr, -1) {
+			if found++; !names[name] {
+				t.Errorf("%s asks for %s, which there is not", expr, name)
+			}
+		}
+		if found == 0 {
+			t.Errorf("%s asks for nothing", expr)
+		}
+	}
+}
+
 // TestGrafanaFiles: panels stand beside each other, read from data sources that are provisioned, and ask for metrics that
 // there are.
 func TestGrafanaFiles(t *testing.T) {
@@ -343,17 +381,7 @@ func TestGrafanaFiles(t *testing.T) {
 			}
 		}
 	}
-	alerts, err := os.ReadFile("deploy/grafana/provisioning/alerting/alerts.yml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, m := range regexp.MustCompile(`expr: ("(?:[^"\\]|\\.)*")`).FindAllStringSubmatch(string(alerts), -1) {
-		expr, err := strconv.Unquote(m[1])
-		if err != nil {
-			t.Fatal(err)
-		}
-		exprs = append(exprs, expr)
-	}
+	exprs = append(exprs, alertExprs(t, "deploy/grafana/provisioning/alerting/alerts.yml")...)
 	if len(exprs) < 30 {
 		t.Fatalf("only %d expressions found", len(exprs))
 	}

@@ -192,7 +192,13 @@ func TestPagesOfOthers(t *testing.T) {
 
 // TestPage looks at the dashboard page in headless Chromium while ClickHouse goes and comes back. What it looks at stands in
 // dev/scripts/clients/page.mjs. `make test-page` installs what it needs; from then on it is part of `make test`.
-func TestPage(t *testing.T) {
+func TestPage(t *testing.T) { lookAtPage(t, "") }
+
+// TestPageBelow is TestPage with nginx before the program and the page below a path.
+func TestPageBelow(t *testing.T) { lookAtPage(t, "/analytics") }
+
+func lookAtPage(t *testing.T, below string) {
+	t.Helper()
 	dir := os.Getenv("PAGE_MODULES")
 	if dir == "" {
 		t.Skip("needs Chromium, puppeteer and axe-core: make test-page installs them")
@@ -200,7 +206,11 @@ func TestPage(t *testing.T) {
 	oneClock(t)
 	alone(t)
 	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey, "WRITE_KEYS="+secondKey))
-	page := exec.Command("node", "dev/scripts/clients/page.mjs", p.url, firstKey, secondKey)
+	at := p.url
+	if below != "" {
+		at = startNginx(t, []string{portOf(p)}) + below
+	}
+	page := exec.Command("node", "dev/scripts/clients/page.mjs", at, firstKey, secondKey)
 	page.Env = append(os.Environ(), "CLIENTS="+dir)
 	log := new(logBuffer)
 	page.Stderr = log

@@ -1,4 +1,5 @@
-// The dashboard: asks /api/v1/overview and /api/v1/pipeline, says how old the numbers are, and sends test events.
+// The dashboard: asks api/v1/overview and api/v1/pipeline, says how old the numbers are, and sends test events. All its addresses are
+// relative to the page's own: a proxy may have put it below any path.
 import { Chart, element, List, money, number, pipeline, refused, totals } from './draw.js'
 
 const pollEvery = 5000, pollAtMost = 60_000, beforeEvery = 60_000, patience = 15_000 // ms; the API gives up on ClickHouse after 10 s
@@ -9,7 +10,8 @@ const lists = [new List('Channels'), new List('Events', choose), new List('Campa
 $('charts').append(...charts.map(c => c.node))
 $('lists').append(...lists.map(l => l.node))
 
-let key = sessionStorage.getItem('key') || ''
+const keptAs = `event-ingestion ${location.pathname} key` // below a path the storage is shared with others
+let key = sessionStorage.getItem(keptAs) || ''
 let timer, asked = 0
 let shown = null // the last overview that was drawn, and when the API sent it
 let before = null // of the period before: what was asked, when, and the answer
@@ -33,7 +35,7 @@ async function call(path, options = {}) {
 
 const now = () => Math.floor((Date.now() + ahead) / 1000)
 const filters = () => new URLSearchParams({ ...(controls.channel.value && { channel: controls.channel.value }), ...(controls.event_name.value && { event_name: controls.event_name.value }) })
-const overview = (from, to) => call(`/api/v1/overview?from=${from}&to=${to}&${filters()}`)
+const overview = (from, to) => call(`api/v1/overview?from=${from}&to=${to}&${filters()}`)
 
 // periodBefore asks for the period before, as far as the open one has come: a whole one would always be ahead. It changes
 // little, so an answer is good for a while.
@@ -55,7 +57,7 @@ async function refresh() {
   const range = +controls.range.value, to = now(), step = range <= 3600 ? 60 : range <= 86400 ? 3600 : 86400
   const from = Math.floor(to / step) * step - range + step
   // The pipeline is drawn as soon as it is there: it needs no ClickHouse, which may let the others wait.
-  const showPipeline = call('/api/v1/pipeline').then(p => {
+  const showPipeline = call('api/v1/pipeline').then(p => {
     if (mine === asked) {
       $('pipeline').replaceChildren(...pipeline(p))
       $('refused').hidden = !p.refusals.length
@@ -90,7 +92,7 @@ function tell(error, consumers) {
     if (key) text = `${error.message} (${error.status}).` // without one the form says enough
     if ($('login').hidden) {
       key = ''
-      sessionStorage.removeItem('key')
+      sessionStorage.removeItem(keptAs)
       $('login').hidden = false
       $('key').focus()
     }
@@ -126,7 +128,7 @@ function draw(o, earlier) {
   money.currency = o.currency
   const filtered = filters().size > 0
   $('empty').hidden = o.total_count > 0 || filtered
-  $('curl').textContent = `curl -X POST ${location.origin}/api/v1/events -H 'Content-Type: application/json'${key && " -H 'X-API-Key: …'"} \\\n  -d '{"event_name":"product_view","user_id":"user_123","channel":"web","timestamp":'$(date +%s)'}'`
+  $('curl').textContent = `curl -X POST ${element('a', { href: 'api/v1/events' }).href} -H 'Content-Type: application/json'${key && " -H 'X-API-Key: …'"} \\\n  -d '{"event_name":"product_view","user_id":"user_123","channel":"web","timestamp":'$(date +%s)'}'`
   $('totals').replaceChildren(...totals(o, earlier))
   $('charts').hidden = $('lists').hidden = false
   for (const c of charts) c.show(o, earlier)
@@ -170,7 +172,7 @@ async function send(event, said) {
   said.textContent = 'sending …'
   said.classList.remove('bad')
   try {
-    const answer = await call('/api/v1/events?wait=stored', { method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify({ ...event, timestamp: now() }) })
+    const answer = await call('api/v1/events?wait=stored', { method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify({ ...event, timestamp: now() }) })
     said.textContent = `${answer.status}: ${answer.event_id.slice(0, 12)}…`
     refresh()
   } catch (e) {
@@ -185,7 +187,7 @@ $('controls').addEventListener('submit', e => e.preventDefault())
 $('login').addEventListener('submit', e => {
   e.preventDefault()
   key = $('key').value
-  sessionStorage.setItem('key', key)
+  sessionStorage.setItem(keptAs, key)
   $('key').value = ''
   $('login').hidden = true
   refresh()

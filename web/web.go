@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"path"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/klauspost/compress/gzhttp"
@@ -64,8 +65,15 @@ func servePage(w http.ResponseWriter, r *http.Request, notFound http.HandlerFunc
 	writeFile(w, r, name, pagePolicy, body)
 }
 
+// toSwagger leads to Swagger UI's page by a relative address, which holds below any path that a proxy has put the pages at. http.Redirect
+// would make it absolute.
 func toSwagger(w http.ResponseWriter, r *http.Request) {
-	http.Redirect(w, r, "/swagger/index.html", http.StatusFound)
+	to := "index.html"
+	if !strings.HasSuffix(r.URL.Path, "/") {
+		to = "swagger/" + to
+	}
+	w.Header().Set("Location", to)
+	w.WriteHeader(http.StatusFound)
 }
 
 // serveSwagger answers with our own page, start script and document, and with Swagger UI's own files otherwise.

@@ -5,8 +5,11 @@ package web
 import (
 	"encoding/json"
 	"io"
+	"io/fs"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
+	"regexp"
 	"strings"
 	"testing"
 )
@@ -49,8 +52,12 @@ func TestPages(t *testing.T) {
 		}
 	}
 	for _, path := range []string{"/swagger", "/swagger/"} {
-		if resp, _ := get(path); resp.Header.Get("Location") != "/swagger/index.html" {
-			t.Errorf("%s leads to %q", path, resp.Header.Get("Location"))
+		resp, _ := get(path)
+		for _, below := range []string{"", "/analytics", "/a/b"} { // where a proxy may have put the pages
+			to, err := (&url.URL{Path: below + path}).Parse(resp.Header.Get("Location"))
+			if err != nil || resp.StatusCode != http.StatusFound || to.Path != below+"/swagger/index.html" {
+				t.Errorf("%s%s leads to %v: %d %v", below, path, to, resp.StatusCode, err)
+			}
 		}
 	}
 	_, document := get("/swagger/openapi.json")
@@ -61,5 +68,34 @@ func TestPages(t *testing.T) {
 	}
 	if !json.Valid([]byte(document)) {
 		t.Error("the document is not JSON")
+	}
+}
+
+// TestRelative: no page, script or style has an address that begins at the root of its host, so that all of them work below any path.
+// The document's routes are relative to its server, which is the directory above it.
+func TestRelative(t *testing.T) {
+	rooted := regexp.MustCompile(`(?:src|href|action)=["']?/|["'` + "`" + `(}]/(?:api|v1|web|swagger|health|ready)\b|location\.(?:origin|host)|url\(["']?/`)
+	for _, line := range []string{`<a href="/swagger/index.html">`, "call(`/api/v1/overview?x`)", "fetch('/api/v1/events')", "`${location.origin}/api`", `url(/web/x.svg)`} {
+		if !rooted.MatchString(line) {
+			t.Errorf("%s is not found", line)
+		}
+	}
+	files, err := fs.Glob(embedded, "*")
+	if err != nil || len(files) < 7 {
+		t.Fatal(files, err)
+	}
+	for _, name := range files {
+		b, err := embedded.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if name == "openapi.json" {
+			var document struct{ Servers []struct{ URL string } }
+			if err := json.Unmarshal(b, &document); err != nil || len(document.Servers) != 1 || document.Servers[0].URL != ".." {
+				t.Errorf("the document's servers: %v %v", document.Servers, err)
+			}
+		} else if found := rooted.Find(b); found != nil {
+			t.Errorf("%s: %s", name, found)
+		}
 	}
 }

@@ -23,4 +23,4 @@ if [ "${1:-}" = screenshot ]; then # of what `make demo` has filled: make screen
 	CLIENTS=$cache exec node dev/scripts/clients/screenshot.mjs "http://localhost:${SERVER_PORT:-8080}/#range=604800" assets/dashboard.png
 fi
 (cd dev/scripts/clients && CGO_ENABLED=0 go build -o "$cache/go-client" .)
-CLIENTS=$cache PAGE_MODULES=$cache go test -race -count=1 -v -timeout 20m -run "${TESTS:-TestPage$|TestClients/${CLIENT:-}}" ./test
+CLIENTS=$cache PAGE_MODULES=$cache go test -race -count=1 -v -timeout 20m -run "${TESTS:-TestPage(Below)?$|TestClients/${CLIENT:-}}" ./test

@@ -83,7 +83,7 @@ try {
   await ask('empty state seen')
   await until('showed what was sent', () => document.querySelector('#totals b').textContent === '1,001')
   const shown = await tab.$$eval('#totals b', all => all.map(b => b.textContent))
-  const answer = await tab.evaluate(key => fetch('/api/v1/overview', { headers: { 'X-API-Key': key } }).then(r => r.json()), key)
+  const answer = await tab.evaluate(key => fetch('api/v1/overview', { headers: { 'X-API-Key': key } }).then(r => r.json()), key)
   const number = new Intl.NumberFormat('en'), want = [answer.total_count, answer.unique_users, answer.purchases, Math.round(answer.revenue), answer.active_campaigns].map(n => number.format(n))
   check(`cards ${shown}, the API says ${want}`, shown.every((s, i) => s.replace(/^TRY\s/, '') === want[i]))
   check('a list that is cut does not say so, or a whole one does', JSON.stringify(await tab.$$eval('#lists h2 small', all => all.map(e => e.hidden))) === '[true,true,false]')
@@ -144,6 +144,19 @@ try {
   await until('counted the age', was => document.getElementById('age').textContent !== was, age)
   await ask('stale')
   await until('recovered', () => !document.getElementById('main').classList.contains('stale') && document.getElementById('banner').textContent === '')
+
+  // Swagger UI, by the page's link: what is tried out there is sent to where the page was found.
+  refusals = true // it asks for an icon's default name
+  await tab.click('#links a')
+  await until('opened Swagger UI', () => document.querySelector('#operations-default-get_health, [id$=get_health], .opblock'))
+  await tab.evaluate(() => [...document.querySelectorAll('.opblock-summary-control')].find(b => b.textContent.includes('/health')).click())
+  await until('opened an operation', () => document.querySelector('.try-out__btn'))
+  await tab.click('.try-out__btn')
+  await until('took it to be tried out', () => document.querySelector('.execute'))
+  await tab.click('.execute')
+  await until('tried it out', () => document.querySelector('.live-responses-table .response-col_status'))
+  const tried = await text('.request-url')
+  check(`what is tried out goes to ${tried}`, tried.includes(url + '/health') && (await text('.live-responses-table .response .response-col_status')).startsWith('200'))
 } catch (e) {
   wrong.push(e.message)
 }
