@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"runtime"
 	"slices"
 	"sort"
 	"strings"
@@ -232,6 +233,51 @@ func TestDocumentRoutes(t *testing.T) {
 		codeTagTooLong, codeInvalidFormat, codeInvalidRange, codeInvalidGroupBy, codeUnavailable} {
 		if !strings.Contains(text, `"`+code+`"`) {
 			t.Errorf("%s is not in the document", code)
+		}
+	}
+}
+
+// maxStrangerTime is of an answer that anybody gets.
+const maxStrangerTime = 300 * time.Microsecond
+
+// TestAnybodyCosts: what is answered without a key takes little CPU, and no more memory than a few times what was asked.
+func TestAnybodyCosts(t *testing.T) {
+	st := newStats()
+	ready := &readiness{broken: &brokenParts{}, answered: time.Now().Add(time.Hour), stalled: func() (worst, all time.Duration, waiting int64) { return 0, 0, 0 }, trouble: func() string { return "" }}
+	ac, err := newAccess(&settings{apiKeys: []string{"0123456789abcdef"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &st.ingest, nil)
+	routes := append(in.segmentRoutes(ac), route{"GET", "/health", "health", serveHealth}, route{"GET", "/ready", "ready", ready.serve},
+		route{"POST", bulkPath, "bulk", in.serveBulk}, route{"GET", "/api/v1/metrics", "metrics", nil})
+	handler := newServer("", routes, &settings{}, ac, st).Handler
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	for _, c := range []struct {
+		status       int
+		method, path string
+	}{
+		{200, "GET", "/health"}, {200, "GET", "/ready"}, {404, "GET", "/none"}, {404, "GET", "/" + strings.Repeat("a", 12<<10)}, {404, "GET", "/" + strings.Repeat("%01", 4<<10)},
+		{404, "GET", "/" + strings.Repeat("../", 4<<10)}, {405, "POST", "/health"}, {401, "POST", bulkPath}, {401, "GET", "/api/v1/metrics"}, {401, "POST", bulkPath + "?" + strings.Repeat("a&", 6<<10)},
+		{401, "POST", bulkPath + "?key=" + strings.Repeat("%41", 4<<10)}, {401, "GET", "/api/" + strings.Repeat("a/", 6<<10)},
+	} {
+		r := httptest.NewRequest(c.method, c.path, nil)
+		best, bytes, most := time.Hour, 0, 4<<10+4*len(c.path)
+		for range 10 { // other processes disturb a measurement
+			const times = 20
+			allocated, started := allocatedBytes(), threadTime()
+			for range times {
+				answer := cost{}
+				if handler.ServeHTTP(discard{http.Header{}, &answer}, r); answer.status != c.status {
+					t.Fatalf("%s %.40s: %d, want %d", c.method, c.path, answer.status, c.status)
+				}
+			}
+			best = min(best, (threadTime()-started)/times)
+			bytes = (allocatedBytes() - allocated) / times
+		}
+		if best > maxStrangerTime || bytes > most {
+			t.Errorf("%s %.40s: %s and %d bytes", c.method, c.path, best, bytes)
 		}
 	}
 }
