@@ -163,6 +163,39 @@ func TestOneClient(t *testing.T) {
 	}
 }
 
+// TestUnknownKeys: requests whose key may stand in their bodies take nothing from those who have one, from however many addresses
+// they come: together they have a small share, and get 429 for what is beyond it.
+func TestUnknownKeys(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey, fmt.Sprintf("MAX_IN_FLIGHT_BYTES=%d", 4*maxBulkBody)))
+	refused := make(chan string, 90)
+	for i := range cap(refused) { // 90 MB
+		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(1+i))}}
+		conn, err := dialer.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+		if err != nil {
+			t.Skip("there is only one address here: ", err)
+		}
+		defer conn.Close()
+		go func() { // ends with the connection
+			fmt.Fprintf(conn, "POST /v1/batch HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n%s", strings.Repeat(" ", 999_999))
+			if resp, err := http.ReadResponse(bufio.NewReader(conn), nil); err == nil {
+				refused <- resp.Status + " " + resp.Header.Get("Retry-After")
+			}
+		}()
+	}
+	for range cap(refused) / 2 { // while the others hold what they have
+		if status := <-refused; status != "429 Too Many Requests 2" {
+			t.Errorf("beyond their share: %s", status)
+		}
+	}
+	body := append(bytes.Repeat([]byte(" "), 3<<20), freshEvent("k")...)
+	for range 30 {
+		if status, _, answer := p.ask("POST", bulkPath, body, "Content-Type: "+ndjson, "X-API-Key: "+firstKey); status != 202 {
+			t.Fatalf("somebody with a key: %d %s", status, answer)
+		}
+	}
+}
+
 // TestCutBody: a body that does not arrive whole is never answered as if it had been taken, 200 above all. A client that is
 // still there is told to send again.
 func TestCutBody(t *testing.T) {

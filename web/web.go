@@ -62,21 +62,27 @@ func Pages(notFound http.HandlerFunc) map[string]http.Handler {
 	const starts = "swagger-initializer.js"
 	ui[starts] = sync.OnceValue(func() *file { return newFile(starts, swaggerPolicy, read(embedded, starts), nil) })
 	ui["openapi.json"] = new(document).latest
-	serve := func(files map[string]func() *file) http.Handler {
-		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	serve := func(files map[string]func() *file) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
 			if f := files[cmp.Or(r.PathValue("file"), "index.html")]; f != nil {
 				f().serve(w, r)
 			} else {
 				notFound(w, r)
 			}
-		})
+		}
 	}
+	files := serve(ui)
 	return map[string]http.Handler{
-		"/{$}":               serve(dashboard),
-		"/web/{file}":        serve(dashboard),
-		"/swagger":           http.HandlerFunc(toSwagger),
-		"/swagger/{$}":       http.HandlerFunc(toSwagger),
-		"/swagger/{file...}": serve(ui),
+		"/{$}":        serve(dashboard),
+		"/web/{file}": serve(dashboard),
+		"/swagger":    http.HandlerFunc(toSwagger),
+		"/swagger/{file...}": http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.PathValue("file") == "" {
+				toSwagger(w, r)
+			} else {
+				files(w, r)
+			}
+		}),
 	}
 }
 

@@ -26,6 +26,7 @@ func mounted() *http.ServeMux {
 		http.Error(w, "whoever mounts it says so", http.StatusNotFound)
 	}) {
 		mux.Handle("GET "+pattern, page)
+		mux.Handle(pattern, http.NotFoundHandler()) // as the program answers other methods
 	}
 	return mux
 }
