@@ -10,6 +10,8 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -193,6 +195,58 @@ func TestUnknownKeys(t *testing.T) {
 		if status, _, answer := p.ask("POST", bulkPath, body, "Content-Type: "+ndjson, "X-API-Key: "+firstKey); status != 202 {
 			t.Fatalf("somebody with a key: %d %s", status, answer)
 		}
+	}
+}
+
+// TestGreedyReader: one that has hundreds of questions at once is refused most of them, and another's are answered between its own.
+func TestGreedyReader(t *testing.T) {
+	t.Parallel()
+	const greedy, questions, mostBetween = 600, 20, 100
+	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey+","+secondKey))
+	ask := func(c *http.Client, key, group string) (int, string) {
+		r, _ := http.NewRequestWithContext(t.Context(), "GET", p.url+metricsPath+"event_name=e&from=1&to=2&group_by="+group, nil)
+		r.Header.Set("X-API-Key", key)
+		resp, err := c.Do(r)
+		if err != nil {
+			return 0, err.Error()
+		}
+		defer resp.Body.Close()
+		io.Copy(io.Discard, resp.Body)
+		return resp.StatusCode, resp.Header.Get("Retry-After")
+	}
+	var asking sync.WaitGroup
+	var left, answered atomic.Int32
+	var enough atomic.Bool
+	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: greedy}}
+	for range greedy {
+		left.Add(1)
+		asking.Go(func() { // ends with enough, or when it is refused
+			defer left.Add(-1)
+			for !enough.Load() {
+				switch status, retry := ask(client, firstKey, "campaign"); {
+				case status == 429 && retry == "2":
+					return
+				case status != 200:
+					t.Errorf("a question of the greedy: %d %s", status, retry)
+					return
+				}
+				answered.Add(1)
+			}
+		})
+	}
+	defer asking.Wait()
+	defer enough.Store(true)
+	p.await("rid of most questions", 20*time.Second, func() bool { return left.Load() < greedy/4 })
+	before := answered.Load()
+	for range questions {
+		if status, retry := ask(http.DefaultClient, secondKey, "channel"); status != 200 {
+			t.Fatalf("a question of another: %d %s", status, retry)
+		}
+	}
+	if n := (answered.Load() - before) / questions; n > mostBetween {
+		t.Errorf("%d questions of the greedy are answered for each of another's", n)
+	} else {
+		t.Logf("%d for each", n)
 	}
 }
 
