@@ -57,29 +57,42 @@ var (
 // back. The errors are errBodyTooLarge, budget.ErrFull, budget.ErrShare, errEncoding, errTimeUp, the context's when the client is
 // gone, and others of a body that cannot be read to its end.
 func readBody(acc *budget.Account, r *http.Request, limit int, patience time.Duration) (*budget.Buffer, error) {
-	if r.ContentLength > int64(limit) {
-		return nil, errBodyTooLarge
-	}
-	encoding := strings.ToLower(r.Header.Get("Content-Encoding"))
-	plain := encoding == "" || encoding == "identity"
-	if !plain && encoding != "gzip" && encoding != "zstd" {
-		return nil, errEncoding
-	}
-	body, err := readAll(r.Context(), acc, r.Body, int(r.ContentLength), limit)
-	if plain || err != nil {
+	body, encoding, err := readSent(acc, r, limit)
+	if encoding == "" || err != nil {
 		return body, err
 	}
 	defer acc.Put(&body)
-	waiting, cancel := context.WithTimeoutCause(r.Context(), patience, errTimeUp)
+	return decompress(r.Context(), acc, encoding, body.B, limit+1, limit, patience)
+}
+
+// readSent is readBody for a body as it was sent. encoding is gzip, zstd, or empty.
+func readSent(acc *budget.Account, r *http.Request, limit int) (body *budget.Buffer, encoding string, err error) {
+	if r.ContentLength > int64(limit) {
+		return nil, "", errBodyTooLarge
+	}
+	switch encoding = strings.ToLower(r.Header.Get("Content-Encoding")); encoding {
+	case "identity":
+		encoding = ""
+	case "", "gzip", "zstd":
+	default:
+		return nil, "", errEncoding
+	}
+	body, err = readAll(r.Context(), acc, r.Body, int(r.ContentLength), limit)
+	return body, encoding, err
+}
+
+// decompress is readBody for a body that has been read. What is beyond most bytes is left away.
+func decompress(ctx context.Context, acc *budget.Account, encoding string, sent []byte, most, limit int, patience time.Duration) (*budget.Buffer, error) {
+	waiting, cancel := context.WithTimeoutCause(ctx, patience, errTimeUp)
 	defer cancel()
 	select {
 	case d := <-decompressors:
 		defer func() { decompressors <- d }()
-		src, err := d.open(encoding, body.B)
+		src, err := d.open(encoding, sent)
 		if err != nil {
 			return nil, badStream(err)
 		}
-		return readAll(r.Context(), acc, src, min(4*len(body.B), limit), limit)
+		return readAll(ctx, acc, io.LimitReader(src, int64(most)), min(4*len(sent), limit), limit)
 	case <-waiting.Done():
 		return nil, context.Cause(waiting)
 	}

@@ -89,7 +89,7 @@ func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats
 			switch p := r.URL.Path; {
 			case instead.status != 0:
 				writeVerdict(x, instead)
-			case p == "" || p[0] != '/' || len(p) > 1 && path.Clean(p) != strings.TrimSuffix(p, "/"):
+			case p == "" || p[0] != '/' || len(p) > maxPath || len(p) > 1 && path.Clean(p) != strings.TrimSuffix(p, "/"):
 				notFound(x, r) // the mux would answer an unclean path with an HTML redirect
 			default:
 				mux.ServeHTTP(x, r)
@@ -249,8 +249,15 @@ func jsonOf(v any) []byte {
 	return bytes.TrimSpace(b.Bytes())
 }
 
+// maxPath is more than any route has, in bytes: nothing looks at a longer path, and no answer repeats more of it.
+const maxPath = 200
+
 func notFound(w http.ResponseWriter, r *http.Request) {
-	writeError(w, http.StatusNotFound, "not found", "nothing is at "+r.URL.Path)
+	p := r.URL.Path
+	if len(p) > maxPath {
+		p = p[:maxPath] + "…"
+	}
+	writeError(w, http.StatusNotFound, "not found", "nothing is at "+p)
 }
 
 // noteCause says why a request fails, for its line in the log.
@@ -286,6 +293,17 @@ func writeVerdict(w http.ResponseWriter, v verdict) {
 		w.Header().Set("WWW-Authenticate", `Bearer realm="event-ingestion"`)
 	}
 	writeError(w, v.status, v.message, v.detail)
+}
+
+// onlyOurHosts lets through what has a Host of ours, whether there are keys or not: the admin listener has no other control.
+func onlyOurHosts(ac *access, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !ac.hasHost(r.Host, localAddress(r)) {
+			writeVerdict(w, misdirected(r))
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 func writeUnavailable(w http.ResponseWriter, detail string) {

@@ -41,6 +41,8 @@ type ingester struct {
 	writeTimeout time.Duration
 	stored       func(ctx context.Context, then time.Time) bool // waits until what was acknowledged by then is stored; false: not in time
 	bodies       *budget.Budget
+	unknownShare int64         // of bodies, what requests hold together whose key, when there have to be some, has not been found yet
+	searching    chan struct{} // holds one: whose body is searched for its key
 	singles      intake
 	bulks        intake
 	messages     intake // of Segment's clients, one at a time
@@ -51,7 +53,8 @@ type ingester struct {
 func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats, stored func(context.Context, time.Time) bool) *ingester {
 	in := &ingester{
 		kafka: kafka, topic: cfg.kafkaTopic, ackTimeout: cfg.ackTimeout, writeTimeout: cfg.writeTimeout, stored: stored, stats: stats,
-		bodies: budget.New(cfg.maxInFlightBytes, cfg.maxInFlightPerClient),
+		bodies:       budget.New(cfg.maxInFlightBytes, cfg.maxInFlightPerClient),
+		unknownShare: cfg.maxInFlightBytes / 16, searching: make(chan struct{}, 1),
 	}
 	skew := int64(cfg.clockSkew / time.Second)
 	for from, is := range map[*intake]struct {
@@ -181,6 +184,11 @@ func (in *ingester) noting(route string, serve http.HandlerFunc) http.HandlerFun
 func (in *ingester) receive(w http.ResponseWriter, r *http.Request, from *intake) *ingestRequest {
 	acc := in.bodies.Open(clientOf(w, r))
 	body, err := readBody(acc, r, from.limit, in.ackTimeout)
+	return in.received(w, r, from, acc, body, err)
+}
+
+// received is the end of receive: acc and body become the request's, or are given back.
+func (in *ingester) received(w http.ResponseWriter, r *http.Request, from *intake, acc *budget.Account, body *budget.Buffer, err error) *ingestRequest {
 	if err == nil {
 		var q *ingestRequest
 		if q, err = from.take(acc, body); err == nil {
@@ -194,6 +202,74 @@ func (in *ingester) receive(w http.ResponseWriter, r *http.Request, from *intake
 	}
 	writeReadError(w, err)
 	return nil
+}
+
+// unknown is the client that all are whose key has not been found yet: it is no address, nor the hash of a key.
+var unknown = client{len(client{}) - 1: 1}
+
+// A compressed body is decompressed to so many bytes to find its key: searchedBase, and searchedTimes of what was sent. Messages have
+// ids and times of their own, and shrink to a tenth or so; what shrinks to less costs no more, unless its key stands in front.
+const (
+	searchedBase  = 64 << 10
+	searchedTimes = 32
+)
+
+// receiveUnknown is receive for a request whose key, if it has one, is in its body. Until it is found all such requests have a small
+// share of the budget, and one core, together: whoever has a key does not wait for those who have none.
+func (in *ingester) receiveUnknown(w http.ResponseWriter, r *http.Request, from *intake, kind string, ac *access) *ingestRequest {
+	acc := in.bodies.OpenWithin(unknown, in.unknownShare)
+	body, encoding, err := readSent(acc, r, from.limit)
+	if err != nil {
+		return in.received(w, r, from, acc, nil, err)
+	}
+	key, searched, err := in.searchKey(r.Context(), acc, encoding, body.B, from.limit, kind)
+	if err != nil {
+		return in.received(w, r, from, acc, body, err)
+	}
+	defer acc.Close()
+	defer acc.Put(&body) // unless it is passed on
+	may, known := ac.rightsOf(key)
+	if may == mayNothing {
+		why := unknownKey(key)
+		if key == "" && searched > 0 {
+			why.detail = fmt.Sprintf("there is no writeKey in the first %d bytes of the decompressed body; send it as the user name of Basic authentication", searched)
+		}
+		writeVerdict(w, why)
+		return nil
+	}
+	theirs, text := in.bodies.Open(known), (*budget.Buffer)(nil)
+	if encoding != "" {
+		text, err = decompress(r.Context(), theirs, encoding, body.B, from.limit+1, from.limit, in.ackTimeout)
+	} else if err = acc.Pass(body, theirs); err == nil {
+		text, body = body, nil
+	}
+	return in.received(w, r, from, theirs, text, err)
+}
+
+// searchKey returns the first writeKey of a body as it was sent, empty when there is none. searched is 0, or the bytes to which the
+// body was decompressed when there are more.
+func (in *ingester) searchKey(ctx context.Context, acc *budget.Account, encoding string, sent []byte, limit int, kind string) (key string, searched int, err error) {
+	waiting, cancel := context.WithTimeoutCause(ctx, in.ackTimeout, errTimeUp)
+	defer cancel()
+	select {
+	case in.searching <- struct{}{}:
+		defer func() { <-in.searching }()
+	case <-waiting.Done():
+		return "", 0, context.Cause(waiting)
+	}
+	if encoding == "" {
+		return writeKeyOf(sent, kind), 0, nil
+	}
+	most := min(searchedBase+searchedTimes*len(sent), limit)
+	head, err := decompress(ctx, acc, encoding, sent, most, most, in.ackTimeout)
+	if err != nil {
+		return "", 0, err
+	}
+	defer acc.Put(&head)
+	if len(head.B) == most {
+		searched = most
+	}
+	return writeKeyOf(head.B, kind), searched, nil
 }
 
 // produce hands the request's records to Kafka and waits until each is acknowledged by all in-sync replicas or has failed, or
@@ -338,7 +414,12 @@ func (in *ingester) serveSegment(w http.ResponseWriter, r *http.Request, kind st
 	if kind == "batch" {
 		from = &in.batches
 	}
-	q := in.receive(w, r, from)
+	var q *ingestRequest
+	if may, _ := ac.rightsOf(""); may != mayNothing || keyOf(r) != "" { // a key in the header was checked before the body is read
+		q = in.receive(w, r, from)
+	} else {
+		q = in.receiveUnknown(w, r, from, kind, ac)
+	}
 	if q == nil {
 		return
 	}
@@ -347,13 +428,6 @@ func (in *ingester) serveSegment(w http.ResponseWriter, r *http.Request, kind st
 	if err := q.encodeSegment(r.Context(), kind, time.Now().Unix()); err != nil {
 		writeReadError(w, err)
 		return
-	}
-	if keyOf(r) == "" { // one in the header was checked before the body was read
-		key := writeKeyOf(q.body.B, kind)
-		if may, _ := ac.rightsOf(key); may == mayNothing {
-			writeVerdict(w, unknownKey(key))
-			return
-		}
 	}
 	in.note(w, routeSegment, &q.refused)
 	in.produce(q)

@@ -4,11 +4,13 @@ package main
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"runtime"
 	"slices"
 	"sort"
 	"strings"
@@ -17,6 +19,7 @@ import (
 	"time"
 
 	"github.com/event-ingestion/event-ingestion/budget"
+	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
 func TestSettings(t *testing.T) {
@@ -259,4 +262,125 @@ func TestFaultsInTheLog(t *testing.T) {
 			t.Error("another cause, or another route, waits for the minute of the first")
 		}
 	})
+}
+
+// maxStrangerTime is of an answer that anybody gets.
+const maxStrangerTime = 300 * time.Microsecond
+
+// TestAnybodyCosts: what is answered without a key takes little CPU, and no more memory than a few times what was asked.
+func TestAnybodyCosts(t *testing.T) {
+	st := newStats()
+	ready := &readiness{broken: &brokenParts{}, answered: time.Now().Add(time.Hour), stalled: func() (worst, all time.Duration, waiting int64) { return 0, 0, 0 }, trouble: troubles.New().Oldest}
+	ac, err := newAccess(&settings{apiKeys: []string{"0123456789abcdef"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &st.ingest, nil)
+	routes := append(in.segmentRoutes(ac), route{"GET", "/health", "health", serveHealth}, route{"GET", "/ready", "ready", ready.serve},
+		route{"POST", bulkPath, "bulk", in.serveBulk}, route{"GET", "/api/v1/metrics", "metrics", nil})
+	handler := newServer("", routes, &settings{}, ac, st).Handler
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	for _, c := range []struct {
+		status       int
+		method, path string
+	}{
+		{200, "GET", "/health"}, {200, "GET", "/ready"}, {404, "GET", "/none"}, {404, "GET", "/" + strings.Repeat("a", 12<<10)}, {404, "GET", "/" + strings.Repeat("%01", 4<<10)},
+		{404, "GET", "/" + strings.Repeat("../", 4<<10)}, {405, "POST", "/health"}, {401, "POST", bulkPath}, {401, "GET", "/api/v1/metrics"}, {401, "POST", bulkPath + "?" + strings.Repeat("a&", 6<<10)},
+		{401, "POST", bulkPath + "?key=" + strings.Repeat("%41", 4<<10)}, {401, "GET", "/api/" + strings.Repeat("a/", 6<<10)},
+	} {
+		r := httptest.NewRequest(c.method, c.path, nil)
+		best, bytes, most := time.Hour, 0, 4<<10+4*len(c.path)
+		for range 10 { // other processes disturb a measurement
+			const times = 20
+			allocated, started := allocatedBytes(), threadTime()
+			for range times {
+				answer := cost{}
+				if handler.ServeHTTP(discard{http.Header{}, &answer}, r); answer.status != c.status {
+					t.Fatalf("%s %.40s: %d, want %d", c.method, c.path, answer.status, c.status)
+				}
+			}
+			best = min(best, (threadTime()-started)/times)
+			bytes = (allocatedBytes() - allocated) / times
+		}
+		if best > maxStrangerTime || bytes > most {
+			t.Errorf("%s %.40s: %s and %d bytes", c.method, c.path, best, bytes)
+		}
+	}
+}
+
+// Limits of what a request without a key costs: of encoding/json's time for what is searched.
+const (
+	maxUnknownBase  = 5 * time.Millisecond
+	maxUnknownRatio = 6
+)
+
+// TestKeyInBody: the key is found in a body before anything else is done with it, at a cost that goes by what was sent; what the request
+// holds is then its owner's.
+func TestKeyInBody(t *testing.T) {
+	const key = "0123456789abcdef"
+	const item = `{"type":"track","event":"e","userId":"u"}`
+	ac, err := newAccess(&settings{apiKeys: []string{key}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := newIngester(nil, &settings{maxInFlightBytes: 64 << 20, maxInFlightPerClient: 8 << 20, ackTimeout: time.Minute}, &newStats().ingest, nil)
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	many := strings.Repeat(item+",", 999)
+	for _, c := range []struct {
+		name, body string
+		compress   func([]byte) []byte
+		status     int // 0 is let in
+		want       string
+	}{
+		{"beside", `{"batch":[` + item + `],"writeKey":"` + key + `"}`, nil, 0, ""},
+		{"in front", `{"writeKey":"` + key + `","batch":[` + many + item + `]}`, gzipped, 0, ""},
+		{"in front of much", `{"writeKey":"` + key + `","x":"` + strings.Repeat("x", 7<<20) + `","batch":[` + item + `]}`, gzipped, 0, ""},
+		{"in a message", `{"batch":[{"type":"track","event":"e","userId":"u","writeKey":"` + key + `"},` + many[:len(many)-1] + `]}`, zstded, 0, ""},
+		{"none", `{"batch":[` + many + item + `]}`, nil, 401, "send a key"},
+		{"none, compressed", `{"batch":[` + item + `]}`, gzipped, 401, "send a key"},
+		{"wrong", `{"writeKey":"wrong","batch":[` + many + item + `]}`, gzipped, 401, "not valid"},
+		{"none of these", `[`, nil, 401, "send a key"},
+		{"bomb", `{"batch":[` + item + `],"x":"` + strings.Repeat("x", 7<<20) + `"}`, gzipped, 401, "Basic authentication"},
+		{"bomb of messages", `{"batch":[` + many + `{"x":[` + strings.Repeat("0,", 4<<20-100<<10) + `0]}]}`, gzipped, 401, "Basic authentication"},
+		{"bomb of zstd", `{"batch":[` + many + `{"x":[` + strings.Repeat("0,", 4<<20-100<<10) + `0]}]}`, zstded, 401, "Basic authentication"},
+		{"beyond the limit", strings.Repeat("x", 9<<20), gzipped, 401, "Basic authentication"},
+		{"broken", "x", func(b []byte) []byte { return b }, 400, "could not be read"},
+	} {
+		body := []byte(c.body)
+		encoding := "gzip"
+		if c.compress == nil {
+			encoding = ""
+		} else if body = c.compress(body); string(body[:1]) == "\x28" {
+			encoding = "zstd"
+		}
+		best := time.Hour
+		for range 10 { // other processes disturb a measurement
+			r := httptest.NewRequest("POST", "/v1/batch", bytes.NewReader(body))
+			r.Header.Set("Content-Encoding", encoding)
+			w, started := httptest.NewRecorder(), threadTime()
+			q := in.receiveUnknown(w, r, &in.bulks, "batch", ac)
+			best = min(best, threadTime()-started)
+			if q == nil != (c.status != 0) || q == nil && (w.Code != c.status || !strings.Contains(w.Body.String(), c.want)) {
+				t.Fatalf("%s: %d %s", c.name, w.Code, w.Body)
+			}
+			if q != nil {
+				if string(q.body.B) != c.body || q.account != in.bodies.Open(sha256.Sum256([]byte(key))) {
+					t.Errorf("%s: %d bytes, on the account of another", c.name, len(q.body.B))
+				}
+				q.account.Close()
+				q.release()
+			}
+			if used := in.bodies.Used(); used != 0 {
+				t.Fatalf("%s: %d bytes were not given back", c.name, used)
+			}
+		}
+		head := c.body[:min(len(c.body), searchedBase+searchedTimes*len(body))]
+		if limit := maxUnknownBase + maxUnknownRatio*jsonTime([]byte(head)); c.status != 0 && best > limit {
+			t.Errorf("%s: %d bytes take %s until they are refused, the most is %s", c.name, len(body), best, limit)
+		} else {
+			t.Logf("%s: %d bytes, %s of %s", c.name, len(body), best, limit)
+		}
+	}
 }

@@ -26,6 +26,7 @@ import (
 	"github.com/ClickHouse/ch-go/proto"
 
 	"github.com/event-ingestion/event-ingestion/troubles"
+	"github.com/event-ingestion/event-ingestion/turns"
 )
 
 // Codes of the metrics endpoint beside those of an event.
@@ -37,8 +38,12 @@ const (
 const (
 	// queryTimeout bounds one metrics query; queryLimit does on the server.
 	queryTimeout = 10 * time.Second
-	// queryConns bounds the queries that run at once; the next one waits its turn.
+	// queryConns bounds the queries that run at once; the next one waits its turn, which clients have one after the other.
 	queryConns = 8
+	// clientConns is how many of them are one client's: somebody else's short question need not wait for the end of a long one.
+	clientConns = 6
+	// clientWaiting is how many queries of one client may wait. Beyond it are 429s.
+	clientWaiting = 32
 	// maxCampaigns is how many groups an answer by campaign has: anybody may make up campaigns.
 	maxCampaigns = 1000
 	// tablePause is the time between two attempts while hours are recounted or a table is detached, tableAttempts how many there are.
@@ -53,7 +58,11 @@ type metricsAPI struct {
 	failed     func(error)                  // told what ClickHouse says when a query fails
 	pool       func() (*chpool.Pool, error) // made when first used
 	adopted    atomic.Int64                 // Unix second when the tables were last asked for their rule of revenue
+	turns      *turns.Turns                 // at the pool's connections
 }
+
+// askerOf is the context's value for the client that a query is asked for.
+type askerOf struct{}
 
 // metricsQuery is a parsed request. Empty texts are no filter. from and to are Unix seconds, both inclusive.
 type metricsQuery struct {
@@ -84,7 +93,7 @@ func newMetricsAPI(db *clickhouse, through func() int64, failed func(error)) *me
 	pool := sync.OnceValues(func() (*chpool.Pool, error) {
 		return chpool.New(context.Background(), chpool.Options{ClientOptions: db.options, MaxConns: queryConns})
 	})
-	return &metricsAPI{clickhouse: db, through: through, failed: failed, pool: pool}
+	return &metricsAPI{clickhouse: db, through: through, failed: failed, pool: pool, turns: turns.New(queryConns, clientConns, clientWaiting)}
 }
 
 func (m *metricsAPI) serve(w http.ResponseWriter, r *http.Request) {
@@ -103,7 +112,7 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 		writeProblems(w, problems)
 		return
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
+	ctx, cancel := context.WithTimeout(context.WithValue(r.Context(), askerOf{}, clientOf(w, r)), queryTimeout)
 	defer cancel()
 	var known *int64
 	if through := m.through(); through != 0 { // before the query, which then sees at least that much
@@ -115,6 +124,11 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 		body, err = ask(ctx, known)
 	}
 	if r.Context().Err() != nil { // the client has gone
+		return
+	}
+	if errors.Is(err, turns.ErrTooMany) {
+		w.Header().Set("Retry-After", retryAfterSeconds)
+		writeError(w, http.StatusTooManyRequests, "too many requests", err.Error())
 		return
 	}
 	if err != nil {
@@ -355,7 +369,8 @@ func (m *metricsAPI) Do(ctx context.Context, query ch.Query) error {
 	return m.do(ctx, func() {}, query)
 }
 
-// do runs a query on a pooled connection. The server may have closed it, and with a restart all of the pool, of which ch-go puts
+// do runs a query on a pooled connection, when it is the turn of whoever asks. The server may have closed it, and with a restart all of
+// the pool, of which ch-go puts
 // one back now and then, so a failure without an answer is retried, after reset, on each. While hours are recounted, or a table is
 // detached by a person, the query is retried for a second.
 func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error {
@@ -363,6 +378,12 @@ func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error
 	if err != nil {
 		return err
 	}
+	asker, _ := ctx.Value(askerOf{}).(client)
+	done, err := m.turns.Wait(ctx, asker)
+	if err != nil {
+		return err
+	}
+	defer done()
 	query.Body = m.clickhouse.sql(query.Body)
 	query.Settings = questionSettings
 	for attempt := 0; ; attempt++ {

@@ -13,6 +13,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -211,7 +212,11 @@ func (q *ingestRequest) encodeSegment(ctx context.Context, kind string, now int6
 	return cmp.Or(do(), r.end())
 }
 
-// writeKeyOf returns the first writeKey in a body that has been read: beside the batch, or in a message.
+// errFound ends a search.
+var errFound = errors.New("found")
+
+// writeKeyOf returns the first writeKey in a body that has been read, or in the beginning of one: beside the batch, or in a message.
+// It looks no further than that.
 func writeKeyOf(body []byte, kind string) (key string) {
 	var r, members skimmer
 	r.reset(body)
@@ -225,7 +230,12 @@ func writeKeyOf(body []byte, kind string) (key string) {
 		return key
 	}
 	r.eachEvent("batch", maxMessages, note, func() error {
-		members.eachMember(r.value().raw, note)
+		if key == "" {
+			members.eachMember(r.value().raw, note)
+		}
+		if key != "" {
+			return errFound
+		}
 		return nil
 	})
 	return key

@@ -16,7 +16,7 @@ import (
 // Why nothing more is taken: the budget is used up, or the client's share of it.
 var (
 	ErrFull  = errors.New("too much is in flight")
-	ErrShare = errors.New("too much of this key, or of this address without a key, is in flight")
+	ErrShare = errors.New("too much of this key, or of this address without a key, is in flight; requests whose key is not in the header have one share together")
 )
 
 // Sizes of pooled buffers, each twice the one before: 1 KiB to 1 MiB. A larger one is made to measure and left to the garbage
@@ -41,6 +41,7 @@ type Budget struct {
 type Account struct {
 	budget   *Budget
 	client   [32]byte
+	share    int64 // the most that it may hold; 0 is no limit
 	used     atomic.Int64
 	requests atomic.Int32
 }
@@ -66,12 +67,15 @@ func New(limit, perClient int64) *Budget {
 func (b *Budget) Used() int64 { return b.used.Load() }
 
 // Open returns the client's account for one more request.
-func (b *Budget) Open(client [32]byte) *Account {
+func (b *Budget) Open(client [32]byte) *Account { return b.OpenWithin(client, b.perClient) }
+
+// OpenWithin is Open for an account with a share of its own, in bytes; it is the same in each of the client's calls.
+func (b *Budget) OpenWithin(client [32]byte, share int64) *Account {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	a := b.accounts[client]
 	if a == nil {
-		a = &Account{budget: b, client: client}
+		a = &Account{budget: b, client: client, share: share}
 		b.accounts[client] = a
 	}
 	a.requests.Add(1)
@@ -91,15 +95,31 @@ func (a *Account) Close() {
 // Take charges n bytes, or fails with ErrFull or ErrShare. A client's only request may exceed its share: a body larger than the
 // share would otherwise be refused for ever.
 func (a *Account) Take(n int) error {
-	b := a.budget
-	if used := a.used.Add(int64(n)); b.perClient > 0 && used > b.perClient && a.requests.Load() > 1 {
-		a.used.Add(int64(-n))
-		return ErrShare
+	if err := a.charge(n); err != nil {
+		return err
 	}
-	if b.used.Add(int64(n)) > b.limit {
+	if a.budget.used.Add(int64(n)) > a.budget.limit {
 		a.Give(n)
 		return ErrFull
 	}
+	return nil
+}
+
+// charge is Take for the account alone.
+func (a *Account) charge(n int) error {
+	if used := a.used.Add(int64(n)); a.share > 0 && used > a.share && a.requests.Load() > 1 {
+		a.used.Add(int64(-n))
+		return ErrShare
+	}
+	return nil
+}
+
+// Pass charges another account of the budget for a buffer, instead of this one, or fails with ErrShare.
+func (a *Account) Pass(buf *Buffer, to *Account) error {
+	if err := to.charge(cap(buf.B)); err != nil {
+		return err
+	}
+	a.used.Add(int64(-cap(buf.B)))
 	return nil
 }
 

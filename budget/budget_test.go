@@ -36,6 +36,39 @@ func TestShares(t *testing.T) {
 	}
 }
 
+// TestPass: a buffer changes hands, within the share of whoever gets it; an account with a share of its own has that one.
+func TestPass(t *testing.T) {
+	b := New(100<<10, 10<<10)
+	many, another := b.OpenWithin([32]byte{1}, 4<<10), b.OpenWithin([32]byte{1}, 4<<10)
+	one, again := b.Open([32]byte{2}), b.Open([32]byte{2})
+	var buf, small *Buffer
+	if err := many.Move(&buf, 4<<10, false); err != nil {
+		t.Fatal(err)
+	}
+	if err := another.Move(&small, 1, false); err != ErrShare {
+		t.Errorf("beyond the share: %v", err)
+	}
+	if err := many.Pass(buf, one); err != nil || many.used.Load() != 0 || one.used.Load() != 4<<10 || b.Used() != 4<<10 {
+		t.Errorf("passed: %v, %d and %d of %d bytes", err, many.used.Load(), one.used.Load(), b.Used())
+	}
+	if err := another.Move(&small, 4<<10, false); err != nil {
+		t.Error(err)
+	}
+	one.Take(4 << 10)
+	if err := another.Pass(small, again); err != ErrShare || another.used.Load() != 4<<10 || one.used.Load() != 8<<10 || b.Used() != 12<<10 {
+		t.Errorf("beyond the share of whoever gets it: %v, %d and %d of %d bytes", err, another.used.Load(), one.used.Load(), b.Used())
+	}
+	one.Give(4 << 10)
+	one.Put(&buf)
+	another.Put(&small)
+	for _, a := range []*Account{many, another, one, again} {
+		a.Close()
+	}
+	if len(b.accounts) != 0 || b.Used() != 0 {
+		t.Errorf("%d accounts are left, %d bytes", len(b.accounts), b.Used())
+	}
+}
+
 // TestBuffers: a buffer keeps its bytes when it moves, is charged whole, and is refused without a loss.
 func TestBuffers(t *testing.T) {
 	b := New(64<<10, 0)

@@ -10,6 +10,8 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -21,7 +23,7 @@ const maxSingleBody, maxBulkBody = 64 << 10, 8 << 20
 // TestStrain: clients that are slow, many, or send too much hold nobody else up.
 func TestStrain(t *testing.T) {
 	t.Parallel()
-	p := startProgram(t, newSpace(t, "SERVER_READ_TIMEOUT=1s"))
+	p := startProgram(t, newSpace(t, "SERVER_READ_TIMEOUT=1s", "ALLOWED_HOSTS=x,other.example"))
 	host := strings.TrimPrefix(p.url, "http://")
 	dial := func() net.Conn {
 		conn, err := net.Dial("tcp", host)
@@ -160,6 +162,92 @@ func TestOneClient(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestUnknownKeys: requests whose key may stand in their bodies take nothing from those who have one, from however many addresses
+// they come: together they have a small share, and get 429 for what is beyond it.
+func TestUnknownKeys(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey, fmt.Sprintf("MAX_IN_FLIGHT_BYTES=%d", 4*maxBulkBody)))
+	refused := make(chan string, 90)
+	for i := range cap(refused) { // 90 MB
+		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(1+i))}}
+		conn, err := dialer.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+		if err != nil {
+			t.Skip("there is only one address here: ", err)
+		}
+		defer conn.Close()
+		go func() { // ends with the connection
+			fmt.Fprintf(conn, "POST /v1/batch HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n%s", strings.Repeat(" ", 999_999))
+			if resp, err := http.ReadResponse(bufio.NewReader(conn), nil); err == nil {
+				refused <- resp.Status + " " + resp.Header.Get("Retry-After")
+			}
+		}()
+	}
+	for range cap(refused) / 2 { // while the others hold what they have
+		if status := <-refused; status != "429 Too Many Requests 2" {
+			t.Errorf("beyond their share: %s", status)
+		}
+	}
+	body := append(bytes.Repeat([]byte(" "), 3<<20), freshEvent("k")...)
+	for range 30 {
+		if status, _, answer := p.ask("POST", bulkPath, body, "Content-Type: "+ndjson, "X-API-Key: "+firstKey); status != 202 {
+			t.Fatalf("somebody with a key: %d %s", status, answer)
+		}
+	}
+}
+
+// TestGreedyReader: one that has hundreds of questions at once is refused most of them, and another's are answered between its own.
+func TestGreedyReader(t *testing.T) {
+	t.Parallel()
+	const greedy, questions, mostBetween = 600, 20, 100
+	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey+","+secondKey))
+	ask := func(c *http.Client, key, group string) (int, string) {
+		r, _ := http.NewRequestWithContext(t.Context(), "GET", p.url+metricsPath+"event_name=e&from=1&to=2&group_by="+group, nil)
+		r.Header.Set("X-API-Key", key)
+		resp, err := c.Do(r)
+		if err != nil {
+			return 0, err.Error()
+		}
+		defer resp.Body.Close()
+		io.Copy(io.Discard, resp.Body)
+		return resp.StatusCode, resp.Header.Get("Retry-After")
+	}
+	var asking sync.WaitGroup
+	var left, answered atomic.Int32
+	var enough atomic.Bool
+	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: greedy}}
+	for range greedy {
+		left.Add(1)
+		asking.Go(func() { // ends with enough, or when it is refused
+			defer left.Add(-1)
+			for !enough.Load() {
+				switch status, retry := ask(client, firstKey, "campaign"); {
+				case status == 429 && retry == "2":
+					return
+				case status == 200:
+					answered.Add(1)
+				case status != 503: // it waited too long for the others of its own
+					t.Errorf("a question of the greedy: %d %s", status, retry)
+					return
+				}
+			}
+		})
+	}
+	defer asking.Wait()
+	defer enough.Store(true)
+	p.await("rid of most questions", 20*time.Second, func() bool { return left.Load() < greedy/4 })
+	before := answered.Load()
+	for range questions {
+		if status, retry := ask(http.DefaultClient, secondKey, "channel"); status != 200 {
+			t.Fatalf("a question of another: %d %s", status, retry)
+		}
+	}
+	if n := (answered.Load() - before) / questions; n > mostBetween {
+		t.Errorf("%d questions of the greedy are answered for each of another's", n)
+	} else {
+		t.Logf("%d for each", n)
 	}
 }
 
