@@ -27,9 +27,6 @@ const (
 	typeText   = "text/plain"
 )
 
-// idleTimeout is how long a connection may wait for its next request.
-const idleTimeout = 2 * time.Minute
-
 // retryAfterSeconds is how long a refused client should wait: about the time of a broker's failover.
 const retryAfterSeconds = "2"
 
@@ -94,7 +91,7 @@ func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats
 		ReadHeaderTimeout: readHeaderTimeout,
 		ReadTimeout:       cfg.readTimeout,
 		WriteTimeout:      cfg.writeTimeout,
-		IdleTimeout:       idleTimeout,
+		IdleTimeout:       cfg.idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes - 4<<10, // net/http adds as much
 		TLSConfig:         ac.tls,
 		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug), // what clients do wrong

@@ -21,8 +21,10 @@ import (
 	"strings"
 	"time"
 
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 
+	"github.com/event-ingestion/event-ingestion/batches"
 	"github.com/event-ingestion/event-ingestion/budget"
 )
 
@@ -39,7 +41,7 @@ const storedTimeout = 5 * time.Second
 
 // ingester serves POST /api/v1/events and /api/v1/events/bulk.
 type ingester struct {
-	kafka        *kgo.Client
+	kafka        *batches.Producer
 	topic        string
 	ackTimeout   time.Duration
 	writeTimeout time.Duration
@@ -50,13 +52,14 @@ type ingester struct {
 	stats        *ingestStats
 }
 
-func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats, stored func(context.Context, time.Time) bool) *ingester {
+func newIngester(kafka *batches.Producer, cfg *settings, stats *ingestStats, stored func(context.Context, time.Time) bool) *ingester {
 	in := &ingester{
 		kafka: kafka, topic: cfg.kafkaTopic, ackTimeout: cfg.ackTimeout, writeTimeout: cfg.writeTimeout, stored: stored, stats: stats,
 		bodies: budget.New(cfg.maxInFlightBytes, cfg.maxInFlightPerClient),
 	}
 	in.singles.limit, in.bulks.limit = maxSingleBody, maxBulkBody
 	for _, from := range []*intake{&in.singles, &in.bulks} {
+		from.most = kafka.Most
 		from.clockSkew = int64(cfg.clockSkew / time.Second)
 		from.pool.New = func() any { return newRequest(from) }
 	}
@@ -89,6 +92,9 @@ func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if err := q.add(ev); err != nil {
+		if errors.As(err, new(recordTooLarge)) {
+			in.stats.refused.Add(1)
+		}
 		writeReadError(w, err)
 		return
 	}
@@ -220,7 +226,10 @@ func (q *ingestRequest) decide(ev *event, err error, size int, now int64) error 
 	if len(problems) > 0 {
 		return q.addError(q.index, problems, false)
 	}
-	return q.add(ev)
+	if err = q.add(ev); err != nil && errors.As(err, new(recordTooLarge)) {
+		return q.addError(q.index, []problem{{"", codeMaxLength, err.Error()}}, false)
+	}
+	return err
 }
 
 // produce hands the request's records to Kafka and waits until each is acknowledged by all in-sync replicas or has failed, or
@@ -232,11 +241,13 @@ func (in *ingester) produce(q *ingestRequest) {
 	}
 	q.sealRecords(in.topic)
 	q.pending.Store(int32(len(q.records)))
-	q.holders.Add(1)            // Kafka's hold on the request, until the last promise
-	ctx := context.Background() // not the client's: giving up on the answer must not tear a batch in flight
-	for i := range q.records {
-		in.kafka.Produce(ctx, &q.records[i].Record, onAck)
-	}
+	q.holders.Add(1) // Kafka's hold on the request, until the last promise
+	limit := in.kafka.Hand(func(kafka *kgo.Client) {
+		ctx := context.Background() // not the client's: giving up on the answer must not tear a batch in flight
+		for i := range q.records {
+			kafka.Produce(ctx, &q.records[i].Record, onAck)
+		}
+	})
 	started := time.Now()
 	defer func() { in.stats.ack.Update(time.Since(started).Seconds()) }()
 	timeout := time.NewTimer(in.ackTimeout)
@@ -244,6 +255,9 @@ func (in *ingester) produce(q *ingestRequest) {
 	select {
 	case <-q.acked:
 	case <-timeout.C:
+	}
+	if why := q.firstErr.Load(); why != nil && errors.Is(*why, kerr.MessageTooLarge) {
+		in.kafka.TooLarge(limit)
 	}
 }
 

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/batches"
 )
 
 func TestSettings(t *testing.T) {
@@ -44,6 +46,8 @@ func TestSettings(t *testing.T) {
 		{"KAFKA_BROKERS", "a:b"}, {"KAFKA_BROKERS", "a:9092,b:0"}, {"KAFKA_BROKERS", "a:65536"}, {"CLICKHOUSE_HOST", "[::1]:9000"}, {"CLICKHOUSE_HOST", "http://localhost"},
 		{"KAFKA_SASL_USERNAME", "u"}, {"KAFKA_LINGER", "10s"}, {"RETENTION_DAYS", "30"},
 		{"CORS_ORIGINS", "https://a.example,https://Shop.example"}, {"CORS_ORIGINS", "https://shop.example:443"}, {"CORS_ORIGINS", "http://maça.example"}, {"CORS_ORIGINS", "null"},
+		{"KAFKA_OAUTH_TOKEN_URL", "http://login.example/token"}, {"KAFKA_OAUTH_TOKEN_FILE", "f"}, {"KAFKA_OAUTH_TOKEN_URL", "login.example"}, {"KAFKA_OAUTH_EXTENSIONS", "a"},
+		{"KAFKA_SASL_MECHANISM", "OAUTHBEARER"}, {"KAFKA_SASL_MECHANISM", "PLAIN"}, {"KAFKA_TLS_CERT_FILE", "f"}, {"KAFKA_TLS_KEY_FILE", "f"},
 		{"CLOCK_SKEW", "1.5s"}, {"KAFKA_TOPIC", "a b"}, {"KAFKA_TOPIC", ".."}, {"KAFKA_TOPIC", strings.Repeat("t", 244)},
 		{"CLICKHOUSE_DATABASE", "Table"}, {"CLICKHOUSE_DATABASE", "function"}, {"CLICKHOUSE_DATABASE", "system"}, {"CLICKHOUSE_DATABASE", strings.Repeat("d", 151)},
 	} {
@@ -67,7 +71,7 @@ func TestSettings(t *testing.T) {
 // flushed after each event is fine.
 func TestTinyBlocks(t *testing.T) {
 	t.Parallel()
-	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &newStats().ingest, nil)
+	in := newIngester(new(batches.Producer), &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &newStats().ingest, nil)
 	event := freshEvent("b")
 	flushed := bytes.Repeat(zstded(event), maxBulkEvents)
 	// A frame with a block of 16 spaces, and blocks that repeat 3 of them: no literals, one sequence, three tables, its states.

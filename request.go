@@ -2,7 +2,6 @@
 //
 // request.go owns the memory of a request, which its records point into. It is pooled, and goes back only when both the
 // handler and Kafka's last acknowledgement are done with it. ingest.go decides what is done with a request, and when.
-
 package main
 
 import (
@@ -25,9 +24,10 @@ const (
 
 // intake is where requests for one event, or for many, come from: one event must not hold the memory of a thousand.
 type intake struct {
-	limit     int       // bytes of a body
-	clockSkew int64     // seconds that an event may be in the future
-	pool      sync.Pool // of *ingestRequest
+	limit     int        // bytes of a body
+	clockSkew int64      // seconds that an event may be in the future
+	most      func() int // bytes of a batch that the topic takes, 0 while unknown
+	pool      sync.Pool  // of *ingestRequest
 }
 
 // outgoing is one record and what became of it.
@@ -69,7 +69,11 @@ type ingestRequest struct {
 // outgoingBytes is what a record of the slab takes.
 const outgoingBytes = int(unsafe.Sizeof(outgoing{}))
 
-// add encodes the current event: its key and its value go into the arena, a slot of records remembers where.
+// batchRoom is what a batch of one record takes at the most beside the record's value.
+const batchRoom = 100 + 2*len(eventID{})
+
+// add encodes the current event: its key and its value go into the arena, a slot of records remembers where. The error is of the
+// account, or recordTooLarge: whether an event is taken does not depend on how well it would be compressed.
 func (q *ingestRequest) add(ev *event) error {
 	room := 2*len(eventID{}) + ev.maxEncoded()
 	if q.arena == nil {
@@ -80,8 +84,13 @@ func (q *ingestRequest) add(ev *event) error {
 	}
 	var id eventID
 	id, q.idInput = ev.id(q.idInput)
+	start := len(q.arena.B)
 	q.arena.B = hex.AppendEncode(q.arena.B, id[:])
 	q.arena.B = appendEvent(q.arena.B, ev)
+	if size, most := len(q.arena.B)-start-2*len(id)+batchRoom, q.in.most(); most > 0 && size > most {
+		q.arena.B = q.arena.B[:start]
+		return recordTooLarge{size, most}
+	}
 	n := len(q.records)
 	if n == cap(q.records) { // Slow path: the slab grows, at most once a size for the life of the request.
 		if err := q.growSlab(); err != nil {

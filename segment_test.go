@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/event-ingestion/event-ingestion/batches"
 	"github.com/event-ingestion/event-ingestion/budget"
 )
 
@@ -90,7 +91,7 @@ func TestSegmentMapping(t *testing.T) {
 
 // TestSegmentSingle: one message does not hold the memory of a batch.
 func TestSegmentSingle(t *testing.T) {
-	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest, nil)
+	in := newIngester(new(batches.Producer), &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest, nil)
 	ac, err := newAccess(&settings{serverHost: "localhost"})
 	if err != nil {
 		t.Fatal(err)
