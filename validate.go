@@ -60,7 +60,8 @@ type eventParser struct {
 	named    fieldSet // by a member, whatever its value
 	problems []problem
 	metadata []byte
-	scratch  []byte // texts of the event that were sent with escapes; at most 25 of them, each maxTextBytes
+	scratch  []byte            // texts of the event that were sent with escapes; at most 25 of them, each maxTextBytes
+	unknown  func(name []byte) // told the name, quoted as it was sent, of each member that is no field of ours; may be nil
 }
 
 // fieldSet has a bit for each known field, to notice one that is sent twice. At event it says what else a new field needs.
@@ -169,6 +170,8 @@ func (p *eventParser) member(k, v *jsonValue) {
 		p.addf(f.name(), codeInvalidFormat, "appears more than once")
 	case f != 0:
 		p.field(f, v)
+	case p.unknown != nil: // a newer program may have written it
+		p.unknown(k.raw)
 	}
 	p.named |= f
 }
