@@ -1,11 +1,16 @@
 package batches
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"math"
 	"sync"
 
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/pierrec/lz4/v4"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
@@ -63,7 +68,7 @@ func (d *Decompressor) Within(src []byte, codec kgo.CompressionCodecType, busy f
 				return nil, err
 			}
 		}
-		batch, err = d.large.Decompress(src, codec)
+		batch, err = d.decompressLarge(src, codec)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", kgo.ErrMaxDecompress, err)
@@ -73,6 +78,46 @@ func (d *Decompressor) Within(src []byte, codec kgo.CompressionCodecType, busy f
 		return nil, kgo.ErrMaxDecompress
 	}
 	return batch, nil
+}
+
+// decompressLarge reads what is a stream twice: the first time for its size, so that no buffer has to grow.
+func (d *Decompressor) decompressLarge(src []byte, codec kgo.CompressionCodecType) ([]byte, error) {
+	var open func() (io.ReadCloser, error)
+	switch codec {
+	case kgo.CodecGzip:
+		open = func() (io.ReadCloser, error) { return gzip.NewReader(bytes.NewReader(src)) }
+	case kgo.CodecLz4:
+		open = func() (io.ReadCloser, error) { return io.NopCloser(lz4.NewReader(bytes.NewReader(src))), nil }
+	case kgo.CodecZstd:
+		open = func() (io.ReadCloser, error) {
+			z, err := zstd.NewReader(bytes.NewReader(src), zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(uint64(d.limit)))
+			if err != nil {
+				return nil, err
+			}
+			return z.IOReadCloser(), nil
+		}
+	default: // snappy says its size
+		return d.large.Decompress(src, codec)
+	}
+	r, err := open()
+	if err != nil {
+		return nil, err
+	}
+	size, err := io.Copy(io.Discard, io.LimitReader(r, d.limit+1))
+	r.Close()
+	if err == nil && size > d.limit {
+		err = kgo.ErrMaxDecompress
+	}
+	if err != nil {
+		return nil, err
+	}
+	if r, err = open(); err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	batch := make([]byte, size)
+	_, err = io.ReadFull(r, batch)
+	return batch, err
 }
 
 // countRecords counts the records of a decompressed batch up to one more than most: each begins with its length.
