@@ -4,7 +4,12 @@
 DATA_DIR ?= .data
 export DATA_DIR
 
-GO_FILES := $(wildcard *.go budget/*.go load/*.go ops/*.go segment/*.go troubles/*.go turns/*.go web/*) schema.sql go.mod go.sum CHANGELOG.md
+# The embedded stack's ports: make run KAFKA_PORTS=19092,19093, or from the environment, as SERVER_PORT and ADMIN_ADDR are.
+KAFKA_PORTS          ?= 29092,29093
+CLICKHOUSE_PORT      ?= 9000
+CLICKHOUSE_HTTP_PORT ?= 8123
+
+GO_FILES := $(wildcard *.go batches/*.go budget/*.go load/*.go ops/*.go segment/*.go tokens/*.go troubles/*.go turns/*.go web/*) schema.sql go.mod go.sum CHANGELOG.md
 DEV      := bin/dev
 APP      := bin/event-ingestion
 
@@ -15,7 +20,14 @@ LDFLAGS := -s -w -X main.release=$(VERSION)
 # make up SCALE=1: three instances of the program behind a load balancer.
 COMPOSE := docker compose -f docker-compose.yml $(if $(SCALE),-f deploy/compose.scale.yml)
 
-.PHONY: help run stop demo build up down logs test test-cluster test-clock torture fuzz bench bench-peers profile lint clean test-api test-clients test-page screenshot release licenses
+.PHONY: help run stores stop demo build up down logs test test-cluster test-clock torture fuzz bench bench-peers profile lint clean test-api test-clients test-page screenshot release licenses
+
+STACK      = $(DEV) -kafka-ports $(KAFKA_PORTS) -clickhouse-port $(CLICKHOUSE_PORT) -clickhouse-http-port $(CLICKHOUSE_HTTP_PORT)
+SAY_STORES = echo "Kafka      localhost:$(subst $(COMMA),$(COMMA)localhost:,$(KAFKA_PORTS))"; \
+	echo "ClickHouse http://localhost:$(CLICKHOUSE_HTTP_PORT) (native $(CLICKHOUSE_PORT)), database $${CLICKHOUSE_DATABASE:-event_ingestion}, user default, no password"
+# What a command has to know when ports are not the usual ones.
+COMMA      := ,
+COMMAND_ENV = $(if $(filter 29092$(COMMA)29093,$(KAFKA_PORTS)),,KAFKA_BROKERS=localhost:$(subst $(COMMA),$(COMMA)localhost:,$(KAFKA_PORTS)) )$(if $(filter 9000,$(CLICKHOUSE_PORT)),,CLICKHOUSE_PORT=$(CLICKHOUSE_PORT) )
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,10 +35,14 @@ help: ## this list
 run: $(APP) $(DEV) ## the whole system on the embedded stack; Ctrl-C or `make stop` ends it
 	@echo "Dashboard  http://localhost:$${SERVER_PORT:-8080}/"
 	@echo "API        http://localhost:$${SERVER_PORT:-8080}/api/v1   (/swagger/index.html, /health, /ready)"
-	@echo "Kafka      localhost:29092, localhost:29093"
-	@echo "ClickHouse http://localhost:8123 (native 9000), database event_ingestion, user default, no password"
+	@$(SAY_STORES)
 	@echo "Admin      http://$${ADMIN_ADDR:-127.0.0.1:6060}/metrics, /debug/pprof/"
-	@$(DEV) -- $(APP)
+	@$(STACK) -- $(APP)
+
+stores: $(APP) $(DEV) ## the stores of `make run` without the program, for commands that need it stopped; Ctrl-C or `make stop` ends them
+	@$(SAY_STORES)
+	@echo "Commands   $(COMMAND_ENV)$(APP) rewind -h, in another terminal"
+	@$(STACK) -- sh -c 'trap "exit 0" INT TERM; tail -f /dev/null & wait'
 
 stop: $(DEV) ## end what `make run` started, cleanly
 	@$(DEV) stop

@@ -23,6 +23,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/batches"
 	"github.com/klauspost/compress/zstd"
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
@@ -328,7 +329,7 @@ func mustParse(t testing.TB, p *eventParser, raw string) *event {
 
 // newTestRequest is a request without a server, to be filled.
 func newTestRequest() *ingestRequest {
-	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest, nil)
+	in := newIngester(new(batches.Producer), &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest, nil)
 	q := in.bulks.pool.Get().(*ingestRequest)
 	q.account = in.bodies.Open(client{})
 	return q

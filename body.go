@@ -180,6 +180,13 @@ func (d *decompressor) Read(p []byte) (int, error) {
 	return d.src.Read(p)
 }
 
+// recordTooLarge is an event that can never be on the topic.
+type recordTooLarge struct{ size, most int } // bytes
+
+func (e recordTooLarge) Error() string {
+	return fmt.Sprintf("the event takes %d bytes on Kafka, whose topic takes at most %d (max.message.bytes)", e.size, e.most)
+}
+
 // writeReadError answers a request whose body could not be read.
 func writeReadError(w http.ResponseWriter, err error) {
 	switch {
@@ -188,6 +195,8 @@ func writeReadError(w http.ResponseWriter, err error) {
 		w.Header().Set("Connection", "close")
 		writeError(w, http.StatusRequestEntityTooLarge, "request body too large",
 			"the limit is 64 KiB for one event, 8 MiB for a bulk, after decompression")
+	case errors.As(err, new(recordTooLarge)):
+		writeError(w, http.StatusRequestEntityTooLarge, "event too large", err.Error())
 	case errors.Is(err, budget.ErrShare):
 		w.Header().Set("Retry-After", retryAfterSeconds)
 		writeError(w, http.StatusTooManyRequests, "too many requests", err.Error())

@@ -20,6 +20,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
 
+	"github.com/event-ingestion/event-ingestion/batches"
 	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
@@ -43,10 +44,45 @@ const (
 	aheadParts  = 3
 )
 
+// ahead bounds the bytes that a consumer has decompressed and not taken yet: a fetch may be compressed a thousandfold.
+type ahead struct {
+	*batches.Decompressor
+	limit int64
+	bytes atomic.Int64
+	seen  int64 // bytes at the last poll
+}
+
+// Decompress refuses a batch beyond the limit: the client hands on those before it, and fetches the rest again. A large batch waits
+// until little else is there, so that they are within the limit together.
+func (a *ahead) Decompress(src []byte, codec kgo.CompressionCodecType) ([]byte, error) {
+	if a.bytes.Load() > a.limit {
+		return nil, errAhead
+	}
+	batch, err := a.Within(src, codec, func() error {
+		if a.bytes.Load() > a.limit/aheadParts {
+			return errAhead
+		}
+		return nil
+	})
+	a.bytes.Add(int64(len(batch)))
+	return batch, err
+}
+
+// polled is told after each poll how many records wait for the next one. When none does, and none was decompressed since the
+// last poll, everything is taken: else one broker's answer may still be on its way while that of another is polled.
+func (a *ahead) polled(waiting int64) {
+	if waiting == 0 {
+		a.bytes.CompareAndSwap(a.seen, 0)
+	}
+	a.seen = a.bytes.Load()
+}
+
 // consumer reads the main topic in the group, spread over the workers.
 type consumer struct {
+	cfg           *settings
 	kafka         *kgo.Client
 	ahead         *ahead
+	passed        map[int32]*kgo.Record // by partition, in place of batches that cannot be taken in; callbacks change it, but not between a poll and AllowRebalance
 	topic         string
 	group         string
 	parts         int        // partitions of the topic
@@ -69,14 +105,20 @@ type consumer struct {
 func newConsumer(cfg *settings, db *clickhouse, queryFailed func(error), partitions int, partitionsNow func() int, side *sideProducer, stats *storeStats, failed func(error)) (*consumer, error) {
 	part := cfg.consumeMemory / memoryParts
 	c := &consumer{
-		topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, partitionsNow: partitionsNow, stats: stats, failed: failed, maxQueued: part,
-		ahead:  &ahead{Decompressor: kgo.DefaultDecompressor(), limit: part * aheadParts},
+		cfg: cfg, topic: cfg.kafkaTopic, group: cfg.kafkaGroup, parts: partitions, partitionsNow: partitionsNow, stats: stats, failed: failed, maxQueued: part,
+		passed: map[int32]*kgo.Record{},
 		reread: rereadBlocks * max(cfg.workerBatchSize, usualRows),
 	}
+	bounded, err := batches.NewDecompressor(cfg.consumeMemory)
+	if err != nil {
+		return nil, err
+	}
+	c.ahead = &ahead{Decompressor: bounded, limit: part * aheadParts}
 	call := newRoundCall()
 	var blocks []func() *block
 	for range cfg.workerCount {
 		w := newWorker(blockLimits{cfg.workerBatchSize, int(part / int64(cfg.workerCount))}, partitions, &c.queued, call, side)
+		w.parser.unknown = stats.unknownMember
 		c.workers, blocks = append(c.workers, w), append(blocks, w.takeBlock)
 	}
 	c.inserter = newInserter(db, cfg, stats, queryFailed, blocks, call, membership{
@@ -89,7 +131,6 @@ func newConsumer(cfg *settings, db *clickhouse, queryFailed func(error), partiti
 		rejected: side.retry,
 	})
 	c.owned, c.abandon = context.WithCancelCause(context.Background())
-	var err error
 	c.kafka, err = newGroupClient(cfg, "event-ingestion-consumer", "",
 		kgo.FetchMaxWait(fetchWait),
 		kgo.FetchMinBytes(fetchBytes),
@@ -143,12 +184,17 @@ func (c *consumer) poll(ctx context.Context) {
 		fetches := poll(ctx, c.kafka, pollRecords, pollWait, c.failed)
 		c.noteGrowth(c.partitionsNow())
 		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
-			if len(p.Records) > 0 && c.owned.Err() == nil {
+			records := p.Records
+			if passed := passedOver(c.cfg, p.Err); passed != nil {
+				records, c.passed[p.Partition] = append(records, passed), passed
+			}
+			if len(records) > 0 && c.owned.Err() == nil {
 				c.stats.troubles.Clear(readEvents)
 				c.stats.consumed.Add(len(p.Records))
-				c.worker(p.Partition).enqueue(p.Records, p.HighWatermark)
+				c.worker(p.Partition).enqueue(records, p.HighWatermark)
 			}
 		})
+		skip(c.kafka, c.topic, c.passed)
 		c.kafka.AllowRebalance()
 		c.ahead.polled(c.kafka.BufferedFetchRecords())
 		for c.queued.Load() > c.maxQueued && ctx.Err() == nil {
@@ -274,6 +320,7 @@ func (c *consumer) forget(lost []int32) {
 		return
 	}
 	for _, p := range lost {
+		delete(c.passed, p)
 		c.worker(p).drop(p)
 	}
 	slog.Info("partitions revoked", "count", len(lost), "all", c.assigned.Add(-int64(len(lost))))

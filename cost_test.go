@@ -22,6 +22,7 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/event-ingestion/event-ingestion/batches"
 	"github.com/event-ingestion/event-ingestion/budget"
 )
 
@@ -59,7 +60,7 @@ func (d discard) Write(b []byte) (int, error) { d.cost.answer += len(b); return 
 
 // costOf has a request of its own ingester read, checked, encoded and answered, all but Kafka's part.
 func costOf(single bool, media, encoding string, body []byte) (c cost) {
-	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &newStats().ingest, nil)
+	in := newIngester(new(batches.Producer), &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &newStats().ingest, nil)
 	r := httptest.NewRequest("POST", bulkPath, bytes.NewReader(body))
 	r.Header.Set("Content-Type", media)
 	if encoding != "" {
@@ -392,7 +393,7 @@ func TestSameClient(t *testing.T) {
 func TestBudget(t *testing.T) {
 	body := []byte(strings.Repeat(costGood+"}\n", 1000)) // 55,000 bytes; with keys and records about half a MB
 	for _, limit := range []int64{1 << 10, 16 << 10, 100 << 10, 300 << 10} {
-		in := newIngester(nil, &settings{maxInFlightBytes: limit, ackTimeout: time.Minute}, &newStats().ingest, nil)
+		in := newIngester(new(batches.Producer), &settings{maxInFlightBytes: limit, ackTimeout: time.Minute}, &newStats().ingest, nil)
 		c := cost{}
 		w := discard{http.Header{}, &c}
 		q := in.receive(w, httptest.NewRequest("POST", bulkPath, bytes.NewReader(body)), &in.bulks)

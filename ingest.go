@@ -10,6 +10,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -17,8 +18,10 @@ import (
 	"strings"
 	"time"
 
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 
+	"github.com/event-ingestion/event-ingestion/batches"
 	"github.com/event-ingestion/event-ingestion/budget"
 	"github.com/event-ingestion/event-ingestion/troubles"
 )
@@ -35,7 +38,7 @@ const storedTimeout = 5 * time.Second
 
 // ingester serves POST /api/v1/events and /api/v1/events/bulk.
 type ingester struct {
-	kafka        *kgo.Client
+	kafka        *batches.Producer
 	topic        string
 	ackTimeout   time.Duration
 	writeTimeout time.Duration
@@ -50,7 +53,7 @@ type ingester struct {
 	stats        *ingestStats
 }
 
-func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats, stored func(context.Context, time.Time) bool) *ingester {
+func newIngester(kafka *batches.Producer, cfg *settings, stats *ingestStats, stored func(context.Context, time.Time) bool) *ingester {
 	in := &ingester{
 		kafka: kafka, topic: cfg.kafkaTopic, ackTimeout: cfg.ackTimeout, writeTimeout: cfg.writeTimeout, stored: stored, stats: stats,
 		bodies:       budget.New(cfg.maxInFlightBytes, cfg.maxInFlightPerClient),
@@ -65,6 +68,7 @@ func newIngester(kafka *kgo.Client, cfg *settings, stats *ingestStats, stored fu
 		&in.messages: {maxSingleBody, 1, segmentSkew}, &in.batches: {maxBulkBody, maxMessages, segmentSkew},
 	} {
 		from.limit, from.most, from.clockSkew = is.limit, is.most, is.skew
+		from.room = kafka.Most
 		from.pool.New = func() any { return newRequest(from) }
 	}
 	return in
@@ -98,6 +102,9 @@ func (in *ingester) serveOne(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if err := q.add(ev); err != nil {
+		if errors.As(err, new(recordTooLarge)) {
+			in.stats.refused.Add(1)
+		}
 		writeReadError(w, err)
 		return
 	}
@@ -281,11 +288,13 @@ func (in *ingester) produce(q *ingestRequest) {
 	}
 	q.sealRecords(in.topic)
 	q.pending.Store(int32(len(q.records)))
-	q.holders.Add(1)            // Kafka's hold on the request, until the last promise
-	ctx := context.Background() // not the client's: giving up on the answer must not tear a batch in flight
-	for i := range q.records {
-		in.kafka.Produce(ctx, &q.records[i].Record, onAck)
-	}
+	q.holders.Add(1) // Kafka's hold on the request, until the last promise
+	limit := in.kafka.Hand(func(kafka *kgo.Client) {
+		ctx := context.Background() // not the client's: giving up on the answer must not tear a batch in flight
+		for i := range q.records {
+			kafka.Produce(ctx, &q.records[i].Record, onAck)
+		}
+	})
 	started := time.Now()
 	defer func() { in.stats.ack.Update(time.Since(started).Seconds()) }()
 	timeout := time.NewTimer(in.ackTimeout)
@@ -293,6 +302,9 @@ func (in *ingester) produce(q *ingestRequest) {
 	select {
 	case <-q.acked:
 	case <-timeout.C:
+	}
+	if why := q.firstErr.Load(); why != nil && errors.Is(*why, kerr.MessageTooLarge) {
+		in.kafka.TooLarge(limit)
 	}
 }
 

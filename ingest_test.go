@@ -18,6 +18,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/batches"
 	"github.com/event-ingestion/event-ingestion/budget"
 	"github.com/event-ingestion/event-ingestion/troubles"
 )
@@ -56,6 +57,8 @@ func TestSettings(t *testing.T) {
 		{"CORS_ORIGINS", "https://a.example,https://Shop.example"}, {"CORS_ORIGINS", "https://shop.example:443"}, {"CORS_ORIGINS", "http://maça.example"}, {"CORS_ORIGINS", "null"},
 		{"PURCHASE_EVENTS", "a,,b"}, {"PURCHASE_EVENTS", "a,b\x00c"}, {"PURCHASE_EVENTS", "\xff"}, {"PURCHASE_EVENTS", strings.Repeat("e", 101)},
 		{"CURRENCY", "?"}, {"CURRENCY", "T'Y"}, {"CURRENCY", "₺"}, {"CURRENCY", strings.Repeat("T", 21)},
+		{"KAFKA_OAUTH_TOKEN_URL", "http://login.example/token"}, {"KAFKA_OAUTH_TOKEN_FILE", "f"}, {"KAFKA_OAUTH_TOKEN_URL", "login.example"}, {"KAFKA_OAUTH_EXTENSIONS", "a"},
+		{"KAFKA_SASL_MECHANISM", "OAUTHBEARER"}, {"KAFKA_SASL_MECHANISM", "PLAIN"}, {"KAFKA_TLS_CERT_FILE", "f"}, {"KAFKA_TLS_KEY_FILE", "f"},
 		{"CLOCK_SKEW", "1.5s"}, {"KAFKA_TOPIC", "a b"}, {"KAFKA_TOPIC", ".."}, {"KAFKA_TOPIC", strings.Repeat("t", 244)},
 		{"CLICKHOUSE_DATABASE", "Table"}, {"CLICKHOUSE_DATABASE", "function"}, {"CLICKHOUSE_DATABASE", "system"}, {"CLICKHOUSE_DATABASE", strings.Repeat("d", 151)},
 	} {
@@ -79,7 +82,7 @@ func TestSettings(t *testing.T) {
 // flushed after each event is fine.
 func TestTinyBlocks(t *testing.T) {
 	t.Parallel()
-	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &newStats().ingest, nil)
+	in := newIngester(new(batches.Producer), &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &newStats().ingest, nil)
 	event := freshEvent("b")
 	flushed := bytes.Repeat(zstded(event), maxBulkEvents)
 	// A frame with a block of 16 spaces, and blocks that repeat 3 of them: no literals, one sequence, three tables, its states.
@@ -157,7 +160,7 @@ func TestSegmentItems(t *testing.T) {
 
 // TestSegmentSingle: one message does not hold the memory of a batch.
 func TestSegmentSingle(t *testing.T) {
-	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest, nil)
+	in := newIngester(new(batches.Producer), &settings{maxInFlightBytes: 1 << 30}, &newStats().ingest, nil)
 	ac, err := newAccess(&settings{serverHost: "localhost"})
 	if err != nil {
 		t.Fatal(err)
@@ -275,7 +278,7 @@ func TestAnybodyCosts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	in := newIngester(nil, &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &st.ingest, nil)
+	in := newIngester(new(batches.Producer), &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &st.ingest, nil)
 	routes := append(in.segmentRoutes(ac), route{"GET", "/health", "health", serveHealth}, route{"GET", "/ready", "ready", ready.serve},
 		route{"POST", bulkPath, "bulk", in.serveBulk}, route{"GET", "/api/v1/metrics", "metrics", nil})
 	handler := newServer("", routes, &settings{}, ac, st).Handler
@@ -324,7 +327,7 @@ func TestKeyInBody(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	in := newIngester(nil, &settings{maxInFlightBytes: 64 << 20, maxInFlightPerClient: 8 << 20, ackTimeout: time.Minute}, &newStats().ingest, nil)
+	in := newIngester(new(batches.Producer), &settings{maxInFlightBytes: 64 << 20, maxInFlightPerClient: 8 << 20, ackTimeout: time.Minute}, &newStats().ingest, nil)
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	many := strings.Repeat(item+",", 999)

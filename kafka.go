@@ -1,6 +1,6 @@
 // Kafka: how clients reach the brokers, what every producer has in common, and the topics.
 //
-// kafka.go owns the options that all clients share and the headers of records, and knows which of Kafka's errors no retry cures.
+// kafka.go owns the options that all clients share, and the headers of records, and knows which of Kafka's errors no retry cures.
 
 package main
 
@@ -11,16 +11,17 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
+	"github.com/twmb/franz-go/pkg/sasl/oauth"
 	"github.com/twmb/franz-go/pkg/sasl/plain"
 	"github.com/twmb/franz-go/pkg/sasl/scram"
 
+	"github.com/event-ingestion/event-ingestion/batches"
 	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
@@ -34,11 +35,23 @@ const (
 // minEventBytes is about the smallest body of an event: the byte budget divided by it bounds the number of records.
 const minEventBytes = 64
 
-// newKafka returns a client; all clients of the program reach the brokers this way.
+// newKafka returns a client; all clients of the program reach the brokers this way, and no batch that they read takes more memory
+// than a quarter of CONSUME_MEMORY.
 func newKafka(cfg *settings, clientID string, opts ...kgo.Opt) (*kgo.Client, error) {
-	all := []kgo.Opt{kgo.SeedBrokers(cfg.kafkaBrokers...), kgo.ClientID(clientID)}
+	bounded, err := batches.NewDecompressor(cfg.consumeMemory)
+	if err != nil {
+		return nil, err
+	}
+	all := []kgo.Opt{kgo.SeedBrokers(cfg.kafkaBrokers...), kgo.ClientID(clientID), kgo.WithDecompressor(bounded)}
 	if cfg.kafkaTLS {
-		all = append(all, kgo.DialTLSConfig(&tls.Config{RootCAs: cfg.kafkaCA}))
+		config := &tls.Config{RootCAs: cfg.kafkaCA}
+		if cfg.kafkaCertFile != "" {
+			config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return readPair(cfg) } // a short-lived one is renewed
+			if _, err := readPair(cfg); err != nil {
+				return nil, err
+			}
+		}
+		all = append(all, kgo.DialTLSConfig(config))
 	}
 	switch login := (scram.Auth{User: cfg.kafkaUsername, Pass: cfg.kafkaPassword}); cfg.kafkaSASL {
 	case "PLAIN":
@@ -47,8 +60,23 @@ func newKafka(cfg *settings, clientID string, opts ...kgo.Opt) (*kgo.Client, err
 		all = append(all, kgo.SASL(login.AsSha256Mechanism()))
 	case "SCRAM-SHA-512":
 		all = append(all, kgo.SASL(login.AsSha512Mechanism()))
+	case "OAUTHBEARER":
+		all = append(all, kgo.SASL(oauth.Oauth(func(ctx context.Context) (auth oauth.Auth, err error) { // at each login: a token ends
+			auth.Token, err = cfg.kafkaTokens.Get(ctx)
+			auth.Extensions = cfg.kafkaExtensions
+			return auth, err
+		})))
 	}
 	return kgo.NewClient(append(all, opts...)...)
+}
+
+// readPair reads the certificate that this program shows the brokers.
+func readPair(cfg *settings) (*tls.Certificate, error) {
+	pair, err := tls.LoadX509KeyPair(cfg.kafkaCertFile, cfg.kafkaKeyFile)
+	if err != nil {
+		err = fmt.Errorf("load the certificate for the brokers (KAFKA_TLS_CERT_FILE, KAFKA_TLS_KEY_FILE): %w", err)
+	}
+	return &pair, err
 }
 
 // newProducer returns a client to produce with. acks=all and idempotence are franz-go's defaults, and required here:
@@ -68,35 +96,6 @@ func newProducer(cfg *settings, more ...kgo.Opt) (*kgo.Client, error) {
 		kgo.MetadataMinAge(sampleInterval), // the watermark waits for new partitions to be known; 5 s by default
 		kgo.UnknownTopicRetries(-1),        // topics are created at start, possibly after the first request
 	}, more...)...)
-}
-
-// ahead bounds the bytes that a consumer has decompressed and not taken yet: a fetch may be compressed a thousandfold.
-type ahead struct {
-	kgo.Decompressor
-	limit int64
-	bytes atomic.Int64
-	seen  int64 // bytes at the last poll
-}
-
-var errAhead = errors.New("as much is decompressed as there is room for")
-
-// Decompress refuses a batch beyond the limit: the client hands on those before it, and fetches the rest again.
-func (a *ahead) Decompress(src []byte, codec kgo.CompressionCodecType) ([]byte, error) {
-	if a.bytes.Load() > a.limit {
-		return nil, errAhead
-	}
-	batch, err := a.Decompressor.Decompress(src, codec)
-	a.bytes.Add(int64(len(batch)))
-	return batch, err
-}
-
-// polled is told after each poll how many records wait for the next one. When none does, and none was decompressed since the
-// last poll, everything is taken: else one broker's answer may still be on its way while that of another is polled.
-func (a *ahead) polled(waiting int64) {
-	if waiting == 0 {
-		a.bytes.CompareAndSwap(a.seen, 0)
-	}
-	a.seen = a.bytes.Load()
 }
 
 const (
@@ -124,14 +123,17 @@ func newGroupClient(cfg *settings, clientID, suffix string, more ...kgo.Opt) (*k
 	}, more...)...)
 }
 
-// poll waits for records for that long, and tells failed of every error. Where nothing but errors comes, which may come at once,
+// errAhead is what a batch gets for which there is no room at the moment: the client fetches it again.
+var errAhead = errors.New("as much is decompressed as there is room for")
+
+// poll waits for records for that long, and tells failed of every error but those of batches. Where nothing but errors comes, which may come at once,
 // it takes a moment.
 func poll(ctx context.Context, kafka *kgo.Client, most int, wait time.Duration, failed func(error)) kgo.Fetches {
 	waiting, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	fetches, failing := kafka.PollRecords(waiting, most), false
 	fetches.EachError(func(_ string, _ int32, err error) {
-		if !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, errAhead) && ctx.Err() == nil {
+		if !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, errAhead) && !errors.Is(err, kgo.ErrMaxDecompress) && ctx.Err() == nil {
 			failing = true
 			failed(err)
 		}

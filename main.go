@@ -23,6 +23,7 @@ import (
 
 	"github.com/twmb/franz-go/pkg/kgo"
 
+	"github.com/event-ingestion/event-ingestion/batches"
 	"github.com/event-ingestion/event-ingestion/load"
 	"github.com/event-ingestion/event-ingestion/ops"
 	"github.com/event-ingestion/event-ingestion/web"
@@ -147,9 +148,10 @@ type system struct {
 	stats      *stats
 	clickhouse *clickhouse
 	broken     *brokenParts
-	lacking    chan struct{} // a server of the cluster has no tables
-	partitions int           // of the main topic; only consume's goroutine looks
-	producer   *kgo.Client
+	lacking    chan struct{}     // a server of the cluster has no tables
+	partitions int               // of the main topic; only consume's goroutine looks
+	producer   *kgo.Client       // asks, and produces while nothing is known of what the topic takes
+	events     *batches.Producer // of the API
 	watermark  *watermark
 	metrics    *metricsAPI
 	ready      *readiness
@@ -185,6 +187,7 @@ func newSystem(cfg *settings) (*system, error) {
 	if s.producer, err = newProducer(cfg); err != nil {
 		return nil, fmt.Errorf("set up the Kafka producer: %w", err)
 	}
+	s.events = batches.NewProducer(cfg.kafkaTopic, maxEventBytes, s.producer, func(limits kgo.Opt) (*kgo.Client, error) { return newProducer(cfg, limits) })
 	s.watermark = newWatermark(s.producer, cfg, s.stats.store.storedAgo)
 	s.metrics = newMetricsAPI(s.clickhouse, s.watermark.completeThrough, s.queryFailed)
 	quick := newClickHouse(cfg) // hangs no longer than its question may
@@ -197,7 +200,7 @@ func newSystem(cfg *settings) (*system, error) {
 		words, _ := s.ready.consuming(true)
 		return words
 	})
-	in := newIngester(s.producer, cfg, &s.stats.ingest, s.watermark.awaitStored)
+	in := newIngester(s.events, cfg, &s.stats.ingest, s.watermark.awaitStored)
 	s.api = newServer(addr, s.routes(in), cfg, s.access, s.stats)
 	s.api.RegisterOnShutdown(s.watermark.endWaiting)
 	s.admin = newAdminServer(cfg.adminAddr, s.stats)
@@ -310,6 +313,7 @@ func (s *system) stop(endConsuming func()) {
 		hanging.Store("rows and offsets")
 		endConsuming()
 		hanging.Store("the producer")
+		s.events.Close()
 		s.producer.Close()
 		hanging.Store("metrics queries")
 		s.metrics.close()
@@ -362,7 +366,8 @@ func (s *system) consume(ctx context.Context) {
 	}
 	var watching sync.WaitGroup
 	defer watching.Wait()
-	watching.Go(func() { s.watermark.run(ctx, s.stats.troubles) }) // ends with ctx, and so does the next
+	watching.Go(func() { s.watermark.run(ctx, s.stats.troubles) }) // ends with ctx, and so do the next
+	watching.Go(func() { s.events.Run(ctx, func(err error) { s.stats.troubles.Note("ask what the topics take", err) }) })
 	watching.Go(func() {
 		if err := awaitDeletion(ctx, s.producer, s.cfg.kafkaTopic); err != nil {
 			s.fail(fmt.Errorf("%w; its records are gone, and a start begins with the new one", err))
@@ -387,7 +392,7 @@ func (s *system) consume(ctx context.Context) {
 		<-ctx.Done()
 		return
 	}
-	side, err := newSideProducer(s.cfg, &s.stats.side)
+	side, err := newSideProducer(s.cfg, &s.stats.side, s.events.Limits())
 	if err != nil {
 		s.fail(fmt.Errorf("set up the producer for the retry topic and the dead letters: %w", err))
 		return
@@ -428,6 +433,9 @@ func (s *system) runConsumers(ctx context.Context, side *sideProducer) {
 func (s *system) prepareTopics(ctx context.Context) (err error) {
 	if err = s.ready.brokers(ctx); err == nil { // says in a moment what an admin request finds out in a minute
 		s.partitions, err = ensureTopics(ctx, s.producer, s.cfg)
+	}
+	if err == nil {
+		err = s.events.Look(ctx)
 	}
 	return err
 }

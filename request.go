@@ -36,10 +36,11 @@ const (
 
 // intake is where requests for one event, or for many, come from: one event must not hold the memory of a thousand.
 type intake struct {
-	limit     int       // bytes of a body
-	most      int       // events in it
-	clockSkew int64     // seconds that an event may be in the future
-	pool      sync.Pool // of *ingestRequest
+	limit     int        // bytes of a body
+	most      int        // events in it
+	room      func() int // bytes of a batch that the topic takes, 0 while unknown
+	clockSkew int64      // seconds that an event may be in the future
+	pool      sync.Pool  // of *ingestRequest
 }
 
 // outgoing is one record and what became of it.
@@ -164,7 +165,12 @@ func (q *ingestRequest) decide(ev *event, err error, size int, now int64) error 
 		q.refused.Add(refusalOf(problems[0], nameOf(ev)))
 		return q.addError(q.index, problems, false)
 	}
-	return q.add(ev)
+	if err = q.add(ev); err != nil && errors.As(err, new(recordTooLarge)) {
+		p := problem{"", codeMaxLength, err.Error()}
+		q.refused.Add(refusalOf(p, ev.name))
+		return q.addError(q.index, []problem{p}, false)
+	}
+	return err
 }
 
 // nameOf is the name of an event that may not have been read.
@@ -241,7 +247,11 @@ func writeKeyOf(body []byte, kind string) (key string) {
 	return key
 }
 
-// add encodes the current event: its key and its value go into the arena, a slot of records remembers where.
+// batchRoom is what a batch of one record takes at the most beside the record's value.
+const batchRoom = 100 + 2*len(eventID{})
+
+// add encodes the current event: its key and its value go into the arena, a slot of records remembers where. The error is of the
+// account, or recordTooLarge: whether an event is taken does not depend on how well it would be compressed.
 func (q *ingestRequest) add(ev *event) error {
 	room := 2*len(eventID{}) + ev.maxEncoded()
 	if q.arena == nil {
@@ -252,8 +262,13 @@ func (q *ingestRequest) add(ev *event) error {
 	}
 	var id eventID
 	id, q.idInput = ev.id(q.idInput)
+	start := len(q.arena.B)
 	q.arena.B = hex.AppendEncode(q.arena.B, id[:])
 	q.arena.B = appendEvent(q.arena.B, ev)
+	if size, most := len(q.arena.B)-start-2*len(id)+batchRoom, q.in.room(); most > 0 && size > most {
+		q.arena.B = q.arena.B[:start]
+		return recordTooLarge{size, most}
+	}
 	n := len(q.records)
 	if n == cap(q.records) { // Slow path: the slab grows, at most once a size for the life of the request.
 		if err := q.growSlab(); err != nil {

@@ -12,6 +12,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"log/slog"
 	"slices"
 	"strconv"
@@ -21,6 +22,8 @@ import (
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/event-ingestion/event-ingestion/batches"
 )
 
 const (
@@ -45,7 +48,8 @@ type sideProducer struct {
 	stats       *sideStats
 }
 
-func newSideProducer(cfg *settings, stats *sideStats) (*sideProducer, error) {
+// newSideProducer takes more options of its client: what is known of the batches that the topics take.
+func newSideProducer(cfg *settings, stats *sideStats, more ...kgo.Opt) (*sideProducer, error) {
 	partitioner := kgo.RecordPartitioner(kgo.BasicConsistentPartitioner(func(topic string) func(*kgo.Record, int) int {
 		byKey := kgo.StickyKeyPartitioner(nil).ForTopic(topic)
 		return func(r *kgo.Record, n int) int {
@@ -56,7 +60,7 @@ func newSideProducer(cfg *settings, stats *sideStats) (*sideProducer, error) {
 		}
 	}))
 	snappy := kgo.ProducerBatchCompression(kgo.SnappyCompression()) // whatever the setting: see retryFetch
-	kafka, err := newProducer(cfg, kgo.ProducerLinger(0), snappy, partitioner)
+	kafka, err := newProducer(cfg, append(more, kgo.ProducerLinger(0), snappy, partitioner)...)
 	return &sideProducer{kafka: kafka, topic: cfg.kafkaTopic, maxAttempts: cfg.maxRetryAttempts, stats: stats}, err
 }
 
@@ -88,12 +92,14 @@ func (s *sideProducer) retry(ctx context.Context, recs []*kgo.Record, message st
 	return s.produce(ctx, moved)
 }
 
-// requeue puts records on the main topic, under their keys, but for those that only say how a transaction ended. The error is
-// deadLetter's.
+// requeue puts records on the main topic, under their keys, but for those that only say how a transaction ended, and those in place of
+// a batch that cannot be taken in, which are dead letters. The error is deadLetter's.
 func (s *sideProducer) requeue(ctx context.Context, recs []*kgo.Record) error {
 	var back []*kgo.Record
 	for _, rec := range recs {
-		if !rec.Attrs.IsControl() {
+		if why := whyPassedOver(rec); why != nil {
+			back = append(back, s.letter(rec, retryCount(rec), errorUnmarshal, why.Error()))
+		} else if !rec.Attrs.IsControl() {
 			back = append(back, &kgo.Record{Topic: s.topic, Key: rec.Key, Value: rec.Value, Headers: rec.Headers})
 		}
 	}
@@ -203,6 +209,46 @@ func (s *sideProducer) count(recs []*kgo.Record) {
 	}
 }
 
+// passedOver is a record in place of a batch that cannot be taken in, with where it was in its headers; nil when err is no such thing.
+// The client reads on in that partition only after skip.
+func passedOver(cfg *settings, err error) *kgo.Record {
+	e, is := errors.AsType[*kgo.ErrDecompressTooLarge](err)
+	if !is {
+		return nil
+	}
+	why := fmt.Errorf("the batch of the offsets %d to %d of partition %d of %s takes more than %d bytes (CONSUME_MEMORY), or cannot be decompressed",
+		e.Offset, e.NextOffset-1, e.Partition, e.Topic, batches.Memory(cfg.consumeMemory))
+	return &kgo.Record{
+		Topic: e.Topic, Partition: e.Partition, Offset: e.NextOffset - 1, LeaderEpoch: e.Epoch, Timestamp: time.Now(),
+		Headers: setHeaders(nil, "original_topic", e.Topic, "original_partition", strconv.Itoa(int(e.Partition)),
+			"original_offset", strconv.FormatInt(e.Offset, 10), "failed_at", rfc3339Now()),
+		Context: context.WithValue(context.Background(), batchLost{}, why),
+	}
+}
+
+// batchLost is the key of why a batch was passed over, in its record's context.
+type batchLost struct{}
+
+// whyPassedOver is nil for a record that is in place of no batch.
+func whyPassedOver(rec *kgo.Record) error {
+	if rec.Context == nil {
+		return nil
+	}
+	why, _ := rec.Context.Value(batchLost{}).(error)
+	return why
+}
+
+// skip has a client read on behind passed records of a topic, by partition, of which the group knows that they are done; it takes them
+// out of the map. It is called between a poll and AllowRebalance. Sooner the client would take for committed what is not.
+func skip(kafka *kgo.Client, topic string, passed map[int32]*kgo.Record) {
+	for p, rec := range passed {
+		if kafka.CommittedOffsets()[topic][p].Offset > rec.Offset {
+			kafka.SetOffsets(map[string]map[int32]kgo.EpochOffset{topic: {p: {Epoch: rec.LeaderEpoch, Offset: rec.Offset + 1}}})
+			delete(passed, p)
+		}
+	}
+}
+
 // delayOf is how long the attempt-th retry waits.
 func delayOf(attempt int) time.Duration {
 	return min(firstDelay<<min(max(attempt-1, 0), 10), maxDelay)
@@ -232,12 +278,14 @@ func failureHeaders(rec *kgo.Record, retries int, errorType, message string) []k
 // a partition that it holds records of: no record waits for another delay's records, a million waiting records stay on Kafka,
 // and a rebalance waits for none.
 type retryWorker struct {
+	cfg     *settings
 	kafka   *kgo.Client
 	side    *sideProducer
 	topic   string
 	failed  func(error)             // gets every error of a poll
 	blocked chan struct{}           // a rebalance waits for AllowRebalance
-	held    map[int32][]*kgo.Record // by partition, none empty; callbacks change it, but not between a poll and AllowRebalance
+	held    map[int32][]*kgo.Record // by partition, none empty; callbacks change it and passed, but not between a poll and AllowRebalance
+	passed  map[int32]*kgo.Record   // in place of batches that cannot be taken in
 }
 
 const (
@@ -252,7 +300,8 @@ const (
 
 func newRetryWorker(cfg *settings, side *sideProducer, failed func(error)) (*retryWorker, error) {
 	w := &retryWorker{
-		side: side, topic: cfg.kafkaTopic + ".retry", failed: failed, blocked: make(chan struct{}, 1), held: map[int32][]*kgo.Record{},
+		cfg: cfg, side: side, topic: cfg.kafkaTopic + ".retry", failed: failed, blocked: make(chan struct{}, 1),
+		held: map[int32][]*kgo.Record{}, passed: map[int32]*kgo.Record{},
 	}
 	var err error
 	w.kafka, err = newGroupClient(cfg, "event-ingestion-retry", ".retry",
@@ -279,6 +328,7 @@ func newRetryWorker(cfg *settings, side *sideProducer, failed func(error)) (*ret
 func (w *retryWorker) release(topics map[string][]int32) {
 	for _, p := range topics[w.topic] {
 		delete(w.held, p)
+		delete(w.passed, p)
 	}
 }
 
@@ -286,17 +336,22 @@ func (w *retryWorker) release(topics map[string][]int32) {
 func (w *retryWorker) run(ctx context.Context, finish func() (context.Context, context.CancelFunc)) {
 	for ctx.Err() == nil {
 		poll(ctx, w.kafka, 0, retryTick, w.failed).EachPartition(func(p kgo.FetchTopicPartition) {
-			if len(p.Records) > 0 {
+			records := p.Records
+			if passed := passedOver(w.cfg, p.Err); passed != nil {
+				records, w.passed[p.Partition] = append(records, passed), passed
+			}
+			if len(records) > 0 {
 				w.side.stats.troubles.Clear(readRetries)
 				now := time.Now()
-				for _, rec := range p.Records { // it ages by this clock from now on; one that comes from the future is new
+				for _, rec := range records { // it ages by this clock from now on; one that comes from the future is new
 					rec.Timestamp = now.Add(-max(0, now.Sub(rec.Timestamp)))
 				}
 				w.kafka.PauseFetchPartitions(map[string][]int32{w.topic: {p.Partition}})
-				w.held[p.Partition] = append(w.held[p.Partition], p.Records...)
+				w.held[p.Partition] = append(w.held[p.Partition], records...)
 			}
 		})
 		w.putBack(ctx)
+		skip(w.kafka, w.topic, w.passed)
 		w.kafka.AllowRebalance()
 	}
 	end, cancel := finish()

@@ -23,6 +23,8 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+
+	"github.com/event-ingestion/event-ingestion/tokens"
 )
 
 // Limits that are no settings, of more than one part.
@@ -41,6 +43,8 @@ type settings struct {
 	serverHost                             string
 	serverPort                             int
 	readTimeout, writeTimeout, ackTimeout  time.Duration
+	idleTimeout                            time.Duration
+	maxConnections                         int
 	maxInFlightBytes, maxInFlightPerClient int64
 	clockSkew                              time.Duration
 	adminAddr, role                        string
@@ -59,7 +63,10 @@ type settings struct {
 	kafkaCompression                               string
 	kafkaTLS                                       bool
 	kafkaCA                                        *x509.CertPool // nil means the system's
+	kafkaCertFile, kafkaKeyFile                    string
 	kafkaSASL, kafkaUsername, kafkaPassword        string
+	kafkaTokens                                    tokens.Source     // of OAUTHBEARER
+	kafkaExtensions                                map[string]string // sent with a token
 
 	clickhouseHost                         string
 	clickhousePort                         int
@@ -83,7 +90,7 @@ type setting struct {
 }
 
 // secrets are the settings that may be given as a file, and whose values no message repeats.
-var secrets = []string{"API_KEYS", "WRITE_KEYS", "KAFKA_SASL_PASSWORD", "CLICKHOUSE_PASSWORD"}
+var secrets = []string{"API_KEYS", "WRITE_KEYS", "KAFKA_SASL_PASSWORD", "KAFKA_OAUTH_CLIENT_SECRET", "CLICKHOUSE_PASSWORD"}
 
 // settingsTable is every setting of the program, in the order in which -h prints them.
 func (c *settings) settingsTable() []setting {
@@ -92,6 +99,8 @@ func (c *settings) settingsTable() []setting {
 		{"SERVER_PORT", "8080", "port of the API", integerIn(&c.serverPort, 1, 65535)},
 		{"SERVER_READ_TIMEOUT", "15s", "a request has to be read within this", durationIn(&c.readTimeout, time.Second, time.Hour)},
 		{"SERVER_WRITE_TIMEOUT", "30s", "an answer has to be written within this, counted from the end of the header", durationIn(&c.writeTimeout, time.Second, time.Hour)},
+		{"SERVER_IDLE_TIMEOUT", "2m", "a connection may wait for its next request for this long; longer than a proxy in front keeps its own, or that answers 502 now and then", durationIn(&c.idleTimeout, time.Second, 24*time.Hour)},
+		{"MAX_CONNECTIONS", "0", "connections of clients to the API at once; beyond it the one that is idle for the longest is closed; 0 is as many as open files and memory have room for", integerIn(&c.maxConnections, 0, 1<<20)},
 		{"ACK_TIMEOUT", "10s", "Kafka has to acknowledge a request's events within this, else 503; below SERVER_WRITE_TIMEOUT", durationIn(&c.ackTimeout, time.Second, time.Hour)},
 		{"MAX_IN_FLIGHT_BYTES", "67108864", "bytes that requests hold at once, bodies, records and answers, else 503", integerIn(&c.maxInFlightBytes, minInFlightBytes, 1<<40)},
 		{"MAX_IN_FLIGHT_BYTES_PER_CLIENT", "", "of these, what those of one key hold, or of one address without a key, else 429 to it alone; empty is an eighth, 0 no limit", eighthOf(&c.maxInFlightPerClient, &c.maxInFlightBytes)},
@@ -121,9 +130,17 @@ func (c *settings) settingsTable() []setting {
 		{"KAFKA_SESSION_TIMEOUT", "10s", "the group gives the partitions of an instance that died without a word to others after this", durationIn(&c.kafkaSession, time.Second, time.Hour)},
 		{"KAFKA_TLS", "false", "true speaks TLS to the brokers", matching(&c.kafkaTLS, "true or false", parseBoolean)},
 		{"KAFKA_TLS_CA_FILE", "", "certificates in PEM that sign those of the brokers; empty means the system's", parsedBy(&c.kafkaCA, readCertificates)},
-		{"KAFKA_SASL_MECHANISM", "none", "none, PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512", oneOf(&c.kafkaSASL, "none", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")},
-		{"KAFKA_SASL_USERNAME", "", "user of SASL", anyText(&c.kafkaUsername)},
+		{"KAFKA_TLS_CERT_FILE", "", "certificate chain in PEM that this program shows the brokers; read again for each connection", anyText(&c.kafkaCertFile)},
+		{"KAFKA_TLS_KEY_FILE", "", "its private key in PEM", anyText(&c.kafkaKeyFile)},
+		{"KAFKA_SASL_MECHANISM", "none", "none, PLAIN, SCRAM-SHA-256, SCRAM-SHA-512 or OAUTHBEARER", oneOf(&c.kafkaSASL, "none", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER")},
+		{"KAFKA_SASL_USERNAME", "", "user of PLAIN and SCRAM", anyText(&c.kafkaUsername)},
 		{"KAFKA_SASL_PASSWORD", "", "its password", anyText(&c.kafkaPassword)},
+		{"KAFKA_OAUTH_TOKEN_FILE", "", "file with the token of OAUTHBEARER, which somebody else renews; read for each login", anyText(&c.kafkaTokens.File)},
+		{"KAFKA_OAUTH_TOKEN_URL", "", "or the address of an identity provider that gives tokens to clients (client_credentials)", matching(&c.kafkaTokens.URL, "an address such as https://login.example/oauth2/token", parseLink)},
+		{"KAFKA_OAUTH_CLIENT_ID", "", "this program's name there", anyText(&c.kafkaTokens.ClientID)},
+		{"KAFKA_OAUTH_CLIENT_SECRET", "", "its secret there", anyText(&c.kafkaTokens.ClientSecret)},
+		{"KAFKA_OAUTH_SCOPE", "", "scopes to ask for, separated by spaces", anyText(&c.kafkaTokens.Scopes)},
+		{"KAFKA_OAUTH_EXTENSIONS", "", "what the brokers want beside the token: name=value,…", matching(&c.kafkaExtensions, "name=value,name=value,…, each name of letters", tokens.ParseExtensions)},
 
 		{"CLICKHOUSE_HOST", "localhost", "host of ClickHouse", matching(&c.clickhouseHost, "a name or an address, without the port, which is CLICKHOUSE_PORT", parseHost)},
 		{"CLICKHOUSE_PORT", "9000", "native port of ClickHouse", integerIn(&c.clickhousePort, 1, 65535)},
@@ -175,9 +192,15 @@ func loadSettings(getenv func(string) string) (*settings, error) {
 	}
 	if len(bad) == 0 { // else they may have no values
 		contradicts((c.tlsCertFile == "") != (c.tlsKeyFile == ""), "TLS_CERT_FILE and TLS_KEY_FILE: only one of them is set, HTTPS needs both")
-		contradicts(c.kafkaSASL != "none" && (c.kafkaUsername == "" || c.kafkaPassword == ""),
+		contradicts((c.kafkaCertFile == "") != (c.kafkaKeyFile == ""), "KAFKA_TLS_CERT_FILE and KAFKA_TLS_KEY_FILE: only one of them is set, a certificate needs both")
+		contradicts(c.kafkaCertFile != "" && !c.kafkaTLS, "KAFKA_TLS_CERT_FILE: needs KAFKA_TLS=true, or nobody sees the certificate")
+		from, byToken := &c.kafkaTokens, c.kafkaSASL == "OAUTHBEARER"
+		contradicts(c.kafkaSASL != "none" && !byToken && (c.kafkaUsername == "" || c.kafkaPassword == ""),
 			"KAFKA_SASL_MECHANISM=%s: needs KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD", c.kafkaSASL)
-		contradicts(c.kafkaSASL == "none" && c.kafkaUsername != "", "KAFKA_SASL_USERNAME: needs KAFKA_SASL_MECHANISM, or nobody logs in")
+		contradicts((c.kafkaSASL == "none" || byToken) && c.kafkaUsername != "", "KAFKA_SASL_USERNAME: needs KAFKA_SASL_MECHANISM PLAIN or SCRAM, or nobody logs in by it")
+		contradicts(byToken && (from.File == "") == (from.URL == ""), "KAFKA_SASL_MECHANISM=OAUTHBEARER: needs KAFKA_OAUTH_TOKEN_FILE or KAFKA_OAUTH_TOKEN_URL, one of them")
+		contradicts(from.URL != "" && (from.ClientID == "" || from.ClientSecret == ""), "KAFKA_OAUTH_TOKEN_URL: needs KAFKA_OAUTH_CLIENT_ID and KAFKA_OAUTH_CLIENT_SECRET")
+		contradicts(!byToken && from.File+from.URL != "", "KAFKA_OAUTH_TOKEN_FILE, KAFKA_OAUTH_TOKEN_URL: need KAFKA_SASL_MECHANISM=OAUTHBEARER, or nobody logs in by a token")
 		contradicts(c.kafkaMinISR > c.kafkaReplication,
 			"KAFKA_MIN_ISR=%d: cannot be above KAFKA_REPLICATION_FACTOR=%d, nothing would ever be acknowledged", c.kafkaMinISR, c.kafkaReplication)
 		contradicts(slices.ContainsFunc(c.writeKeys, func(k string) bool { return slices.Contains(c.apiKeys, k) }),

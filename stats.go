@@ -11,6 +11,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"net/http"
 	_ "net/http/pprof"
@@ -66,6 +67,9 @@ type storeStats struct {
 	erased                            *metrics.Counter
 	seconds, lookupSeconds, freshness *metrics.PrometheusHistogram
 	troubles                          *troubles.Set
+	unknown                           *metrics.Counter
+	strangers                         sync.Map     // names of members that the log has told
+	told                              atomic.Int64 // how many these are
 
 	mu       sync.Mutex          // guards storedAt
 	storedAt map[int32]time.Time // when the last records of a partition were stored, or known, by this instance
@@ -83,6 +87,21 @@ func (s *storeStats) storedAgo(partition int32) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return time.Since(s.storedAt[partition])
+}
+
+// maxStrangers is how many names of unknown members the log tells: another producer can make up any.
+const maxStrangers = 20
+
+// unknownMember counts a member of a consumed event that this version does not know, and tells its name in the log, once.
+func (s *storeStats) unknownMember(quoted []byte) {
+	s.unknown.Inc()
+	name := clip(bytes.Trim(quoted, `"`))
+	if s.told.Load() >= maxStrangers {
+		return
+	}
+	if _, again := s.strangers.LoadOrStore(name, true); !again && s.told.Add(1) <= maxStrangers {
+		slog.Warn("events have a member that this version does not know, and are stored without it: upgrade consumers before what sends to them", "member", name)
+	}
 }
 
 func (s *storeStats) lookedUp(rows int, took time.Duration) {
@@ -196,6 +215,8 @@ func newStats() *stats {
 			"Records that memory did not know about and that were looked up in ClickHouse."),
 		lookupSeconds: histogram("event_ingestion_lookup_duration_seconds",
 			"Time of loading ids and of looking up, of rounds that looked up."),
+		unknown: counter("event_ingestion_unknown_members_total",
+			"Members of consumed events that this version does not know: it has stored the events without them."),
 		mended: counter("event_ingestion_mended_rows_total",
 			"Rows of events_hourly that did not agree with events after a fault and were mended."),
 	}

@@ -21,6 +21,8 @@ import (
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
 
+	"github.com/event-ingestion/event-ingestion/batches"
+
 	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
@@ -315,16 +317,15 @@ func TestProfiles(t *testing.T) {
 	}
 }
 
-// asItIs has nothing to decompress.
-type asItIs struct{}
-
-func (asItIs) Decompress(src []byte, _ kgo.CompressionCodecType) ([]byte, error) { return src, nil }
-
 // TestDecompressedAhead: one broker's answer is decompressed, batch after batch, while all that another one sends is taken at once.
 // It is bounded all the same, and goes on when it is taken.
 func TestDecompressedAhead(t *testing.T) {
 	t.Parallel()
-	a := &ahead{Decompressor: asItIs{}, limit: 100}
+	asItIs, err := batches.NewDecompressor(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &ahead{Decompressor: asItIs, limit: 100}
 	batch := make([]byte, 60)
 	for range 3 {
 		n := 0

@@ -76,6 +76,7 @@ type eventParser struct {
 	problems []problem
 	metadata []byte
 	scratch  []byte
+	unknown  func(name []byte) // told the name, quoted as it was sent, of each member that is no field of ours; may be nil
 }
 
 // parse reads one event from raw and checks every rule that does not need a clock. A good event has no problems. The error
@@ -159,6 +160,9 @@ func (p *eventParser) hollow(r *skimmer, start int) {
 			f = fieldByName(r.word(m.name))
 		}
 		if f == 0 && !m.badText {
+			if p.unknown != nil {
+				p.unknown(m.name)
+			}
 			continue
 		}
 		p.members[members] = m
@@ -211,6 +215,8 @@ func (p *eventParser) member(name []byte, v *fastjson.Value) {
 		p.addf(f.name(), codeInvalidFormat, "appears more than once")
 	case f != 0:
 		p.field(f, m, v)
+	case p.unknown != nil: // a newer program may have written it
+		p.unknown(m.name)
 	}
 	p.named |= f
 }

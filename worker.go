@@ -7,6 +7,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -164,7 +165,7 @@ func (w *worker) takeIn(n int) (bad *kgo.Record, why error) {
 		}
 		ev, err := w.parser.decode(rec.Value)
 		if err != nil {
-			bad, why = rec, err
+			bad, why = rec, cmp.Or(whyPassedOver(rec), err)
 			break
 		}
 		var id eventID

@@ -65,6 +65,10 @@ func Run(args []string, stdout, stderr io.Writer) int {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	if err := l.greet(ctx); err != nil {
+		fmt.Fprintln(stderr, "load:", err)
+		return 1
+	}
 	l.Send(ctx, stderr)
 	var checks []Check
 	if cfg.verify {
@@ -82,6 +86,21 @@ func Run(args []string, stdout, stderr io.Writer) int {
 		code = 1
 	}
 	return code
+}
+
+// greet finds out whether anything listens at the address, so that nobody waits through all retries to learn that nothing does.
+func (l *Loader) greet(ctx context.Context) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, l.Config.URL+"/health", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := l.client.Do(req)
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		return fmt.Errorf("nothing listens at %s: is `make run` up? With another SERVER_PORT, say that here, too (-url)", l.Config.URL)
+	} else if err == nil {
+		resp.Body.Close()
+	}
+	return nil // of the rest the run itself has a story to tell
 }
 
 // shortOf says what the run failed to reach, whatever was counted: a script must not take it for a measurement.

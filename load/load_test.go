@@ -410,3 +410,19 @@ func TestLoadDemo(t *testing.T) {
 		t.Errorf("the page: %v %.2000s", err, html)
 	}
 }
+
+// TestNobodyThere: it is said at once.
+func TestNobodyThere(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	for _, more := range [][]string{{"-demo"}, {"-duration", "1h"}} {
+		var said bytes.Buffer
+		code := Run(append(more, "-url", "http://"+l.Addr().String()), &said, &said)
+		if code != 1 || !strings.Contains(said.String(), "is `make run` up?") || !strings.Contains(said.String(), l.Addr().String()) {
+			t.Errorf("%v: %d %s", more, code, &said)
+		}
+	}
+}

@@ -7,6 +7,8 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
@@ -70,10 +72,29 @@ func TestLetters(t *testing.T) {
 	if n := len(s.records("")); n != 0 {
 		t.Errorf("a dry run has put %d letters back", n)
 	}
+	seen := func(want string) { // which letters are seen to be replayed
+		t.Helper()
+		var got []string
+		for line := range strings.Lines(s.run(0, "dlq list")) {
+			if cells := strings.Fields(line); len(cells) > 0 && slices.Contains(cells, "yes") {
+				got = append(got, cells[0])
+			}
+		}
+		if slices.Sort(got); strings.Join(got, " ") != want {
+			t.Errorf("replayed: %q, want %q", got, want)
+		}
+		if n := strings.Count(s.run(0, "dlq list -json"), `"replayed":true`); n != len(got) {
+			t.Errorf("%d are replayed as JSON", n)
+		}
+	}
+	seen("")
+	s.run(0, "dlq replay -filter a", "1 letters put back; left out: ")
+	seen("0:0")
 	s.run(0, "dlq replay -limit 1", "1 letters put back; left out: ")
 	s.run(0, "dlq replay", "2 letters put back; left out: 1 that are no event, 1 replayed 3 times already")
+	seen("0:0 1:0")
 	again := s.records("")
-	if len(again) != 3 {
+	if len(again) != 4 {
 		t.Errorf("%d records are back", len(again))
 	}
 	for _, rec := range again {
@@ -84,6 +105,35 @@ func TestLetters(t *testing.T) {
 	}
 	if n := len(s.records(".dlq")); n != 4 {
 		t.Errorf("%d letters are left of 4", n)
+	}
+}
+
+// TestOffsets: runs grow together, whatever the order, and are the same when they are read again. The oldest are left out of too many.
+func TestOffsets(t *testing.T) {
+	var o offsets
+	all := rand.Perm(300)
+	for i, n := range all {
+		o = o.with(int64(n)).with(int64(n))
+		again := parseOffsets(o.String())
+		for at := range int64(302) {
+			if want := slices.Contains(all[:i+1], int(at)); o.has(at) != want || again.has(at) != want {
+				t.Fatalf("%v: %d is in it: %t, %v", o, at, o.has(at), again)
+			}
+		}
+	}
+	if o.String() != "0-299" || parseOffsets("0-299,301").with(300).String() != "0-301" {
+		t.Error(o)
+	}
+	for n := range int64(5000) {
+		o = o.with(1000 + 2*n)
+	}
+	if text := o.String(); len(text) > maxMetadata || !parseOffsets(text).has(10998) || parseOffsets(text).has(0) {
+		t.Errorf("%d bytes, %.20s", len(text), text)
+	}
+	for _, text := range []string{"", "x", "1,1", "5-4", "3,2", "1-", "1-2,3"} {
+		if o := parseOffsets(text); o != nil {
+			t.Errorf("%q: %v", text, o)
+		}
 	}
 }
 

@@ -23,7 +23,8 @@ const (
 )
 
 // readRecords hands each record of a topic to f, up to where the partitions end when it starts. It leaves out what the group has
-// committed; an empty group has committed nothing. An error of f ends it.
+// committed; an empty group has committed nothing. An error of f ends it. In place of a batch that takes more memory than is allowed, or
+// that cannot be decompressed, f gets one record without key and value, at the batch's last offset.
 func (sys System) readRecords(ctx context.Context, topic, group string, f func(*kgo.Record) error) error {
 	return sys.readOn(ctx, topic, group, map[int32]int64{}, f)
 }
@@ -55,13 +56,20 @@ func (sys System) readOn(ctx context.Context, topic, group string, at map[int32]
 			maps.DeleteFunc(left, func(p int32, end int64) bool { return starts[topic][p].Offset >= end })
 		}
 		var failed error
-		fetches.EachRecord(func(rec *kgo.Record) {
+		take := func(rec *kgo.Record) {
 			end := left[rec.Partition] // 0 when all of it is read
 			if failed == nil && rec.Offset < end && !rec.Attrs.IsControl() {
 				failed = f(rec)
 			}
 			if rec.Offset+1 >= end {
 				delete(left, rec.Partition)
+			}
+		}
+		fetches.EachPartition(func(p kgo.FetchTopicPartition) {
+			p.EachRecord(take)
+			if e, is := errors.AsType[*kgo.ErrDecompressTooLarge](p.Err); is {
+				take(&kgo.Record{Topic: topic, Partition: p.Partition, Offset: e.NextOffset - 1, LeaderEpoch: e.Epoch})
+				kafka.SetOffsets(map[string]map[int32]kgo.EpochOffset{topic: {p.Partition: {Epoch: e.Epoch, Offset: e.NextOffset}}})
 			}
 		})
 		if failed != nil {
@@ -111,7 +119,7 @@ func poll(ctx context.Context, kafka *kgo.Client) (fetches kgo.Fetches, err erro
 	defer cancel()
 	fetches = kafka.PollFetches(waiting)
 	for _, e := range fetches.Errors() {
-		if !errors.Is(e.Err, context.DeadlineExceeded) {
+		if !errors.Is(e.Err, context.DeadlineExceeded) && !errors.Is(e.Err, kgo.ErrMaxDecompress) {
 			err = e.Err
 		}
 	}
