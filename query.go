@@ -42,7 +42,7 @@ const (
 	// clientConns is how many of them are one client's: somebody else's short question need not wait for the end of a long one.
 	clientConns = 6
 	// clientWaiting is how many queries of one client may wait. Beyond it are 429s.
-	clientWaiting = 64
+	clientWaiting = 32
 	// maxCampaigns is how many groups an answer by campaign has: anybody may make up campaigns.
 	maxCampaigns = 1000
 	// tablePause is the time between two attempts while hours are recounted or a table is detached, tableAttempts how many there are.

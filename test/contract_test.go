@@ -85,6 +85,7 @@ func TestContract(t *testing.T) {
 		{"twice, one escaped", "POST", onePath, jsonCT, `{` + good + `,"user\u005fid":"v"}`, 400, `more than once`},
 		{"control character", "POST", onePath, jsonCT, `{"event_name":"a\u0000b","user_id":"u","timestamp":$NOW}`, 400, `"field":"event_name","code":"validation.invalid-format.error"…U+0000`},
 		{"delete character", "POST", onePath, jsonCT, `{"event_name":"e","user_id":"u\u007f","timestamp":$NOW}`, 400, `"field":"user_id","code":"validation.invalid-format.error"`},
+		{"C1 control character", "POST", onePath, jsonCT, "{\"event_name\":\"a\u009b2J\",\"user_id\":\"u\",\"timestamp\":$NOW}", 400, `"field":"event_name","code":"validation.invalid-format.error"…U+009B`},
 		{"control character in a tag", "POST", onePath, jsonCT, `{` + good + `,"tags":["\n"]}`, 400, `"field":"tags","code":"validation.invalid-format.error"`},
 		{"invalid UTF-8", "POST", onePath, jsonCT, "{\"event_name\":\"\xff\",\"user_id\":\"u\",\"timestamp\":$NOW}", 400, `"field":"event_name","code":"validation.invalid-format.error"`},
 		{"invalid UTF-8 in metadata", "POST", onePath, jsonCT, "{" + good + ",\"metadata\":{\"\xc3\":1}}", 400, `"field":"metadata","code":"validation.invalid-format.error"`},
@@ -412,6 +413,14 @@ func TestDocumentStatuses(t *testing.T) {
 		status, _, _ := p.ask("POST", onePath, []byte(event()), key)
 		return status == http.StatusAccepted
 	})
+	control(t, "/clickhouse/pause")
+	p.await("too many questions waiting", time.Minute, func() bool {
+		p.flood(50, asked, key)
+		try("GET", asked, "", "", key)
+		try("GET", overview, "", "", key)
+		return got["GET "+metrics+" 429"] && got["GET "+overview+" 429"]
+	})
+	control(t, "/clickhouse/resume")
 	control(t, "/kafka/stop")
 	try("POST", onePath, jsonCT, event(), key)
 	try("POST", bulkPath, ndjson, event(), key)
