@@ -282,9 +282,10 @@ func (p *eventParser) text(f fieldSet, tooLong string, size int, v *fastjson.Val
 			p.addf(f.name(), tooLong, "has %d characters, the limit is %d", n, maxTextChars)
 		}
 	}
-	for _, c := range b {
-		if c < 0x20 || c == 0x7f {
-			p.addf(f.name(), codeInvalidFormat, "contains the control character U+%04X", c)
+	for i, c := range b {
+		if c < 0x20 || c == 0x7f || c == 0xc2 && i+1 < len(b) && b[i+1] < 0xa0 { // U+0080 to U+009F are C2 80 to C2 9F
+			r, _ := utf8.DecodeRune(b[i:])
+			p.addf(f.name(), codeInvalidFormat, "contains the control character U+%04X", r)
 			break
 		}
 	}

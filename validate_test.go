@@ -60,6 +60,29 @@ func TestEventID(t *testing.T) {
 	}
 }
 
+// TestControlCharacters: none is in a name, however it is sent, and nothing else is taken for one.
+func TestControlCharacters(t *testing.T) {
+	p := new(eventParser)
+	for c := rune(0); c < 0x250; c++ {
+		want := c < 0x20 || c >= 0x7f && c < 0xa0
+		for _, field := range []string{`"event_name":"%s"`, `"user_id":"%s"`, `"campaign_id":"%s"`, `"insert_id":"%s"`, `"tags":["a","%s"]`} {
+			forms := []string{fmt.Sprintf(`a\u%04x`, c), fmt.Sprintf(`\u%04xb`, c)}
+			if c >= 0x20 && c != '"' && c != '\\' { // JSON has the others only so
+				forms = append(forms, "a"+string(c))
+			}
+			for _, form := range forms {
+				_, problems, err := p.parse([]byte("{" + fmt.Sprintf(field, form) + "}"))
+				is := slices.ContainsFunc(problems, func(of problem) bool {
+					return strings.HasSuffix(of.message, fmt.Sprintf("contains the control character U+%04X", c))
+				})
+				if err != nil || is != want {
+					t.Errorf("%s: %v %v", fmt.Sprintf(field, form), problems, err)
+				}
+			}
+		}
+	}
+}
+
 func TestCanonicalEncoding(t *testing.T) {
 	const shuffled = ` { "insert_id" : "i\u007c" , "metadata" : { "b" : [ 1 , 2.50 , "\u00e9\n" ] } , "x":1, "tags" : [ "q\"" ] , "timestamp" : 7 , "user_id" : "\u00fc" , "event_name" : "e" } `
 	const want = `{"event_name":"e","user_id":"ü","timestamp":7,"insert_id":"i|","tags":["q\""],"metadata":{"b":[1,2.50,"\u00e9\n"]}}`

@@ -83,7 +83,7 @@ func dlqList(fs *flag.FlagSet) action {
 		n := 0
 		err := f.each(ctx, sys, func(rec *kgo.Record) (taken bool, err error) {
 			if *asJSON {
-				return true, json.NewEncoder(w).Encode(letterJSON(rec))
+				return true, json.NewEncoder(visible{w}).Encode(letterJSON(rec))
 			}
 			if n++; n%1000 == 0 { // or it would keep all of them, to find out how wide a column is
 				err = t.Flush()
@@ -91,10 +91,7 @@ func dlqList(fs *flag.FlagSet) action {
 			if n == 1 {
 				fmt.Fprintln(t, "LETTER\tSENT\tTYPE\tRETRIES\tFROM\tERROR")
 			}
-			of := func(key string) string { // whoever wrote it, it is one cell
-				quoted := strconv.QuoteToGraphic(header(rec, key))
-				return quoted[1 : len(quoted)-1]
-			}
+			of := func(key string) string { return cell(header(rec, key)) } // whoever wrote it
 			fmt.Fprintf(t, "%d:%d\t%s\t%s\t%s\t%s/%s:%s\t%.100q\n", rec.Partition, rec.Offset, of("sent_to_dlq_at"), of("error_type"),
 				of("final_retry_count"), of("original_topic"), of("original_partition"), of("original_offset"), header(rec, "error_message"))
 			return true, err
@@ -132,7 +129,7 @@ func dlqShow(*flag.FlagSet) action {
 		err := sys.readRecords(ctx, sys.Topic+suffixes[inDeadLetters], "", func(rec *kgo.Record) error {
 			if rec.Partition == partition && rec.Offset == offset {
 				found = true
-				e := json.NewEncoder(w)
+				e := json.NewEncoder(visible{w})
 				e.SetIndent("", "  ")
 				return e.Encode(letterJSON(rec))
 			}

@@ -8,6 +8,7 @@
 package ops
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -17,7 +18,10 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"strconv"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/twmb/franz-go/pkg/kgo"
@@ -86,6 +90,7 @@ type badArgument struct{ error }
 // Run runs the command that args begin with and returns its exit code: 0, 1 when it failed or found a difference, 2 for
 // arguments or settings that are wrong. system is called once the arguments are parsed; its error is about settings.
 func Run(args []string, system func() (System, error), stdout, stderr io.Writer) int {
+	stderr = visible{stderr} // errors repeat what records and rows hold
 	name, args := args[0], args[1:]
 	if usage, is := groups[name]; is {
 		if len(args) == 1 && slices.Contains([]string{"help", "-h", "-help", "--help"}, args[0]) {
@@ -166,4 +171,35 @@ func healthcheck(fs *flag.FlagSet) action {
 		}
 		return nil
 	}
+}
+
+// visible writes text for a terminal: a control character of a client's could move its cursor, or worse, so that it is written as JSON
+// and Go escape it. A character has to be within one call of Write, as those of package json and fmt.Fprintf are.
+type visible struct{ w io.Writer }
+
+func (v visible) Write(b []byte) (int, error) {
+	isControl := func(r rune) bool { return r != '\n' && r != '\t' && unicode.IsControl(r) }
+	if !bytes.ContainsFunc(b, isControl) { // Fast path
+		return v.w.Write(b)
+	}
+	var shown []byte
+	for at := 0; at < len(b); {
+		r, n := utf8.DecodeRune(b[at:])
+		if isControl(r) {
+			shown = fmt.Appendf(shown, `\u%04x`, r)
+		} else {
+			shown = append(shown, b[at:at+n]...)
+		}
+		at += n
+	}
+	if _, err := v.w.Write(shown); err != nil {
+		return 0, err
+	}
+	return len(b), nil
+}
+
+// cell is text of a client's, or of whoever wrote a record, as one cell of a table.
+func cell(text string) string {
+	quoted := strconv.QuoteToGraphic(text)
+	return quoted[1 : len(quoted)-1]
 }

@@ -4,6 +4,7 @@ package ops
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
@@ -100,5 +101,27 @@ func TestHealthcheck(t *testing.T) {
 	plain.Close()
 	if said, code := check(port(plain), false); code != 1 || !strings.Contains(said, "refused") {
 		t.Errorf("nobody there: %d %s", code, said)
+	}
+}
+
+// TestVisible: nothing that a client made up steers a terminal, and JSON stays what it says.
+func TestVisible(t *testing.T) {
+	for text, want := range map[string]string{
+		"a\tb\n": "a\tb\n", "ö😀\u00a0\n": "ö😀\u00a0\n", "\x1b[2J": `\u001b[2J`, "\u009b2J\u0080\u009f": `\u009b2J\u0080\u009f`, "\x7f\r": `\u007f\u000d`, "\xff": "\xff",
+	} {
+		var b bytes.Buffer
+		if n, err := (visible{&b}).Write([]byte(text)); n != len(text) || err != nil || b.String() != want {
+			t.Errorf("%q: %q, %d %v", text, b.String(), n, err)
+		}
+	}
+	var b bytes.Buffer
+	const hostile = "\u009b31m\x1b]0;\x7f"
+	json.NewEncoder(visible{&b}).Encode(map[string]string{"event": hostile})
+	var back map[string]string
+	if err := json.Unmarshal(b.Bytes(), &back); err != nil || back["event"] != hostile || bytes.ContainsAny(b.Bytes(), "\u009b\x1b\x7f") {
+		t.Errorf("%q: %v %q", b.String(), err, back)
+	}
+	if got := cell(hostile + "\t\n"); strings.ContainsAny(got, "\u009b\x1b\x7f\t\n") {
+		t.Errorf("%q", got)
 	}
 }

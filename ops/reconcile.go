@@ -61,10 +61,10 @@ func reconcile(fs *flag.FlagSet) action {
 			head := "HOUR\tEVENT\tCHANNEL\tIN EVENTS\tIN EVENTS_HOURLY\n"
 			n, err := sys.mend(ctx, r.hours(), quietSeconds, *dryRun, func(d unequal) {
 				if *asJSON {
-					json.NewEncoder(w).Encode(d)
+					json.NewEncoder(visible{w}).Encode(d)
 					return
 				}
-				fmt.Fprintf(t, "%s%s\t%s\t%s\t%d\t%d\n", head, d.Hour, d.Event, d.Channel, d.InEvents, d.InHourly)
+				fmt.Fprintf(t, "%s%s\t%s\t%s\t%d\t%d\n", head, d.Hour, cell(d.Event), cell(d.Channel), d.InEvents, d.InHourly)
 				head = ""
 			})
 			t.Flush()

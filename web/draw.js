@@ -156,6 +156,9 @@ export class Chart {
 
 const largest = 10 // the API names no more groups of a kind
 
+// A name is whatever a client sent: what has no shape, or turns the text around it, is shown as its escape.
+const visible = text => text.replace(/[\u0000-\u001f\u007f-\u009f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069]/g, c => `\\u${c.charCodeAt(0).toString(16).padStart(4, '0')}`)
+
 // List is the largest groups of one kind; choose, when given, is what a click on one does. A row stays while its numbers
 // change, and so does the focus on it.
 export class List {
@@ -185,7 +188,7 @@ export class List {
   }
 
   row(key) {
-    const name = key || 'none'
+    const name = visible(key) || 'none'
     const label = this.choose && key ? element('button', { type: 'button', title: `Only ${name}` }, name) : element('span', { title: name }, name)
     if (this.choose && key) label.addEventListener('click', () => this.choose(key))
     const bar = element('rect', { height: 1 }), count = element('td')
