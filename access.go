@@ -24,6 +24,7 @@ import (
 type access struct {
 	keys    atomic.Pointer[map[client]rights] // by the key's hash; empty lets everybody do everything
 	origins []string
+	hosts   []string // that requests may be for, beside those of loopback; lower case
 	cert    atomic.Pointer[tls.Certificate]
 	tls     *tls.Config // nil without TLS
 }
@@ -61,7 +62,11 @@ type verdict struct {
 }
 
 func newAccess(cfg *settings) (*access, error) {
-	a := &access{origins: cfg.corsOrigins}
+	a := &access{origins: cfg.corsOrigins, hosts: slices.Clone(cfg.allowedHosts)}
+	if name, err := os.Hostname(); err == nil {
+		short, _, _ := strings.Cut(name, ".")
+		a.hosts = append(a.hosts, strings.ToLower(name), strings.ToLower(short))
+	}
 	if err := a.load(cfg); err != nil {
 		return nil, err
 	}
@@ -118,6 +123,9 @@ func (a *access) reload() {
 // admits decides about a request, and says whose key it has: none for a browser's preflight, for one from a page that may not send,
 // and for one without a valid key. h are the answer's headers, which get what browsers have to know.
 func (a *access) admits(h http.Header, r *http.Request) (client, verdict) {
+	if local := localAddress(r); local.IsLoopback() && len(*a.keys.Load()) == 0 && !a.hasHost(r.Host, local) {
+		return client{}, misdirected(r)
+	}
 	if v := a.crosses(h, r); v.status != 0 {
 		return client{}, v
 	}
@@ -134,6 +142,36 @@ func (a *access) admits(h http.Header, r *http.Request) (client, verdict) {
 		return key, verdict{http.StatusForbidden, "forbidden", "this key is one of WRITE_KEYS and may only send events"}
 	}
 	return key, unknownKey(given)
+}
+
+// localAddress is that of this end of the request's connection.
+func localAddress(r *http.Request) netip.Addr {
+	to, _ := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
+	if to == nil {
+		return netip.Addr{}
+	}
+	addr, _ := netip.AddrFromSlice(to.IP)
+	return addr.Unmap()
+}
+
+// hasHost says whether a request over this local address may have this Host. Otherwise a page could read whatever loopback lets its
+// reader see: it has its name lead to this machine for a moment, and is then of the same origin as what answers there. Only a name can be
+// made to lead elsewhere, so that addresses are fine, but on loopback those of others. A client without a Host is no browser.
+func (a *access) hasHost(given string, local netip.Addr) bool {
+	host := strings.Trim(given, "[]")
+	if name, _, err := net.SplitHostPort(given); err == nil {
+		host = name
+	}
+	host = strings.ToLower(strings.TrimSuffix(host, "."))
+	if host == "" || host == "localhost" || strings.HasSuffix(host, ".localhost") || slices.Contains(a.hosts, host) {
+		return true
+	}
+	ip, err := netip.ParseAddr(host)
+	return err == nil && (ip.Unmap().IsLoopback() || !local.IsLoopback())
+}
+
+func misdirected(r *http.Request) verdict {
+	return verdict{http.StatusMisdirectedRequest, "misdirected request", fmt.Sprintf("ALLOWED_HOSTS does not have the host %.200q", r.Host)}
 }
 
 // crosses decides about a preflight, and whether the page that a request comes from may send it. The preflight of a page that may

@@ -254,6 +254,17 @@ func writeVerdict(w http.ResponseWriter, v verdict) {
 	writeError(w, v.status, v.message, v.detail)
 }
 
+// onlyOurHosts lets through what has a Host of ours, whether there are keys or not: the admin listener has no other control.
+func onlyOurHosts(ac *access, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !ac.hasHost(r.Host, localAddress(r)) {
+			writeVerdict(w, misdirected(r))
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
 func writeUnavailable(w http.ResponseWriter, detail string) {
 	w.Header().Set("Retry-After", retryAfterSeconds)
 	writeError(w, http.StatusServiceUnavailable, "service unavailable", detail)

@@ -199,6 +199,7 @@ func newSystem(cfg *settings) (*system, error) {
 	s.api = newServer(addr, s.routes(in), cfg, s.access, s.stats)
 	s.api.RegisterOnShutdown(s.watermark.endWaiting)
 	s.admin = newAdminServer(cfg.adminAddr, s.stats)
+	s.admin.Handler = onlyOurHosts(s.access, s.admin.Handler)
 	s.stats.watch(watched{
 		lags: s.watermark.partitionLags, through: s.watermark.completeThrough, inFlight: in.bodies.Used,
 		behind:   func() time.Duration { worst, _, _ := s.watermark.stalled(); return worst },

@@ -44,6 +44,7 @@ type settings struct {
 	clockSkew                              time.Duration
 	adminAddr, role                        string
 	apiKeys, writeKeys, corsOrigins        []string
+	allowedHosts                           []string
 	tlsCertFile, tlsKeyFile                string
 	logLevel                               slog.Level
 	logFormat                              string
@@ -98,6 +99,7 @@ func (c *settings) settingsTable() []setting {
 		{"API_KEYS", "", "comma-separated keys of 16 characters or more, one of which a request to /api/ or /v1/ has to bring; none, and no WRITE_KEYS, lets everybody in", parsedBy(&c.apiKeys, parseKeys)},
 		{"WRITE_KEYS", "", "comma-separated keys that may only send events, for pages and apps, whose keys are public", parsedBy(&c.writeKeys, parseKeys)},
 		{"CORS_ORIGINS", "", "comma-separated origins whose pages may call the API, such as https://shop.example; * is all of them", parsedBy(&c.corsOrigins, parseOrigins)},
+		{"ALLOWED_HOSTS", "", "comma-separated names, beside localhost and the machine's, under which clients may reach the admin listener and, over loopback while there are no keys, the API: any other could be a page's that leads to this machine", parsedBy(&c.allowedHosts, parseHosts)},
 		{"TLS_CERT_FILE", "", "certificate chain in PEM; with TLS_KEY_FILE the API speaks HTTPS", anyText(&c.tlsCertFile)},
 		{"TLS_KEY_FILE", "", "its private key in PEM; both are read again on SIGHUP", anyText(&c.tlsKeyFile)},
 		{"LOG_LEVEL", "info", "debug, info, warn or error", matching(&c.logLevel, "debug, info, warn or error", parseLevel)},
@@ -264,6 +266,18 @@ func parseOrigins(s string) ([]string, error) {
 		}
 	}
 	return list, nil
+}
+
+// parseHosts takes names as a Host header has them, without ports, and returns them in lower case.
+func parseHosts(s string) (hosts []string, err error) {
+	for host := range strings.SplitSeq(strings.ToLower(s), ",") {
+		if host = strings.TrimSpace(host); strings.ContainsAny(host, "/:[]* ") {
+			return nil, fmt.Errorf("%q is no host: write a name without scheme, port and path", host)
+		} else if host != "" {
+			hosts = append(hosts, host)
+		}
+	}
+	return hosts, nil
 }
 
 // readCertificates reads a file of them.

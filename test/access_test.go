@@ -3,6 +3,7 @@
 package test
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"crypto/ecdsa"
@@ -11,6 +12,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"io"
@@ -374,6 +376,70 @@ func TestSecretsAreNotTold(t *testing.T) {
 	for _, s := range append(secrets, "short-4711") {
 		if strings.Contains(told.String(), s) {
 			t.Errorf("%s is told", s)
+		}
+	}
+}
+
+// TestHosts: a page whose name is made to lead to this machine reads nothing here, and sends nothing: without keys over loopback, and
+// from the admin listener in any case. Under the names that are ours everything answers, whatever the port.
+func TestHosts(t *testing.T) {
+	t.Parallel()
+	name, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	short, _, _ := strings.Cut(name, ".")
+	admin := freePort(t)
+	open := startProgram(t, newSpace(t, "ADMIN_ADDR=127.0.0.1:"+admin, "ALLOWED_HOSTS= Shop.example,b.example", "CORS_ORIGINS=*"))
+	adminOfKeyed := freePort(t)
+	keyed := startProgram(t, newSpace(t, "ADMIN_ADDR=127.0.0.1:"+adminOfKeyed, "API_KEYS="+firstKey))
+	ask := func(at, method, path, host string) (status int, answer string) {
+		conn, err := net.Dial("tcp", at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: %s\r\nOrigin: http://%s\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", method, path, host, host)
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		b, _ := io.ReadAll(resp.Body)
+		return resp.StatusCode, string(b)
+	}
+	_, port, _ := strings.Cut(strings.TrimPrefix(open.url, "http://"), ":")
+	ours := []string{"127.0.0.1:" + port, "127.0.0.1", "127.8.9.1:1", "localhost", "LocalHost:" + port, "localhost.", "a.localhost:99", "[::1]:" + port, "[::1]", name, short + ":8080", strings.ToUpper(name), "shop.example", "SHOP.example:443", "b.example."}
+	theirs := []string{"evil.example", "evil.example:" + port, "127.0.0.1.evil.example", "localhost.evil.example", "evil-localhost", "notlocalhost", "192.0.2.1", "[2001:db8::1]:80", "x.shop.example", "a,b.example", "[evil]", "localhost:1:2"}
+	refused := func(where string, status int, answer string) {
+		t.Helper()
+		if status != http.StatusMisdirectedRequest || !strings.HasPrefix(answer, `{"error":"misdirected request","detail":"ALLOWED_HOSTS does not have the host`) || !json.Valid([]byte(answer)) {
+			t.Errorf("%s: %d %s", where, status, answer)
+		}
+	}
+	api, keyedAPI := strings.TrimPrefix(open.url, "http://"), strings.TrimPrefix(keyed.url, "http://")
+	for _, host := range theirs {
+		for _, path := range []string{"POST " + onePath, "POST /v1/batch", "GET " + metricsPath + "event_name=e&from=1&to=2", "GET /api/v1/pipeline", "GET /", "GET /ready", "GET /none"} {
+			method, path, _ := strings.Cut(path, " ")
+			status, answer := ask(api, method, path, host)
+			refused(host+" "+path, status, answer)
+		}
+		for _, at := range []string{admin, adminOfKeyed} {
+			for _, path := range []string{"/metrics", "/debug/pprof/cmdline"} {
+				status, answer := ask("127.0.0.1:"+at, "GET", path, host)
+				refused(host+" admin "+path, status, answer)
+			}
+		}
+		if status, answer := ask(keyedAPI, "GET", "/health", host); status != 200 { // a page has no key
+			t.Errorf("%s with keys: %d %s", host, status, answer)
+		}
+	}
+	for _, host := range ours {
+		if status, answer := ask(api, "GET", metricsPath+"event_name=e&from=1&to=2", host); status != 200 {
+			t.Errorf("%s: %d %s", host, status, answer)
+		}
+		if status, answer := ask("127.0.0.1:"+admin, "GET", "/metrics", host); status != 200 {
+			t.Errorf("%s, admin: %d %.100s", host, status, answer)
 		}
 	}
 }
