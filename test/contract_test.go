@@ -413,6 +413,14 @@ func TestDocumentStatuses(t *testing.T) {
 		status, _, _ := p.ask("POST", onePath, []byte(event()), key)
 		return status == http.StatusAccepted
 	})
+	control(t, "/clickhouse/pause")
+	p.await("too many questions waiting", time.Minute, func() bool {
+		p.flood(50, asked, key)
+		try("GET", asked, "", "", key)
+		try("GET", overview, "", "", key)
+		return got["GET "+metrics+" 429"] && got["GET "+overview+" 429"]
+	})
+	control(t, "/clickhouse/resume")
 	control(t, "/kafka/stop")
 	try("POST", onePath, jsonCT, event(), key)
 	try("POST", bulkPath, ndjson, event(), key)

@@ -251,6 +251,16 @@ func TestGreedyReader(t *testing.T) {
 	}
 }
 
+// flood sends questions whose answers nobody reads, on connections that end with the test.
+func (p *program) flood(questions int, path, header string) {
+	for range questions {
+		if conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://")); err == nil {
+			p.t.Cleanup(func() { conn.Close() })
+			fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", path, header)
+		}
+	}
+}
+
 // TestCutBody: a body that does not arrive whole is never answered as if it had been taken, 200 above all. A client that is
 // still there is told to send again.
 func TestCutBody(t *testing.T) {
