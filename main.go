@@ -37,6 +37,7 @@ const usage = `event-ingestion takes events over HTTP and answers metrics about 
   event-ingestion rewind     read from Kafka again what ClickHouse lost (rewind -h)
   event-ingestion dlq        list, show and replay dead letters (dlq -h)
   event-ingestion erase      remove a user's events (erase -h)
+  event-ingestion import     take over another system's events, of any age (import -h)
   event-ingestion healthcheck  exit 0 when the instance of this machine is ready, for containers
   event-ingestion version    print the version
   event-ingestion -h         this page
@@ -100,6 +101,7 @@ func operated() (ops.System, error) {
 			}
 			return id, at, userID, err
 		},
+		CheckLine: newLineCheck(cfg.clockSkew),
 		SyncReplicas: func(ctx context.Context) error {
 			if _, err := db.servers(ctx); err != nil { // which finds out whether there are any
 				return err

@@ -344,3 +344,52 @@ func (s *segment) answer(w http.ResponseWriter, q *ingestRequest, stored bool) {
 func appendItemEntries(dst []byte, index int, problems []problem) []byte {
 	return appendProblems(dst, problems, fmt.Sprintf(`{"index":%d,`, index), "error")
 }
+
+// newLineCheck is the check of one line of an import: an event's JSON, or a message's. value is the canonical JSON of a good event, nil
+// for a message that is not stored; it and user are valid until the next call. refused has field, code and message of each problem.
+// What makes an event this one has to be in the file, or importing it again would count it twice: its time as well.
+func newLineCheck(skew time.Duration) func(line []byte, segment bool) (value []byte, id [32]byte, at int64, user []byte, refused [][3]string) {
+	p, m := new(eventParser), new(message)
+	fields := m.fields()
+	var idInput []byte
+	return func(line []byte, segment bool) (value []byte, id [32]byte, at int64, user []byte, refused [][3]string) {
+		ev, _, err := (*event)(nil), []problem(nil), error(nil)
+		if !segment {
+			ev, _, err = p.parse(line)
+		} else if err = p.parseMessage(m, fields, line); err == nil {
+			if ev = p.fromMessage(m, "batch", 0); ev == nil {
+				return nil, id, 0, nil, nil
+			}
+			if len(m.timestamp.raw)+len(m.originalTimestamp.raw) == 0 {
+				p.addf("timestamp", codeRequired, "is required")
+			}
+		}
+		if err != nil {
+			return nil, id, 0, nil, [][3]string{{"", codeInvalidFormat, err.Error()}}
+		}
+		if len(p.problems) == 0 {
+			p.checkImported(time.Now().Unix(), int64(skew/time.Second))
+		}
+		for _, is := range p.problems {
+			refused = append(refused, [3]string{is.field, is.code, is.message})
+		}
+		if len(refused) > 0 {
+			return nil, id, 0, nil, refused
+		}
+		var ok eventID
+		ok, idInput = ev.id(idInput)
+		return appendEvent(nil, ev), ok, ev.timestamp, ev.userID, nil
+	}
+}
+
+// parseMessage reads a text that is one message and nothing else.
+func (p *eventParser) parseMessage(m *message, fields map[string]*jsonValue, text []byte) error {
+	*m = message{}
+	r := &p.json
+	r.reset(text)
+	if r.space(); r.i == len(text) {
+		return errNoEvent
+	}
+	err := m.read(r, fields, p)
+	return cmp.Or(r.end(), err)
+}
