@@ -38,6 +38,7 @@ const usage = `event-ingestion takes events over HTTP and answers metrics about 
   event-ingestion rewind     read from Kafka again what ClickHouse lost (rewind -h)
   event-ingestion dlq        list, show and replay dead letters (dlq -h)
   event-ingestion erase      remove a user's events (erase -h)
+  event-ingestion import     take over another system's events, of any age (import -h)
   event-ingestion healthcheck  exit 0 when the instance of this machine is ready, for containers
   event-ingestion version    print the version
   event-ingestion -h         this page
@@ -73,45 +74,6 @@ func main() {
 	default:
 		os.Exit(ops.Run(os.Args[1:], operated, os.Stdout, os.Stderr))
 	}
-}
-
-// operated is the system as the operators' commands know it.
-func operated() (ops.System, error) {
-	cfg, err := loadSettings(os.Getenv)
-	if err != nil {
-		return ops.System{}, err
-	}
-	db, parser := newClickHouse(cfg), new(eventParser)
-	return ops.System{
-		Topic: cfg.kafkaTopic, Group: cfg.kafkaGroup, Database: cfg.clickhouseDatabase,
-		Listen: net.JoinHostPort(cfg.serverHost, fmt.Sprint(cfg.serverPort)), TLS: cfg.tlsCertFile != "",
-		Kafka: func(clientID string, opts ...kgo.Opt) (*kgo.Client, error) { return newKafka(cfg, clientID, opts...) },
-		Connect: func(ctx context.Context, f func(ops.Conn) error) error {
-			return db.adopted(ctx, func(c asker) error { return f(c.Do) })
-		},
-		EachServer: func(ctx context.Context, f func(ops.Conn) error) error {
-			return db.eachServer(ctx, func(_ *clickhouse, c asker) error { return f(c.Do) })
-		},
-		SQL: db.sql,
-		Decode: func(value []byte) (id [32]byte, at int64, userID []byte, err error) {
-			ev, err := parser.decode(value)
-			if err == nil {
-				id, _ = ev.id(nil)
-				at, userID = ev.timestamp, ev.userID
-			}
-			return id, at, userID, err
-		},
-		SyncReplicas: func(ctx context.Context) (err error) {
-			if _, err = db.servers(ctx); err == nil { // which finds out whether there are any
-				err = db.syncReplicas(ctx)
-			}
-			return err
-		},
-		Differences:    func(hours, differs string) string { return fmt.Sprintf(differences, "FINAL", hours, differs) },
-		AddDifferences: addDifferences,
-		MendingID:      db.mendingID(),
-		Inserting:      db.inserting,
-	}, nil
 }
 
 // restMemory is for what no setting bounds: connections, clients of Kafka and ClickHouse, the runtime.

@@ -1,4 +1,4 @@
-// For whoever runs an instance: is it ready (GET /ready), is it alive (GET /health)?
+// For whoever runs an instance: is it ready (GET /ready), is it alive (GET /health)? And what the operators' commands know of it.
 //
 // ready.go owns the questions to Kafka and ClickHouse that a check asks, and the words for how storing goes.
 
@@ -9,7 +9,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,6 +22,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
 
+	"github.com/event-ingestion/event-ingestion/ops"
+	"github.com/event-ingestion/event-ingestion/segment"
 	"github.com/event-ingestion/event-ingestion/troubles"
 )
 
@@ -227,4 +231,98 @@ func grouped(n int64) string {
 // kill the instances that still accept events.
 func serveHealth(w http.ResponseWriter, _ *http.Request) {
 	writeJSON(w, http.StatusOK, []byte(`{"status":"ok"}`))
+}
+
+// operated is the system as the operators' commands know it.
+func operated() (ops.System, error) {
+	cfg, err := loadSettings(os.Getenv)
+	if err != nil {
+		return ops.System{}, err
+	}
+	db, parser := newClickHouse(cfg), new(eventParser)
+	return ops.System{
+		Topic: cfg.kafkaTopic, Group: cfg.kafkaGroup, Database: cfg.clickhouseDatabase,
+		Listen: net.JoinHostPort(cfg.serverHost, fmt.Sprint(cfg.serverPort)), TLS: cfg.tlsCertFile != "",
+		Kafka: func(clientID string, opts ...kgo.Opt) (*kgo.Client, error) { return newKafka(cfg, clientID, opts...) },
+		Connect: func(ctx context.Context, f func(ops.Conn) error) error {
+			return db.adopted(ctx, func(c asker) error { return f(c.Do) })
+		},
+		EachServer: func(ctx context.Context, f func(ops.Conn) error) error {
+			return db.eachServer(ctx, func(_ *clickhouse, c asker) error { return f(c.Do) })
+		},
+		SQL: db.sql,
+		Decode: func(value []byte) (id [32]byte, at int64, userID []byte, err error) {
+			ev, err := parser.decode(value)
+			if err == nil {
+				id, _ = ev.id(nil)
+				at, userID = ev.timestamp, ev.userID
+			}
+			return id, at, userID, err
+		},
+		CheckLine: newLineCheck(cfg.clockSkew),
+		SyncReplicas: func(ctx context.Context) (err error) {
+			if _, err = db.servers(ctx); err == nil { // which finds out whether there are any
+				err = db.syncReplicas(ctx)
+			}
+			return err
+		},
+		Differences:    func(hours, differs string) string { return fmt.Sprintf(differences, "FINAL", hours, differs) },
+		AddDifferences: addDifferences,
+		MendingID:      db.mendingID(),
+		Inserting:      db.inserting,
+	}, nil
+}
+
+// newLineCheck is the check of one line of an import: an event's JSON, or a message's. value is the canonical JSON of a good event, nil
+// for a message that is not stored; it and user are valid until the next call. refused has field, code and message of each problem.
+// What makes an event this one has to be in the file, or importing it again would count it twice: its time as well.
+func newLineCheck(skew time.Duration) func(line []byte, ofSegment bool) (value []byte, id [32]byte, at int64, user []byte, refused [][3]string) {
+	p, messages, members := new(eventParser), new(skimmer), new(skimmer)
+	t := segment.Translator{Members: members.eachMember, MaxMetadata: maxMetadataBytes}
+	var idInput, translated []byte
+	return func(line []byte, ofSegment bool) (value []byte, id [32]byte, at int64, user []byte, refused [][3]string) {
+		if ofSegment {
+			messages.reset(line)
+			m := messages.value()
+			err := messages.end()
+			switch {
+			case err != nil:
+			case m.raw[0] != '{':
+				err = errNotObject
+			case m.depth > maxDepth:
+				err = errEventTooDeep
+			}
+			if err != nil {
+				return nil, id, 0, nil, [][3]string{{"", codeInvalidFormat, err.Error()}}
+			}
+			var problems []segment.Problem
+			var stored bool
+			if translated, problems, stored = t.Append(translated[:0], m.raw, "batch", 0); !stored {
+				return nil, id, 0, nil, nil
+			}
+			for _, p := range problems {
+				refused = append(refused, [3]string{p.Field, p.Code, p.Message})
+			}
+			line = translated
+		}
+		ev, _, err := p.parse(line)
+		if err != nil {
+			return nil, id, 0, nil, append(refused, [3]string{"", codeInvalidFormat, err.Error()})
+		}
+		if ofSegment && ev.timestamp == 0 && len(refused) == 0 {
+			p.addf("timestamp", codeRequired, "is required")
+		}
+		if len(p.problems)+len(refused) == 0 {
+			p.checkImported(time.Now().Unix(), int64(skew/time.Second))
+		}
+		for _, is := range p.problems {
+			refused = append(refused, [3]string{is.field, is.code, is.message})
+		}
+		if len(refused) > 0 {
+			return nil, id, 0, nil, refused
+		}
+		var known eventID
+		known, idInput = ev.id(idInput)
+		return appendEvent(nil, ev), known, ev.timestamp, ev.userID, nil
+	}
 }

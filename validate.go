@@ -400,6 +400,15 @@ func (p *eventParser) checkAge(now, skew int64) []problem {
 	return p.problems
 }
 
+// checkImported is checkAge for what is imported: it may be of any age that the tables hold.
+func (p *eventParser) checkImported(now, skew int64) []problem {
+	p.problems = slices.DeleteFunc(p.checkAge(now, skew), func(is problem) bool { return is.code == codeExpired })
+	if !p.ev.storable() && len(p.problems) == 0 {
+		p.addf("timestamp", codeInvalidFormat, "%d is not within 1970 to 2106", p.ev.timestamp)
+	}
+	return p.problems
+}
+
 // addf is the slow path: only a bad event pays for messages, and only for those that are reported.
 func (p *eventParser) addf(field, code, format string, args ...any) {
 	if len(p.problems) < maxProblems {

@@ -1,4 +1,4 @@
-// Package ops has the commands that operators run beside the system: audit, dlq, erase, healthcheck, reconcile and rewind.
+// Package ops has the commands that operators run beside the system: audit, dlq, erase, healthcheck, import, reconcile and rewind.
 //
 // A command knows the system by one value, System. ops.go owns that door, the list of commands, their exit codes, and healthcheck,
 // which is the smallest command and shows what one looks like. tables.go has what commands share that ask ClickHouse, records.go
@@ -45,6 +45,10 @@ type System struct {
 	// Decode reads a record's value: the event's id, its time in Unix seconds and its user, who is valid until the next call. The
 	// error says why the value is no event. It serves one goroutine.
 	Decode func(value []byte) (id [32]byte, at int64, userID []byte, err error)
+	// CheckLine checks a line of an import by every rule of an event but that of its age; with segment it is a message of Segment's
+	// protocol. value is the event as the topic has it, nil for a message that is not stored; the rest is as with Decode. refused has
+	// field, code and message of what is wrong. It serves one goroutine.
+	CheckLine func(line []byte, segment bool) (value []byte, id [32]byte, at int64, userID []byte, refused [][3]string)
 	// SyncReplicas waits until each server has what other replicas of its shard have. Without replicas there is nothing to wait for.
 	SyncReplicas func(ctx context.Context) error
 	// Differences is the SQL of a subquery, with braces: events minus events_hourly, of the hours and of what differs that two
@@ -72,6 +76,7 @@ var commands = map[string]command{
 	"dlq replay":  dlqReplay,
 	"erase":       erase,
 	"healthcheck": healthcheck,
+	"import":      importFiles,
 	"reconcile":   reconcile,
 	"rewind":      rewind,
 }
@@ -80,7 +85,7 @@ var commands = map[string]command{
 var groups = map[string]string{"dlq": dlqUsage}
 
 // takeArguments are the commands that take more than flags. The others refuse it: "dlq replay 0:17" would put all letters back.
-var takeArguments = []string{"dlq show"}
+var takeArguments = []string{"dlq show", "import"}
 
 // errDiffers ends a command with 1 when its output has said all there is to say.
 var errDiffers = errors.New("what was compared differs")

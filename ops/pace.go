@@ -1,0 +1,109 @@
+// The pace of an import: as fast as leaves live events fresh.
+
+package ops
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+)
+
+const (
+	// paceTick is the time between two looks at the topic.
+	paceTick = 200 * time.Millisecond
+	// A look finds how old the oldest record may be that is not known to be stored: from when it was there to when its offset was
+	// committed, up to 250 ms later, and up to a tick. Below freshAge the pace goes up, above staleAge down; what is live then waits
+	// no longer than 500 ms.
+	freshAge, staleAge, lateAge = 450 * time.Millisecond, 600 * time.Millisecond, 1200 * time.Millisecond
+	// Events a second. The pace begins low: what the machine can is not known.
+	firstPace, leastPace, mostPace = 2000., 100., 500_000.
+	paceUp, paceDown, paceLate     = 1.06, 0.85, 0.5
+	// paceSleep is how exactly it is kept.
+	paceSleep = 5 * time.Millisecond
+	// maxPaceSamples are those of a minute.
+	maxPaceSamples = 300
+)
+
+// pace says when the next event may go.
+type pace struct {
+	mu   sync.Mutex // guards rate and age
+	rate float64    // events a second
+	age  time.Duration
+
+	last time.Time // of wait, and how many may go until then; only who waits touches them
+	may  float64
+}
+
+func newPace() *pace { return &pace{rate: firstPace, last: time.Now()} }
+
+// wait returns when one more event may go, or with the error of ctx.
+func (p *pace) wait(ctx context.Context) error {
+	for p.may < 1 {
+		p.mu.Lock()
+		rate := p.rate
+		p.mu.Unlock()
+		now := time.Now()
+		p.may += min(now.Sub(p.last), 10*paceSleep).Seconds() * rate // what was not used in time is lost: no burst follows a pause
+		if p.last = now; p.may < 1 {
+			if err := pause(ctx, paceSleep); err != nil {
+				return err
+			}
+		}
+	}
+	p.may--
+	return nil
+}
+
+// watch looks until ctx is done, and moves the pace. A look that fails slows it down.
+func (p *pace) watch(ctx context.Context, reached func(context.Context) (committed, ends map[int32]int64, err error)) {
+	type sample struct {
+		at   time.Time
+		ends map[int32]int64
+	}
+	var samples []sample // ends that are not known to be stored, oldest first
+	for pause(ctx, paceTick) == nil {
+		now := time.Now()
+		committed, ends, err := reached(ctx)
+		if err != nil {
+			p.move(lateAge + 1)
+			continue
+		}
+		for len(samples) > 0 && behind(committed, samples[0].ends) == 0 {
+			samples = samples[1:]
+		}
+		if len(samples) < maxPaceSamples {
+			samples = append(samples, sample{now, ends})
+		}
+		p.move(now.Sub(samples[0].at))
+	}
+}
+
+// behind is how many records before these offsets are not committed.
+func behind(committed, offsets map[int32]int64) (n int64) {
+	for p, offset := range offsets {
+		n += max(0, offset-committed[p])
+	}
+	return n
+}
+
+// move takes the age of the oldest record that is not stored.
+func (p *pace) move(age time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch p.age = age; {
+	case age > lateAge:
+		p.rate = max(leastPace, p.rate*paceLate)
+	case age > staleAge:
+		p.rate = max(leastPace, p.rate*paceDown)
+	case age < freshAge:
+		p.rate = min(mostPace, p.rate*paceUp)
+	}
+}
+
+// words are for the progress.
+func (p *pace) words() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return fmt.Sprintf(", at most %.0f/s, the topic is %s behind", p.rate, p.age.Round(10*time.Millisecond))
+}
