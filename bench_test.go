@@ -23,7 +23,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/event-ingestion/event-ingestion/batches"
+	"github.com/event-ingestion/event-ingestion/internal/batches"
 	"github.com/klauspost/compress/zstd"
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"

@@ -23,7 +23,7 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 
-	"github.com/event-ingestion/event-ingestion/budget"
+	"github.com/event-ingestion/event-ingestion/internal/budget"
 )
 
 // Limits of a body, in bytes after decompression.

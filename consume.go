@@ -20,8 +20,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
 
-	"github.com/event-ingestion/event-ingestion/batches"
-	"github.com/event-ingestion/event-ingestion/troubles"
+	"github.com/event-ingestion/event-ingestion/internal/batches"
+	"github.com/event-ingestion/event-ingestion/internal/troubles"
 )
 
 const (

@@ -22,8 +22,8 @@ import (
 	"time"
 	"unsafe"
 
-	"github.com/event-ingestion/event-ingestion/batches"
-	"github.com/event-ingestion/event-ingestion/budget"
+	"github.com/event-ingestion/event-ingestion/internal/batches"
+	"github.com/event-ingestion/event-ingestion/internal/budget"
 )
 
 // Limits of a request's cost.

@@ -21,9 +21,9 @@ import (
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 
-	"github.com/event-ingestion/event-ingestion/batches"
-	"github.com/event-ingestion/event-ingestion/budget"
-	"github.com/event-ingestion/event-ingestion/troubles"
+	"github.com/event-ingestion/event-ingestion/internal/batches"
+	"github.com/event-ingestion/event-ingestion/internal/budget"
+	"github.com/event-ingestion/event-ingestion/internal/troubles"
 )
 
 // codeUnavailable is the code of a good event that Kafka did not acknowledge in time.

@@ -18,9 +18,9 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/event-ingestion/event-ingestion/batches"
-	"github.com/event-ingestion/event-ingestion/budget"
-	"github.com/event-ingestion/event-ingestion/troubles"
+	"github.com/event-ingestion/event-ingestion/internal/batches"
+	"github.com/event-ingestion/event-ingestion/internal/budget"
+	"github.com/event-ingestion/event-ingestion/internal/troubles"
 )
 
 func TestSettings(t *testing.T) {

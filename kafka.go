@@ -21,8 +21,8 @@ import (
 	"github.com/twmb/franz-go/pkg/sasl/plain"
 	"github.com/twmb/franz-go/pkg/sasl/scram"
 
-	"github.com/event-ingestion/event-ingestion/batches"
-	"github.com/event-ingestion/event-ingestion/troubles"
+	"github.com/event-ingestion/event-ingestion/internal/batches"
+	"github.com/event-ingestion/event-ingestion/internal/troubles"
 )
 
 const (

@@ -23,7 +23,7 @@ import (
 
 	"github.com/twmb/franz-go/pkg/kgo"
 
-	"github.com/event-ingestion/event-ingestion/batches"
+	"github.com/event-ingestion/event-ingestion/internal/batches"
 	"github.com/event-ingestion/event-ingestion/load"
 	"github.com/event-ingestion/event-ingestion/ops"
 	"github.com/event-ingestion/event-ingestion/web"

@@ -27,7 +27,7 @@ import (
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
 
-	"github.com/event-ingestion/event-ingestion/troubles"
+	"github.com/event-ingestion/event-ingestion/internal/troubles"
 )
 
 const (

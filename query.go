@@ -25,8 +25,8 @@ import (
 	"github.com/ClickHouse/ch-go/chpool"
 	"github.com/ClickHouse/ch-go/proto"
 
-	"github.com/event-ingestion/event-ingestion/troubles"
-	"github.com/event-ingestion/event-ingestion/turns"
+	"github.com/event-ingestion/event-ingestion/internal/troubles"
+	"github.com/event-ingestion/event-ingestion/internal/turns"
 )
 
 // Codes of the metrics endpoint beside those of an event.

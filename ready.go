@@ -24,7 +24,7 @@ import (
 
 	"github.com/event-ingestion/event-ingestion/ops"
 	"github.com/event-ingestion/event-ingestion/segment"
-	"github.com/event-ingestion/event-ingestion/troubles"
+	"github.com/event-ingestion/event-ingestion/internal/troubles"
 )
 
 const (

@@ -22,9 +22,9 @@ import (
 
 	"github.com/twmb/franz-go/pkg/kgo"
 
-	"github.com/event-ingestion/event-ingestion/budget"
+	"github.com/event-ingestion/event-ingestion/internal/budget"
 	"github.com/event-ingestion/event-ingestion/segment"
-	"github.com/event-ingestion/event-ingestion/troubles"
+	"github.com/event-ingestion/event-ingestion/internal/troubles"
 )
 
 // Limits of a request, as the OpenAPI document has them.

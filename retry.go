@@ -23,7 +23,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 
-	"github.com/event-ingestion/event-ingestion/batches"
+	"github.com/event-ingestion/event-ingestion/internal/batches"
 )
 
 const (

@@ -24,7 +24,7 @@ import (
 	"unicode"
 	"unicode/utf8"
 
-	"github.com/event-ingestion/event-ingestion/tokens"
+	"github.com/event-ingestion/event-ingestion/internal/tokens"
 )
 
 // Limits that are no settings, of more than one part.

@@ -25,7 +25,7 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 
-	"github.com/event-ingestion/event-ingestion/troubles"
+	"github.com/event-ingestion/event-ingestion/internal/troubles"
 )
 
 // Why a record was given up: the values of the header error_type, and of the counter's label.

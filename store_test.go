@@ -21,9 +21,9 @@ import (
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
 
-	"github.com/event-ingestion/event-ingestion/batches"
+	"github.com/event-ingestion/event-ingestion/internal/batches"
 
-	"github.com/event-ingestion/event-ingestion/troubles"
+	"github.com/event-ingestion/event-ingestion/internal/troubles"
 )
 
 // ignored takes what ClickHouse says when a query fails.

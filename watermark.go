@@ -20,7 +20,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 
-	"github.com/event-ingestion/event-ingestion/troubles"
+	"github.com/event-ingestion/event-ingestion/internal/troubles"
 )
 
 const (
