@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -185,6 +186,39 @@ type recordTooLarge struct{ size, most int } // bytes
 
 func (e recordTooLarge) Error() string {
 	return fmt.Sprintf("the event takes %d bytes on Kafka, whose topic takes at most %d (max.message.bytes)", e.size, e.most)
+}
+
+// mediaType returns typeJSON, typeNDJSON, typeText or "" for a Content-Type that is none of them. An absent one means JSON. Text
+// is what a page may send to another origin, or as its last beacon, without asking.
+func mediaType(r *http.Request) string {
+	media, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
+	switch media = strings.ToLower(strings.TrimSpace(media)); media {
+	case "":
+		return typeJSON
+	case typeJSON, typeNDJSON, typeText:
+		return media
+	}
+	return ""
+}
+
+// takes returns the media type of a request, which has to be one of these or text; otherwise it answers 415 and returns "".
+func takes(w http.ResponseWriter, r *http.Request, forms ...string) string {
+	media := mediaType(r)
+	if media == typeText || slices.Contains(forms, media) {
+		return media
+	}
+	writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send "+strings.Join(forms, " or "))
+	return ""
+}
+
+// wantsStored says whether to answer only once the events are stored, ?wait=stored; ok is false when it has answered another
+// value.
+func wantsStored(w http.ResponseWriter, r *http.Request) (wait, ok bool) {
+	value, is := queryValue(r.URL.RawQuery, "wait")
+	if is && value != "stored" {
+		writeProblems(w, []problem{{"wait", codeInvalidFormat, "wait must be stored, or absent"}})
+	}
+	return is, !is || value == "stored"
 }
 
 // writeReadError answers a request whose body could not be read.

@@ -7,7 +7,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/tls"
 	_ "embed"
@@ -25,6 +24,7 @@ import (
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
+	"github.com/event-ingestion/event-ingestion/internal/profile"
 )
 
 // clickhouse knows how to reach the server of CLICKHOUSE_HOST, or another one of its cluster.
@@ -42,88 +42,6 @@ type clickhouse struct {
 // askTimeout bounds one attempt to ask or to insert. A healthy insert takes 30 ms; one that waits for merges, seconds.
 const askTimeout = 60 * time.Second
 
-// sharedSettings are those of every query: it means what it says, whatever the profile of CLICKHOUSE_USERNAME has, or an older
-// compatibility. An answer is whole, of all servers, or an error; a view without a target refuses an insert. An insert into a Distributed
-// table is done when every server has its rows. A server that is part of its own cluster would be read in the query's own process, and
-// not as the others. TestProfiles looks for what is missing here, among all that there are.
-var sharedSettings = settingsOf(map[string]string{
-	"0": "limit offset extremes use_query_cache ignore_materialized_views_with_dropped_target_table skip_unavailable_shards prefer_localhost_replica " +
-		"aggregate_functions_null_for_empty empty_result_for_aggregation_by_empty_set data_type_default_nullable prefer_column_name_to_alias " +
-		"group_by_use_nulls discard_query_data force_optimize_projection inject_random_order_for_select_without_order_by " +
-		"input_format_native_decode_types_in_binary_format output_format_native_encode_types_in_binary_format",
-	"1": "distributed_foreground_insert force_grouping_standard_compatibility enable_global_with_statement",
-	"throw": "read_overflow_mode read_overflow_mode_leaf group_by_overflow_mode sort_overflow_mode result_overflow_mode set_overflow_mode " +
-		"distinct_overflow_mode join_overflow_mode transfer_overflow_mode timeout_overflow_mode timeout_overflow_mode_leaf",
-})
-
-// insertSettings are those of every insert, beside the shared ones: it is done when it is acknowledged.
-//
-// ClickHouse's own deduplication of inserts is off: it remembers a block before the part is in place, so that an insert may be
-// answered "known" and not be there, and what was lost with a broken part could never be stored again. deduplicate_insert
-// overrides insert_deduplicate where it exists, and is on.
-var insertSettings = settingsOf(map[string]string{
-	"0":       "async_insert insert_deduplicate send_profile_events", // of which the last one is a third of a round's garbage
-	"disable": "deduplicate_insert",
-})
-
-// roundSettings are those of a round's insert, beside insertSettings: merges sort duplicates out anyway, which saves a quarter of the
-// CPU; other producers' events may be of any age, and of many months; and all of a round is gathered before parts are written.
-var roundSettings = settingsOf(map[string]string{
-	"0":           "optimize_on_insert materialized_views_ignore_errors max_partitions_per_insert_block",
-	wholeRound:    "min_insert_block_size_rows min_insert_block_size_bytes",
-	insertSilence: "receive_timeout",
-})
-
-// questionSettings are those of metrics and the overview, beside the shared ones.
-var questionSettings = settingsOf(map[string]string{"0": "enable_positional_arguments", queryLimit: "max_execution_time"})
-
-const (
-	// wholeRound is more rows and bytes than a round has.
-	wholeRound = "1000000000000"
-	// insertSilence, in seconds, is how long ClickHouse waits for the next block of an insert: an instance that is paused in
-	// the middle of one holds the next owner of its partitions up for so long.
-	insertSilence = "20"
-	// queryLimit, in seconds, is queryTimeout on the server.
-	queryLimit = "10"
-)
-
-var errFixed = errors.New("the profile of CLICKHOUSE_USERNAME does not let the program change settings")
-
-// checkProfile names the settings that the user's profile has otherwise than the program means them, and forbids to change: every query
-// that sends them would fail.
-func (c *clickhouse) checkProfile(ctx context.Context) error {
-	bare := &clickhouse{options: c.options}
-	bare.options.Settings = nil
-	means := map[string]string{}
-	for _, s := range slices.Concat(sharedSettings, insertSettings, roundSettings, questionSettings) {
-		means[s.Key] = s.Value
-	}
-	var fixed []string
-	var name, value proto.ColStr
-	err := bare.connected(func(conn asker) error {
-		return conn.Do(ctx, eachRow(ch.Query{Body: "SELECT name, value FROM system.settings WHERE readonly ORDER BY name"}, func(i int) {
-			if needed, sent := means[name.Row(i)]; sent && needed != value.Row(i) {
-				fixed = append(fixed, fmt.Sprintf("%s is %s, and has to be %s", name.Row(i), value.Row(i), needed))
-			}
-		}, &name, &value))
-	})
-	if err == nil && len(fixed) > 0 {
-		err = fmt.Errorf("%w: %s; take away its constraints", errFixed, strings.Join(fixed, "; "))
-	}
-	return err
-}
-
-// settingsOf makes settings of their names, by value, and sorts them.
-func settingsOf(names map[string]string) (settings []ch.Setting) {
-	for value, keys := range names {
-		for key := range strings.FieldsSeq(keys) {
-			settings = append(settings, ch.Setting{Key: key, Value: value})
-		}
-	}
-	slices.SortFunc(settings, func(a, b ch.Setting) int { return cmp.Compare(a.Key, b.Key) })
-	return settings
-}
-
 func newClickHouse(cfg *settings) *clickhouse {
 	c := &clickhouse{
 		database: cfg.clickhouseDatabase,
@@ -139,7 +57,7 @@ func newClickHouse(cfg *settings) *clickhouse {
 			DialTimeout:      3 * time.Second,
 			HandshakeTimeout: 10 * time.Second,
 			ReadTimeout:      askTimeout,
-			Settings:         sharedSettings,
+			Settings:         profile.Shared,
 		},
 	}
 	if cfg.clickhouseTLS {
@@ -266,9 +184,9 @@ func eachRow(q ch.Query, row func(i int), columns ...proto.ColResult) ch.Query {
 // inserting are the settings of every insert; a majority of a shard's replicas has it when it is acknowledged.
 func (c *clickhouse) inserting() []ch.Setting {
 	if !c.replicated.Load() {
-		return insertSettings
+		return profile.Insert
 	}
-	return append(slices.Clone(insertSettings), ch.Setting{Key: "insert_quorum", Value: "auto"}, ch.Setting{Key: "insert_quorum_parallel", Value: "1"})
+	return append(slices.Clone(profile.Insert), ch.Setting{Key: "insert_quorum", Value: "auto"}, ch.Setting{Key: "insert_quorum_parallel", Value: "1"})
 }
 
 var errNoCluster = errors.New("no cluster of that name is known")
@@ -278,7 +196,7 @@ var errPartOfCluster = errors.New("its tables belong to a cluster")
 
 // clickhouseIsHopeless says whether no retry cures an error: these settings do not work with this server.
 func clickhouseIsHopeless(err error) bool {
-	return errors.Is(err, errPartOfCluster) || errors.Is(err, errNoCluster) || errors.Is(err, errFixed) || ch.IsErr(err, proto.ErrAuthenticationFailed)
+	return errors.Is(err, errPartOfCluster) || errors.Is(err, errNoCluster) || errors.Is(err, profile.ErrFixed) || ch.IsErr(err, proto.ErrAuthenticationFailed)
 }
 
 // lacksTables says whether a query failed because a server of the cluster has no tables: it has just joined, or lost its disk. The
@@ -346,6 +264,13 @@ func (c *clickhouse) sql(text string) string {
 	return strings.NewReplacer(fill...).Replace(text)
 }
 
+// checkProfile asks with none of the program's settings which of them the user's profile forbids to change.
+func (c *clickhouse) checkProfile(ctx context.Context) error {
+	bare := &clickhouse{options: c.options}
+	bare.options.Settings = nil
+	return bare.connected(func(conn asker) error { return profile.Check(ctx, conn.Do) })
+}
+
 // has says whether a server has the table events, the last one that is made, and whether one has something in events_hourly.
 func (c *clickhouse) has(ctx context.Context) (events, counts bool, err error) {
 	if err := c.checkProfile(ctx); err != nil { // before the first query that sends settings
@@ -406,7 +331,7 @@ func (c *clickhouse) applySchema(ctx context.Context, conn asker) error {
 		q := ch.Query{Body: c.sql(strings.ReplaceAll(stmt, "{fsync}", fsync)), Settings: []ch.Setting{{Key: "allow_materialized_view_with_bad_select", Value: "1"}}}
 		err := conn.Do(ctx, q)
 		if ch.IsErr(err, proto.ErrQueryIsProhibited) { // which ClickHouse says without a name, and no query can change
-			err = fmt.Errorf("%w: allow_ddl is 0, and has to be 1: %w", errFixed, err)
+			err = fmt.Errorf("%w: allow_ddl is 0, and has to be 1: %w", profile.ErrFixed, err)
 		}
 		if err != nil {
 			return fmt.Errorf("apply schema.sql: %w", err)

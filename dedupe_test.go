@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"maps"
 	"math"
-	"math/big"
 	"math/bits"
 	"math/rand/v2"
 	"slices"
@@ -19,6 +18,7 @@ import (
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
+	"github.com/event-ingestion/event-ingestion/internal/profile"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
@@ -325,10 +325,10 @@ type profileStand struct {
 const profileNow = 1795393800
 
 // work makes tables, stores, looks up and asks with settings of a profile, and returns everything that came of it.
-func (s *profileStand) work(profile []ch.Setting) (all string, err error) {
+func (s *profileStand) work(turned []ch.Setting) (all string, err error) {
 	s.runs++
 	db := newClickHouse(s.cfg)
-	db.options.Settings, db.database = append(slices.Clone(profile), sharedSettings...), fmt.Sprint(db.database, "_", s.runs)
+	db.options.Settings, db.database = append(slices.Clone(turned), profile.Shared...), fmt.Sprint(db.database, "_", s.runs)
 	defer askShards(s.t, "DROP DATABASE IF EXISTS "+db.database+" SYNC")
 	if err := db.makeTables(s.t.Context()); err != nil {
 		return "", err
@@ -363,7 +363,7 @@ func (s *profileStand) work(profile []ch.Setting) (all string, err error) {
 	}
 	others := connection{to: newClickHouse(s.cfg)} // who asks the views, without our settings, but for those about the answer to any query
 	defer others.close()
-	others.to.options.Settings = append(slices.Clone(profile), settingsOf(map[string]string{
+	others.to.options.Settings = append(slices.Clone(turned), profile.Of(map[string]string{
 		"0": "extremes discard_query_data output_format_native_encode_types_in_binary_format inject_random_order_for_select_without_order_by",
 	})...)
 	for _, view := range []string{"events_between", "events_between_by_day"} {
@@ -408,69 +408,4 @@ func (s *profileStand) insert(db *clickhouse, from, to int) error {
 		err = fmt.Errorf("an hour has %d events, and its first minute %d", counts[profileNow/hourSeconds], set.used)
 	}
 	return err
-}
-
-// TestPriceOf: what of an event's metadata is a price and a currency.
-func TestPriceOf(t *testing.T) {
-	var r skimmer
-	price := func(value string) string {
-		got, _ := priceOf(&r, []byte(`{"a":1,"price":`+value+`}`))
-		return fmt.Sprint(int64(got))
-	}
-	for value, want := range map[string]string{
-		`10`: "100000", `129.99`: "1299900", `0`: "0", `-0`: "0", `-5.5`: "-55000", `1e2`: "1000000", `1.25E+1`: "125000", `12345e-2`: "1234500", `"129.99"`: "1299900", `"-1e1"`: "-100000", `"\u0031\u002e5"`: "15000",
-		`0.0001`: "1", `0.00014`: "1", `0.00015`: "2", `-0.00015`: "-2", `0.00005`: "1", `0.00004999`: "0", `5e-5`: "1", `5e-6`: "0", `49e-6`: "0", `0.1`: "1000", `1.00005`: "10001", `129.9900000000000000000000000001`: "1299900",
-		`9999999999999.99`: "99999999999999900", `99999999999999`: "999999999999990000", `99999999999999.9999`: "999999999999999999", `-99999999999999.9999`: "-999999999999999999", `12345678901234.5678`: "123456789012345678",
-		`99999999999999.99994`: "999999999999999999", `99999999999999.99995`: "0", `100000000000000`: "0", `-100000000000000`: "0", `1e14`: "0", `1e13`: "100000000000000000", `1e400`: "0", `1e99999999999999999999`: "0", `1e-99999999999999999999`: "0", `0e99999999999999999999`: "0",
-		`9223372036854775807`: "0", `922337203685477.5807`: "0", `0.` + strings.Repeat("0", 900) + `1e902`: "100000", `1` + strings.Repeat("0", 900) + `e-899`: "100000",
-		`null`: "0", `true`: "0", `"x"`: "0", `""`: "0", `" 1"`: "0", `"1 "`: "0", `"+1"`: "0", `"01"`: "0", `".5"`: "0", `"1."`: "0", `"1,5"`: "0", `"0x10"`: "0", `"NaN"`: "0", `"Infinity"`: "0", `"null"`: "0", `"true"`: "0", `"-"`: "0", `"1e"`: "0", `[1]`: "0", `{"price":1}`: "0", `"\"1\""`: "0", `"1\u0000"`: "0",
-	} {
-		if got := price(value); got != want {
-			t.Errorf("price %.60s: %s, want %s", value, got, want)
-		}
-	}
-	for _, c := range []struct{ metadata, want string }{
-		{`{}`, "0 "}, {`{"price":1}`, "10000 "}, {`{"currency":"TRY"}`, "0 TRY"}, {`{"price":1,"currency":"try"}`, "10000 try"}, {`{"currency":null,"price":1}`, "10000 "}, {`{"currency":"","price":1}`, "10000 "},
-		{`{"currency":840}`, "0 ?"}, {`{"currency":{"code":"USD"}}`, "0 ?"}, {`{"currency":["USD"]}`, "0 ?"}, {`{"currency":true}`, "0 ?"}, {`{"currency":false}`, "0 ?"}, {`{"currency":"` + strings.Repeat("x", 1300) + `"}`, "0 ?"},
-		{`{"curr\u0065ncy":"USD","\u0070rice":2}`, "20000 USD"}, {`{"\u0070\u0072\u0069\u0063\u0065":"\u0031","\u0063\u0075\u0072\u0072\u0065\u006e\u0063\u0079":"\u0055SD"}`, "10000 USD"},
-		{`{"currency":"\u0055SD","x\u0041":1,"price":"\u0031"}`, "10000 USD"}, {`{"Price":1,"Currency":"USD","price ":1,"pric\u00e9":1}`, "0 "}, {`{"a":{"price":1,"currency":"USD"}}`, "0 "},
-		// Of members with one name the first counts.
-		{`{"price":10,"price":"x"}`, "100000 "}, {`{"price":"x","price":10}`, "0 "}, {`{"price":null,"price":10}`, "0 "}, {`{"price":1,"\u0070rice":2}`, "10000 "}, {`{"currency":"USD","currency":"TRY","price":1}`, "10000 USD"}, {`{"currency":null,"currency":"USD"}`, "0 "},
-	} {
-		for range 2 { // the second time through a dirty skimmer
-			if price, currency := priceOf(&r, []byte(c.metadata)); fmt.Sprint(int64(price), " ", string(currency)) != c.want {
-				t.Errorf("%.80s: %d %s, want %s", c.metadata, price, currency, c.want)
-			}
-		}
-	}
-	metadata := []byte(`{"a":"b","curr\u0065ncy":"\u0055SD","price":"12\u002e5e1"}`)
-	if allocated := testing.AllocsPerRun(100, func() { priceOf(&r, metadata) }); allocated != 0 {
-		t.Errorf("%v allocations", allocated)
-	}
-}
-
-// FuzzPrice: a number of JSON is what exact arithmetic makes of it.
-func FuzzPrice(f *testing.F) {
-	for _, text := range []string{"129.99", "-1e-4", "99999999999999.99995", "0.00005", "5e-5", "1e14", "12e-5", "0.000049"} {
-		f.Add(text)
-	}
-	f.Fuzz(func(t *testing.T, text string) {
-		exact, ok := new(big.Rat).SetString(text)
-		if _, exponent, _ := strings.Cut(strings.ToLower(text), "e"); !isNumber([]byte(text)) || !ok || len(exponent) > 4 {
-			return
-		}
-		exact.Mul(exact, big.NewRat(10_000, 1))
-		half := big.NewRat(1, 2)
-		if exact.Sign() < 0 {
-			half.Neg(half)
-		}
-		exact.Add(exact, half)
-		want := new(big.Int).Quo(exact.Num(), exact.Denom()) // towards zero
-		if new(big.Int).Abs(want).Cmp(big.NewInt(999_999_999_999_999_999)) > 0 {
-			want.SetInt64(0)
-		}
-		if got := decimalOf([]byte(text)); got != want.Int64() {
-			t.Errorf("%s: %d, want %s", text, got, want)
-		}
-	})
 }

@@ -10,23 +10,19 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"path"
 	"regexp"
-	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
-	"github.com/VictoriaMetrics/metrics"
+	"github.com/event-ingestion/event-ingestion/internal/conns"
 )
 
 const (
@@ -109,128 +105,17 @@ func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats
 		IdleTimeout:       cfg.idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes - 4<<10, // net/http adds as much
 		TLSConfig:         ac.tls,
-		ConnState:         newConnections(cfg, st).changed,
+		ConnState:         newConnections(cfg, st).Changed,
 		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug), // what clients do wrong
 	}
 }
 
-const (
-	// plainConnection and tlsConnection are what a connection takes in bytes while it waits for a request, the latter with HTTP/2.
-	plainConnection, tlsConnection = 20 << 10, 44 << 10
-	// connectionsPart of the memory that the program is to keep to is for connections.
-	connectionsPart = 4
-	// ownFiles is how many open files the program needs at least for itself: the stores' connections, above all.
-	ownFiles = 256
-	// crowdedEvery is how often the log may say that there are too many.
-	crowdedEvery = time.Minute
-)
-
-// connections are those of clients, of which there are so many at the most: beyond it the one is closed that waits for a request for the
-// longest. It never waits, because the server's loop that accepts them does.
-type connections struct {
-	most   int
-	closed *metrics.Counter
-
-	mu      sync.Mutex // guards what follows
-	open    map[net.Conn]*clientConn
-	waiting clientConn // a ring, from the one that waits for the longest
-	told    time.Time  // when the log said that there are too many
-}
-
-// clientConn is a connection; it is in the ring while it waits.
-type clientConn struct {
-	conn       net.Conn
-	prev, next *clientConn // nil while a request is served
-}
-
-func newConnections(cfg *settings, st *stats) *connections {
-	c := &connections{most: maxConnections(cfg), open: map[net.Conn]*clientConn{}, closed: st.set.NewCounter(st.named("event_ingestion_connections_closed_total",
-		"Connections of clients that were closed because there were more than MAX_CONNECTIONS."))}
-	c.waiting.prev, c.waiting.next = &c.waiting, &c.waiting
-	st.set.NewGauge(st.named("event_ingestion_connections", "Connections of clients at the moment."), func() float64 {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		return float64(len(c.open))
-	})
-	return c
-}
-
-// maxConnections is MAX_CONNECTIONS, or what memory has room for, but never more than open files have.
-func maxConnections(cfg *settings) int {
-	files, size := openFiles(), int64(plainConnection)
-	room := files - min(max(files/4, ownFiles), files/2)
-	if cfg.maxConnections > room {
-		slog.Warn("MAX_CONNECTIONS is more than open files have room for beside the stores' own connections", "MAX_CONNECTIONS", cfg.maxConnections, "used", room, "RLIMIT_NOFILE", files)
-	}
-	if cfg.maxConnections > 0 {
-		return min(cfg.maxConnections, room)
-	}
-	if cfg.tlsCertFile != "" {
-		size = tlsConnection
-	}
-	return int(min(int64(room), debug.SetMemoryLimit(-1)/connectionsPart/size))
-}
-
-// openFiles is how many files the process may have open.
-func openFiles() int {
-	var limit syscall.Rlimit
-	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) != nil {
-		return 4 * ownFiles
-	}
-	return int(min(limit.Cur, 1<<30))
-}
-
-// changed is the server's ConnState.
-func (c *connections) changed(conn net.Conn, state http.ConnState) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	cc := c.open[conn]
-	switch {
-	case state == http.StateNew:
-		cc = &clientConn{conn: conn}
-		c.open[conn] = cc
-		c.wait(cc)
-		if len(c.open) > c.most {
-			c.end(c.waiting.next) // perhaps this one: the others are served
-		}
-	case cc == nil: // it has been closed here
-	case state == http.StateActive:
-		cc.leave()
-	case state == http.StateIdle && cc.next == nil:
-		c.wait(cc)
-	case state == http.StateClosed, state == http.StateHijacked:
-		cc.leave()
-		delete(c.open, conn)
-	}
-}
-
-// wait puts a connection at the ring's end; leave takes it out.
-func (c *connections) wait(cc *clientConn) {
-	cc.prev, cc.next = c.waiting.prev, &c.waiting
-	cc.prev.next, cc.next.prev = cc, cc
-}
-
-func (cc *clientConn) leave() {
-	if cc.next != nil {
-		cc.prev.next, cc.next.prev = cc.next, cc.prev
-		cc.prev, cc.next = nil, nil
-	}
-}
-
-// end closes a connection that waits, under mu.
-func (c *connections) end(cc *clientConn) {
-	cc.leave()
-	delete(c.open, cc.conn)
-	c.closed.Inc()
-	if over, is := cc.conn.(*tls.Conn); is {
-		over.NetConn().Close() // without a last word, which a client can keep waiting
-	} else {
-		cc.conn.Close()
-	}
-	if now := time.Now(); now.Sub(c.told) > crowdedEvery {
-		c.told = now
-		slog.Warn("there are more connections than MAX_CONNECTIONS: those that wait for the longest are closed", "connections", c.most)
-	}
+// newConnections counts the connections of clients, of which there are so many at the most.
+func newConnections(cfg *settings, st *stats) *conns.Limit {
+	closed := st.set.NewCounter(st.named("event_ingestion_connections_closed_total", "Connections of clients that were closed because there were more than MAX_CONNECTIONS."))
+	limit := conns.New(cfg.maxConnections, cfg.tlsCertFile != "", closed.Inc)
+	st.set.NewGauge(st.named("event_ingestion_connections", "Connections of clients at the moment."), func() float64 { return float64(limit.Open()) })
+	return limit
 }
 
 // exchange is one request and its answer: the writer that every handler gets, with what is to be counted and logged.

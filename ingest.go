@@ -14,8 +14,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"slices"
-	"strings"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kerr"
@@ -362,39 +360,6 @@ func (in *ingester) answerBulk(w http.ResponseWriter, q *ingestRequest, stored b
 		end = `],"error":"validation failed"}`
 	}
 	writeJSON(w, status, q.answer, q.errors.Bytes(), []byte(end))
-}
-
-// mediaType returns typeJSON, typeNDJSON, typeText or "" for a Content-Type that is none of them. An absent one means JSON. Text
-// is what a page may send to another origin, or as its last beacon, without asking.
-func mediaType(r *http.Request) string {
-	media, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
-	switch media = strings.ToLower(strings.TrimSpace(media)); media {
-	case "":
-		return typeJSON
-	case typeJSON, typeNDJSON, typeText:
-		return media
-	}
-	return ""
-}
-
-// takes returns the media type of a request, which has to be one of these or text; otherwise it answers 415 and returns "".
-func takes(w http.ResponseWriter, r *http.Request, forms ...string) string {
-	media := mediaType(r)
-	if media == typeText || slices.Contains(forms, media) {
-		return media
-	}
-	writeError(w, http.StatusUnsupportedMediaType, "unsupported content type", "send "+strings.Join(forms, " or "))
-	return ""
-}
-
-// wantsStored says whether to answer only once the events are stored, ?wait=stored; ok is false when it has answered another
-// value.
-func wantsStored(w http.ResponseWriter, r *http.Request) (wait, ok bool) {
-	value, is := queryValue(r.URL.RawQuery, "wait")
-	if is && value != "stored" {
-		writeProblems(w, []problem{{"wait", codeInvalidFormat, "wait must be stored, or absent"}})
-	}
-	return is, !is || value == "stored"
 }
 
 // segmentKinds are the messages of Segment's protocol, by the last part of a route's path: the whole name or its letter.

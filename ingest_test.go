@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
+	"math/big"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -105,8 +106,7 @@ func TestTinyBlocks(t *testing.T) {
 	}
 }
 
-// segmentNow is the time of receipt, as the tests' messages would have it: 2026-11-23T13:52:56Z.
-const segmentNow = 1795441976
+const segmentNow = 1795441976 // the time of receipt, as the tests' messages would have it: 2026-11-23T13:52:56Z
 
 // TestSegmentItems: what is wrong with a message is said by the mapping and by the rules of every event, at once.
 func TestSegmentItems(t *testing.T) {
@@ -386,4 +386,65 @@ func TestKeyInBody(t *testing.T) {
 			t.Logf("%s: %d bytes, %s of %s", c.name, len(body), best, limit)
 		}
 	}
+}
+
+// TestPriceOf: what of an event's metadata is a price and a currency.
+func TestPriceOf(t *testing.T) {
+	var r skimmer
+	price := func(value string) string {
+		got, _ := priceOf(&r, []byte(`{"a":1,"price":`+value+`}`))
+		return fmt.Sprint(int64(got))
+	}
+	for value, want := range map[string]string{
+		`10`: "100000", `129.99`: "1299900", `0`: "0", `-0`: "0", `-5.5`: "-55000", `1e2`: "1000000", `1.25E+1`: "125000", `12345e-2`: "1234500", `"129.99"`: "1299900", `"-1e1"`: "-100000", `"\u0031\u002e5"`: "15000",
+		`0.0001`: "1", `0.00014`: "1", `0.00015`: "2", `-0.00015`: "-2", `0.00005`: "1", `0.00004999`: "0", `5e-5`: "1", `5e-6`: "0", `49e-6`: "0", `0.1`: "1000", `1.00005`: "10001", `129.9900000000000000000000000001`: "1299900",
+		`9999999999999.99`: "99999999999999900", `99999999999999`: "999999999999990000", `99999999999999.9999`: "999999999999999999", `-99999999999999.9999`: "-999999999999999999", `12345678901234.5678`: "123456789012345678",
+		`99999999999999.99994`: "999999999999999999", `99999999999999.99995`: "0", `100000000000000`: "0", `-100000000000000`: "0", `1e14`: "0", `1e13`: "100000000000000000", `1e400`: "0", `1e99999999999999999999`: "0", `1e-99999999999999999999`: "0", `0e99999999999999999999`: "0",
+		`9223372036854775807`: "0", `922337203685477.5807`: "0", `0.` + strings.Repeat("0", 900) + `1e902`: "100000", `1` + strings.Repeat("0", 900) + `e-899`: "100000",
+		`null`: "0", `true`: "0", `"x"`: "0", `""`: "0", `" 1"`: "0", `"1 "`: "0", `"+1"`: "0", `"01"`: "0", `".5"`: "0", `"1."`: "0", `"1,5"`: "0", `"0x10"`: "0", `"NaN"`: "0", `"Infinity"`: "0", `"null"`: "0", `"true"`: "0", `"-"`: "0", `"1e"`: "0", `[1]`: "0", `{"price":1}`: "0", `"\"1\""`: "0", `"1\u0000"`: "0",
+	} {
+		if got := price(value); got != want {
+			t.Errorf("price %.60s: %s, want %s", value, got, want)
+		}
+	}
+	for _, c := range []struct{ metadata, want string }{
+		{`{}`, "0 "}, {`{"price":1}`, "10000 "}, {`{"currency":"TRY"}`, "0 TRY"}, {`{"price":1,"currency":"try"}`, "10000 try"}, {`{"currency":null,"price":1}`, "10000 "}, {`{"currency":"","price":1}`, "10000 "},
+		{`{"currency":840}`, "0 ?"}, {`{"currency":{"code":"USD"}}`, "0 ?"}, {`{"currency":["USD"]}`, "0 ?"}, {`{"currency":true}`, "0 ?"}, {`{"currency":false}`, "0 ?"}, {`{"currency":"` + strings.Repeat("x", 1300) + `"}`, "0 ?"},
+		{`{"curr\u0065ncy":"USD","\u0070rice":2}`, "20000 USD"}, {`{"\u0070\u0072\u0069\u0063\u0065":"\u0031","\u0063\u0075\u0072\u0072\u0065\u006e\u0063\u0079":"\u0055SD"}`, "10000 USD"},
+		{`{"currency":"\u0055SD","x\u0041":1,"price":"\u0031"}`, "10000 USD"}, {`{"Price":1,"Currency":"USD","price ":1,"pric\u00e9":1}`, "0 "}, {`{"a":{"price":1,"currency":"USD"}}`, "0 "},
+		// Of members with one name the first counts.
+		{`{"price":10,"price":"x"}`, "100000 "}, {`{"price":"x","price":10}`, "0 "}, {`{"price":null,"price":10}`, "0 "}, {`{"price":1,"\u0070rice":2}`, "10000 "}, {`{"currency":"USD","currency":"TRY","price":1}`, "10000 USD"}, {`{"currency":null,"currency":"USD"}`, "0 "},
+	} {
+		for range 2 { // the second time through a dirty skimmer
+			if price, currency := priceOf(&r, []byte(c.metadata)); fmt.Sprint(int64(price), " ", string(currency)) != c.want {
+				t.Errorf("%.80s: %d %s, want %s", c.metadata, price, currency, c.want)
+			}
+		}
+	}
+	metadata := []byte(`{"a":"b","curr\u0065ncy":"\u0055SD","price":"12\u002e5e1"}`)
+	if allocated := testing.AllocsPerRun(100, func() { priceOf(&r, metadata) }); allocated != 0 {
+		t.Errorf("%v allocations", allocated)
+	}
+}
+
+// FuzzPrice: a number of JSON is what exact arithmetic makes of it.
+func FuzzPrice(f *testing.F) {
+	for text := range strings.FieldsSeq("129.99 -1e-4 99999999999999.99995 0.00005 5e-5 1e14 12e-5 0.000049") {
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		exact, ok := new(big.Rat).SetString(text)
+		if _, exponent, _ := strings.Cut(strings.ToLower(text), "e"); !isNumber([]byte(text)) || !ok || len(exponent) > 4 {
+			return
+		}
+		exact.Mul(exact, big.NewRat(10_000, 1))
+		exact.Add(exact, big.NewRat(int64(exact.Sign()), 2)) // half away from zero
+		want := new(big.Int).Quo(exact.Num(), exact.Denom()) // towards zero
+		if new(big.Int).Abs(want).Cmp(big.NewInt(999_999_999_999_999_999)) > 0 {
+			want.SetInt64(0)
+		}
+		if got := decimalOf([]byte(text)); got != want.Int64() {
+			t.Errorf("%s: %d, want %s", text, got, want)
+		}
+	})
 }

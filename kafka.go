@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kadm"
@@ -346,3 +347,36 @@ func setHeaders(headers []kgo.RecordHeader, pairs ...string) []kgo.RecordHeader 
 }
 
 func rfc3339Now() string { return time.Now().UTC().Format(time.RFC3339) }
+
+const (
+	// firstDelay is the wait before the first retry; each further one is twice as long, up to maxDelay.
+	firstDelay = 2 * time.Second
+	maxDelay   = 60 * time.Second
+	// maxErrorMessage bounds the header error_message, in bytes.
+	maxErrorMessage = 500
+)
+
+// delayOf is how long the attempt-th retry waits.
+func delayOf(attempt int) time.Duration {
+	return min(firstDelay<<min(max(attempt-1, 0), 10), maxDelay)
+}
+
+// retryCount is how often a record has been put off; 0 without the header.
+func retryCount(rec *kgo.Record) int {
+	n, err := strconv.Atoi(header(rec, "retry_count"))
+	if err != nil || n < 0 {
+		return 0
+	}
+	return n
+}
+
+// failureHeaders returns rec's headers with what went wrong. Where it came from and when it first failed stay as first set.
+func failureHeaders(rec *kgo.Record, retries int, errorType, message string) []kgo.RecordHeader {
+	headers := slices.Clone(rec.Headers)
+	if header(rec, "original_topic") == "" {
+		headers = setHeaders(headers, "original_topic", rec.Topic, "original_partition", strconv.Itoa(int(rec.Partition)),
+			"original_offset", strconv.FormatInt(rec.Offset, 10), "failed_at", rfc3339Now())
+	}
+	return setHeaders(headers, "retry_count", strconv.Itoa(retries), "error_type", errorType,
+		"error_message", message[:min(len(message), maxErrorMessage)], "last_retry_at", rfc3339Now())
+}

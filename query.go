@@ -25,6 +25,7 @@ import (
 	"github.com/ClickHouse/ch-go/chpool"
 	"github.com/ClickHouse/ch-go/proto"
 
+	"github.com/event-ingestion/event-ingestion/internal/profile"
 	"github.com/event-ingestion/event-ingestion/internal/troubles"
 	"github.com/event-ingestion/event-ingestion/internal/turns"
 )
@@ -385,7 +386,7 @@ func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error
 	}
 	defer done()
 	query.Body = m.clickhouse.sql(query.Body)
-	query.Settings = questionSettings
+	query.Settings = profile.Question
 	for attempt := 0; ; attempt++ {
 		reset()
 		err = pool.Do(ctx, query)

@@ -22,9 +22,9 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
 
+	"github.com/event-ingestion/event-ingestion/internal/troubles"
 	"github.com/event-ingestion/event-ingestion/ops"
 	"github.com/event-ingestion/event-ingestion/segment"
-	"github.com/event-ingestion/event-ingestion/internal/troubles"
 )
 
 const (

@@ -23,8 +23,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 
 	"github.com/event-ingestion/event-ingestion/internal/budget"
-	"github.com/event-ingestion/event-ingestion/segment"
 	"github.com/event-ingestion/event-ingestion/internal/troubles"
+	"github.com/event-ingestion/event-ingestion/segment"
 )
 
 // Limits of a request, as the OpenAPI document has them.

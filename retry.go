@@ -14,7 +14,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"strconv"
 	"time"
 
@@ -27,13 +26,8 @@ import (
 )
 
 const (
-	// firstDelay is the wait before the first retry; each further one is twice as long, up to maxDelay.
-	firstDelay = 2 * time.Second
-	maxDelay   = 60 * time.Second
 	// delayPartitions is how many partitions of events.retry each delay has.
 	delayPartitions = 2
-	// maxErrorMessage bounds the header error_message, in bytes.
-	maxErrorMessage = 500
 	// ackGrace is how long a pending acknowledgement may still take once the move has to end.
 	ackGrace = 500 * time.Millisecond
 	// maxCutValue bounds a value that the brokers refused: it is below every broker's default limit.
@@ -247,31 +241,6 @@ func skip(kafka *kgo.Client, topic string, passed map[int32]*kgo.Record) {
 			delete(passed, p)
 		}
 	}
-}
-
-// delayOf is how long the attempt-th retry waits.
-func delayOf(attempt int) time.Duration {
-	return min(firstDelay<<min(max(attempt-1, 0), 10), maxDelay)
-}
-
-// retryCount is how often a record has been put off; 0 without the header.
-func retryCount(rec *kgo.Record) int {
-	n, err := strconv.Atoi(header(rec, "retry_count"))
-	if err != nil || n < 0 {
-		return 0
-	}
-	return n
-}
-
-// failureHeaders returns rec's headers with what went wrong. Where it came from and when it first failed stay as first set.
-func failureHeaders(rec *kgo.Record, retries int, errorType, message string) []kgo.RecordHeader {
-	headers := slices.Clone(rec.Headers)
-	if header(rec, "original_topic") == "" {
-		headers = setHeaders(headers, "original_topic", rec.Topic, "original_partition", strconv.Itoa(int(rec.Partition)),
-			"original_offset", strconv.FormatInt(rec.Offset, 10), "failed_at", rfc3339Now())
-	}
-	return setHeaders(headers, "retry_count", strconv.Itoa(retries), "error_type", errorType,
-		"error_message", message[:min(len(message), maxErrorMessage)], "last_retry_at", rfc3339Now())
 }
 
 // retryWorker is a member of the group that reads events.retry. It holds at most one fetch of each partition, and does not fetch

@@ -24,6 +24,7 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/event-ingestion/event-ingestion/internal/env"
 	"github.com/event-ingestion/event-ingestion/internal/tokens"
 )
 
@@ -95,75 +96,75 @@ var secrets = []string{"API_KEYS", "WRITE_KEYS", "KAFKA_SASL_PASSWORD", "KAFKA_O
 // settingsTable is every setting of the program, in the order in which -h prints them.
 func (c *settings) settingsTable() []setting {
 	return []setting{
-		{"SERVER_HOST", "", "address that the API listens on; empty means every interface", anyText(&c.serverHost)},
-		{"SERVER_PORT", "8080", "port of the API", integerIn(&c.serverPort, 1, 65535)},
-		{"SERVER_READ_TIMEOUT", "15s", "a request has to be read within this", durationIn(&c.readTimeout, time.Second, time.Hour)},
-		{"SERVER_WRITE_TIMEOUT", "30s", "an answer has to be written within this, counted from the end of the header", durationIn(&c.writeTimeout, time.Second, time.Hour)},
-		{"SERVER_IDLE_TIMEOUT", "2m", "a connection may wait for its next request for this long; longer than a proxy in front keeps its own, or that answers 502 now and then", durationIn(&c.idleTimeout, time.Second, 24*time.Hour)},
-		{"MAX_CONNECTIONS", "0", "connections of clients to the API at once; beyond it the one that is idle for the longest is closed; 0 is as many as open files and memory have room for", integerIn(&c.maxConnections, 0, 1<<20)},
-		{"ACK_TIMEOUT", "10s", "Kafka has to acknowledge a request's events within this, else 503; below SERVER_WRITE_TIMEOUT", durationIn(&c.ackTimeout, time.Second, time.Hour)},
-		{"MAX_IN_FLIGHT_BYTES", "67108864", "bytes that requests hold at once, bodies, records and answers, else 503", integerIn(&c.maxInFlightBytes, minInFlightBytes, 1<<40)},
+		{"SERVER_HOST", "", "address that the API listens on; empty means every interface", env.Text(&c.serverHost)},
+		{"SERVER_PORT", "8080", "port of the API", env.Integer(&c.serverPort, 1, 65535)},
+		{"SERVER_READ_TIMEOUT", "15s", "a request has to be read within this", env.Duration(&c.readTimeout, time.Second, time.Hour)},
+		{"SERVER_WRITE_TIMEOUT", "30s", "an answer has to be written within this, counted from the end of the header", env.Duration(&c.writeTimeout, time.Second, time.Hour)},
+		{"SERVER_IDLE_TIMEOUT", "2m", "a connection may wait for its next request for this long; longer than a proxy in front keeps its own, or that answers 502 now and then", env.Duration(&c.idleTimeout, time.Second, 24*time.Hour)},
+		{"MAX_CONNECTIONS", "0", "connections of clients to the API at once; beyond it the one that is idle for the longest is closed; 0 is as many as open files and memory have room for", env.Integer(&c.maxConnections, 0, 1<<20)},
+		{"ACK_TIMEOUT", "10s", "Kafka has to acknowledge a request's events within this, else 503; below SERVER_WRITE_TIMEOUT", env.Duration(&c.ackTimeout, time.Second, time.Hour)},
+		{"MAX_IN_FLIGHT_BYTES", "67108864", "bytes that requests hold at once, bodies, records and answers, else 503", env.Integer(&c.maxInFlightBytes, minInFlightBytes, 1<<40)},
 		{"MAX_IN_FLIGHT_BYTES_PER_CLIENT", "", "of these, what those of one key hold, or of one address without a key, else 429 to it alone; empty is an eighth, 0 no limit", eighthOf(&c.maxInFlightPerClient, &c.maxInFlightBytes)},
-		{"CLOCK_SKEW", "1s", "a timestamp may be so far in the future, such as 5s: senders' clocks are ahead of this one", wholeSecondsIn(&c.clockSkew, 5*time.Minute)},
-		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", matching(&c.adminAddr, "host:port or off", parseAddress)},
-		{"ROLE", "all", "all; api serves HTTP and leaves consuming to others; consumer only consumes, and answers /health and /ready", oneOf(&c.role, "all", "api", "consumer")},
-		{"API_KEYS", "", "comma-separated keys of 16 characters or more, one of which a request to /api/ or /v1/ has to bring; none, and no WRITE_KEYS, lets everybody in", parsedBy(&c.apiKeys, parseKeys)},
-		{"WRITE_KEYS", "", "comma-separated keys that may only send events, for pages and apps, whose keys are public", parsedBy(&c.writeKeys, parseKeys)},
-		{"CORS_ORIGINS", "", "comma-separated origins whose pages may call the API, such as https://shop.example; * is all of them", parsedBy(&c.corsOrigins, parseOrigins)},
-		{"ALLOWED_HOSTS", "", "comma-separated names, beside localhost and the machine's, under which clients may reach the admin listener and, over loopback while there are no keys, the API: any other could be a page's that leads to this machine", parsedBy(&c.allowedHosts, parseHosts)},
-		{"TLS_CERT_FILE", "", "certificate chain in PEM; with TLS_KEY_FILE the API speaks HTTPS", anyText(&c.tlsCertFile)},
-		{"TLS_KEY_FILE", "", "its private key in PEM; both are read again on SIGHUP", anyText(&c.tlsKeyFile)},
-		{"LOG_LEVEL", "info", "debug, info, warn or error", matching(&c.logLevel, "debug, info, warn or error", parseLevel)},
-		{"LOG_FORMAT", "text", "text or json", oneOf(&c.logFormat, "text", "json")},
-		{"ACCESS_LOG", "0", "share of requests that are logged, 0 to 1; those that fail with 5xx are logged anyway, at most 10 a second", matching(&c.accessLog, "a number from 0 to 1", parseShare)},
-		{"GRAFANA_URL", "", "where the dashboard page links to for Grafana; empty leaves the link out", matching(&c.grafanaURL, "an address such as http://localhost:3000", parseLink)},
-		{"KAFKA_UI_URL", "", "the same for Kafka UI", matching(&c.kafkaUIURL, "an address such as http://localhost:3000", parseLink)},
+		{"CLOCK_SKEW", "1s", "a timestamp may be so far in the future, such as 5s: senders' clocks are ahead of this one", env.WholeSeconds(&c.clockSkew, 5*time.Minute)},
+		{"ADMIN_ADDR", "127.0.0.1:6060", "listener for Prometheus /metrics and /debug/pprof/, or off", env.Matching(&c.adminAddr, "host:port or off", parseAddress)},
+		{"ROLE", "all", "all; api serves HTTP and leaves consuming to others; consumer only consumes, and answers /health and /ready", env.OneOf(&c.role, "all", "api", "consumer")},
+		{"API_KEYS", "", "comma-separated keys of 16 characters or more, one of which a request to /api/ or /v1/ has to bring; none, and no WRITE_KEYS, lets everybody in", env.ParsedBy(&c.apiKeys, parseKeys)},
+		{"WRITE_KEYS", "", "comma-separated keys that may only send events, for pages and apps, whose keys are public", env.ParsedBy(&c.writeKeys, parseKeys)},
+		{"CORS_ORIGINS", "", "comma-separated origins whose pages may call the API, such as https://shop.example; * is all of them", env.ParsedBy(&c.corsOrigins, parseOrigins)},
+		{"ALLOWED_HOSTS", "", "comma-separated names, beside localhost and the machine's, under which clients may reach the admin listener and, over loopback while there are no keys, the API: any other could be a page's that leads to this machine", env.ParsedBy(&c.allowedHosts, parseHosts)},
+		{"TLS_CERT_FILE", "", "certificate chain in PEM; with TLS_KEY_FILE the API speaks HTTPS", env.Text(&c.tlsCertFile)},
+		{"TLS_KEY_FILE", "", "its private key in PEM; both are read again on SIGHUP", env.Text(&c.tlsKeyFile)},
+		{"LOG_LEVEL", "info", "debug, info, warn or error", env.Matching(&c.logLevel, "debug, info, warn or error", parseLevel)},
+		{"LOG_FORMAT", "text", "text or json", env.OneOf(&c.logFormat, "text", "json")},
+		{"ACCESS_LOG", "0", "share of requests that are logged, 0 to 1; those that fail with 5xx are logged anyway, at most 10 a second", env.Matching(&c.accessLog, "a number from 0 to 1", parseShare)},
+		{"GRAFANA_URL", "", "where the dashboard page links to for Grafana; empty leaves the link out", env.Matching(&c.grafanaURL, "an address such as http://localhost:3000", parseLink)},
+		{"KAFKA_UI_URL", "", "the same for Kafka UI", env.Matching(&c.kafkaUIURL, "an address such as http://localhost:3000", parseLink)},
 
-		{"KAFKA_BROKERS", "localhost:29092,localhost:29093", "comma-separated host:port of the first brokers to ask", matching(&c.kafkaBrokers, "host:port,host:port,…, each port a number from 1 to 65535", parseAddresses)},
-		{"KAFKA_TOPIC", "events", "main topic; retries go to TOPIC.retry, dead letters to TOPIC.dlq", matching(&c.kafkaTopic, "a topic's name: letters, digits, '.', '_' and '-', at most 243 of them", parseTopic)},
-		{"KAFKA_CONSUMER_GROUP", "event-consumers", "consumer group, shared by all instances of the program", anyText(&c.kafkaGroup)},
-		{"KAFKA_PARTITIONS", "20", "partitions of the main topic when it is created", integerIn(&c.kafkaPartitions, 1, 10000)},
-		{"KAFKA_REPLICATION_FACTOR", "2", "replicas of each partition of topics that are created", integerIn(&c.kafkaReplication, 1, 100)},
-		{"KAFKA_MIN_ISR", "2", "min.insync.replicas of topics that are created; 1 keeps accepting with a broker down", integerIn(&c.kafkaMinISR, 1, 100)},
-		{"KAFKA_LINGER", "1ms", "the producer waits this long for more records before it sends; 0 sends at once", durationIn(&c.kafkaLinger, 0, time.Minute)},
-		{"KAFKA_COMPRESSION", "snappy", "of produced batches: none, snappy, lz4 or zstd", oneOf(&c.kafkaCompression, "none", "snappy", "lz4", "zstd")},
-		{"KAFKA_SESSION_TIMEOUT", "10s", "the group gives the partitions of an instance that died without a word to others after this", durationIn(&c.kafkaSession, time.Second, time.Hour)},
-		{"KAFKA_TLS", "false", "true speaks TLS to the brokers", matching(&c.kafkaTLS, "true or false", parseBoolean)},
-		{"KAFKA_TLS_CA_FILE", "", "certificates in PEM that sign those of the brokers; empty means the system's", parsedBy(&c.kafkaCA, readCertificates)},
-		{"KAFKA_TLS_CERT_FILE", "", "certificate chain in PEM that this program shows the brokers; read again for each connection", anyText(&c.kafkaCertFile)},
-		{"KAFKA_TLS_KEY_FILE", "", "its private key in PEM", anyText(&c.kafkaKeyFile)},
-		{"KAFKA_SASL_MECHANISM", "none", "none, PLAIN, SCRAM-SHA-256, SCRAM-SHA-512 or OAUTHBEARER", oneOf(&c.kafkaSASL, "none", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER")},
-		{"KAFKA_SASL_USERNAME", "", "user of PLAIN and SCRAM", anyText(&c.kafkaUsername)},
-		{"KAFKA_SASL_PASSWORD", "", "its password", anyText(&c.kafkaPassword)},
-		{"KAFKA_OAUTH_TOKEN_FILE", "", "file with the token of OAUTHBEARER, which somebody else renews; read for each login", anyText(&c.kafkaTokens.File)},
-		{"KAFKA_OAUTH_TOKEN_URL", "", "or the address of an identity provider that gives tokens to clients (client_credentials)", matching(&c.kafkaTokens.URL, "an address such as https://login.example/oauth2/token", parseLink)},
-		{"KAFKA_OAUTH_CLIENT_ID", "", "this program's name there", anyText(&c.kafkaTokens.ClientID)},
-		{"KAFKA_OAUTH_CLIENT_SECRET", "", "its secret there", anyText(&c.kafkaTokens.ClientSecret)},
-		{"KAFKA_OAUTH_SCOPE", "", "scopes to ask for, separated by spaces", anyText(&c.kafkaTokens.Scopes)},
-		{"KAFKA_OAUTH_EXTENSIONS", "", "what the brokers want beside the token: name=value,…", matching(&c.kafkaExtensions, "name=value,name=value,…, each name of letters", tokens.ParseExtensions)},
+		{"KAFKA_BROKERS", "localhost:29092,localhost:29093", "comma-separated host:port of the first brokers to ask", env.Matching(&c.kafkaBrokers, "host:port,host:port,…, each port a number from 1 to 65535", parseAddresses)},
+		{"KAFKA_TOPIC", "events", "main topic; retries go to TOPIC.retry, dead letters to TOPIC.dlq", env.Matching(&c.kafkaTopic, "a topic's name: letters, digits, '.', '_' and '-', at most 243 of them", parseTopic)},
+		{"KAFKA_CONSUMER_GROUP", "event-consumers", "consumer group, shared by all instances of the program", env.Text(&c.kafkaGroup)},
+		{"KAFKA_PARTITIONS", "20", "partitions of the main topic when it is created", env.Integer(&c.kafkaPartitions, 1, 10000)},
+		{"KAFKA_REPLICATION_FACTOR", "2", "replicas of each partition of topics that are created", env.Integer(&c.kafkaReplication, 1, 100)},
+		{"KAFKA_MIN_ISR", "2", "min.insync.replicas of topics that are created; 1 keeps accepting with a broker down", env.Integer(&c.kafkaMinISR, 1, 100)},
+		{"KAFKA_LINGER", "1ms", "the producer waits this long for more records before it sends; 0 sends at once", env.Duration(&c.kafkaLinger, 0, time.Minute)},
+		{"KAFKA_COMPRESSION", "snappy", "of produced batches: none, snappy, lz4 or zstd", env.OneOf(&c.kafkaCompression, "none", "snappy", "lz4", "zstd")},
+		{"KAFKA_SESSION_TIMEOUT", "10s", "the group gives the partitions of an instance that died without a word to others after this", env.Duration(&c.kafkaSession, time.Second, time.Hour)},
+		{"KAFKA_TLS", "false", "true speaks TLS to the brokers", env.Matching(&c.kafkaTLS, "true or false", parseBoolean)},
+		{"KAFKA_TLS_CA_FILE", "", "certificates in PEM that sign those of the brokers; empty means the system's", env.ParsedBy(&c.kafkaCA, readCertificates)},
+		{"KAFKA_TLS_CERT_FILE", "", "certificate chain in PEM that this program shows the brokers; read again for each connection", env.Text(&c.kafkaCertFile)},
+		{"KAFKA_TLS_KEY_FILE", "", "its private key in PEM", env.Text(&c.kafkaKeyFile)},
+		{"KAFKA_SASL_MECHANISM", "none", "none, PLAIN, SCRAM-SHA-256, SCRAM-SHA-512 or OAUTHBEARER", env.OneOf(&c.kafkaSASL, "none", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER")},
+		{"KAFKA_SASL_USERNAME", "", "user of PLAIN and SCRAM", env.Text(&c.kafkaUsername)},
+		{"KAFKA_SASL_PASSWORD", "", "its password", env.Text(&c.kafkaPassword)},
+		{"KAFKA_OAUTH_TOKEN_FILE", "", "file with the token of OAUTHBEARER, which somebody else renews; read for each login", env.Text(&c.kafkaTokens.File)},
+		{"KAFKA_OAUTH_TOKEN_URL", "", "or the address of an identity provider that gives tokens to clients (client_credentials)", env.Matching(&c.kafkaTokens.URL, "an address such as https://login.example/oauth2/token", parseLink)},
+		{"KAFKA_OAUTH_CLIENT_ID", "", "this program's name there", env.Text(&c.kafkaTokens.ClientID)},
+		{"KAFKA_OAUTH_CLIENT_SECRET", "", "its secret there", env.Text(&c.kafkaTokens.ClientSecret)},
+		{"KAFKA_OAUTH_SCOPE", "", "scopes to ask for, separated by spaces", env.Text(&c.kafkaTokens.Scopes)},
+		{"KAFKA_OAUTH_EXTENSIONS", "", "what the brokers want beside the token: name=value,…", env.Matching(&c.kafkaExtensions, "name=value,name=value,…, each name of letters", tokens.ParseExtensions)},
 
-		{"CLICKHOUSE_HOST", "localhost", "host of ClickHouse", matching(&c.clickhouseHost, "a name or an address, without the port, which is CLICKHOUSE_PORT", parseHost)},
-		{"CLICKHOUSE_PORT", "9000", "native port of ClickHouse", integerIn(&c.clickhousePort, 1, 65535)},
-		{"CLICKHOUSE_DATABASE", "event_ingestion", "database; created when missing", matching(&c.clickhouseDatabase, "at most 150 letters, digits and _, not starting with a digit, and not system, table or function", parseIdentifier)},
-		{"CLICKHOUSE_USERNAME", "default", "user", anyText(&c.clickhouseUsername)},
-		{"CLICKHOUSE_PASSWORD", "", "password", anyText(&c.clickhousePassword)},
-		{"CLICKHOUSE_TLS", "false", "true speaks TLS to ClickHouse, whose port for it is usually 9440", matching(&c.clickhouseTLS, "true or false", parseBoolean)},
-		{"CLICKHOUSE_TLS_CA_FILE", "", "certificates in PEM that sign that of ClickHouse; empty means the system's", parsedBy(&c.clickhouseCA, readCertificates)},
-		{"CLICKHOUSE_CLUSTER", "", "name of a cluster that the server knows: events are spread over its servers by ClickHouse's Distributed engine", matching(&c.clickhouseCluster, "a name without quotes and backslashes", parseCluster)},
-		{"CLICKHOUSE_FSYNC", "false", "true has each insert wait for ClickHouse's disk, so that a power cut loses nothing of it; about an eighth of the highest rate", matching(&c.clickhouseFsync, "true or false", parseBoolean)},
-		{"RETENTION_DAYS", "0", "ClickHouse drops events, and what was counted of them, after so many days, a month at a time; at least 31, 0 keeps all", parsedBy(&c.retentionDays, parseRetention)},
-		{"PURCHASE_EVENTS", "purchase,Order Completed", "comma-separated event names whose metadata.price is revenue", parsedBy(&c.revenue.Events, parseEventNames)},
-		{"CURRENCY", "TRY", "currency of revenue: metadata.currency is that, in any case of letters, or absent", matching(&c.revenue.Currency, "1 to 20 letters and digits", parseCurrency)},
+		{"CLICKHOUSE_HOST", "localhost", "host of ClickHouse", env.Matching(&c.clickhouseHost, "a name or an address, without the port, which is CLICKHOUSE_PORT", parseHost)},
+		{"CLICKHOUSE_PORT", "9000", "native port of ClickHouse", env.Integer(&c.clickhousePort, 1, 65535)},
+		{"CLICKHOUSE_DATABASE", "event_ingestion", "database; created when missing", env.Matching(&c.clickhouseDatabase, "at most 150 letters, digits and _, not starting with a digit, and not system, table or function", parseIdentifier)},
+		{"CLICKHOUSE_USERNAME", "default", "user", env.Text(&c.clickhouseUsername)},
+		{"CLICKHOUSE_PASSWORD", "", "password", env.Text(&c.clickhousePassword)},
+		{"CLICKHOUSE_TLS", "false", "true speaks TLS to ClickHouse, whose port for it is usually 9440", env.Matching(&c.clickhouseTLS, "true or false", parseBoolean)},
+		{"CLICKHOUSE_TLS_CA_FILE", "", "certificates in PEM that sign that of ClickHouse; empty means the system's", env.ParsedBy(&c.clickhouseCA, readCertificates)},
+		{"CLICKHOUSE_CLUSTER", "", "name of a cluster that the server knows: events are spread over its servers by ClickHouse's Distributed engine", env.Matching(&c.clickhouseCluster, "a name without quotes and backslashes", parseCluster)},
+		{"CLICKHOUSE_FSYNC", "false", "true has each insert wait for ClickHouse's disk, so that a power cut loses nothing of it; about an eighth of the highest rate", env.Matching(&c.clickhouseFsync, "true or false", parseBoolean)},
+		{"RETENTION_DAYS", "0", "ClickHouse drops events, and what was counted of them, after so many days, a month at a time; at least 31, 0 keeps all", env.ParsedBy(&c.retentionDays, parseRetention)},
+		{"PURCHASE_EVENTS", "purchase,Order Completed", "comma-separated event names whose metadata.price is revenue", env.ParsedBy(&c.revenue.Events, parseEventNames)},
+		{"CURRENCY", "TRY", "currency of revenue: metadata.currency is that, in any case of letters, or absent", env.Matching(&c.revenue.Currency, "1 to 20 letters and digits", parseCurrency)},
 
-		{"WORKER_COUNT", "20", "workers; partition p belongs to worker p mod WORKER_COUNT", integerIn(&c.workerCount, 1, 1000)},
-		{"WORKER_BATCH_SIZE", "2000", "rows of a worker's block; a full block starts an insert", integerIn(&c.workerBatchSize, 1, 100000)},
-		{"WORKER_BATCH_TIMEOUT", "50ms", "a waiting row starts an insert after this", durationIn(&c.workerBatchTimeout, time.Millisecond, time.Minute)},
-		{"CONSUME_MEMORY", "134217728", "bytes that records may take between Kafka and ClickHouse, fetched, queued and in blocks", integerIn(&c.consumeMemory, 1<<20, 1<<40)},
-		{"DEDUPE_MEMORY", "268435456", "bytes for the ids of stored events, about 12 an id; events beyond it are looked up in ClickHouse", integerIn(&c.dedupeMemory, 0, 1<<40)},
-		{"RETRY_WORKER_COUNT", "1", "workers that put rejected records back when they are due; 0 leaves that to other instances", integerIn(&c.retryWorkers, 0, retryPartitions)},
-		{"MAX_RETRY_ATTEMPTS", "5", "retries after 2, 4, 8, 16, 32 s before a rejected record becomes a dead letter", integerIn(&c.maxRetryAttempts, 0, 100)},
-		{"SHUTDOWN_TIMEOUT", "8s", "a stop finishes requests and inserts within this; what is left is read from Kafka again", durationIn(&c.shutdownTimeout, time.Second, time.Hour)},
-		{"SHUTDOWN_DELAY", "0", "a stop first turns /ready to 503 and goes on serving for this long, so that a load balancer sees it", durationIn(&c.shutdownDelay, 0, time.Hour)},
+		{"WORKER_COUNT", "20", "workers; partition p belongs to worker p mod WORKER_COUNT", env.Integer(&c.workerCount, 1, 1000)},
+		{"WORKER_BATCH_SIZE", "2000", "rows of a worker's block; a full block starts an insert", env.Integer(&c.workerBatchSize, 1, 100000)},
+		{"WORKER_BATCH_TIMEOUT", "50ms", "a waiting row starts an insert after this", env.Duration(&c.workerBatchTimeout, time.Millisecond, time.Minute)},
+		{"CONSUME_MEMORY", "134217728", "bytes that records may take between Kafka and ClickHouse, fetched, queued and in blocks", env.Integer(&c.consumeMemory, 1<<20, 1<<40)},
+		{"DEDUPE_MEMORY", "268435456", "bytes for the ids of stored events, about 12 an id; events beyond it are looked up in ClickHouse", env.Integer(&c.dedupeMemory, 0, 1<<40)},
+		{"RETRY_WORKER_COUNT", "1", "workers that put rejected records back when they are due; 0 leaves that to other instances", env.Integer(&c.retryWorkers, 0, retryPartitions)},
+		{"MAX_RETRY_ATTEMPTS", "5", "retries after 2, 4, 8, 16, 32 s before a rejected record becomes a dead letter", env.Integer(&c.maxRetryAttempts, 0, 100)},
+		{"SHUTDOWN_TIMEOUT", "8s", "a stop finishes requests and inserts within this; what is left is read from Kafka again", env.Duration(&c.shutdownTimeout, time.Second, time.Hour)},
+		{"SHUTDOWN_DELAY", "0", "a stop first turns /ready to 503 and goes on serving for this long, so that a load balancer sees it", env.Duration(&c.shutdownDelay, 0, time.Hour)},
 	}
 }
 
@@ -212,20 +213,6 @@ func loadSettings(getenv func(string) string) (*settings, error) {
 		return nil, fmt.Errorf("bad settings:\n%w", errors.Join(bad...))
 	}
 	return c, nil
-}
-
-// logHandler writes the log as LOG_LEVEL and LOG_FORMAT have it.
-func (c *settings) logHandler(w io.Writer) slog.Handler {
-	options := &slog.HandlerOptions{Level: c.logLevel, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
-		if err, is := a.Value.Any().(error); is { // ch-go's would print their stacks
-			a.Value = slog.StringValue(err.Error())
-		}
-		return a
-	}}
-	if c.logFormat == "json" {
-		return slog.NewJSONHandler(w, options)
-	}
-	return slog.NewTextHandler(w, options)
 }
 
 // printSettings writes the table for -h.
@@ -323,7 +310,7 @@ func readCertificates(path string) (*x509.CertPool, error) {
 // parseRetention takes 0, or more days than an event may be old when it is accepted.
 func parseRetention(s string) (days int, err error) {
 	const least, most = maxAgeSeconds/daySeconds + 1, 100 * 365
-	if s != "0" && integerIn(&days, least, most)(s) != nil {
+	if s != "0" && env.Integer(&days, least, most)(s) != nil {
 		err = fmt.Errorf("has to be 0, or an integer from %d to %d", least, most)
 	}
 	return days, err
@@ -332,66 +319,14 @@ func parseRetention(s string) (days int, err error) {
 // eighthOf takes a number of bytes, or nothing for an eighth of the whole, which has been set before.
 func eighthOf(dst, whole *int64) func(string) error {
 	return func(s string) error {
-		return integerIn(dst, 0, 1<<40)(cmp.Or(s, strconv.FormatInt(*whole/8, 10)))
+		return env.Integer(dst, 0, 1<<40)(cmp.Or(s, strconv.FormatInt(*whole/8, 10)))
 	}
-}
-
-// parsedBy sets dst to what parse reads.
-func parsedBy[T any](dst *T, parse func(string) (T, error)) func(string) error {
-	return func(s string) (err error) {
-		*dst, err = parse(s)
-		return err
-	}
-}
-
-func anyText(dst *string) func(string) error {
-	return func(s string) error { *dst = s; return nil }
-}
-
-func oneOf(dst *string, allowed ...string) func(string) error {
-	return matching(dst, "one of "+strings.Join(allowed, ", "), func(s string) (string, bool) { return s, slices.Contains(allowed, s) })
-}
-
-func integerIn[T int | int64](dst *T, least, most T) func(string) error {
-	return matching(dst, fmt.Sprintf("an integer from %d to %d", least, most), func(s string) (T, bool) {
-		n, err := strconv.ParseInt(s, 10, 64)
-		return T(n), err == nil && T(n) >= least && T(n) <= most
-	})
-}
-
-func durationIn(dst *time.Duration, least, most time.Duration) func(string) error {
-	return matching(dst, fmt.Sprintf("a duration such as 50ms or 10s, from %s to %s", least, most), func(s string) (time.Duration, bool) {
-		if _, err := strconv.Atoi(s); err == nil {
-			s += "s" // a bare number is seconds
-		}
-		d, err := time.ParseDuration(s)
-		return d, err == nil && d >= least && d <= most
-	})
-}
-
-func wholeSecondsIn(dst *time.Duration, most time.Duration) func(string) error {
-	return matching(dst, fmt.Sprintf("whole seconds such as 5s, at most %s", most), func(s string) (d time.Duration, ok bool) {
-		err := durationIn(&d, 0, most)(s)
-		return d, err == nil && d%time.Second == 0
-	})
 }
 
 // parseTopic takes what Kafka does, and leaves room for ".retry" in the 249 characters that it allows.
 func parseTopic(s string) (string, bool) {
 	other := strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 	return s, other == "" && strings.Trim(s, ".") != "" && len(s) <= 249-len(".retry")
-}
-
-// matching sets dst to what parse reads. When parse cannot read the text, the error says what the setting has to be.
-func matching[T any](dst *T, wants string, parse func(string) (T, bool)) func(string) error {
-	return func(s string) error {
-		value, ok := parse(s)
-		if !ok {
-			return errors.New("has to be " + wants)
-		}
-		*dst = value
-		return nil
-	}
 }
 
 // parseEventNames takes names that an event can have, but for those with a comma.

@@ -23,6 +23,7 @@ import (
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
 
+	"github.com/event-ingestion/event-ingestion/internal/profile"
 	"github.com/event-ingestion/event-ingestion/internal/troubles"
 )
 
@@ -346,7 +347,7 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 			copy(columns, ins.empty) // rows that still stand here would be sent once more with the EOF
 			return io.EOF
 		},
-		Settings: slices.Clone(roundSettings), // Do appends to it
+		Settings: slices.Clone(profile.Round), // Do appends to it
 	})
 	if err == nil {
 		ins.unknown = false
@@ -365,20 +366,9 @@ func (ins *inserter) Do(ctx context.Context, q ch.Query) error {
 	return ins.conn.Do(ctx, q)
 }
 
-// A rejected insert stores nothing, so the bad rows have to be found. The error for a constraint has its expression, which
-// ClickHouse evaluates: one query a block finds all rows that break it. For any other error the round is halved until the bad
-// rows stand alone.
-
-// rejections are ClickHouse's codes for "this data, never", by
-// https://github.com/ClickHouse/ClickHouse/blob/master/src/Common/ErrorCodes.cpp. Everything else is taken for
-// transient: trying again in vain holds up, giving up in error loses.
-var rejections = []proto.Error{
-	proto.ErrViolatedConstraint, proto.ErrTypeMismatch, proto.ErrCannotConvertType, proto.ErrIncorrectData,
-	proto.ErrArgumentOutOfBound, proto.ErrValueIsOutOfRangeOfDataType, proto.ErrDecimalOverflow,
-	proto.ErrTooLargeStringSize, proto.ErrTooLargeArraySize,
-}
-
-// dropRejected takes the bad rows out of a rejected round, or stores it in two halves. The error is ctx's.
+// dropRejected takes the bad rows out of a rejected round, or stores it in two halves. A rejected insert stores nothing, so they have to
+// be found: the error for a constraint has its expression, which ClickHouse evaluates, one query a block; for any other error the round
+// is halved until the bad rows stand alone. The error is ctx's.
 func (ins *inserter) dropRejected(ctx context.Context, rejection error) error {
 	if err := ins.persist(ctx, "look up a rejected round", func() error { return ins.settle(ctx) }); err != nil {
 		return err

@@ -104,15 +104,15 @@ func TestDockerfileImage(t *testing.T) {
 		t.Fatal(err)
 	}
 	minor := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindSubmatch(goMod)[1]
-	if file, err := os.ReadFile("../Dockerfile"); err != nil || !bytes.Contains(file, append([]byte("golang:"), minor...)) {
+	if file, err := os.ReadFile("../deploy/Dockerfile"); err != nil || !bytes.Contains(file, append([]byte("golang:"), minor...)) {
 		t.Errorf("the image is not built with Go %s: %v", minor, err)
 	}
 }
 
-// dockerfile returns the instructions of ../Dockerfile as words, continued lines joined.
+// dockerfile returns the instructions of ../deploy/Dockerfile as words, continued lines joined.
 func dockerfile(t *testing.T) (instructions [][]string) {
 	t.Helper()
-	b, err := os.ReadFile("../Dockerfile")
+	b, err := os.ReadFile("../deploy/Dockerfile")
 	if err != nil {
 		t.Fatal(err)
 	}
