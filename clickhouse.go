@@ -416,3 +416,12 @@ func (c *clickhouse) applyRetention(ctx context.Context, conn asker, table, colu
 	slog.Warn("RETENTION_DAYS changes a table", "table", table, "ttl", wanted, "before", has)
 	return conn.Do(ctx, ch.Query{Body: "ALTER TABLE " + c.database + "." + table + " " + change})
 }
+
+// rejections are ClickHouse's codes for "this data, never", by
+// https://github.com/ClickHouse/ClickHouse/blob/master/src/Common/ErrorCodes.cpp. Everything else is taken for
+// transient: trying again in vain holds up, giving up in error loses.
+var rejections = []proto.Error{
+	proto.ErrViolatedConstraint, proto.ErrTypeMismatch, proto.ErrCannotConvertType, proto.ErrIncorrectData,
+	proto.ErrArgumentOutOfBound, proto.ErrValueIsOutOfRangeOfDataType, proto.ErrDecimalOverflow,
+	proto.ErrTooLargeStringSize, proto.ErrTooLargeArraySize,
+}
