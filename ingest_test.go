@@ -273,7 +273,7 @@ const maxStrangerTime = 300 * time.Microsecond
 // TestAnybodyCosts: what is answered without a key takes little CPU, and no more memory than a few times what was asked.
 func TestAnybodyCosts(t *testing.T) {
 	st := newStats()
-	ready := &readiness{broken: &brokenParts{}, answered: time.Now().Add(time.Hour), stalled: func() (worst, all time.Duration, waiting int64) { return 0, 0, 0 }, trouble: troubles.New().Oldest}
+	ready := &readiness{broken: &brokenParts{}, answered: time.Now().Add(time.Hour), stalled: func(bool) (worst, all time.Duration, waiting int64) { return 0, 0, 0 }, trouble: troubles.New().Oldest}
 	ac, err := newAccess(&settings{apiKeys: []string{"0123456789abcdef"}})
 	if err != nil {
 		t.Fatal(err)

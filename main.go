@@ -150,7 +150,7 @@ func newSystem(cfg *settings) (*system, error) {
 		return nil, fmt.Errorf("set up the Kafka producer: %w", err)
 	}
 	s.events = batches.NewProducer(cfg.kafkaTopic, maxEventBytes, s.producer, func(limits kgo.Opt) (*kgo.Client, error) { return newProducer(cfg, limits) })
-	s.watermark = newWatermark(s.producer, cfg, s.stats.store.storedAgo)
+	s.watermark = newWatermark(s.producer, cfg, s.stats.store.lastOf)
 	s.metrics = newMetricsAPI(s.clickhouse, s.watermark.completeThrough, s.queryFailed)
 	quick := newClickHouse(cfg) // hangs no longer than its question may
 	quick.options.HandshakeTimeout, quick.options.ReadTimeout = readyTimeout, readyTimeout
@@ -169,7 +169,10 @@ func newSystem(cfg *settings) (*system, error) {
 	s.admin.Handler = onlyOurHosts(s.access, s.admin.Handler)
 	s.stats.watch(watched{
 		lags: s.watermark.partitionLags, through: s.watermark.completeThrough, inFlight: in.bodies.Used,
-		behind:   func() time.Duration { worst, _, _ := s.watermark.stalled(); return worst },
+		behind: func() time.Duration {
+			worst, _, _ := s.watermark.stalled(s.stats.troubles.Oldest().What != "")
+			return worst
+		},
 		broken:   func() uint64 { return uint64(s.broken.total.Load()) },
 		assigned: s.ofConsumer(func(c *consumer) int64 { return c.assigned.Load() }),
 		ids:      s.ofConsumer(func(c *consumer) int64 { return c.inserter.dedupe.bytes.Load() }),

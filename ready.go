@@ -43,11 +43,11 @@ type readiness struct {
 	client     *kgo.Client
 	clickhouse *clickhouse
 	broken     *brokenParts
-	failed     func(error)                                      // told what ClickHouse says when a query fails
-	stalled    func() (worst, all time.Duration, waiting int64) // as watermark has it
-	trouble    func() troubles.Trouble                          // the oldest one, none when everything works
-	mayKnow    func(*http.Request) bool                         // whoever asks may know why: keys are not set, or it has one
-	consumer   atomic.Pointer[consumer]                         // nil until it runs
+	failed     func(error)                                                // told what ClickHouse says when a query fails
+	stalled    func(fails bool) (worst, all time.Duration, waiting int64) // as watermark has it
+	trouble    func() troubles.Trouble                                    // the oldest one, none when everything works
+	mayKnow    func(*http.Request) bool                                   // whoever asks may know why: keys are not set, or it has one
+	consumer   atomic.Pointer[consumer]                                   // nil until it runs
 	stopping   atomic.Bool
 	consumes   bool // ROLE is not api
 
@@ -198,7 +198,7 @@ func (rd *readiness) consuming(why bool) (text string, running bool) {
 	} else if rd.consumes && c.member.Load() == nil {
 		return "not in the consumer group yet" + because, false
 	}
-	d, all, waiting := rd.stalled()
+	d, all, waiting := rd.stalled(because != "")
 	if because == "" && d < aloneAfter {
 		d = all // in a catch-up the partitions take turns
 	}

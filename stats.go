@@ -71,22 +71,27 @@ type storeStats struct {
 	strangers                         sync.Map     // names of members that the log has told
 	told                              atomic.Int64 // how many these are
 
-	mu       sync.Mutex          // guards storedAt
-	storedAt map[int32]time.Time // when the last records of a partition were stored, or known, by this instance
+	mu   sync.Mutex          // guards last
+	last map[int32]storedEnd // by partition
 }
 
-// storedOf notes that records of a partition were stored.
-func (s *storeStats) storedOf(partition int32, at time.Time) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.storedAt[partition] = at
+// storedEnd is how far this instance has stored a partition last, or found it stored. Its offsets may have to wait longer.
+type storedEnd struct {
+	offset int64
+	at     time.Time
 }
 
-// storedAgo is how long ago this instance stored records of a partition; centuries when it never has.
-func (s *storeStats) storedAgo(partition int32) time.Duration {
+func (s *storeStats) storedOf(partition int32, end storedEnd) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return time.Since(s.storedAt[partition])
+	s.last[partition] = end
+}
+
+// lastOf is the zero value, which is centuries ago, when nothing of the partition was stored.
+func (s *storeStats) lastOf(partition int32) storedEnd {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.last[partition]
 }
 
 // maxStrangers is how many names of unknown members the log tells: another producer can make up any.
@@ -201,7 +206,7 @@ func newStats() *stats {
 		retried:  counter("event_ingestion_retries_total", "Rejected records put on the retry topic."),
 	}
 	s.store = storeStats{
-		storedAt:   map[int32]time.Time{},
+		last:       map[int32]storedEnd{},
 		troubles:   failing,
 		consumed:   counter("event_ingestion_records_consumed_total", "Records read from the main topic."),
 		inserts:    counter("event_ingestion_inserts_total", "Inserts that ClickHouse has taken."),

@@ -190,8 +190,8 @@ func (ins *inserter) insertRound(ctx context.Context) {
 	}
 	for _, b := range taken {
 		ins.hold(b.offsets)
-		for p := range b.offsets {
-			ins.stats.storedOf(p, started)
+		for p, end := range b.offsets {
+			ins.stats.storedOf(p, storedEnd{end.Offset, time.Now()})
 		}
 		b.reset()
 	}

@@ -55,7 +55,7 @@ type watermark struct {
 	kafka         *kgo.Client // the API's producer
 	admin         *kadm.Client
 	topic, group  string
-	storedAgo     func(int32) time.Duration
+	lastOf        func(int32) storedEnd
 	producersLate time.Duration // after a growth the API's producers may place records by the old number for so long
 	through       atomic.Int64  // Unix seconds, 0 while unknown
 	stored        storedSignal
@@ -71,6 +71,7 @@ type watermark struct {
 // progress is what a look found; nothing before the first.
 type progress struct {
 	committed []int64     // by partition, as the brokers say
+	ends      []int64     // by partition
 	lags      []int64     // by partition
 	since     []time.Time // by partition: when its committed offset moved last, or it had no lag
 	retries   int64       // records on events.retry
@@ -82,11 +83,11 @@ type sample struct {
 	ends []int64
 }
 
-// newWatermark returns one that knows nothing yet. storedAgo is how long ago this instance stored records of a partition.
-func newWatermark(kafka *kgo.Client, cfg *settings, storedAgo func(partition int32) time.Duration) *watermark {
+// newWatermark returns one that knows nothing yet. lastOf is how far this instance has stored a partition.
+func newWatermark(kafka *kgo.Client, cfg *settings, lastOf func(partition int32) storedEnd) *watermark {
 	w := &watermark{
-		storedAgo: storedAgo,
-		kafka:     kafka, admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup,
+		lastOf: lastOf,
+		kafka:  kafka, admin: kadm.NewClient(kafka), topic: cfg.kafkaTopic, group: cfg.kafkaGroup,
 		producersLate: cfg.ackTimeout + metadataWait, gone: map[string][]int64{},
 	}
 	w.progress.Store(new(progress))
@@ -193,12 +194,17 @@ func (w *watermark) endWaiting() { w.stored.end() }
 func (w *watermark) partitionLags() []int64 { return w.progress.Load().lags }
 
 // stalled returns for how long nothing was stored of the worst partition with waiting records, and of any such partition, and
-// how many records wait in all.
-func (w *watermark) stalled() (worst, all time.Duration, waiting int64) {
+// how many records wait in all. While nothing fails, those that are stored, and whose offsets wait for a comparison, stand still for
+// no time.
+func (w *watermark) stalled(fails bool) (worst, all time.Duration, waiting int64) {
 	p := w.progress.Load()
 	for i, lag := range p.lags {
 		if lag > 0 {
-			d := min(time.Since(p.since[i]), w.storedAgo(int32(i))) // offsets may have to wait while rows go in
+			last := w.lastOf(int32(i))
+			d := min(time.Since(p.since[i]), time.Since(last.at))
+			if last.offset >= p.ends[i] && !fails {
+				d = 0
+			}
 			if worst = max(worst, d); waiting == 0 {
 				all = d
 			}
@@ -264,7 +270,7 @@ func (w *watermark) look(ctx context.Context) error {
 		w.through.Store(0)
 		w.samples = w.samples[:0]
 	}
-	found := &progress{committed: stored, lags: make([]int64, len(ends)), since: w.standing(now, stored, ends)}
+	found := &progress{committed: stored, ends: ends, lags: make([]int64, len(ends)), since: w.standing(now, stored, ends)}
 	if stored, err = w.corrected(ctx, w.topic, stored, ends); err != nil {
 		return err
 	}

@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"math"
 	"runtime"
 	"strconv"
 	"strings"
@@ -19,14 +18,14 @@ import (
 )
 
 // never is when this instance has stored what a watermark is asked about.
-func never(int32) time.Duration { return math.MaxInt64 }
+func never(int32) storedEnd { return storedEnd{} }
 
 // TestStalled: partitions that take turns are not stalled; one that stands by itself is, after a while. Those whose rows go in are not,
 // however long their offsets wait.
 func TestStalled(t *testing.T) {
 	t.Parallel()
 	st := &newStats().store
-	w := &watermark{storedAgo: st.storedAgo}
+	w := &watermark{lastOf: st.lastOf}
 	rd := &readiness{stalled: w.stalled, trouble: troubles.New().Oldest, consumes: true}
 	c := new(consumer)
 	c.member.Store(new("member"))
@@ -43,13 +42,14 @@ func TestStalled(t *testing.T) {
 		{[]int64{5, 7, 0}, []int{1, 90, 0}, nil, "stalled 90 s, 12 waiting"},
 		{[]int64{5, 7, 0}, []int{90, 90, 0}, []int{1, 2}, "ok"},
 		{[]int64{5, 7, 0}, []int{90, 90, 0}, []int{1, 70}, "stalled 70 s, 12 waiting"},
+		{[]int64{5, 7, 0}, []int{90, 90, 0}, []int{199, 1}, "ok"}, // the first is stored to its end
 	} {
-		p := &progress{lags: c.lags}
+		p := &progress{lags: c.lags, ends: []int64{99, 99, 99}}
 		for _, s := range c.since {
 			p.since = append(p.since, time.Now().Add(-time.Duration(s)*time.Second))
 		}
 		for partition, s := range c.stored {
-			st.storedOf(int32(partition), time.Now().Add(-time.Duration(s)*time.Second))
+			st.storedOf(int32(partition), storedEnd{int64(s % 100), time.Now().Add(-time.Duration(s) * time.Second)})
 		}
 		w.progress.Store(p)
 		if got, _ := rd.consuming(true); got != c.want {
