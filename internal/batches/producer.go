@@ -102,7 +102,7 @@ func (p *Producer) look(ctx context.Context, refused int) error {
 	now := p.Most()
 	most := cmp.Or(limits[p.topic], now)
 	if limits[p.topic] == 0 && refused == now { // else it was another limit's
-		most = max(min(cmp.Or(now, usualLimit), usualLimit)/2, leastLimit)
+		most = max(int(batchBytes(now))/2, leastLimit)
 	}
 	if most != 0 {
 		limits[p.topic] = most
@@ -110,7 +110,8 @@ func (p *Producer) look(ctx context.Context, refused int) error {
 	for topic, n := range limits {
 		p.tell(topic, cmp.Or(p.limits[topic], p.largest), n)
 	}
-	if p.limits = limits; most == now {
+	if p.limits = limits; batchBytes(most) == batchBytes(now) { // the client is as good as another one
+		p.most.Store(int64(most))
 		return nil
 	}
 	client, err := p.newOne(within(limits))
@@ -179,10 +180,13 @@ func (p *Producer) Limits() kgo.Opt {
 }
 
 func within(limits map[string]int) kgo.Opt {
+	return kgo.ProducerBatchMaxBytesFn(func(topic string) int32 { return batchBytes(limits[topic]) })
+}
+
+// batchBytes is how large a batch may be for a topic that takes so many bytes, 0 when that is unknown.
+func batchBytes(limit int) int32 {
 	const least = 512 // franz-go's
-	return kgo.ProducerBatchMaxBytesFn(func(topic string) int32 {
-		return int32(max(min(cmp.Or(limits[topic], usualLimit), usualLimit), least))
-	})
+	return int32(max(min(cmp.Or(limit, usualLimit), usualLimit), least))
 }
 
 // Close ends the current client; what that has not sent is not acknowledged.
