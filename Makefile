@@ -4,7 +4,7 @@
 DATA_DIR ?= .data
 export DATA_DIR
 
-GO_FILES := $(wildcard *.go budget/*.go load/*.go ops/*.go segment/*.go troubles/*.go web/*) schema.sql go.mod go.sum
+GO_FILES := $(wildcard *.go budget/*.go load/*.go ops/*.go questions/*.go segment/*.go troubles/*.go web/*) schema.sql go.mod go.sum
 DEV      := bin/dev
 APP      := bin/event-ingestion
 

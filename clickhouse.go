@@ -22,17 +22,20 @@ import (
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
+
+	"github.com/event-ingestion/event-ingestion/questions"
 )
 
 // clickhouse knows how to reach the server of CLICKHOUSE_HOST, or another one of its cluster.
 type clickhouse struct {
 	options    ch.Options
 	database   string
-	cluster    string      // CLICKHOUSE_CLUSTER, empty for one server
-	replicated atomic.Bool // a shard of the cluster has several servers
-	fsync      string      // 1 when an insert waits for the disk, else 0
-	keepDays   int         // RETENTION_DAYS
-	decides    bool        // about these two: an instance that stores does; a command, or ROLE=api, may not have them set
+	cluster    string             // CLICKHOUSE_CLUSTER, empty for one server
+	replicated atomic.Bool        // a shard of the cluster has several servers
+	fsync      string             // 1 when an insert waits for the disk, else 0
+	keepDays   int                // RETENTION_DAYS
+	columns    []questions.Column // METADATA_COLUMNS
+	decides    bool               // about these two: an instance that stores does; a command, or ROLE=api, may not have them set
 }
 
 // askTimeout bounds one attempt to ask or to insert. A healthy insert takes 30 ms; one that waits for merges, seconds.
@@ -62,6 +65,7 @@ func newClickHouse(cfg *settings) *clickhouse {
 		cluster:  cfg.clickhouseCluster,
 		fsync:    "0",
 		keepDays: cfg.retentionDays,
+		columns:  cfg.metadataColumns,
 		options: ch.Options{
 			Address:          net.JoinHostPort(cfg.clickhouseHost, strconv.Itoa(cfg.clickhousePort)),
 			User:             cfg.clickhouseUsername,
@@ -141,7 +145,7 @@ func (c *clickhouse) servers(ctx context.Context) (all []*clickhouse, err error)
 		Body:       "SELECT replica_num, host_name, port FROM system.clusters WHERE cluster = {cluster:String} ORDER BY shard_num, replica_num",
 		Parameters: []proto.Parameter{parameter("cluster", c.cluster)},
 	}, func(i int) {
-		server := &clickhouse{options: c.options, database: c.database, cluster: c.cluster, fsync: c.fsync, keepDays: c.keepDays, decides: c.decides}
+		server := &clickhouse{options: c.options, database: c.database, cluster: c.cluster, fsync: c.fsync, keepDays: c.keepDays, columns: c.columns, decides: c.decides}
 		server.options.Address = net.JoinHostPort(host.Row(i), strconv.Itoa(int(port[i])))
 		replicated = replicated || replica[i] > 1
 		all = append(all, server)
@@ -327,14 +331,20 @@ func (c *clickhouse) applySchema(ctx context.Context, conn asker) error {
 	if err != nil {
 		return err
 	}
+	missing, err := c.missingColumns(ctx, conn)
+	if err != nil {
+		return err
+	}
 	for _, stmt := range schemaStatements {
 		if strings.Contains(stmt, "{cluster}") && c.cluster == "" {
 			continue
 		}
-		// The view is made before the table that it reads, so that no insert ever finds that table without it.
-		q := ch.Query{Body: c.sql(strings.ReplaceAll(stmt, "{fsync}", fsync)), Settings: []ch.Setting{{Key: "allow_materialized_view_with_bad_select", Value: "1"}}}
-		if err := conn.Do(ctx, q); err != nil {
-			return fmt.Errorf("apply schema.sql: %w", err)
+		for _, stmt := range perColumn(stmt, missing) {
+			// The view is made before the table that it reads, so that no insert ever finds that table without it.
+			q := ch.Query{Body: c.sql(strings.ReplaceAll(stmt, "{fsync}", fsync)), Settings: []ch.Setting{{Key: "allow_materialized_view_with_bad_select", Value: "1"}}}
+			if err := conn.Do(ctx, q); err != nil {
+				return fmt.Errorf("apply schema.sql: %w", err)
+			}
 		}
 	}
 	for table, column := range map[string]string{"events": "timestamp", "events_hourly": "hour"} {
@@ -343,6 +353,28 @@ func (c *clickhouse) applySchema(ctx context.Context, conn asker) error {
 		}
 	}
 	return nil
+}
+
+// missingColumns are those of METADATA_COLUMNS that the table events does not have.
+func (c *clickhouse) missingColumns(ctx context.Context, conn asker) (missing []questions.Column, err error) {
+	made, err := c.madeBy(ctx, conn, "events")
+	for _, column := range c.columns {
+		if !strings.Contains(made, column.Quoted()+" String") {
+			missing = append(missing, column)
+		}
+	}
+	return missing, err
+}
+
+// perColumn is the statement, once for each column if it is one of columns.
+func perColumn(stmt string, columns []questions.Column) (statements []string) {
+	if !strings.Contains(stmt, "{column}") {
+		return []string{stmt}
+	}
+	for _, column := range columns {
+		statements = append(statements, strings.NewReplacer("{column}", column.Quoted(), "{member}", column.Raw()).Replace(stmt))
+	}
+	return statements
 }
 
 // daysOf and fsyncOf find what two settings have made of a statement that makes a table.

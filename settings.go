@@ -22,6 +22,8 @@ import (
 	"strings"
 	"time"
 	"unicode"
+
+	"github.com/event-ingestion/event-ingestion/questions"
 )
 
 // Limits that are no settings, of more than one part.
@@ -66,6 +68,7 @@ type settings struct {
 	clickhouseTLS, clickhouseFsync         bool
 	clickhouseCA                           *x509.CertPool // nil means the system's
 	retentionDays                          int
+	metadataColumns                        []questions.Column
 
 	workerCount, workerBatchSize   int
 	workerBatchTimeout             time.Duration
@@ -131,6 +134,7 @@ func (c *settings) settingsTable() []setting {
 		{"CLICKHOUSE_CLUSTER", "", "name of a cluster that the server knows: events are spread over its servers by ClickHouse's Distributed engine", matching(&c.clickhouseCluster, "a name without quotes and backslashes", parseCluster)},
 		{"CLICKHOUSE_FSYNC", "false", "true has each insert wait for ClickHouse's disk, so that a power cut loses nothing of it; about an eighth of the highest rate", matching(&c.clickhouseFsync, "true or false", parseBoolean)},
 		{"RETENTION_DAYS", "0", "ClickHouse drops events, and what was counted of them, after so many days, a month at a time; at least 31, 0 keeps all", parsedBy(&c.retentionDays, parseRetention)},
+		{"METADATA_COLUMNS", "", "comma-separated members of metadata that are asked for often, such as referrer,page.path: each gets a column of its own", parsedBy(&c.metadataColumns, questions.ParseColumns)},
 
 		{"WORKER_COUNT", "20", "workers; partition p belongs to worker p mod WORKER_COUNT", integerIn(&c.workerCount, 1, 1000)},
 		{"WORKER_BATCH_SIZE", "2000", "rows of a worker's block; a full block starts an insert", integerIn(&c.workerBatchSize, 1, 100000)},
