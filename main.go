@@ -35,6 +35,7 @@ const usage = `event-ingestion takes events over HTTP and answers metrics about 
   event-ingestion audit      compare what Kafka acknowledged with what is stored, to the last event (audit -h)
   event-ingestion reconcile  make events_hourly agree with events (reconcile -h)
   event-ingestion rewind     read from Kafka again what ClickHouse lost (rewind -h)
+  event-ingestion export     write the events of a range as NDJSON or Parquet (export -h)
   event-ingestion dlq        list, show and replay dead letters (dlq -h)
   event-ingestion healthcheck  exit 0 when the instance of this machine is ready, for containers
   event-ingestion version    print the version
@@ -109,6 +110,7 @@ func operated() (ops.System, error) {
 		AddDifferences: addDifferences,
 		MendingID:      db.mendingID(),
 		Inserting:      db.inserting,
+		ClickHouse:     cfg.clickhouseHost, Username: cfg.clickhouseUsername, Password: cfg.clickhousePassword,
 	}, nil
 }
 
@@ -230,6 +232,7 @@ func (s *system) routes(in *ingester) []route {
 		routes = append(routes,
 			route{http.MethodPost, "/api/v1/events", "events", in.serveOne},
 			route{http.MethodPost, "/api/v1/events/bulk", "bulk", in.serveBulk},
+			route{http.MethodGet, "/api/v1/events", "list", s.metrics.serveEvents},
 			route{http.MethodGet, "/api/v1/metrics", "metrics", s.metrics.serve},
 			route{http.MethodGet, "/api/v1/overview", "overview", newOverviewAPI(s.metrics).serve},
 			route{http.MethodGet, "/api/v1/pipeline", "pipeline", servePipeline(s.pipeline)},
