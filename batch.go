@@ -21,6 +21,7 @@ type block struct {
 	channel    dictColumn
 	campaignID dictColumn
 	userID     textColumn
+	insertID   textColumn
 	timestamp  timeColumn
 	tags       listColumn
 	metadata   textColumn
@@ -69,6 +70,7 @@ type keeper interface{ keep(rows []int) }
 // Bytes a row is expected to take; a block grows beyond them once and keeps what it grew to.
 const (
 	expectUserBytes     = 24
+	expectInsertIDBytes = 8
 	expectMetadataBytes = 128
 )
 
@@ -76,11 +78,12 @@ func newBlock(rows int) *block {
 	b := new(block)
 	b.columns = proto.Input{ // created_at is left to the server's clock
 		{Name: "event_id", Data: &b.eventID}, {Name: "event_name", Data: &b.eventName}, {Name: "channel", Data: &b.channel},
-		{Name: "campaign_id", Data: &b.campaignID}, {Name: "user_id", Data: &b.userID}, {Name: "timestamp", Data: &b.timestamp},
+		{Name: "campaign_id", Data: &b.campaignID}, {Name: "user_id", Data: &b.userID}, {Name: "insert_id", Data: &b.insertID}, {Name: "timestamp", Data: &b.timestamp},
 		{Name: "tags", Data: &b.tags}, {Name: "metadata", Data: &b.metadata}, {Name: "price", Data: &b.price}, {Name: "currency", Data: &b.currency},
 	}
 	b.eventID.ColFixedStr32 = make(proto.ColFixedStr32, 0, rows)
 	b.userID.init(rows, expectUserBytes)
+	b.insertID.init(rows, expectInsertIDBytes)
 	b.metadata.init(rows, expectMetadataBytes)
 	b.timestamp.Data = make([]proto.DateTime, 0, rows)
 	b.tags.offsets = make(proto.ColUInt64, 0, rows)
@@ -106,6 +109,7 @@ func (b *block) append(id *eventID, ev *event, rec *kgo.Record) {
 	b.channel.append(ev.channel)
 	b.campaignID.append(ev.campaignID)
 	b.userID.AppendBytes(ev.userID)
+	b.insertID.AppendBytes(ev.insertID)
 	b.timestamp.Data = append(b.timestamp.Data, proto.DateTime(ev.timestamp))
 	b.tags.append(ev.tags)
 	b.metadata.AppendBytes(ev.metadata)
@@ -114,11 +118,11 @@ func (b *block) append(id *eventID, ev *event, rec *kgo.Record) {
 	b.currency.append(currency)
 }
 
-// event is the row's event without what is not stored of it. It lives until the block changes, its tags until the next call.
+// event is the row's event. It lives until the block changes, its tags until the next call.
 func (b *block) event(row int) *event {
 	b.row = event{
 		name: b.eventName.value(row), channel: b.channel.value(row), campaignID: b.campaignID.value(row), userID: b.userID.RowBytes(row),
-		timestamp: b.at(row), tags: b.tags.appendItems(b.row.tags[:0], row), metadata: b.metadata.RowBytes(row),
+		insertID: b.insertID.RowBytes(row), timestamp: b.at(row), tags: b.tags.appendItems(b.row.tags[:0], row), metadata: b.metadata.RowBytes(row),
 	}
 	return &b.row
 }

@@ -25,6 +25,7 @@ import (
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/event-ingestion/event-ingestion/internal/profile"
+	"github.com/event-ingestion/event-ingestion/questions"
 )
 
 // clickhouse knows how to reach the server of CLICKHOUSE_HOST, or another one of its cluster.
@@ -36,7 +37,8 @@ type clickhouse struct {
 	fsync      string      // 1 when an insert waits for the disk, else 0
 	keepDays   int         // RETENTION_DAYS
 	revenue    *atomic.Pointer[revenueRule]
-	decides    bool // about these three: an instance that stores does; a command, or ROLE=api, may not have them set
+	columns    []questions.Column // METADATA_COLUMNS
+	decides    bool               // about these four: an instance that stores does; a command, or ROLE=api, may not have them set
 }
 
 // askTimeout bounds one attempt to ask or to insert. A healthy insert takes 30 ms; one that waits for merges, seconds.
@@ -49,6 +51,7 @@ func newClickHouse(cfg *settings) *clickhouse {
 		fsync:    "0",
 		keepDays: cfg.retentionDays,
 		revenue:  new(atomic.Pointer[revenueRule]),
+		columns:  cfg.metadataColumns,
 		options: ch.Options{
 			Address:          net.JoinHostPort(cfg.clickhouseHost, strconv.Itoa(cfg.clickhousePort)),
 			User:             cfg.clickhouseUsername,
@@ -129,7 +132,7 @@ func (c *clickhouse) servers(ctx context.Context) (all []*clickhouse, err error)
 		Body:       "SELECT replica_num, host_name, port FROM system.clusters WHERE cluster = {cluster:String} ORDER BY shard_num, replica_num",
 		Parameters: []proto.Parameter{parameter("cluster", c.cluster)},
 	}, func(i int) {
-		server := &clickhouse{options: c.options, database: c.database, cluster: c.cluster, fsync: c.fsync, keepDays: c.keepDays, revenue: c.revenue, decides: c.decides}
+		server := &clickhouse{options: c.options, database: c.database, cluster: c.cluster, fsync: c.fsync, keepDays: c.keepDays, revenue: c.revenue, columns: c.columns, decides: c.decides}
 		server.options.Address = net.JoinHostPort(host.Row(i), strconv.Itoa(int(port[i])))
 		replicated = replicated || replica[i] > 1
 		all = append(all, server)
@@ -323,18 +326,24 @@ func (c *clickhouse) applySchema(ctx context.Context, conn asker) error {
 	if err != nil {
 		return err
 	}
+	missing, err := c.missingColumns(ctx, conn)
+	if err != nil {
+		return err
+	}
 	for _, stmt := range schemaStatements {
 		if strings.Contains(stmt, "{cluster}") && c.cluster == "" {
 			continue
 		}
-		// The view is made before the table that it reads, so that no insert ever finds that table without it.
-		q := ch.Query{Body: c.sql(strings.ReplaceAll(stmt, "{fsync}", fsync)), Settings: []ch.Setting{{Key: "allow_materialized_view_with_bad_select", Value: "1"}}}
-		err := conn.Do(ctx, q)
-		if ch.IsErr(err, proto.ErrQueryIsProhibited) { // which ClickHouse says without a name, and no query can change
-			err = fmt.Errorf("%w: allow_ddl is 0, and has to be 1: %w", profile.ErrFixed, err)
-		}
-		if err != nil {
-			return fmt.Errorf("apply schema.sql: %w", err)
+		for _, stmt := range perColumn(stmt, missing) {
+			// The view is made before the table that it reads, so that no insert ever finds that table without it.
+			q := ch.Query{Body: c.sql(strings.ReplaceAll(stmt, "{fsync}", fsync)), Settings: []ch.Setting{{Key: "allow_materialized_view_with_bad_select", Value: "1"}}}
+			err := conn.Do(ctx, q)
+			if ch.IsErr(err, proto.ErrQueryIsProhibited) { // which ClickHouse says without a name, and no query can change
+				err = fmt.Errorf("%w: allow_ddl is 0, and has to be 1: %w", profile.ErrFixed, err)
+			}
+			if err != nil {
+				return fmt.Errorf("apply schema.sql: %w", err)
+			}
 		}
 	}
 	if err := c.applyRevenue(ctx, conn); err != nil {
@@ -346,6 +355,28 @@ func (c *clickhouse) applySchema(ctx context.Context, conn asker) error {
 		}
 	}
 	return nil
+}
+
+// missingColumns are those of METADATA_COLUMNS that the table events does not have.
+func (c *clickhouse) missingColumns(ctx context.Context, conn asker) (missing []questions.Column, err error) {
+	made, err := c.madeBy(ctx, conn, "events")
+	for _, column := range c.columns {
+		if !strings.Contains(made, column.Quoted()+" String") {
+			missing = append(missing, column)
+		}
+	}
+	return missing, err
+}
+
+// perColumn is the statement, once for each column if it is one of columns.
+func perColumn(stmt string, columns []questions.Column) (statements []string) {
+	if !strings.Contains(stmt, "{column}") {
+		return []string{stmt}
+	}
+	for _, column := range columns {
+		statements = append(statements, strings.NewReplacer("{column}", column.Quoted(), "{member}", column.Raw()).Replace(stmt))
+	}
+	return statements
 }
 
 // daysOf and fsyncOf find what two settings have made of a statement that makes a table.
@@ -415,13 +446,4 @@ func (c *clickhouse) applyRetention(ctx context.Context, conn asker, table, colu
 	}
 	slog.Warn("RETENTION_DAYS changes a table", "table", table, "ttl", wanted, "before", has)
 	return conn.Do(ctx, ch.Query{Body: "ALTER TABLE " + c.database + "." + table + " " + change})
-}
-
-// rejections are ClickHouse's codes for "this data, never", by
-// https://github.com/ClickHouse/ClickHouse/blob/master/src/Common/ErrorCodes.cpp. Everything else is taken for
-// transient: trying again in vain holds up, giving up in error loses.
-var rejections = []proto.Error{
-	proto.ErrViolatedConstraint, proto.ErrTypeMismatch, proto.ErrCannotConvertType, proto.ErrIncorrectData,
-	proto.ErrArgumentOutOfBound, proto.ErrValueIsOutOfRangeOfDataType, proto.ErrDecimalOverflow,
-	proto.ErrTooLargeStringSize, proto.ErrTooLargeArraySize,
 }

@@ -13,14 +13,18 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net/http"
+	"net/url"
 	"path"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
+	"unicode/utf8"
 
 	"github.com/event-ingestion/event-ingestion/internal/conns"
 )
@@ -356,4 +360,69 @@ func appendProblems(dst []byte, problems []problem, first, message string) []byt
 		dst = append(dst, '}')
 	}
 	return dst
+}
+
+// queryCheck collects what is wrong with the parameters of a request.
+type queryCheck struct {
+	values   url.Values
+	problems []problem
+	noRange  bool // from or to is wrong by itself
+}
+
+// memberPrefix begins what names a member of metadata. memberParameters, where it is known, stands for all such names.
+const (
+	memberPrefix     = "metadata."
+	memberParameters = memberPrefix + "PATH"
+)
+
+// newQueryCheck parses a query that may have each known parameter once. Unknown ones are named in alphabetical order, so that
+// the answer does not depend on chance.
+func newQueryCheck(rawQuery string, known ...string) *queryCheck {
+	v, err := url.ParseQuery(rawQuery)
+	c := &queryCheck{values: v}
+	if err != nil { // it leaves out what it cannot parse
+		c.fail("query", codeInvalidFormat, "cannot be parsed: "+err.Error())
+	}
+	for _, name := range slices.Sorted(maps.Keys(v)) {
+		switch {
+		case !slices.Contains(known, name) && !(strings.HasPrefix(name, memberPrefix) && slices.Contains(known, memberParameters)):
+			c.fail(name, codeInvalidFormat, "is not a parameter; there are "+cmp.Or(strings.Join(known, ", "), "none"))
+		case len(v[name]) > 1:
+			c.fail(name, codeInvalidFormat, "appears more than once")
+		}
+	}
+	return c
+}
+
+func (c *queryCheck) fail(field, code, message string) {
+	if len(c.problems) < maxProblems {
+		c.problems = append(c.problems, problem{field, code, field + " " + message})
+	}
+}
+
+// text reads a parameter that may be absent.
+func (c *queryCheck) text(name string) string {
+	s := c.values.Get(name)
+	if !utf8.ValidString(s) {
+		c.fail(strings.ToValidUTF8(name, "�"), codeInvalidFormat, "is not valid UTF-8 text")
+	}
+	return s
+}
+
+// seconds reads a required parameter.
+func (c *queryCheck) seconds(name string) int64 {
+	s := c.values.Get(name)
+	n, err := strconv.ParseInt(s, 10, 64)
+	switch {
+	case s == "":
+		c.fail(name, codeRequired, "is required")
+	case err != nil:
+		c.fail(name, codeInvalidFormat, "must be an integer of Unix seconds")
+	case n >= minMilliseconds:
+		c.fail(name, codeInvalidFormat, "looks like milliseconds or finer, send Unix seconds")
+	default:
+		return n
+	}
+	c.noRange = true
+	return 0
 }

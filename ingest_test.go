@@ -111,7 +111,6 @@ const segmentNow = 1795441976 // the time of receipt, as the tests' messages wou
 // TestSegmentItems: what is wrong with a message is said by the mapping and by the rules of every event, at once.
 func TestSegmentItems(t *testing.T) {
 	q := newTestRequest()
-	const at = `"timestamp":"2026-11-23T13:52:50.999Z"`
 	long := strings.Repeat("x", 101)
 	for _, c := range []struct {
 		kind, message string

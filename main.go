@@ -36,6 +36,7 @@ const usage = `event-ingestion takes events over HTTP and answers metrics about 
   event-ingestion audit      compare what Kafka acknowledged with what is stored, to the last event (audit -h)
   event-ingestion reconcile  make events_hourly agree with events (reconcile -h)
   event-ingestion rewind     read from Kafka again what ClickHouse lost (rewind -h)
+  event-ingestion export     write the events of a range as NDJSON or Parquet (export -h)
   event-ingestion dlq        list, show and replay dead letters (dlq -h)
   event-ingestion erase      remove a user's events (erase -h)
   event-ingestion import     take over another system's events, of any age (import -h)
@@ -201,6 +202,7 @@ func (s *system) routes(in *ingester) []route {
 		routes = append(routes,
 			route{http.MethodPost, "/api/v1/events", routeEvents, in.noting(routeEvents, in.serveOne)},
 			route{http.MethodPost, "/api/v1/events/bulk", routeBulk, in.noting(routeBulk, in.serveBulk)},
+			route{http.MethodGet, "/api/v1/events", "list", s.metrics.serveEvents},
 			route{http.MethodGet, "/api/v1/metrics", "metrics", s.metrics.serve},
 			route{http.MethodGet, "/api/v1/overview", "overview", newOverviewAPI(s.metrics).serve},
 			route{http.MethodGet, "/api/v1/pipeline", "pipeline", servePipeline(s.pipeline)},

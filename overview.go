@@ -1,7 +1,8 @@
-// What the dashboard page draws, in two answers: GET /api/v1/overview and GET /api/v1/pipeline.
+// What the dashboard page draws, in three answers: GET /api/v1/overview, GET /api/v1/events and GET /api/v1/pipeline.
 //
 // overview.go counts over all event names, by the rules of query.go, and gives everybody who asks the same within a second one
-// answer. It owns these answers. The pipeline's is what this instance accepted and stored in the last minutes: stats.go has it.
+// answer. It owns these answers. The events are listed by pages, of which package questions knows how they follow each other. The
+// pipeline's answer is what this instance accepted and stored in the last minutes: stats.go has it.
 
 package main
 
@@ -19,6 +20,8 @@ import (
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
+
+	"github.com/event-ingestion/event-ingestion/questions"
 )
 
 const (
@@ -58,13 +61,13 @@ type overviewAPI struct {
 }
 
 func newOverviewAPI(m *metricsAPI) *overviewAPI {
-	return &overviewAPI{metrics: m, shared: sharedAnswers{all: map[metricsQuery]sharedAnswer{}}}
+	return &overviewAPI{metrics: m, shared: sharedAnswers{all: map[string]sharedAnswer{}}}
 }
 
 func (o *overviewAPI) serve(w http.ResponseWriter, r *http.Request) {
 	q, problems := parseOverviewQuery(r.URL.RawQuery, time.Now().Unix())
 	o.metrics.answer(w, r, problems, func(ctx context.Context, through *int64) ([]byte, error) {
-		return o.shared.get(*q, func() ([]byte, error) {
+		return o.shared.get(fmt.Sprintf("%d %d %s %q %q", q.from, q.to, q.channel, q.tz, q.eventName), func() ([]byte, error) {
 			a, err := o.ask(ctx, q)
 			a.Through = through
 			return jsonOf(a), err
@@ -74,7 +77,7 @@ func (o *overviewAPI) serve(w http.ResponseWriter, r *http.Request) {
 
 // parseOverviewQuery checks the parameters, all of which may be absent: the last 24 hours, every event name and channel.
 func parseOverviewQuery(rawQuery string, now int64) (*metricsQuery, []problem) {
-	c := newQueryCheck(rawQuery, "from", "to", "channel", "event_name")
+	c := newQueryCheck(rawQuery, "from", "to", "channel", "event_name", "tz")
 	q := c.filters()
 	if q.to = now; c.values.Has("to") {
 		q.to = c.seconds("to")
@@ -82,7 +85,7 @@ func parseOverviewQuery(rawQuery string, now int64) (*metricsQuery, []problem) {
 	if q.from = q.to - daySeconds; c.values.Has("from") {
 		q.from = c.seconds("from")
 	}
-	c.rangeAndChannel(q)
+	c.place(q)
 	q.from, q.to = min(max(q.from, 0), maxUnixSeconds), min(max(q.to, 0), maxUnixSeconds) // no event is outside
 	return q, c.problems
 }
@@ -91,11 +94,11 @@ func parseOverviewQuery(rawQuery string, now int64) (*metricsQuery, []problem) {
 func (q *metricsQuery) bucket() string {
 	switch span := q.to - q.from; {
 	case span < maxMinuteBuckets:
-		return "minute"
+		return questions.Minute
 	case span <= maxHourBuckets:
-		return "hour"
+		return questions.Hour
 	}
-	return "day"
+	return questions.Day
 }
 
 // Kinds of rows of the overview's query.
@@ -119,18 +122,22 @@ func (q *metricsQuery) overviewSQL() string {
 	byBucket := func(source string) string { // and in total
 		return "SELECT toUInt8(grouping(key) = 0) AS kind, key, " + figures + " FROM " + source + " GROUP BY GROUPING SETS ((key), ())"
 	}
-	pairs := byDay(perPair, where)
+	pairs := questions.ByDay(perPair, where)
 	var series string
-	switch q.bucket() {
-	case "day":
-		series = byBucket(byDay(isoHour("toStartOfDay(hour)"), where))
-	case "hour":
-		series, pairs = byBucket(byHour(isoHour("hour"), where)), byHour(perPair, where)
-	case "minute": // without users: counting those of an hour of raw events takes five times as long
-		series = "SELECT toUInt8(0) AS kind, '' AS key, " + figures + " FROM " + byDay("''", where) +
-			" UNION ALL SELECT toUInt8(1) AS kind, formatDateTime(toStartOfMinute(timestamp), '%Y-%m-%dT%H:%i:00Z', 'UTC') AS key," +
-			" toInt64(count()) AS total, toString({revenue of events}) AS money, " + noUsers +
-			" FROM {events} WHERE " + inRange + " AND " + where + " GROUP BY key"
+	ofRows := func(users string) string {
+		return "SELECT toUInt8(1) AS kind, " + q.unit(q.bucket(), "timestamp") + " AS key, toInt64(count()) AS total, toString({revenue of events}) AS money, " +
+			users + " AS users, toUInt64(0) AS campaigns FROM {events} WHERE " + questions.InRange + " AND " + where + " GROUP BY key"
+	}
+	total := "SELECT toUInt8(0) AS kind, '' AS key, " + figures + " FROM " + questions.ByDay("''", where) + " UNION ALL "
+	switch bucket := q.bucket(); {
+	case bucket == questions.Minute: // without users: counting those of an hour of raw events takes five times as long
+		series = total + ofRows("toUInt64(0)")
+	case !q.calendar.WholeHours():
+		series = total + ofRows("uniqCombined64(17)(user_id)")
+	case bucket == questions.Day && q.calendar.IsUTC():
+		series = byBucket(questions.ByDay(q.unit(bucket, "toStartOfDay(hour)"), where))
+	default:
+		series, pairs = byBucket(questions.ByHour(q.unit(bucket, "hour"), where)), questions.ByHour(perPair, where)
 	}
 	return "SELECT * FROM (" + series + " UNION ALL SELECT toUInt8(if(grouping(name) = 0, 3, 2)) AS kind," +
 		" if(kind = 3, name, channel) AS key, sum(event_count) AS total, toString(sum(revenue)) AS money, " + noUsers +
@@ -163,9 +170,11 @@ func (o *overviewAPI) ask(ctx context.Context, q *metricsQuery) (a overviewResul
 			answered = true
 			a.Count, a.Users, a.Revenue, a.ActiveCampaigns = g.Count, users[i], g.Revenue, campaigns[i]
 		case kindBucket:
-			if a.Bucket != "minute" {
+			if a.Bucket != questions.Minute {
 				g.Users = new(users[i])
 			}
+			number, _ := strconv.ParseInt(g.Key, 10, 64)
+			g.Key, g.at = q.calendar.Key(a.Bucket, number)
 			a.Series = append(a.Series, g)
 		case kindChannel:
 			a.Channels = append(a.Channels, g)
@@ -182,6 +191,7 @@ func (o *overviewAPI) ask(ctx context.Context, q *metricsQuery) (a overviewResul
 	if err == nil && !answered {
 		err = errNoTotal
 	}
+	inOrder(a.Series)
 	a.Campaigns = top
 	return a, errors.Join(err, topErr)
 }
@@ -192,7 +202,7 @@ func (o *overviewAPI) topCampaigns(ctx context.Context, q *metricsQuery) (top []
 	var total proto.ColInt64
 	err = o.metrics.do(ctx, func() { top = []group{} }, eachRow(ch.Query{
 		Body: "SELECT CAST(campaign_id, 'String') AS key, toInt64(count()) AS total FROM {events} WHERE " + q.where() +
-			" AND campaign_id != '' AND " + inRange + " GROUP BY campaign_id ORDER BY total DESC, key LIMIT " + strconv.Itoa(overviewTop),
+			" AND campaign_id != '' AND " + questions.InRange + " GROUP BY campaign_id ORDER BY total DESC, key LIMIT " + strconv.Itoa(overviewTop),
 		Parameters: q.parameters(),
 	}, func(i int) { top = append(top, group{Key: key.Row(i), Count: total[i]}) }, &key, &total))
 	return top, err
@@ -201,7 +211,7 @@ func (o *overviewAPI) topCampaigns(ctx context.Context, q *metricsQuery) (top []
 // sharedAnswers gives everybody who asks the same within a second one answer: a page with many viewers costs as one.
 type sharedAnswers struct {
 	mu  sync.Mutex // guards all
-	all map[metricsQuery]sharedAnswer
+	all map[string]sharedAnswer
 }
 
 // sharedAnswer is what the first to ask gets, or is about to get.
@@ -211,10 +221,10 @@ type sharedAnswer struct {
 }
 
 // get returns the answer to q: a shared one, or what ask returns. An error is not shared: perhaps only the first client left.
-func (s *sharedAnswers) get(q metricsQuery, ask func() ([]byte, error)) ([]byte, error) {
+func (s *sharedAnswers) get(q string, ask func() ([]byte, error)) ([]byte, error) {
 	now := time.Now()
 	s.mu.Lock()
-	maps.DeleteFunc(s.all, func(_ metricsQuery, a sharedAnswer) bool { return now.Sub(a.asked) > sharedFor })
+	maps.DeleteFunc(s.all, func(_ string, a sharedAnswer) bool { return now.Sub(a.asked) > sharedFor })
 	a, shared := s.all[q]
 	if !shared {
 		a = sharedAnswer{now, sync.OnceValues(ask)}
@@ -226,6 +236,64 @@ func (s *sharedAnswers) get(q metricsQuery, ask func() ([]byte, error)) ([]byte,
 		return ask()
 	}
 	return body, err
+}
+
+const (
+	// usualEvents is how many events a page has, and maxEvents how many it may have.
+	usualEvents = 50
+	maxEvents   = 1000
+)
+
+// serveEvents answers GET /api/v1/events: the newest events, as they are stored, page by page.
+func (m *metricsAPI) serveEvents(w http.ResponseWriter, r *http.Request) {
+	l, limit, problems := parseEventsQuery(r.URL.RawQuery, time.Now().Unix())
+	m.answer(w, r, problems, func(ctx context.Context, _ *int64) ([]byte, error) {
+		body := []byte(`{"events":[`)
+		more, err := l.Next(ctx, limit, m.do, func(event []byte) error {
+			if body[len(body)-1] != '[' {
+				body = append(body, ',')
+			}
+			body = append(body, event...)
+			return nil
+		})
+		body = append(body, ']')
+		if more {
+			body = append(append(body, `,"next":"`...), l.After.String()...)
+			body = append(body, '"')
+		}
+		return append(body, '}'), err
+	})
+}
+
+// parseEventsQuery checks the parameters, all of which may be absent: the last 24 hours, or what the page before began with.
+func parseEventsQuery(rawQuery string, now int64) (l *questions.Listing, limit int, problems []problem) {
+	c := newQueryCheck(rawQuery, "from", "to", "event_name", "user_id", "channel", "campaign_id", "limit", "before")
+	q, l := c.filters(), new(questions.Listing)
+	if before := c.values.Get("before"); c.values.Has("before") {
+		var err error
+		if l.After, err = questions.ParseCursor(before); err != nil {
+			c.fail("before", codeInvalidFormat, err.Error())
+		}
+	}
+	if q.to = now; c.values.Has("to") {
+		q.to = c.seconds("to")
+	}
+	switch q.from = q.to - daySeconds; {
+	case c.values.Has("from"):
+		q.from = c.seconds("from")
+	case c.values.Has("before"):
+		q.from = min(l.After.From, q.to-1)
+	}
+	c.place(q)
+	if limit = usualEvents; c.values.Has("limit") {
+		n, err := strconv.Atoi(c.values.Get("limit"))
+		if err != nil || n < 1 || n > maxEvents {
+			c.fail("limit", codeInvalidFormat, fmt.Sprintf("must be an integer from 1 to %d", maxEvents))
+		}
+		limit = n
+	}
+	l.From, l.To, l.Where, l.Parameters = max(q.from, 0), min(q.to, maxUnixSeconds), q.where(), q.parameters()
+	return l, limit, c.problems
 }
 
 // servePipeline answers GET /api/v1/pipeline.

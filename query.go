@@ -10,16 +10,15 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
 	"net/http"
-	"net/url"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
-	"unicode/utf8"
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/chpool"
@@ -28,6 +27,7 @@ import (
 	"github.com/event-ingestion/event-ingestion/internal/profile"
 	"github.com/event-ingestion/event-ingestion/internal/troubles"
 	"github.com/event-ingestion/event-ingestion/internal/turns"
+	"github.com/event-ingestion/event-ingestion/questions"
 )
 
 // Codes of the metrics endpoint beside those of an event.
@@ -45,8 +45,8 @@ const (
 	clientConns = 6
 	// clientWaiting is how many queries of one client may wait. Beyond it are 429s.
 	clientWaiting = 32
-	// maxCampaigns is how many groups an answer by campaign has: anybody may make up campaigns.
-	maxCampaigns = 1000
+	// maxGroups is how many groups an answer by campaign, tag or member of metadata has: anybody may make these up.
+	maxGroups = 1000
 	// tablePause is the time between two attempts while hours are recounted or a table is detached, tableAttempts how many there are.
 	tablePause    = 50 * time.Millisecond
 	tableAttempts = 20
@@ -67,27 +67,36 @@ type askerOf struct{}
 
 // metricsQuery is a parsed request. Empty texts are no filter. from and to are Unix seconds, both inclusive.
 type metricsQuery struct {
-	eventName, channel, groupBy string
-	from, to                    int64
+	eventName, channel, campaign, user, tag string
+	groupBy, tz                             string
+	from, to                                int64
+	calendar                                *questions.Calendar // of tz
+	member                                  string              // SQL: what group_by=metadata.PATH names, as JSON
+	sum                                     string              // SQL: the sum that is asked for, or noSum
+	members                                 []string            // SQL: filters of metadata
+	values                                  []proto.Parameter   // of paths and values
 }
 
 // metricsResult is the JSON of an answer. Groups is nil unless they were asked for, and Through while it is not known: a
 // backlog from before the start is being worked off.
 type metricsResult struct {
-	Count     uint64  `json:"total_count"`
-	Users     uint64  `json:"unique_users"`
-	Groups    []group `json:"grouped_data,omitzero"`
-	Truncated bool    `json:"truncated,omitempty"`
-	Through   *int64  `json:"complete_through"`
+	Count     uint64      `json:"total_count"`
+	Users     uint64      `json:"unique_users"`
+	Sum       json.Number `json:"sum,omitempty"`
+	Groups    []group     `json:"grouped_data,omitzero"`
+	Truncated bool        `json:"truncated,omitempty"`
+	Through   *int64      `json:"complete_through"`
 }
 
-// group is a line of an answer. Users and Revenue are only in some of them. Revenue is in CURRENCY, as ClickHouse writes it: it may
-// exceed 64 bits.
+// group is a line of an answer. Users, Sum and Revenue are only in some of them. The last two are as ClickHouse writes them: they may
+// exceed 64 bits. Revenue is in CURRENCY. at is the Unix second that a key of time names.
 type group struct {
 	Key     string      `json:"key"`
 	Count   int64       `json:"total_count"`
 	Users   *uint64     `json:"unique_users,omitempty"`
+	Sum     json.Number `json:"sum,omitempty"`
 	Revenue json.Number `json:"revenue,omitempty"`
+	at      int64
 }
 
 func newMetricsAPI(db *clickhouse, through func() int64, failed func(error)) *metricsAPI {
@@ -98,7 +107,7 @@ func newMetricsAPI(db *clickhouse, through func() int64, failed func(error)) *me
 }
 
 func (m *metricsAPI) serve(w http.ResponseWriter, r *http.Request) {
-	q, problems := parseMetricsQuery(r.URL.RawQuery)
+	q, problems := m.parse(r.URL.RawQuery)
 	m.answer(w, r, problems, func(ctx context.Context, through *int64) ([]byte, error) {
 		a, err := m.query(ctx, q)
 		a.Through = through
@@ -134,181 +143,204 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 	}
 	if err != nil {
 		m.failed(err)
-		writeUnavailable(w, "ClickHouse does not answer the query: "+firstLine(err.Error()))
+		why := "ClickHouse does not answer the query: " + firstLine(err.Error())
+		if ch.IsErr(err, proto.ErrTimeoutExceeded, proto.ErrMemoryLimitExceeded) || errors.Is(err, context.DeadlineExceeded) {
+			why = fmt.Sprintf("the question takes over %s, or over %d MiB of ClickHouse's memory: narrow the range, or declare the member of metadata in METADATA_COLUMNS; %s",
+				queryTimeout, profile.QuestionMemory>>20, why)
+		}
+		writeUnavailable(w, why)
 		return
 	}
 	writeJSON(w, http.StatusOK, body)
 }
 
-// parseMetricsQuery checks the parameters; all problems come back at once.
-func parseMetricsQuery(rawQuery string) (*metricsQuery, []problem) {
-	c := newQueryCheck(rawQuery, "event_name", "from", "to", "channel", "group_by")
+// parse checks the parameters; all problems come back at once.
+func (m *metricsAPI) parse(rawQuery string) (*metricsQuery, []problem) {
+	c := newQueryCheck(rawQuery, "event_name", "from", "to", "channel", "group_by", "tz", "campaign_id", "user_id", "tag", "sum", memberParameters)
 	q := c.filters()
 	if q.eventName == "" {
 		c.fail("event_name", codeRequired, "is required")
 	}
 	q.from, q.to = c.seconds("from"), c.seconds("to")
-	c.rangeAndChannel(q)
+	c.place(q)
+	for _, name := range slices.Sorted(maps.Keys(c.values)) {
+		if path, is := strings.CutPrefix(name, memberPrefix); is {
+			q.members = append(q.members, questions.Text(m.memberOf(c, q, name, codeInvalidFormat, path))+" = "+q.value(questions.Cut(c.text(name))))
+		}
+	}
+	if len(q.members) > maxMembers {
+		c.fail("metadata", codeInvalidFormat, fmt.Sprintf("filters by %d members, and at most %d may be", len(q.members), maxMembers))
+	}
+	if name := c.values.Get("sum"); name != "" {
+		if path, is := strings.CutPrefix(name, memberPrefix); is {
+			q.sum = "toString(" + questions.Sum(m.memberOf(c, q, "sum", codeInvalidFormat, path)) + ")"
+		} else {
+			c.fail("sum", codeInvalidFormat, "must be metadata.PATH")
+		}
+	}
 	switch q.groupBy {
-	case "", "channel", "hour", "day", "campaign":
+	case "", "channel", questions.Hour, questions.Day, questions.Month, "campaign", "tag":
 	default:
-		c.fail("group_by", codeInvalidGroupBy, "must be one of channel, hour, day, campaign")
+		if path, is := strings.CutPrefix(q.groupBy, memberPrefix); is {
+			q.member = m.memberOf(c, q, "group_by", codeInvalidGroupBy, path)
+		} else {
+			c.fail("group_by", codeInvalidGroupBy, "must be one of channel, hour, day, month, campaign, tag, metadata.PATH")
+		}
 	}
 	return q, c.problems
 }
 
-// queryCheck collects what is wrong with the parameters of a request.
-type queryCheck struct {
-	values   url.Values
-	problems []problem
-	noRange  bool // from or to is wrong by itself
+// maxMembers is how many members a question filters by, noSum the SQL where no sum is asked for.
+const (
+	maxMembers = 5
+	noSum      = "''"
+)
+
+// memberOf is the SQL for a member, as JSON: the column that has it, or its place in metadata.
+func (m *metricsAPI) memberOf(c *queryCheck, q *metricsQuery, field, code, path string) string {
+	member, err := questions.MemberOf(m.clickhouse.columns, path, q.value)
+	if err != nil {
+		c.fail(field, code, err.Error())
+	}
+	return member
 }
 
-// newQueryCheck parses a query that may have each known parameter once. Unknown ones are named in alphabetical order, so that
-// the answer does not depend on chance.
-func newQueryCheck(rawQuery string, known ...string) *queryCheck {
-	v, err := url.ParseQuery(rawQuery)
-	c := &queryCheck{values: v}
-	if err != nil { // it leaves out what it cannot parse
-		c.fail("query", codeInvalidFormat, "cannot be parsed: "+err.Error())
-	}
-	for _, name := range slices.Sorted(maps.Keys(v)) {
-		switch {
-		case !slices.Contains(known, name):
-			c.fail(name, codeInvalidFormat, "is not a parameter; there are "+cmp.Or(strings.Join(known, ", "), "none"))
-		case len(v[name]) > 1:
-			c.fail(name, codeInvalidFormat, "appears more than once")
-		}
-	}
-	return c
-}
-
-func (c *queryCheck) fail(field, code, message string) {
-	if len(c.problems) < maxProblems {
-		c.problems = append(c.problems, problem{field, code, field + " " + message})
-	}
+// value makes a parameter of a text and returns the SQL for it.
+func (q *metricsQuery) value(text string) string {
+	name := "value" + strconv.Itoa(len(q.values))
+	q.values = append(q.values, parameter(name, text))
+	return "{" + name + ":String}"
 }
 
 // filters reads what metrics and overview have in common, but for the range.
 func (c *queryCheck) filters() *metricsQuery {
-	v := c.values
-	q := &metricsQuery{eventName: v.Get("event_name"), channel: v.Get("channel"), groupBy: v.Get("group_by")}
-	if !utf8.ValidString(q.eventName) {
-		c.fail("event_name", codeInvalidFormat, "is not valid UTF-8 text")
-	}
-	return q
+	return &metricsQuery{eventName: c.text("event_name"), channel: c.text("channel"), groupBy: c.text("group_by"), tz: c.text("tz"),
+		campaign: c.text("campaign_id"), user: c.text("user_id"), tag: c.text("tag"), sum: noSum}
 }
 
-// seconds reads a required parameter.
-func (c *queryCheck) seconds(name string) int64 {
-	s := c.values.Get(name)
-	n, err := strconv.ParseInt(s, 10, 64)
-	switch {
-	case s == "":
-		c.fail(name, codeRequired, "is required")
-	case err != nil:
-		c.fail(name, codeInvalidFormat, "must be an integer of Unix seconds")
-	case n >= minMilliseconds:
-		c.fail(name, codeInvalidFormat, "looks like milliseconds or finer, send Unix seconds")
-	default:
-		return n
-	}
-	c.noRange = true
-	return 0
-}
-
-func (c *queryCheck) rangeAndChannel(q *metricsQuery) {
+// place checks where the events are that are asked for: in time and by channel.
+func (c *queryCheck) place(q *metricsQuery) {
 	if !c.noRange && q.to <= q.from {
 		c.fail("to", codeInvalidRange, "must be after from")
 	}
 	if !validChannel([]byte(q.channel)) {
 		c.fail("channel", codeInvalidChannel, "must be one of web, mobile_app, api")
 	}
+	zone, err := questions.Zone(q.tz)
+	if err != nil {
+		c.fail("tz", codeInvalidFormat, "must be a name of the IANA time zone database, such as Europe/Istanbul")
+		zone = time.UTC
+	}
+	from, to := min(max(q.from, 0), maxUnixSeconds), min(max(q.to, 0), maxUnixSeconds) // no event is outside
+	q.calendar = questions.CalendarOf(zone, from, to)
 }
-
-// byDay is a subquery: what happened in the range {from} to {to}, by a key made of event_name, channel and the day of hour.
-// The view events_between_by_day answers the same questions, for five times the CPU over a month: merging user states takes
-// the most time, and here each is merged once.
-func byDay(key, where string) string {
-	return strings.NewReplacer("{key}", key, "{where}", where).Replace(
-		"(WITH {whole days} SELECT {key} AS key, {added up} FROM {events_hourly}" +
-			" WHERE {in whole days} AND {where} GROUP BY key" +
-			" UNION ALL SELECT {key} AS key, {added up} FROM {events_hourly} WHERE {in whole hours} AND {where} GROUP BY key" +
-			" UNION ALL SELECT {key} AS key, {counts of events} FROM (SELECT *, toStartOfHour(timestamp) AS hour FROM {events})" +
-			" WHERE {in seconds} AND {where} GROUP BY key)")
-}
-
-// byHour is byDay for a key that needs the hour.
-func byHour(key, where string) string {
-	return "(SELECT " + key + " AS key, {counts} FROM {database}.events_between(from = {from:UInt32}, to = {to:UInt32}) WHERE " + where + ")"
-}
-
-// inRange are the events of the raw table in the range.
-const inRange = "timestamp >= {from:UInt32} AND timestamp <= {to:UInt32}"
 
 // where is the filter, in terms of parameters.
 func (q *metricsQuery) where() string {
 	terms := []string{"1"}
-	if q.channel != "" {
-		terms = append(terms, "channel = {channel:String}")
+	for _, filter := range []struct{ value, term string }{
+		{q.channel, "channel = {channel:String}"}, {q.eventName, "event_name = {event_name:String}"},
+		{q.campaign, "campaign_id = {campaign_id:String}"}, {q.user, "user_id = {user_id:String}"}, {q.tag, "has(tags, {tag:String})"},
+	} {
+		if filter.value != "" {
+			terms = append(terms, filter.term)
+		}
 	}
-	if q.eventName != "" {
-		terms = append(terms, "event_name = {event_name:String}")
-	}
-	return strings.Join(terms, " AND ")
+	return strings.Join(append(terms, q.members...), " AND ")
 }
 
 // parameters are what where and the range need. No event lies outside what the column can hold.
 func (q *metricsQuery) parameters() []proto.Parameter {
 	second := func(n int64) string { return strconv.FormatInt(min(max(n, 0), maxUnixSeconds), 10) }
-	return []proto.Parameter{
+	return append([]proto.Parameter{
 		parameter("from", second(q.from)), parameter("to", second(q.to)),
 		parameter("event_name", q.eventName), parameter("channel", q.channel),
-	}
+		parameter("campaign_id", q.campaign), parameter("user_id", q.user), parameter("tag", q.tag),
+	}, q.values...)
 }
 
-// sql writes the query: one row per key, and one over all keys, marked by is_total, because a user in two groups counts once
-// in the total.
+// isOfRows says whether the answer is in the raw table only.
+func (q *metricsQuery) isOfRows() bool {
+	return q.campaign != "" || q.user != "" || q.tag != "" || len(q.members) > 0 || q.sum != noSum
+}
+
+// isOfTime and isOfNames say what kind the groups are of: those of time are named by the calendar, and names are made up by anybody.
+func (q *metricsQuery) isOfTime() bool {
+	return slices.Contains([]string{questions.Hour, questions.Day, questions.Month}, q.groupBy)
+}
+
+func (q *metricsQuery) isOfNames() bool {
+	return q.groupBy == "campaign" || q.groupBy == "tag" || q.member != ""
+}
+
+// unit is the SQL for the number of the hour, day or month that a moment, in SQL, is in.
+func (q *metricsQuery) unit(unit, moment string) string {
+	return "toString(" + q.calendar.SQL(unit, moment) + ")"
+}
+
+// sql writes the query: one row per key, and one over all keys, marked by is_total, because a user in two groups, or an event with
+// two tags, counts once in the total.
 func (q *metricsQuery) sql() string {
-	const figures = " AS key, toUInt64(sum(event_count)) AS total, uniqCombined64Merge(17)(unique_users_state) AS users, "
+	const figures = " AS key, toUInt64(sum(event_count)) AS total, uniqCombined64Merge(17)(unique_users_state) AS users, '' AS added, "
 	where := q.where()
-	withTotal := func(key, order string) string {
-		return "SELECT key" + figures + "toUInt8(grouping(key) = 1) AS is_total FROM " + byDay(key, where) +
-			" GROUP BY GROUPING SETS ((key), ()) ORDER BY " + order
+	ofRows := func(key, isTotal string) string { // which the raw table has
+		return "SELECT " + key + " AS key, count() AS total, uniqCombined64(17)(user_id) AS users, " + q.sum + " AS added, toUInt8(" + isTotal + ") AS is_total" +
+			" FROM {events} WHERE " + where + " AND " + questions.InRange + " GROUP BY key"
 	}
-	besideTotal := func(groups, order string) string {
-		return "SELECT * FROM (SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + byDay("''", where) +
-			" UNION ALL " + groups + ") ORDER BY " + order
+	total := "SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + questions.ByDay("''", where)
+	if q.isOfRows() {
+		total = ofRows("''", "1")
 	}
-	switch q.groupBy {
-	case "channel":
-		return withTotal("CAST(channel, 'String')", "total DESC, key")
-	case "day":
-		return withTotal(isoHour("toStartOfDay(hour)"), "key")
-	case "hour":
+	withTotal := func(key string) string {
+		return "SELECT key" + figures + "toUInt8(grouping(key) = 1) AS is_total FROM " + questions.ByDay(key, where) + " GROUP BY GROUPING SETS ((key), ()) ORDER BY total DESC, key"
+	}
+	besideTotal := func(groups string) string {
+		return "SELECT CAST(key, 'String') AS key, total, users, added, is_total FROM (" + total + " UNION ALL " + groups + ") ORDER BY total DESC, key"
+	}
+	hours := func(unit, more string) string {
+		return "SELECT key" + figures + "toUInt8(0) AS is_total FROM " + questions.ByHour(q.unit(unit, "hour"), where+more) + " GROUP BY key"
+	}
+	switch key := q.rowKey(); {
+	case q.groupBy == "":
+		return total
+	case q.isOfNames():
+		return besideTotal("SELECT CAST(key, 'String') AS key, total, users, added, is_total FROM (" + ofRows(key, "0") +
+			" ORDER BY total DESC, key LIMIT " + strconv.Itoa(maxGroups+1) + ")") // one more shows that there are more
+	case q.isOfRows(), q.isOfTime() && !q.calendar.WholeHours():
+		return besideTotal(ofRows(key, "0"))
+	case q.groupBy == "channel":
+		return withTotal(key)
+	case q.groupBy == questions.Hour:
 		// In halves, because ClickHouse reads a part of this size on one thread, and two would each make a state for every hour.
 		const middle = "intDiv({from:UInt32} + {to:UInt32}, 7200) * 3600"
-		half := func(of string) string {
-			return "SELECT key" + figures + "toUInt8(0) AS is_total FROM " + byHour(isoHour("hour"), where+" AND hour "+of+middle) + " GROUP BY key"
-		}
-		return besideTotal(half("< ")+" UNION ALL "+half(">= "), "key")
-	case "campaign": // only the raw table knows campaigns
-		return besideTotal("SELECT * FROM (SELECT CAST(campaign_id, 'String') AS key, count() AS total,"+
-			" uniqCombined64(17)(user_id) AS users, toUInt8(0) AS is_total FROM {events} WHERE "+where+" AND "+inRange+
-			" GROUP BY campaign_id ORDER BY total DESC, key LIMIT "+
-			strconv.Itoa(maxCampaigns+1)+")", "total DESC, key") // one more shows that there are more
+		return besideTotal(hours(q.groupBy, " AND hour < "+middle) + " UNION ALL " + hours(q.groupBy, " AND hour >= "+middle))
+	case q.calendar.IsUTC():
+		return withTotal(q.unit(q.groupBy, "toStartOfDay(hour)"))
 	}
-	return "SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + byDay("''", where)
+	return besideTotal(hours(q.groupBy, ""))
 }
 
 // errNoTotal is an answer that is cut off before it ends, or throws rows away: a setting of the profile does that.
 var errNoTotal = errors.New("ClickHouse answers without the total; look at the profile of CLICKHOUSE_USERNAME for what throws rows away")
 
-func isoHour(expr string) string { return "formatDateTime(" + expr + ", '%Y-%m-%dT%H:00:00Z', 'UTC')" }
+// rowKey is the SQL for the key of a row.
+func (q *metricsQuery) rowKey() string {
+	switch {
+	case q.isOfTime():
+		return q.unit(q.groupBy, "timestamp")
+	case q.groupBy == "campaign":
+		return "campaign_id"
+	case q.groupBy == "tag":
+		return "CAST(arrayJoin(if(empty(tags), [''], arrayDistinct(tags))), 'String')"
+	case q.member != "":
+		return questions.Text(q.member)
+	}
+	return "CAST(channel, 'String')"
+}
 
 func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResult, err error) {
 	var (
-		key          proto.ColStr
+		key, added   proto.ColStr
 		count, users proto.ColUInt64
 		isTotal      proto.ColUInt8
 		answered     bool
@@ -318,27 +350,46 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResul
 		if a = (metricsResult{}); q.groupBy != "" {
 			a.Groups = []group{}
 		}
+		if q.sum != noSum {
+			a.Sum = "0" // a question without rows has no total
+		}
 	}
 	err = m.do(ctx, reset, eachRow(ch.Query{Body: q.sql(), Parameters: q.parameters()}, func(i int) {
 		if isTotal[i] == 1 {
-			a.Count, a.Users, answered = count[i], users[i], true
+			a.Count, a.Users, a.Sum, answered = count[i], users[i], json.Number(added.Row(i)), true
 		} else {
-			a.Groups = append(a.Groups, group{Key: key.Row(i), Count: int64(count[i]), Users: new(users[i])})
+			a.Groups = append(a.Groups, q.named(group{Key: key.Row(i), Count: int64(count[i]), Users: new(users[i]), Sum: json.Number(added.Row(i))}))
 		}
-	}, &key, &count, &users, &isTotal))
+	}, &key, &count, &users, &added, &isTotal))
 	if err == nil && !answered {
 		err = errNoTotal
 	}
-	if q.groupBy == "campaign" && len(a.Groups) > maxCampaigns {
-		a.Groups, a.Truncated = a.Groups[:maxCampaigns], true
+	if q.isOfTime() {
+		inOrder(a.Groups)
 	}
-	if q.groupBy != "" && !a.Truncated { // the parts of a query may see different moments, above all on several servers
+	if len(a.Groups) > maxGroups && q.isOfNames() {
+		a.Groups, a.Truncated = a.Groups[:maxGroups], true
+	}
+	if q.groupBy != "" && q.groupBy != "tag" && !a.Truncated { // the parts of a query may see different moments, above all on several servers
 		a.Count = 0
 		for _, g := range a.Groups {
 			a.Count += uint64(g.Count)
 		}
 	}
 	return a, err
+}
+
+// named gives a group of time its key instead of its number.
+func (q *metricsQuery) named(g group) group {
+	if q.isOfTime() {
+		number, _ := strconv.ParseInt(g.Key, 10, 64)
+		g.Key, g.at = q.calendar.Key(q.groupBy, number)
+	}
+	return g
+}
+
+func inOrder(groups []group) {
+	slices.SortFunc(groups, func(a, b group) int { return cmp.Compare(a.at, b.at) })
 }
 
 // adopt has an instance that does not decide about the tables go by their rule of revenue, which another one may have changed a second
@@ -353,16 +404,6 @@ func (m *metricsAPI) adopt(ctx context.Context) error {
 		m.adopted.Store(now)
 	}
 	return err
-}
-
-// adopted is connected for a command, which does not decide about the tables either.
-func (c *clickhouse) adopted(ctx context.Context, f func(asker) error) error {
-	return c.connected(func(conn asker) error {
-		if err := c.adoptRevenue(ctx, conn); err != nil {
-			return err
-		}
-		return f(conn)
-	})
 }
 
 // Do is do for an answer that needs no reset.

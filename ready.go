@@ -245,7 +245,12 @@ func operated() (ops.System, error) {
 		Listen: net.JoinHostPort(cfg.serverHost, fmt.Sprint(cfg.serverPort)), TLS: cfg.tlsCertFile != "",
 		Kafka: func(clientID string, opts ...kgo.Opt) (*kgo.Client, error) { return newKafka(cfg, clientID, opts...) },
 		Connect: func(ctx context.Context, f func(ops.Conn) error) error {
-			return db.adopted(ctx, func(c asker) error { return f(c.Do) })
+			return db.connected(func(c asker) error {
+				if err := db.adoptRevenue(ctx, c); err != nil {
+					return err
+				}
+				return f(c.Do)
+			})
 		},
 		EachServer: func(ctx context.Context, f func(ops.Conn) error) error {
 			return db.eachServer(ctx, func(_ *clickhouse, c asker) error { return f(c.Do) })

@@ -26,6 +26,7 @@ import (
 
 	"github.com/event-ingestion/event-ingestion/internal/env"
 	"github.com/event-ingestion/event-ingestion/internal/tokens"
+	"github.com/event-ingestion/event-ingestion/questions"
 )
 
 // Limits that are no settings, of more than one part.
@@ -77,6 +78,7 @@ type settings struct {
 	clickhouseCA                           *x509.CertPool // nil means the system's
 	retentionDays                          int
 	revenue                                revenueRule
+	metadataColumns                        []questions.Column
 
 	workerCount, workerBatchSize   int
 	workerBatchTimeout             time.Duration
@@ -155,6 +157,7 @@ func (c *settings) settingsTable() []setting {
 		{"RETENTION_DAYS", "0", "ClickHouse drops events, and what was counted of them, after so many days, a month at a time; at least 31, 0 keeps all", env.ParsedBy(&c.retentionDays, parseRetention)},
 		{"PURCHASE_EVENTS", "purchase,Order Completed", "comma-separated event names whose metadata.price is revenue", env.ParsedBy(&c.revenue.Events, parseEventNames)},
 		{"CURRENCY", "TRY", "currency of revenue: metadata.currency is that, in any case of letters, or absent", env.Matching(&c.revenue.Currency, "1 to 20 letters and digits", parseCurrency)},
+		{"METADATA_COLUMNS", "", "comma-separated members of metadata that are asked for often, such as referrer,page.path: each gets a column of its own", env.ParsedBy(&c.metadataColumns, questions.ParseColumns)},
 
 		{"WORKER_COUNT", "20", "workers; partition p belongs to worker p mod WORKER_COUNT", env.Integer(&c.workerCount, 1, 1000)},
 		{"WORKER_BATCH_SIZE", "2000", "rows of a worker's block; a full block starts an insert", env.Integer(&c.workerBatchSize, 1, 100000)},

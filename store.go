@@ -366,6 +366,15 @@ func (ins *inserter) Do(ctx context.Context, q ch.Query) error {
 	return ins.conn.Do(ctx, q)
 }
 
+// rejections are ClickHouse's codes for "this data, never", by
+// https://github.com/ClickHouse/ClickHouse/blob/master/src/Common/ErrorCodes.cpp. Everything else is taken for
+// transient: trying again in vain holds up, giving up in error loses.
+var rejections = []proto.Error{
+	proto.ErrViolatedConstraint, proto.ErrTypeMismatch, proto.ErrCannotConvertType, proto.ErrIncorrectData,
+	proto.ErrArgumentOutOfBound, proto.ErrValueIsOutOfRangeOfDataType, proto.ErrDecimalOverflow,
+	proto.ErrTooLargeStringSize, proto.ErrTooLargeArraySize,
+}
+
 // dropRejected takes the bad rows out of a rejected round, or stores it in two halves. A rejected insert stores nothing, so they have to
 // be found: the error for a constraint has its expression, which ClickHouse evaluates, one query a block; for any other error the round
 // is halved until the bad rows stand alone. The error is ctx's.

@@ -1,4 +1,4 @@
-// Package ops has the commands that operators run beside the system: audit, dlq, erase, healthcheck, import, reconcile and rewind.
+// Package ops has the commands that operators run beside the system: audit, dlq, erase, export, healthcheck, import, reconcile and rewind.
 //
 // A command knows the system by one value, System. ops.go owns that door, the list of commands, their exit codes, and healthcheck,
 // which is the smallest command and shows what one looks like. tables.go has what commands share that ask ClickHouse, records.go
@@ -32,6 +32,8 @@ type System struct {
 	Topic, Group, Database string // the main topic, beside which are TOPIC.retry and TOPIC.dlq; the consumer group; ClickHouse's database
 	Listen                 string // host:port of the API; an empty host is every interface
 	TLS                    bool   // the API speaks HTTPS
+	// ClickHouse is the host of ClickHouse, with whom to log in there.
+	ClickHouse, Username, Password string
 
 	// Kafka makes a client that reaches the brokers. Its caller closes it.
 	Kafka func(clientID string, opts ...kgo.Opt) (*kgo.Client, error)
@@ -75,6 +77,7 @@ var commands = map[string]command{
 	"dlq show":    dlqShow,
 	"dlq replay":  dlqReplay,
 	"erase":       erase,
+	"export":      export,
 	"healthcheck": healthcheck,
 	"import":      importFiles,
 	"reconcile":   reconcile,

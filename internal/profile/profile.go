@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/ClickHouse/ch-go"
@@ -47,7 +48,10 @@ var Round = Of(map[string]string{
 })
 
 // Question are those of metrics and the overview, beside the shared ones.
-var Question = Of(map[string]string{"0": "enable_positional_arguments", queryLimit: "max_execution_time"})
+var Question = Of(map[string]string{"0": "enable_positional_arguments", queryLimit: "max_execution_time", strconv.Itoa(QuestionMemory): "max_memory_usage"})
+
+// QuestionMemory bounds what ClickHouse takes for one question, in bytes: a month by the hour takes a quarter.
+const QuestionMemory = 1 << 30
 
 const (
 	// wholeRound is more rows and bytes than a round has.
