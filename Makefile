@@ -9,7 +9,7 @@ KAFKA_PORTS          ?= 29092,29093
 CLICKHOUSE_PORT      ?= 9000
 CLICKHOUSE_HTTP_PORT ?= 8123
 
-GO_FILES := $(wildcard *.go internal/*/*.go load/*.go ops/*.go questions/*.go segment/*.go web/*) schema.sql go.mod go.sum CHANGELOG.md
+GO_FILES := $(wildcard *.go internal/*/*.go load/*.go ops/*.go segment/*.go web/*) schema.sql go.mod go.sum CHANGELOG.md
 DEV      := bin/dev
 APP      := bin/event-ingestion
 

@@ -25,7 +25,7 @@ import (
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/event-ingestion/event-ingestion/internal/profile"
-	"github.com/event-ingestion/event-ingestion/questions"
+	"github.com/event-ingestion/event-ingestion/internal/questions"
 )
 
 // clickhouse knows how to reach the server of CLICKHOUSE_HOST, or another one of its cluster.

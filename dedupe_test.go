@@ -19,6 +19,7 @@ import (
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/event-ingestion/event-ingestion/internal/profile"
+	"github.com/event-ingestion/event-ingestion/internal/questions"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
@@ -353,12 +354,17 @@ func (s *profileStand) work(turned []ch.Setting) (all string, err error) {
 		}
 	}
 	const from, to = profileNow + 5043, profileNow + 57*4321
-	for _, by := range []string{"", "channel", "hour", "day", "campaign"} {
-		a, err := m.query(s.t.Context(), &metricsQuery{eventName: "purchase", from: from, to: to, groupBy: by})
+	calendar := questions.CalendarOf(time.UTC, from, to)
+	for _, by := range []string{"", "&group_by=channel", "&group_by=hour", "&group_by=day", "&group_by=campaign", "&group_by=metadata.currency&sum=metadata.price"} {
+		q, problems := m.parse(fmt.Sprintf("event_name=purchase&from=%d&to=%d%s", from, to, by))
+		if len(problems) > 0 {
+			s.t.Fatal(problems)
+		}
+		a, err := m.query(s.t.Context(), q)
 		note("by "+by, a, err)
 	}
 	for _, span := range []int64{maxMinuteBuckets - 1, maxHourBuckets, maxHourBuckets + 1} {
-		a, err := newOverviewAPI(m).ask(s.t.Context(), &metricsQuery{from: from, to: from + span})
+		a, err := newOverviewAPI(m).ask(s.t.Context(), &metricsQuery{from: from, to: from + span, sum: noSum, calendar: calendar})
 		note("overview by "+a.Bucket, a, err)
 	}
 	others := connection{to: newClickHouse(s.cfg)} // who asks the views, without our settings, but for those about the answer to any query

@@ -21,7 +21,7 @@ import (
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
 
-	"github.com/event-ingestion/event-ingestion/questions"
+	"github.com/event-ingestion/event-ingestion/internal/questions"
 )
 
 const (

@@ -27,7 +27,7 @@ import (
 	"github.com/event-ingestion/event-ingestion/internal/profile"
 	"github.com/event-ingestion/event-ingestion/internal/troubles"
 	"github.com/event-ingestion/event-ingestion/internal/turns"
-	"github.com/event-ingestion/event-ingestion/questions"
+	"github.com/event-ingestion/event-ingestion/internal/questions"
 )
 
 // Codes of the metrics endpoint beside those of an event.
@@ -164,12 +164,12 @@ func (m *metricsAPI) parse(rawQuery string) (*metricsQuery, []problem) {
 	q.from, q.to = c.seconds("from"), c.seconds("to")
 	c.place(q)
 	for _, name := range slices.Sorted(maps.Keys(c.values)) {
-		if path, is := strings.CutPrefix(name, memberPrefix); is {
+		if path, is := strings.CutPrefix(name, memberPrefix); is && len(q.members) <= maxMembers { // of any more, none is looked at
 			q.members = append(q.members, questions.Text(m.memberOf(c, q, name, codeInvalidFormat, path))+" = "+q.value(questions.Cut(c.text(name))))
 		}
 	}
 	if len(q.members) > maxMembers {
-		c.fail("metadata", codeInvalidFormat, fmt.Sprintf("filters by %d members, and at most %d may be", len(q.members), maxMembers))
+		c.fail("metadata", codeInvalidFormat, fmt.Sprintf("filters by more than %d members", maxMembers))
 	}
 	if name := c.values.Get("sum"); name != "" {
 		if path, is := strings.CutPrefix(name, memberPrefix); is {

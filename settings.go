@@ -26,7 +26,7 @@ import (
 
 	"github.com/event-ingestion/event-ingestion/internal/env"
 	"github.com/event-ingestion/event-ingestion/internal/tokens"
-	"github.com/event-ingestion/event-ingestion/questions"
+	"github.com/event-ingestion/event-ingestion/internal/questions"
 )
 
 // Limits that are no settings, of more than one part.

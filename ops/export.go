@@ -23,7 +23,7 @@ import (
 
 	"github.com/ClickHouse/ch-go"
 
-	stored "github.com/event-ingestion/event-ingestion/questions"
+	stored "github.com/event-ingestion/event-ingestion/internal/questions"
 )
 
 // exportPage is how many events a query of an export reads; a page has at most 4 MiB.
