@@ -152,7 +152,7 @@ func TestContract(t *testing.T) {
 		{"ready", "GET", "/ready", "", "", 200, "\"kafka\":\"ok\",\n\"clickhouse\":\"ok\",\n\"consumers\":\"ok\""},
 		{"unknown path", "GET", "/api/v2", "", "", 404, `"error":"not found"`},
 		{"unclean path", "POST", "/api//v1/events", jsonCT, `{}`, 404, `"error":"not found"`},
-		{"wrong method", "GET", onePath, "", "", 405, `"error":"method not allowed"`},
+		{"wrong method", "PUT", onePath, "", "", 405, `"error":"method not allowed"`},
 		{"wrong method on metrics", "DELETE", "/api/v1/metrics", "", "", 405, `"error":"method not allowed"`},
 	} {
 		t.Run(c.name, func(t *testing.T) {
