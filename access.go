@@ -266,6 +266,12 @@ func queryValue(rawQuery, name string) (value string, is bool) {
 	return "", false
 }
 
+// mayKnow says whether whoever asks may know everything: keys are not set, or the request has one for all.
+func (a *access) mayKnow(r *http.Request) bool {
+	may, _ := a.rightsOf(keyOf(r))
+	return may == mayAll
+}
+
 // rightsOf says what a key allows and whose it is. When no keys are set, everybody may do everything, and a key is nobody's. The
 // time that looking up a hash takes tells nothing of the keys.
 func (a *access) rightsOf(given string) (rights, client) {

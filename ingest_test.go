@@ -272,11 +272,11 @@ const maxStrangerTime = 300 * time.Microsecond
 // TestAnybodyCosts: what is answered without a key takes little CPU, and no more memory than a few times what was asked.
 func TestAnybodyCosts(t *testing.T) {
 	st := newStats()
-	ready := &readiness{broken: &brokenParts{}, answered: time.Now().Add(time.Hour), stalled: func(bool) (worst, all time.Duration, waiting int64) { return 0, 0, 0 }, trouble: troubles.New().Oldest}
 	ac, err := newAccess(&settings{apiKeys: []string{"0123456789abcdef"}})
 	if err != nil {
 		t.Fatal(err)
 	}
+	ready := &readiness{broken: &brokenParts{}, answered: time.Now().Add(time.Hour), mayKnow: ac.mayKnow, stalled: func(bool) (worst, all time.Duration, waiting int64) { return 0, 0, 0 }, trouble: troubles.New().Oldest}
 	in := newIngester(new(batches.Producer), &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &st.ingest, nil)
 	routes := append(in.segmentRoutes(ac), route{"GET", "/health", "health", serveHealth}, route{"GET", "/ready", "ready", ready.serve},
 		route{"POST", bulkPath, "bulk", in.serveBulk}, route{"GET", "/api/v1/metrics", "metrics", nil})

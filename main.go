@@ -157,7 +157,7 @@ func newSystem(cfg *settings) (*system, error) {
 	quick.options.HandshakeTimeout, quick.options.ReadTimeout = readyTimeout, readyTimeout
 	s.ready = &readiness{client: s.producer, clickhouse: quick, conn: connection{to: quick}, broken: s.broken, failed: s.queryFailed,
 		stalled: s.watermark.stalled, trouble: s.stats.troubles.Oldest, consumes: cfg.role != "api",
-		mayKnow: func(r *http.Request) bool { may, _ := s.access.rightsOf(keyOf(r)); return may == mayAll }}
+		mayKnow: s.access.mayKnow}
 	host, _ := os.Hostname()
 	s.pipeline = newPipeline(cfg, net.JoinHostPort(host, fmt.Sprint(cfg.serverPort)), s.stats, s.watermark.behind, func() string {
 		words, _ := s.ready.consuming(true)

@@ -25,9 +25,9 @@ import (
 	"github.com/ClickHouse/ch-go/proto"
 
 	"github.com/event-ingestion/event-ingestion/internal/profile"
+	"github.com/event-ingestion/event-ingestion/internal/questions"
 	"github.com/event-ingestion/event-ingestion/internal/troubles"
 	"github.com/event-ingestion/event-ingestion/internal/turns"
-	"github.com/event-ingestion/event-ingestion/internal/questions"
 )
 
 // Codes of the metrics endpoint beside those of an event.

@@ -25,8 +25,8 @@ import (
 	"unicode/utf8"
 
 	"github.com/event-ingestion/event-ingestion/internal/env"
-	"github.com/event-ingestion/event-ingestion/internal/tokens"
 	"github.com/event-ingestion/event-ingestion/internal/questions"
+	"github.com/event-ingestion/event-ingestion/internal/tokens"
 )
 
 // Limits that are no settings, of more than one part.
