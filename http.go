@@ -85,8 +85,10 @@ func newServer(addr string, routes []route, cfg *settings, ac *access, st *stats
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			x := &exchange{ResponseWriter: w, route: other, started: time.Now()}
 			x.begin(r)
-			if tidy := tidyPath(r.URL.Path); tidy != r.URL.Path {
-				r.URL.Path, r.URL.RawPath = tidy, ""
+			if len(r.URL.Path) <= maxPath {
+				if tidy := tidyPath(r.URL.Path); tidy != r.URL.Path {
+					r.URL.Path, r.URL.RawPath = tidy, ""
+				}
 			}
 			var instead verdict
 			x.client, instead = ac.admits(x.Header(), r)
