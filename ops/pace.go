@@ -15,10 +15,12 @@ const (
 	// A look finds how old the oldest record may be that is not known to be stored: from when it was there to when its offset was
 	// committed, up to 250 ms later, and up to a tick. Below freshAge the pace goes up, above staleAge down; what is live then waits
 	// no longer than 500 ms.
-	freshAge, staleAge, lateAge = 450 * time.Millisecond, 600 * time.Millisecond, 1200 * time.Millisecond
-	// Events a second. The pace begins low: what the machine can is not known.
-	firstPace, leastPace, mostPace = 2000., 100., 500_000.
-	paceUp, paceDown, paceLate     = 1.06, 0.85, 0.5
+	freshAge, staleAge, lateAge = 300 * time.Millisecond, 450 * time.Millisecond, 900 * time.Millisecond
+	// Events a second. The pace begins low: what the machine can is not known. Once it was too much, it goes up slowly beyond paceCalm
+	// of that, for calmTime. The least is what little does to a machine that is slow for another reason.
+	firstPace, leastPace, mostPace       = 2000., 500., 500_000.
+	paceUp, paceSlow, paceDown, paceLate = 1.03, 1.004, 0.8, 0.4
+	paceCalm, calmTime                   = 0.6, 10 * time.Second
 	// paceSleep is how exactly it is kept.
 	paceSleep = 5 * time.Millisecond
 	// maxPaceSamples are those of a minute.
@@ -27,8 +29,10 @@ const (
 
 // pace says when the next event may go.
 type pace struct {
-	mu   sync.Mutex // guards rate and age
+	mu   sync.Mutex // guards what follows
 	rate float64    // events a second
+	calm float64    // beyond it, it goes up slowly, unless it is 0,
+	late time.Time  // for a while after this
 	age  time.Duration
 
 	last time.Time // of wait, and how many may go until then; only who waits touches them
@@ -91,14 +95,26 @@ func behind(committed, offsets map[int32]int64) (n int64) {
 func (p *pace) move(age time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	switch p.age = age; {
-	case age > lateAge:
-		p.rate = max(leastPace, p.rate*paceLate)
-	case age > staleAge:
-		p.rate = max(leastPace, p.rate*paceDown)
-	case age < freshAge:
-		p.rate = min(mostPace, p.rate*paceUp)
+	before := p.age
+	p.age = age
+	if age > staleAge {
+		if p.late = time.Now(); before <= staleAge && p.rate > p.calm/2 { // else it is not the import
+			p.calm = p.rate * paceCalm
+		}
+	} else if time.Since(p.late) > calmTime {
+		p.calm = 0
 	}
+	switch {
+	case age > lateAge:
+		p.rate *= paceLate
+	case age > staleAge:
+		p.rate *= paceDown
+	case age < freshAge && (p.rate < p.calm || p.calm == 0):
+		p.rate *= paceUp
+	case age < freshAge:
+		p.rate *= paceSlow
+	}
+	p.rate = min(max(p.rate, leastPace), mostPace)
 }
 
 // words are for the progress.
