@@ -285,11 +285,11 @@ func (q *metricsQuery) sql() string {
 	where := q.where()
 	ofRows := func(key, isTotal string) string { // which the raw table has
 		return "SELECT " + key + " AS key, count() AS total, uniqCombined64(17)(user_id) AS users, " + q.sum + " AS added, toUInt8(" + isTotal + ") AS is_total" +
-			" FROM {events} WHERE " + where + " AND " + questions.InRange + " GROUP BY key"
+			" FROM {events} WHERE " + where + " AND " + questions.InRange
 	}
 	total := "SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + questions.ByDay("''", where)
 	if q.isOfRows() {
-		total = ofRows("''", "1")
+		total = ofRows("''", "1") // without GROUP BY, and so with a line even when there is nothing
 	}
 	withTotal := func(key string) string {
 		return "SELECT key" + figures + "toUInt8(grouping(key) = 1) AS is_total FROM " + questions.ByDay(key, where) + " GROUP BY GROUPING SETS ((key), ()) ORDER BY total DESC, key"
@@ -305,9 +305,9 @@ func (q *metricsQuery) sql() string {
 		return total
 	case q.isOfNames():
 		return besideTotal("SELECT CAST(key, 'String') AS key, total, users, added, is_total FROM (" + ofRows(key, "0") +
-			" ORDER BY total DESC, key LIMIT " + strconv.Itoa(maxGroups+1) + ")") // one more shows that there are more
+			" GROUP BY key ORDER BY total DESC, key LIMIT " + strconv.Itoa(maxGroups+1) + ")") // one more shows that there are more
 	case q.isOfRows(), q.isOfTime() && !q.calendar.WholeHours():
-		return besideTotal(ofRows(key, "0"))
+		return besideTotal(ofRows(key, "0") + " GROUP BY key")
 	case q.groupBy == "channel":
 		return withTotal(key)
 	case q.groupBy == questions.Hour:
