@@ -47,7 +47,7 @@ const askTimeout = 60 * time.Second
 var sharedSettings = settingsOf(map[string]string{
 	"0": "limit offset extremes use_query_cache ignore_materialized_views_with_dropped_target_table skip_unavailable_shards prefer_localhost_replica " +
 		"aggregate_functions_null_for_empty empty_result_for_aggregation_by_empty_set data_type_default_nullable prefer_column_name_to_alias " +
-		"group_by_use_nulls discard_query_data force_optimize_projection inject_random_order_for_select_without_order_by " +
+		"group_by_use_nulls discard_query_data force_optimize_projection inject_random_order_for_select_without_order_by asterisk_include_virtual_columns " +
 		"input_format_native_decode_types_in_binary_format output_format_native_encode_types_in_binary_format",
 	"1": "distributed_foreground_insert force_grouping_standard_compatibility enable_global_with_statement",
 	"throw": "read_overflow_mode read_overflow_mode_leaf group_by_overflow_mode sort_overflow_mode result_overflow_mode set_overflow_mode " +
@@ -119,7 +119,7 @@ func settingsOf(names map[string]string) (settings []ch.Setting) {
 		}
 	}
 	slices.SortFunc(settings, func(a, b ch.Setting) int { return cmp.Compare(a.Key, b.Key) })
-	return settings
+	return slices.Clip(settings) // whoever appends gets a copy
 }
 
 func newClickHouse(cfg *settings) *clickhouse {

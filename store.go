@@ -345,7 +345,7 @@ func (ins *inserter) insertOnce(ctx context.Context) error {
 			copy(columns, ins.empty) // rows that still stand here would be sent once more with the EOF
 			return io.EOF
 		},
-		Settings: slices.Clone(roundSettings), // Do appends to it
+		Settings: roundSettings,
 	})
 	if err == nil {
 		ins.unknown = false
