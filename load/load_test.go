@@ -351,7 +351,7 @@ func TestLoadShort(t *testing.T) {
 		args, want string
 		code       int
 	}{
-		"dead":        {"-url http://" + nobody + short, "20 without an answer: connect: connection refused\n", 1},
+		"dead":        {"-url http://" + nobody + short, "nothing listens at http://" + nobody + ": is `make run` up?", 1},
 		"certificate": {"-url " + secured.URL + short, "20 without an answer: tls: failed to verify certificate: x509: certificate signed by unknown authority\n", 1},
 		"well":        {"-max-p99 1m -url " + newPeer(t, &peer{}) + short, "accepted   20 ", 0},
 		"too slow":    {"-max-p99 1ns -url " + newPeer(t, &peer{}) + short, "is beyond -max-p99 1ns\n", 1},

@@ -59,6 +59,9 @@ func (p *peer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		p.metrics(w, r)
 		return
 	}
+	if r.URL.Path == "/health" {
+		return
+	}
 	events, err := peerBody(r)
 	p.mu.Lock()
 	request := p.posts
