@@ -237,6 +237,9 @@ func TestOneCommandAtATime(t *testing.T) {
 	<-held
 	clickhouseQuery(t, "KILL QUERY WHERE query_id = 'tables "+db+"' SYNC")
 	for _, commands := range [][]string{{"reconcile -from 0", "reconcile -from 0", "reconcile -from 0"}, {"reconcile -from 0", recount}, {recount, recount}} {
+		p.await("quiet", 30*time.Second, func() bool { // what was written a moment ago is no difference yet
+			return clickhouseQuery(t, "SELECT count() FROM system.parts WHERE active AND database = '"+db+"' AND modification_time > now() - 11") == "0"
+		})
 		clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events_hourly SELECT * FROM %[1]s.events_hourly", db)) // all of it twice
 		if atOnce(commands...) == 0 {
 			t.Errorf("all of %q were refused", commands)
