@@ -8,24 +8,21 @@ package main
 
 import (
 	"bytes"
-	"compress/gzip"
 	"context"
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
-	"io"
 	"math/rand/v2"
-	"net/http"
 	"os"
 	"os/exec"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
+
 	"github.com/event-ingestion/event-ingestion/internal/batches"
-	"github.com/klauspost/compress/zstd"
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
@@ -200,7 +197,7 @@ func newSpace(t testing.TB, more ...string) []string {
 func askShards(t testing.TB, sql string) (answers []string) {
 	t.Helper()
 	for port := range strings.SplitSeq(os.Getenv("CLICKHOUSE_HTTP_PORT"), ",") {
-		answers = append(answers, queryAt(t, port, sql))
+		answers = append(answers, testkit.QueryAt(t, port, sql))
 	}
 	return answers
 }
@@ -208,21 +205,7 @@ func askShards(t testing.TB, sql string) (answers []string) {
 func clickhouseQuery(t testing.TB, sql string) string {
 	t.Helper()
 	first, _, _ := strings.Cut(os.Getenv("CLICKHOUSE_HTTP_PORT"), ",")
-	return queryAt(t, first, sql)
-}
-
-func queryAt(t testing.TB, port, sql string) string {
-	t.Helper()
-	resp, err := http.Post("http://127.0.0.1:"+port, "text/plain", strings.NewReader(sql))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	b, _ := io.ReadAll(resp.Body)
-	if resp.StatusCode != http.StatusOK {
-		t.Fatalf("%s: %s", sql, b)
-	}
-	return strings.TrimSpace(string(b))
+	return testkit.QueryAt(t, first, sql)
 }
 
 const (
@@ -264,26 +247,6 @@ func mustCount(t testing.TB, env []string, name string, want int64) {
 	}
 }
 
-// readTopic returns the records of a topic once there are n.
-func readTopic(t testing.TB, topic string, n int) (records []*kgo.Record) {
-	t.Helper()
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...), kgo.ConsumeTopics(topic))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer kafka.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute) // ample: another test may have the machine
-	defer cancel()
-	for len(records) < n {
-		fetches := kafka.PollFetches(ctx)
-		if ctx.Err() != nil {
-			t.Fatalf("%d records on %s, want %d", len(records), topic, n)
-		}
-		records = append(records, fetches.Records()...)
-	}
-	return records
-}
-
 // growTopic gives the space's topic so many partitions.
 func growTopic(t testing.TB, env []string, partitions int) {
 	t.Helper()
@@ -295,10 +258,6 @@ func growTopic(t testing.TB, env []string, partitions int) {
 	if _, err := kadm.NewClient(kafka).UpdatePartitions(t.Context(), partitions, space(env, "KAFKA_TOPIC")); err != nil {
 		t.Fatal(err)
 	}
-}
-
-func freshEvent(name string) []byte {
-	return fmt.Appendf(nil, `{"event_name":%q,"user_id":"u%d","timestamp":%d}`, name, time.Now().UnixNano(), time.Now().Unix())
 }
 
 func settingsFrom(b testing.TB, env []string) *settings {
@@ -380,33 +339,6 @@ func newTestSideProducer(t *testing.T, cfg *settings) *sideProducer {
 	return side
 }
 
-func gzipped(b []byte) []byte {
-	var out bytes.Buffer
-	z := gzip.NewWriter(&out)
-	z.Write(b)
-	z.Close()
-	return out.Bytes()
-}
-
-func zstded(b []byte) []byte {
-	z, _ := zstd.NewWriter(nil)
-	return z.EncodeAll(b, nil)
-}
-
-// tortureFactor is TORTURE from the environment: how many times more often `make torture` kills.
-func tortureFactor() int {
-	n, _ := strconv.Atoi(os.Getenv("TORTURE"))
-	return max(n, 1)
-}
-
-// moreInTorture is how often make test does a thing that takes seconds, and make torture many times of.
-func moreInTorture(usual, factored int) int {
-	if n := tortureFactor(); n > 1 {
-		return n * factored
-	}
-	return usual
-}
-
 // asApart is set in the process of a test that calls apart.
 const asApart = "EVENT_INGESTION_TEST_APART"
 
@@ -436,11 +368,4 @@ func countedOnce(t *testing.T, db string) {
 		GROUP BY event_name, channel, hour HAVING sum(n) != 0 LIMIT 10`, db)); differ != "" {
 		t.Errorf("not counted, or too often:\n%s", differ)
 	}
-}
-
-func totalOf(ns []int64) (total int64) {
-	for _, n := range ns {
-		total += n
-	}
-	return total
 }

@@ -22,6 +22,8 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
+
 	"github.com/event-ingestion/event-ingestion/internal/batches"
 	"github.com/event-ingestion/event-ingestion/internal/budget"
 )
@@ -175,7 +177,7 @@ func costShapes(try func(name string, shape func(size int) []byte, single bool, 
 	const stride = 4
 	n := rand.IntN(stride)
 	do := func(name string, shape func(size int) []byte, single bool, media string) {
-		if n++; n%stride == 0 || tortureFactor() > 1 {
+		if n++; n%stride == 0 || testkit.TortureFactor() > 1 {
 			try(name, shape, single, media)
 		}
 	}
@@ -267,13 +269,13 @@ func TestCostBounds(t *testing.T) {
 			if size = 15 << 19; single { // as large as it gets: pieces and frames come on top
 				size = 60 << 10
 			}
-			try(size, "gzip", gzipped)
-			try(size, "zstd", zstded)
+			try(size, "gzip", testkit.Gzipped)
+			try(size, "zstd", testkit.Zstded)
 			return try(size, "", plain)
 		}})
 	})
 	slices.SortFunc(all, func(a, b tried) int { return b.perByte - a.perByte })
-	for _, worst := range all[:min(len(all), moreInTorture(2, 1))] {
+	for _, worst := range all[:min(len(all), testkit.MoreInTorture(2, 1))] {
 		c := worst.again()
 		t.Logf("%d bytes for 1000: %s; %s of CPU", worst.perByte, worst.name, c.cpu)
 	}
@@ -361,7 +363,7 @@ func TestClientGone(t *testing.T) {
 	if err := q.encode(gone, typeJSON, 1795441976); !errors.Is(err, context.Canceled) || len(q.records) > 64 {
 		t.Errorf("events: %v, %d records", err, len(q.records))
 	}
-	r := httptest.NewRequestWithContext(gone, "POST", bulkPath, bytes.NewReader(gzipped(bytes.Repeat(body, 100))))
+	r := httptest.NewRequestWithContext(gone, "POST", bulkPath, bytes.NewReader(testkit.Gzipped(bytes.Repeat(body, 100))))
 	r.Header.Set("Content-Encoding", "gzip")
 	if _, err := readBody(q.account, r, maxBulkBody, time.Minute); !errors.Is(err, context.Canceled) {
 		t.Errorf("decompressed to the end: %v", err)

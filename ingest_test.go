@@ -19,6 +19,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
+
 	"github.com/event-ingestion/event-ingestion/internal/batches"
 	"github.com/event-ingestion/event-ingestion/internal/budget"
 	"github.com/event-ingestion/event-ingestion/internal/troubles"
@@ -84,8 +86,8 @@ func TestSettings(t *testing.T) {
 func TestTinyBlocks(t *testing.T) {
 	t.Parallel()
 	in := newIngester(new(batches.Producer), &settings{maxInFlightBytes: 1 << 30, ackTimeout: time.Minute}, &newStats().ingest, nil)
-	event := freshEvent("b")
-	flushed := bytes.Repeat(zstded(event), maxBulkEvents)
+	event := testkit.FreshEvent("b")
+	flushed := bytes.Repeat(testkit.Zstded(event), maxBulkEvents)
 	// A frame with a block of 16 spaces, and blocks that repeat 3 of them: no literals, one sequence, three tables, its states.
 	tables := "\x28\xb5\x2f\xfd\x00\x58" + "\x82\x00\x00 " +
 		strings.Repeat("\x6c\x00\x00"+"\x00"+"\x01\xa8"+"\xe4\xff"+"\xe3\x7f"+"\xe4\xff"+"\x00\x00\x00\x04", 500_000) + "\x01\x00\x00"
@@ -196,28 +198,9 @@ func BenchmarkSegmentToRecords(b *testing.B) {
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/1000, "ns/event")
 }
 
-// document is what the tests need of openapi.json.
-type document struct {
-	Paths map[string]map[string]struct {
-		Responses map[string]any
-	}
-}
-
-func readDocument(t *testing.T) (doc document, text string) {
-	t.Helper()
-	b, err := os.ReadFile("web/openapi.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := json.Unmarshal(b, &doc); err != nil {
-		t.Fatal(err)
-	}
-	return doc, string(b)
-}
-
 // TestDocumentRoutes: every route of the API is in the document, and the reverse; so is every code of an error.
 func TestDocumentRoutes(t *testing.T) {
-	doc, text := readDocument(t)
+	doc, text := testkit.ReadDocument(t, "web/openapi.json")
 	var documented, routed []string
 	for path, methods := range doc.Paths {
 		for method := range methods {
@@ -337,17 +320,17 @@ func TestKeyInBody(t *testing.T) {
 		want       string
 	}{
 		{"beside", `{"batch":[` + item + `],"writeKey":"` + key + `"}`, nil, 0, ""},
-		{"in front", `{"writeKey":"` + key + `","batch":[` + many + item + `]}`, gzipped, 0, ""},
-		{"in front of much", `{"writeKey":"` + key + `","x":"` + strings.Repeat("x", 7<<20) + `","batch":[` + item + `]}`, gzipped, 0, ""},
-		{"in a message", `{"batch":[{"type":"track","event":"e","userId":"u","writeKey":"` + key + `"},` + many[:len(many)-1] + `]}`, zstded, 0, ""},
+		{"in front", `{"writeKey":"` + key + `","batch":[` + many + item + `]}`, testkit.Gzipped, 0, ""},
+		{"in front of much", `{"writeKey":"` + key + `","x":"` + strings.Repeat("x", 7<<20) + `","batch":[` + item + `]}`, testkit.Gzipped, 0, ""},
+		{"in a message", `{"batch":[{"type":"track","event":"e","userId":"u","writeKey":"` + key + `"},` + many[:len(many)-1] + `]}`, testkit.Zstded, 0, ""},
 		{"none", `{"batch":[` + many + item + `]}`, nil, 401, "send a key"},
-		{"none, compressed", `{"batch":[` + item + `]}`, gzipped, 401, "send a key"},
-		{"wrong", `{"writeKey":"wrong","batch":[` + many + item + `]}`, gzipped, 401, "not valid"},
+		{"none, compressed", `{"batch":[` + item + `]}`, testkit.Gzipped, 401, "send a key"},
+		{"wrong", `{"writeKey":"wrong","batch":[` + many + item + `]}`, testkit.Gzipped, 401, "not valid"},
 		{"none of these", `[`, nil, 401, "send a key"},
-		{"bomb", `{"batch":[` + item + `],"x":"` + strings.Repeat("x", 7<<20) + `"}`, gzipped, 401, "Basic authentication"},
-		{"bomb of messages", `{"batch":[` + many + `{"x":[` + strings.Repeat("0,", 4<<20-100<<10) + `0]}]}`, gzipped, 401, "Basic authentication"},
-		{"bomb of zstd", `{"batch":[` + many + `{"x":[` + strings.Repeat("0,", 4<<20-100<<10) + `0]}]}`, zstded, 401, "Basic authentication"},
-		{"beyond the limit", strings.Repeat("x", 9<<20), gzipped, 401, "Basic authentication"},
+		{"bomb", `{"batch":[` + item + `],"x":"` + strings.Repeat("x", 7<<20) + `"}`, testkit.Gzipped, 401, "Basic authentication"},
+		{"bomb of messages", `{"batch":[` + many + `{"x":[` + strings.Repeat("0,", 4<<20-100<<10) + `0]}]}`, testkit.Gzipped, 401, "Basic authentication"},
+		{"bomb of zstd", `{"batch":[` + many + `{"x":[` + strings.Repeat("0,", 4<<20-100<<10) + `0]}]}`, testkit.Zstded, 401, "Basic authentication"},
+		{"beyond the limit", strings.Repeat("x", 9<<20), testkit.Gzipped, 401, "Basic authentication"},
 		{"broken", "x", func(b []byte) []byte { return b }, 400, "could not be read"},
 	} {
 		body := []byte(c.body)

@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
+
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
@@ -302,7 +304,7 @@ func TestProfiles(t *testing.T) {
 		}
 	}
 	many, orders := 60, []string{"sipHash64(name)", "cityHash64(name)"}
-	if tortureFactor() > 1 {
+	if testkit.TortureFactor() > 1 {
 		many, orders = 1, orders[:1]
 	}
 	for _, order := range orders {

@@ -17,6 +17,8 @@ import (
 	"testing"
 	"unicode/utf8"
 
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
+
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/valyala/fastjson"
@@ -108,7 +110,7 @@ func TestFields(t *testing.T) {
 	if n := reflect.TypeFor[event]().NumField(); n != len(fieldNames) {
 		t.Errorf("event has %d fields, fieldNames %d", n, len(fieldNames))
 	}
-	_, document := readDocument(t)
+	_, document := testkit.ReadDocument(t, "web/openapi.json")
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
+
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kgo"
 
@@ -186,7 +188,7 @@ func TestPutOffTogether(t *testing.T) {
 		t.Fatal("not acknowledged")
 	}
 	perPartition := map[int32]int{}
-	for _, rec := range readTopic(t, cfg.kafkaTopic+".retry", each*cfg.maxRetryAttempts-1) {
+	for _, rec := range testkit.ReadTopic(t, kafkaBrokers(t), cfg.kafkaTopic+".retry", each*cfg.maxRetryAttempts-1) {
 		perPartition[rec.Partition]++
 		attempt := retryCount(rec)
 		n, _ := strconv.Atoi(string(rec.Key))
@@ -203,7 +205,7 @@ func TestPutOffTogether(t *testing.T) {
 			t.Errorf("partition %d has %d", p, n)
 		}
 	}
-	for _, rec := range readTopic(t, cfg.kafkaTopic+".dlq", each+1) {
+	for _, rec := range testkit.ReadTopic(t, kafkaBrokers(t), cfg.kafkaTopic+".dlq", each+1) {
 		if string(rec.Key) == "7" {
 			if header(rec, "value_truncated_from") != fmt.Sprint(3<<20) || header(rec, "error_type") != errorInsertFailed || len(rec.Value) == 0 {
 				t.Errorf("the large record: %d bytes, %v", len(rec.Value), rec.Headers)
@@ -302,7 +304,7 @@ func TestRetryWorkers(t *testing.T) {
 	for round := range rounds {
 		put(short, func(i int) int32 { return int32(i % delayPartitions) }, time.Now(), "short")
 		another := start()
-		for _, rec := range readTopic(t, cfg.kafkaTopic, short*(round+1)) {
+		for _, rec := range testkit.ReadTopic(t, kafkaBrokers(t), cfg.kafkaTopic, short*(round+1)) {
 			back[string(rec.Key)]++
 			if string(rec.Value) != "short" {
 				t.Fatal("a record is back before it was due")
@@ -313,7 +315,7 @@ func TestRetryWorkers(t *testing.T) {
 		stop = another
 	}
 	stop()
-	for _, rec := range readTopic(t, cfg.kafkaTopic, short*rounds) {
+	for _, rec := range testkit.ReadTopic(t, kafkaBrokers(t), cfg.kafkaTopic, short*rounds) {
 		back[string(rec.Key)]++
 	}
 	if len(back) != short*rounds {
@@ -329,7 +331,7 @@ func TestRetryWorkers(t *testing.T) {
 			t.Errorf("partition %d is committed to %d", p, done[p])
 		}
 	}
-	if ends, err := offsetsOf(w.admin.ListEndOffsets(t.Context(), cfg.kafkaTopic)); err != nil || totalOf(ends) != short*rounds {
+	if ends, err := offsetsOf(w.admin.ListEndOffsets(t.Context(), cfg.kafkaTopic)); err != nil || testkit.TotalOf(ends) != short*rounds {
 		t.Errorf("%v, %v were put back, want %d", err, ends, short*rounds)
 	}
 	if grown := peak - before; grown > 64<<20 {

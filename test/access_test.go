@@ -27,6 +27,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
+
 	"github.com/twmb/franz-go/pkg/kfake"
 )
 
@@ -52,7 +54,7 @@ func TestKeys(t *testing.T) {
 		{"first", "X-API-Key: " + firstKey, 202}, {"second", "X-API-Key: " + secondKey, 202},
 		{"bearer", "Authorization: Bearer " + secondKey, 202}, {"lower-case scheme", "Authorization: bearer " + firstKey, 202},
 	} {
-		status, header, answer := p.ask("POST", onePath, freshEvent("k"), c.header)
+		status, header, answer := p.ask("POST", onePath, testkit.FreshEvent("k"), c.header)
 		if status != c.status {
 			t.Errorf("%s: %d %s, want %d", c.name, status, answer, c.status)
 		}
@@ -74,16 +76,16 @@ func TestKeys(t *testing.T) {
 	os.WriteFile(file, []byte(secondKey+"\n"+third), 0o600)
 	p.cmd.Process.Signal(syscall.SIGHUP)
 	p.await("rotated", 5*time.Second, func() bool {
-		status, _, _ := p.ask("POST", onePath, freshEvent("k"), "X-API-Key: "+third)
+		status, _, _ := p.ask("POST", onePath, testkit.FreshEvent("k"), "X-API-Key: "+third)
 		return status == 202
 	})
-	if status, _, _ := p.ask("POST", onePath, freshEvent("k"), "X-API-Key: "+firstKey); status != 401 {
+	if status, _, _ := p.ask("POST", onePath, testkit.FreshEvent("k"), "X-API-Key: "+firstKey); status != 401 {
 		t.Errorf("a removed key: %d", status)
 	}
 	os.Remove(file)
 	p.cmd.Process.Signal(syscall.SIGHUP)
 	p.await("told", 5*time.Second, func() bool { return strings.Contains(p.log.String(), "stay as they were") })
-	if status, _, _ := p.ask("POST", onePath, freshEvent("k"), "X-API-Key: "+third); status != 202 {
+	if status, _, _ := p.ask("POST", onePath, testkit.FreshEvent("k"), "X-API-Key: "+third); status != 202 {
 		t.Errorf("after a failed reload: %d", status)
 	}
 }
@@ -114,7 +116,7 @@ func TestWriteKeys(t *testing.T) {
 		var body []byte
 		contentType := jsonCT
 		if c.method == "POST" {
-			body = freshEvent("w")
+			body = testkit.FreshEvent("w")
 		}
 		if strings.HasPrefix(c.path, bulkPath) {
 			contentType = ndjson
@@ -132,10 +134,10 @@ func TestWriteKeys(t *testing.T) {
 	os.WriteFile(file, []byte(third), 0o600)
 	p.cmd.Process.Signal(syscall.SIGHUP)
 	p.await("rotated", 5*time.Second, func() bool {
-		status, _, _ := p.ask("POST", onePath+"?key="+url.QueryEscape(third), freshEvent("w"))
+		status, _, _ := p.ask("POST", onePath+"?key="+url.QueryEscape(third), testkit.FreshEvent("w"))
 		return status == 202
 	})
-	if status, _, _ := p.ask("POST", onePath+"?key="+firstKey, freshEvent("w")); status != 401 {
+	if status, _, _ := p.ask("POST", onePath+"?key="+firstKey, testkit.FreshEvent("w")); status != 401 {
 		t.Errorf("a removed key: %d", status)
 	}
 	p.terminate()
@@ -162,7 +164,7 @@ func TestCORS(t *testing.T) {
 	if _, header, _ := p.ask("GET", "/health", nil); header.Get("Vary") != "Origin" || header.Get("Access-Control-Allow-Origin") != "" {
 		t.Errorf("without an origin: %v", header)
 	}
-	status, header, _ = p.ask("POST", onePath, freshEvent("c"), "Origin: http://localhost:5173", "X-API-Key: "+firstKey)
+	status, header, _ = p.ask("POST", onePath, testkit.FreshEvent("c"), "Origin: http://localhost:5173", "X-API-Key: "+firstKey)
 	if status != 202 || header.Get("Access-Control-Allow-Origin") != "http://localhost:5173" {
 		t.Errorf("request: %d %v", status, header)
 	}
@@ -186,11 +188,11 @@ func TestCORS(t *testing.T) {
 		if c.contentType != "" {
 			headers = append(headers, "Content-Type: "+c.contentType)
 		}
-		if status, _, answer := p.ask("POST", onePath, freshEvent("c"), headers...); status != c.status {
+		if status, _, answer := p.ask("POST", onePath, testkit.FreshEvent("c"), headers...); status != c.status {
 			t.Errorf("%q %s: %d %s, want %d", c.contentType, c.origin, status, answer, c.status)
 		}
 	}
-	if status, header, _ := p.ask("POST", onePath, freshEvent("c"), "Origin: http://localhost:5173"); status != 401 || header.Get("Access-Control-Allow-Origin") == "" {
+	if status, header, _ := p.ask("POST", onePath, testkit.FreshEvent("c"), "Origin: http://localhost:5173"); status != 401 || header.Get("Access-Control-Allow-Origin") == "" {
 		t.Errorf("a page has to see that its key is missing: %d %v", status, header)
 	}
 }
@@ -308,7 +310,7 @@ func TestRoles(t *testing.T) {
 	api := startProgram(t, append(env, "ROLE=api"))
 	consumer := startProgram(t, append(env, "ROLE=consumer"))
 	l, done := loadInto(t, api.url, 2000, 2*time.Second)
-	if status, _, _ := consumer.do("POST", onePath, jsonCT, "", freshEvent("r")); status != 404 {
+	if status, _, _ := consumer.do("POST", onePath, jsonCT, "", testkit.FreshEvent("r")); status != 404 {
 		t.Errorf("a consumer takes events: %d", status)
 	}
 	if _, _, answer := api.do("GET", "/ready", "", "", nil); strings.Contains(answer, "consumers") {
@@ -319,7 +321,7 @@ func TestRoles(t *testing.T) {
 
 	api.cmd.Process.Signal(syscall.SIGTERM)
 	api.await("unready", 5*time.Second, func() bool { return api.status("/ready") == 503 })
-	if status, _, answer := api.do("POST", onePath, jsonCT, "", freshEvent("r")); status != 202 {
+	if status, _, answer := api.do("POST", onePath, jsonCT, "", testkit.FreshEvent("r")); status != 202 {
 		t.Errorf("not served in SHUTDOWN_DELAY: %d %s", status, answer)
 	}
 	if err := api.cmd.Wait(); err != nil {
@@ -344,9 +346,9 @@ func TestSecretsAreNotTold(t *testing.T) {
 			_, _, answer := p.ask("GET", path, nil, "X-API-Key: "+key, "Authorization: Bearer "+key)
 			told.WriteString(answer)
 		}
-		_, _, answer := p.ask("POST", onePath, freshEvent("s"), "X-API-Key: "+key)
+		_, _, answer := p.ask("POST", onePath, testkit.FreshEvent("s"), "X-API-Key: "+key)
 		told.WriteString(answer)
-		_, _, answer = p.ask("POST", onePath+"?key="+key, freshEvent("s"))
+		_, _, answer = p.ask("POST", onePath+"?key="+key, testkit.FreshEvent("s"))
 		told.WriteString(answer)
 		if conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://")); err == nil { // what is no request
 			fmt.Fprintf(conn, "POST %s?key=%s HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n", onePath, key)

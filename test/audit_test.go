@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 )
 
 // TestAuditBesideIngestion: while events come in, some of which ClickHouse rejects until they are dead letters, every audit balances. One
@@ -33,7 +35,7 @@ func TestAuditBesideIngestion(t *testing.T) {
 		}
 	}
 	p.await("dead letters", time.Minute, func() bool { audit(0); return a.Letters > 0 })
-	for range moreInTorture(5, 20) {
+	for range testkit.MoreInTorture(5, 20) {
 		audit(0)
 	}
 	lost := eventID("kept", "u7", at, "")

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 )
 
 func TestClickHouseAwayUnderLoad(t *testing.T) {
@@ -99,7 +101,7 @@ func TestRefusedForSeconds(t *testing.T) {
 			env := faultSpace(t)
 			p := startProgram(t, env)
 			l, done := loadInto(t, p.url, 1500, time.Hour)
-			for range tortureFactor() {
+			for range testkit.TortureFactor() {
 				target := l.OK.Load() + 1000
 				p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 				clickhouseQuery(t, fmt.Sprintf(fault.begin, space(env, "CLICKHOUSE_DATABASE")))

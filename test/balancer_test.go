@@ -14,6 +14,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 )
 
 // startBalancer runs HAProxy with deploy/haproxy.cfg in front of the instances and returns a program that stands for it.
@@ -118,7 +120,7 @@ func TestBalancerRates(t *testing.T) {
 			b := startBalancer(t, haproxy, []*program{p, p, p}, c.lower...)
 			from := func(address string) (status int, retryAfter, answer string) {
 				transport := &http.Transport{DialContext: (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address)}}).DialContext, DisableKeepAlives: true}
-				body := append([]byte(strings.Repeat(" ", c.body)), freshEvent("r")...)
+				body := append([]byte(strings.Repeat(" ", c.body)), testkit.FreshEvent("r")...)
 				resp, err := (&http.Client{Transport: transport}).Post(b.url+bulkPath, ndjson, bytes.NewReader(body))
 				if err != nil {
 					t.Skip("there is only one address here: ", err)

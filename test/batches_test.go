@@ -22,6 +22,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
+
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kgo"
@@ -160,9 +162,9 @@ func (b strangeBatch) Compress(*bytes.Buffer, []byte, ...kgo.CompressFlag) ([]by
 // gzipOfZeros is one record whose value is so many megabytes of zeros. A gzip text may have many members.
 func gzipOfZeros(megabytes int) []byte {
 	rest := binary.AppendVarint([]byte{0, 0, 0, 1}, int64(megabytes)<<20) // attributes, time, offset, no key
-	all := gzipped(append(binary.AppendVarint(nil, int64(len(rest)+megabytes<<20+1)), rest...))
-	all = append(all, bytes.Repeat(gzipped(make([]byte, 1<<20)), megabytes)...)
-	return append(all, gzipped([]byte{0})...) // no headers
+	all := testkit.Gzipped(append(binary.AppendVarint(nil, int64(len(rest)+megabytes<<20+1)), rest...))
+	all = append(all, bytes.Repeat(testkit.Gzipped(make([]byte, 1<<20)), megabytes)...)
+	return append(all, testkit.Gzipped([]byte{0})...) // no headers
 }
 
 // TestBatchBombs: a batch of another producer that is 700 MB when it is decompressed, and one that cannot be decompressed, cost the
@@ -190,7 +192,7 @@ func TestBatchBombs(t *testing.T) {
 	}
 	send := func(name string, want int) {
 		t.Helper()
-		if status, _, answer := p.do("POST", onePath+"?wait=stored", jsonCT, "", freshEvent(name)); status != want {
+		if status, _, answer := p.do("POST", onePath+"?wait=stored", jsonCT, "", testkit.FreshEvent(name)); status != want {
 			t.Errorf("%s: %d %s", name, status, answer)
 		}
 	}
@@ -199,10 +201,10 @@ func TestBatchBombs(t *testing.T) {
 	bomb := gzipOfZeros(700)
 	produce(topic, bomb)
 	produce(topic, []byte("no gzip at all"))
-	p.do("POST", onePath, jsonCT, "", freshEvent("behind"))
+	p.do("POST", onePath, jsonCT, "", testkit.FreshEvent("behind"))
 	produce(topic, bomb)
 	produce(topic+".retry", bomb)
-	letters := readTopic(t, topic+".dlq", 4)
+	letters := testkit.ReadTopic(t, kafkaBrokers(t), topic+".dlq", 4)
 	found := map[string]bool{}
 	for _, letter := range letters {
 		at := header(letter, "original_topic") + "/" + header(letter, "original_partition") + ":" + header(letter, "original_offset")

@@ -16,6 +16,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 )
 
 // fewFiles is the program as one that may have so many files open.
@@ -102,7 +104,7 @@ func manyConnections(t *testing.T, secure bool) {
 		}
 		if i%100 == 0 {
 			ask.transport.CloseIdleConnections()
-			req, _ := http.NewRequestWithContext(t.Context(), "POST", url+onePath, strings.NewReader(string(freshEvent("crowd"))))
+			req, _ := http.NewRequestWithContext(t.Context(), "POST", url+onePath, strings.NewReader(string(testkit.FreshEvent("crowd"))))
 			resp, err := ask.transport.RoundTrip(req)
 			if err != nil || resp.StatusCode != 202 {
 				t.Fatalf("event %d: %v %v", i, resp, err)
@@ -152,7 +154,7 @@ func TestAllServed(t *testing.T) {
 	var served []net.Conn
 	for range 4 {
 		conn := dial()
-		body := freshEvent("served")
+		body := testkit.FreshEvent("served")
 		fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", onePath, len(body))
 		if line, err := bufio.NewReader(conn).ReadString('\n'); !strings.Contains(line, "100 Continue") {
 			t.Fatal(line, err) // it is being served now
@@ -171,7 +173,7 @@ func TestAllServed(t *testing.T) {
 		t.Error("there is room for a fifth")
 	}
 	for i, conn := range served {
-		conn.Write(freshEvent("served"))
+		conn.Write(testkit.FreshEvent("served"))
 		if resp, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil || resp.StatusCode != 202 {
 			t.Errorf("%d: %v %v", i, resp, err)
 		}

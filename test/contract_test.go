@@ -9,11 +9,12 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"os"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 
 	"github.com/klauspost/compress/zstd"
 )
@@ -206,7 +207,7 @@ func TestEventIDs(t *testing.T) {
 	}
 	slices.Sort(all)
 	var keys []string
-	for _, rec := range readTopic(t, space(env, "KAFKA_TOPIC"), len(all)) {
+	for _, rec := range testkit.ReadTopic(t, kafkaBrokers(t), space(env, "KAFKA_TOPIC"), len(all)) {
 		keys = append(keys, string(rec.Key))
 	}
 	if slices.Sort(keys); !slices.Equal(keys, all) {
@@ -224,7 +225,7 @@ func TestContentEncoding(t *testing.T) {
 	p := startProgram(t, newSpace(t))
 	body := fmt.Appendf(nil, `{"events":[{"event_name":"e","user_id":"u","timestamp":%d}]}`, time.Now().Unix())
 	bomb := bytes.Repeat([]byte(" "), 50<<20)
-	gz, zs := gzipped(body), zstded(body)
+	gz, zs := testkit.Gzipped(body), testkit.Zstded(body)
 	single, _ := zstd.NewWriter(nil, zstd.WithSingleSegment(true))
 	for _, c := range []struct {
 		name, encoding string
@@ -242,8 +243,8 @@ func TestContentEncoding(t *testing.T) {
 		{"gzip that is none", "gzip", body, 400},
 		{"zstd that is none", "zstd", body, 400},
 		{"gzip after a broken one", "gzip", gz, 202},
-		{"gzip bomb", "gzip", gzipped(bomb), 413},
-		{"zstd bomb", "zstd", zstded(bomb), 413},
+		{"gzip bomb", "gzip", testkit.Gzipped(bomb), 413},
+		{"zstd bomb", "zstd", testkit.Zstded(bomb), 413},
 		{"zstd after a bomb", "zstd", zs, 202},
 		{"zstd that states its size", "zstd", single.EncodeAll(bomb, nil), 413},
 	} {
@@ -296,29 +297,10 @@ func TestClockSkew(t *testing.T) {
 	}
 }
 
-// document is what the tests need of openapi.json.
-type document struct {
-	Paths map[string]map[string]struct {
-		Responses map[string]any
-	}
-}
-
-func readDocument(t *testing.T) (doc document, text string) {
-	t.Helper()
-	b, err := os.ReadFile("web/openapi.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := json.Unmarshal(b, &doc); err != nil {
-		t.Fatal(err)
-	}
-	return doc, string(b)
-}
-
 // TestDocumentStatuses produces every status that the document has, and no other.
 func TestDocumentStatuses(t *testing.T) {
 	alone(t)
-	doc, _ := readDocument(t)
+	doc, _ := testkit.ReadDocument(t, "web/openapi.json")
 	want := map[string]bool{}
 	for path, methods := range doc.Paths {
 		for method, op := range methods {
@@ -341,7 +323,7 @@ func TestDocumentStatuses(t *testing.T) {
 		}
 	}
 	key := "X-API-Key: " + firstKey
-	event := func() string { return string(freshEvent("d")) }
+	event := func() string { return string(testkit.FreshEvent("d")) }
 	const metrics, overview, pipeline = "/api/v1/metrics", "/api/v1/overview", "/api/v1/pipeline"
 	asked := metrics + "?event_name=d&from=1&to=2"
 	for _, path := range []string{onePath, bulkPath} {

@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
+
 	"github.com/event-ingestion/event-ingestion/load"
 )
 
@@ -55,13 +57,13 @@ func TestClickHouseKilledUnderLoad(t *testing.T) {
 // reads again what was not committed: everything is counted once.
 func TestKilledUnderLoad(t *testing.T) {
 	t.Parallel()
-	killUnderLoad(t, moreInTorture(12, 20), func() {})
+	killUnderLoad(t, testkit.MoreInTorture(12, 20), func() {})
 }
 
 // TestPowerCut: the program and ClickHouse die together.
 func TestPowerCut(t *testing.T) {
 	alone(t)
-	killUnderLoad(t, moreInTorture(8, 10), func() { control(t, "/clickhouse/kill") })
+	killUnderLoad(t, testkit.MoreInTorture(8, 10), func() { control(t, "/clickhouse/kill") })
 }
 
 // killUnderLoad kills the program, and first whatever also does, so many times.
@@ -135,7 +137,7 @@ func TestAnswersCut(t *testing.T) {
 	env := faultSpace(t, "CLICKHOUSE_PORT="+cut.port())
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 2000, time.Hour)
-	for range moreInTorture(20, 30) {
+	for range testkit.MoreInTorture(20, 30) {
 		target := l.OK.Load() + 300
 		p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 		cut.cutAnswers()
@@ -155,7 +157,7 @@ func TestKafkaAnswersCut(t *testing.T) {
 	env := faultSpace(t)
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 2000, time.Hour)
-	for range moreInTorture(20, 30) {
+	for range testkit.MoreInTorture(20, 30) {
 		target := l.OK.Load() + 300
 		p.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 		control(t, "/kafka/cut")

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
+
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
@@ -162,7 +164,7 @@ func TestErasureKilled(t *testing.T) {
 			}
 		}
 	}()
-	for i := range moreInTorture(4, 20) {
+	for i := range testkit.MoreInTorture(4, 20) {
 		cmd := command(t, p.env, strings.Fields(erase)...)
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)

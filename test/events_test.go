@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 )
 
 // listed is an event of a page.
@@ -283,7 +285,7 @@ func TestExportParquet(t *testing.T) {
 	p := startProgram(t, env)
 	var body []byte
 	for range 500 {
-		body = append(append(body, freshEvent("parquet")...), '\n')
+		body = append(append(body, testkit.FreshEvent("parquet")...), '\n')
 	}
 	if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != 202 {
 		t.Fatal(status, answer)

@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
+
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
@@ -25,9 +27,9 @@ func TestLittleMemory(t *testing.T) {
 		events, hours int
 		settings      []string
 	}{
-		{moreInTorture(10_000, 20_000), 24, []string{"DEDUPE_MEMORY=120000"}},
+		{testkit.MoreInTorture(10_000, 20_000), 24, []string{"DEDUPE_MEMORY=120000"}},
 		{5_000, 24, []string{"DEDUPE_MEMORY=0", "WORKER_COUNT=1", "KAFKA_PARTITIONS=3"}},
-		{moreInTorture(5_000, 20_000), 29 * 24, []string{"DEDUPE_MEMORY=60000", "WORKER_COUNT=7", "KAFKA_PARTITIONS=13"}},
+		{testkit.MoreInTorture(5_000, 20_000), 29 * 24, []string{"DEDUPE_MEMORY=60000", "WORKER_COUNT=7", "KAFKA_PARTITIONS=13"}},
 		{5_000, 29 * 24, []string{"CONSUME_MEMORY=2000000"}},
 	} {
 		t.Run(strings.Join(c.settings, ","), func(t *testing.T) {
@@ -197,7 +199,7 @@ func TestTransactions(t *testing.T) {
 	}
 	mustCount(t, env, "committed", 2)
 	mustCount(t, env, "aborted", 0)
-	if n := totalOf(readTopicEnds(t, env, ".dlq")); n != 0 {
+	if n := testkit.TotalOf(readTopicEnds(t, env, ".dlq")); n != 0 {
 		t.Errorf("%d dead letters", n)
 	}
 	var l struct{ Records, Stored, Difference int }
@@ -205,7 +207,7 @@ func TestTransactions(t *testing.T) {
 	if json.Unmarshal([]byte(out), &l); code != 0 || l.Records != 2 || l.Stored != 2 || l.Difference != 0 {
 		t.Errorf("audit: %d %s", code, out)
 	}
-	behind := freshEvent("behind")
+	behind := testkit.FreshEvent("behind")
 	p.await("told that an event behind them is stored", 30*time.Second, func() bool {
 		status, _, _ := p.do("POST", onePath+"?wait=stored", jsonCT, "", behind)
 		return status == http.StatusOK
@@ -221,7 +223,7 @@ func TestLargeEvents(t *testing.T) {
 	p := startBinary(t, lean(t), env)
 	control(t, "/clickhouse/stop")
 	t.Cleanup(func() { control(t, "/clickhouse/start") })
-	events := moreInTorture(10_000, 20_000)
+	events := testkit.MoreInTorture(10_000, 20_000)
 	at := time.Now().Unix()
 	rnd := rand.New(rand.NewPCG(7, 8))
 	filler := make([]byte, 64<<10)

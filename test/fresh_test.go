@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
+
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
@@ -93,7 +95,7 @@ func TestCompleteThroughIsHonest(t *testing.T) {
 		second := time.Now().Unix() + 1
 		return func() bool { return completeThrough(p) >= second }
 	}
-	for range tortureFactor() {
+	for range testkit.TortureFactor() {
 		until("complete", func() {}, catchesUp())
 		clickhouseQuery(t, "ALTER TABLE "+db+".events ADD CONSTRAINT seldom CHECK user_id NOT LIKE '%77'")
 		before := readTopicEnds(t, env, ".retry")
@@ -101,7 +103,7 @@ func TestCompleteThroughIsHonest(t *testing.T) {
 			return func() bool {
 				const delayPartitions = 2 // of the retry topic, for each delay
 				p := (times - 1) * delayPartitions
-				return totalOf(readTopicEnds(t, env, ".retry")[p:p+delayPartitions]) > totalOf(before[p:p+delayPartitions])
+				return testkit.TotalOf(readTopicEnds(t, env, ".retry")[p:p+delayPartitions]) > testkit.TotalOf(before[p:p+delayPartitions])
 			}
 		}
 		until("rejected twice", func() {}, rejected(2))
@@ -135,7 +137,7 @@ func TestCompleteThroughGoesOn(t *testing.T) {
 		t.Helper()
 		var body []byte
 		for range n {
-			body = append(append(body, freshEvent("g")...), '\n')
+			body = append(append(body, testkit.FreshEvent("g")...), '\n')
 		}
 		if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != 202 {
 			t.Fatal(status, answer)
@@ -248,7 +250,7 @@ func TestWaitStored(t *testing.T) {
 			t.Errorf("%d events of %s are said to be stored: %s", want, name, answer)
 		}
 	}
-	line := func(name string) string { return string(freshEvent(name)) + "\n" }
+	line := func(name string) string { return string(testkit.FreshEvent(name)) + "\n" }
 	for _, c := range []struct {
 		name, path, media, body string
 		status, counted         int
@@ -285,7 +287,7 @@ func TestWaitStored(t *testing.T) {
 		senders.Go(func() { // ends with the answer
 			time.Sleep(time.Duration(i) * 17 * time.Millisecond)
 			name := fmt.Sprint("many", i)
-			if status, _, answer := p.do("POST", onePath+"?wait=stored", jsonCT, "", freshEvent(name)); status == 200 {
+			if status, _, answer := p.do("POST", onePath+"?wait=stored", jsonCT, "", testkit.FreshEvent(name)); status == 200 {
 				stored.Add(1)
 				counts(name, 1)
 			} else if status != 202 {
@@ -304,18 +306,18 @@ func TestWaitEnds(t *testing.T) {
 	p := startProgram(t, newSpace(t))
 	t.Cleanup(func() { control(t, "/clickhouse/start") })
 	control(t, "/clickhouse/stop")
-	if status, _, answer := p.do("POST", onePath+"?wait=stored", jsonCT, "", freshEvent("w")); status != 202 || !strings.HasSuffix(answer, `"status":"queued"}`) {
+	if status, _, answer := p.do("POST", onePath+"?wait=stored", jsonCT, "", testkit.FreshEvent("w")); status != 202 || !strings.HasSuffix(answer, `"status":"queued"}`) {
 		t.Errorf("%d %s", status, answer)
 	}
-	if status, _, answer := p.do("POST", bulkPath+"?wait=stored", ndjson, "", freshEvent("w")); status != 202 || answer != `{"success_count":1,"failed_count":0,"errors":[]}` {
+	if status, _, answer := p.do("POST", bulkPath+"?wait=stored", ndjson, "", testkit.FreshEvent("w")); status != 202 || answer != `{"success_count":1,"failed_count":0,"errors":[]}` {
 		t.Errorf("%d %s", status, answer)
 	}
 	answered := make(chan string, 1)
 	go func() { // ends with the answer
-		status, _, answer := p.do("POST", onePath+"?wait=stored", jsonCT, "", freshEvent("w"))
+		status, _, answer := p.do("POST", onePath+"?wait=stored", jsonCT, "", testkit.FreshEvent("w"))
 		answered <- fmt.Sprint(status, answer)
 	}()
-	p.await("acknowledged", 20*time.Second, func() bool { return totalOf(readTopicEnds(t, p.env, "")) == 3 })
+	p.await("acknowledged", 20*time.Second, func() bool { return testkit.TotalOf(readTopicEnds(t, p.env, "")) == 3 })
 	p.terminate()
 	if answer := <-answered; !strings.HasPrefix(answer, "202") || strings.Contains(p.log.String(), "cut off") {
 		t.Errorf("at a stop: %s", answer)

@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 )
 
 // smallDisk mounts a disk of so many MB under a part, kafka or clickhouse, of a stack of the test's own.
@@ -78,7 +80,7 @@ func TestDiskFullKafka(t *testing.T) {
 	env := faultSpace(t, "ACK_TIMEOUT=1s")
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 1500, time.Hour)
-	for range tortureFactor() {
+	for range testkit.TortureFactor() {
 		target := l.OK.Load() + 1500
 		p.await("under load", time.Minute, func() bool { return l.OK.Load() > target })
 		before := l.Retried.Load()
@@ -112,8 +114,8 @@ func TestDiskFullClickHouse(t *testing.T) {
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 2000, time.Hour)
 	fills, broken, noticed := 1, 0, 0
-	if tortureFactor() > 1 {
-		fills = 5 * tortureFactor()
+	if testkit.TortureFactor() > 1 {
+		fills = 5 * testkit.TortureFactor()
 	}
 	refused := func() bool { return strings.Contains(p.log.String(), "NOT_ENOUGH_SPACE") }
 	for n := 0; n < fills || !refused() && n < fills+5; n++ { // a consumer that starts over may miss one

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 )
 
 // written writes a file into a directory of the test's own.
@@ -27,7 +29,7 @@ func TestImport(t *testing.T) {
 	t.Parallel()
 	env := newSpace(t)
 	p := startProgram(t, env)
-	events := int64(moreInTorture(30_000, 200_000))
+	events := int64(testkit.MoreInTorture(30_000, 200_000))
 	const years = 3 * 365 * daySeconds
 	now := time.Now().Unix()
 	third := func(part int64) (lines []byte) { // in no order
@@ -36,7 +38,7 @@ func TestImport(t *testing.T) {
 		}
 		return lines
 	}
-	files := []string{written(t, "a.ndjson", third(0)), written(t, "b", gzipped(third(1))), written(t, "c.zst", zstded(third(2)))}
+	files := []string{written(t, "a.ndjson", third(0)), written(t, "b", testkit.Gzipped(third(1))), written(t, "c.zst", testkit.Zstded(third(2)))}
 	if out, code := subcommand(t, env, "import -dry-run "+strings.Join(files, " ")); code != 0 || !strings.Contains(out, fmt.Sprint(events, " events would be accepted")) {
 		t.Fatalf("dry run: %d %s", code, out)
 	}
@@ -119,7 +121,7 @@ func TestImportRefusals(t *testing.T) {
 	if fmt.Sprint(at) != "[4 5 6 7 8 9 10]" {
 		t.Errorf("refused are lines %v", at)
 	}
-	for args, want := range map[string]string{"import": "which FILE", "import /no/such/file": "no such file", "import -dry-run " + written(t, "broken", gzipped([]byte("{}"))[:8]): "EOF"} {
+	for args, want := range map[string]string{"import": "which FILE", "import /no/such/file": "no such file", "import -dry-run " + written(t, "broken", testkit.Gzipped([]byte("{}"))[:8]): "EOF"} {
 		if out, code := subcommand(t, env, args); code == 0 || !strings.Contains(out, want) {
 			t.Errorf("%s: %d %s", args, code, out)
 		}

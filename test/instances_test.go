@@ -8,6 +8,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 )
 
 // TestInstancesComeAndGo: partitions move under load, back and forth, and every event is stored once.
@@ -38,7 +40,7 @@ func TestPausedInstance(t *testing.T) {
 	first := startProgram(t, env)
 	second := startProgram(t, env)
 	l, done := loadInto(t, first.url, 1500, time.Hour)
-	for range moreInTorture(4, 5) {
+	for range testkit.MoreInTorture(4, 5) {
 		target := l.OK.Load() + 1000
 		first.await("under load", 20*time.Second, func() bool { return l.OK.Load() > target })
 		second.cmd.Process.Signal(syscall.SIGSTOP)
@@ -57,7 +59,7 @@ func TestSpareInstance(t *testing.T) {
 	env := newSpace(t, "KAFKA_PARTITIONS=1")
 	first := startProgram(t, env)
 	spare := startProgram(t, env) // and is ready
-	if status, _, answer := spare.do("POST", onePath, jsonCT, "", freshEvent("spare")); status != http.StatusAccepted {
+	if status, _, answer := spare.do("POST", onePath, jsonCT, "", testkit.FreshEvent("spare")); status != http.StatusAccepted {
 		t.Fatal(status, answer)
 	}
 	drained(first)

@@ -4,7 +4,6 @@
 package test
 
 import (
-	"context"
 	"crypto/tls"
 	"fmt"
 	"io"
@@ -38,26 +37,6 @@ func growTopic(t testing.TB, env []string, partitions int) {
 	}
 }
 
-// readTopic returns the records of a topic once there are n.
-func readTopic(t testing.TB, topic string, n int) (records []*kgo.Record) {
-	t.Helper()
-	kafka, err := kgo.NewClient(kgo.SeedBrokers(kafkaBrokers(t)...), kgo.ConsumeTopics(topic))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer kafka.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute) // ample: another test may have the machine
-	defer cancel()
-	for len(records) < n {
-		fetches := kafka.PollFetches(ctx)
-		if ctx.Err() != nil {
-			t.Fatalf("%d records on %s, want %d", len(records), topic, n)
-		}
-		records = append(records, fetches.Records()...)
-	}
-	return records
-}
-
 // readTopicEnds are the ends of the partitions of a topic: KAFKA_TOPIC with a suffix.
 func readTopicEnds(t *testing.T, env []string, suffix string) []int64 {
 	t.Helper()
@@ -79,13 +58,6 @@ func readTopicEnds(t *testing.T, env []string, suffix string) []int64 {
 		all[partition] = end.Offset
 	}
 	return all
-}
-
-func totalOf(ns []int64) (total int64) {
-	for _, n := range ns {
-		total += n
-	}
-	return total
 }
 
 // proxy passes connections on to a target. Connections can lose their answers, never get one, or be refused.

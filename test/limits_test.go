@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 )
 
 // maxSingleBody and maxBulkBody are as large as bodies may be, in bytes.
@@ -70,7 +72,7 @@ func TestStrain(t *testing.T) {
 		fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n", bulkPath, maxBulkBody>>min(i/8, 10))
 	}
 	for range 20 { // while the handlers of some of them wait for certain
-		if status, _, answer := p.do("POST", bulkPath, ndjson, "", freshEvent("s")); status != 202 {
+		if status, _, answer := p.do("POST", bulkPath, ndjson, "", testkit.FreshEvent("s")); status != 202 {
 			t.Fatalf("beside empty promises: %d %s", status, answer)
 		}
 		time.Sleep(10 * time.Millisecond)
@@ -84,7 +86,7 @@ func TestStrain(t *testing.T) {
 		defer conn.Close()
 	}
 	t.Logf("%d idle connections", many)
-	if status, _, answer := p.do("POST", onePath, jsonCT, "", freshEvent("s")); status != 202 {
+	if status, _, answer := p.do("POST", onePath, jsonCT, "", testkit.FreshEvent("s")); status != 202 {
 		t.Errorf("beside idle connections: %d %s", status, answer)
 	}
 
@@ -155,7 +157,7 @@ func TestOneClient(t *testing.T) {
 			if status := <-refused; status != "429 Too Many Requests 2" {
 				t.Errorf("beyond its share: %s", status)
 			}
-			body := append(bytes.Repeat([]byte(" "), 500_000), freshEvent("o")...)
+			body := append(bytes.Repeat([]byte(" "), 500_000), testkit.FreshEvent("o")...)
 			for range 30 {
 				if status, _, answer := p.ask("POST", bulkPath, body, "Content-Type: "+ndjson, c.other); status != 202 {
 					t.Fatalf("somebody else: %d %s", status, answer)
@@ -190,7 +192,7 @@ func TestUnknownKeys(t *testing.T) {
 			t.Errorf("beyond their share: %s", status)
 		}
 	}
-	body := append(bytes.Repeat([]byte(" "), 3<<20), freshEvent("k")...)
+	body := append(bytes.Repeat([]byte(" "), 3<<20), testkit.FreshEvent("k")...)
 	for range 30 {
 		if status, _, answer := p.ask("POST", bulkPath, body, "Content-Type: "+ndjson, "X-API-Key: "+firstKey); status != 202 {
 			t.Fatalf("somebody with a key: %d %s", status, answer)

@@ -5,7 +5,6 @@ package test
 
 import (
 	"bytes"
-	"compress/gzip"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -20,8 +19,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
+
 	"github.com/event-ingestion/event-ingestion/load"
-	"github.com/klauspost/compress/zstd"
 )
 
 const (
@@ -43,7 +43,7 @@ var loads atomic.Int32
 // loadInto sends made-up events to url and returns the loader for its counts. It runs in the background until done.
 func loadInto(tb testing.TB, url string, rate float64, d time.Duration, more ...string) (l *load.Loader, done func()) {
 	tb.Helper()
-	rate *= float64(min(tortureFactor(), 3)) // where there is time, more is in flight when something dies
+	rate *= float64(min(testkit.TortureFactor(), 3)) // where there is time, more is in flight when something dies
 	args := []string{"-url", url, "-rate", fmt.Sprint(rate), "-duration", d.String(), "-bulk", "50", "-connections", "16", "-users", "500", "-retries", "100"}
 	t, isTest := tb.(*testing.T)
 	if isTest { // a benchmark measures without
@@ -234,10 +234,6 @@ func (p *program) awaitCount(name string, want int) {
 	p.await(fmt.Sprintf("counted: %d of %s", want, name), 30*time.Second, counted)
 }
 
-func freshEvent(name string) []byte {
-	return fmt.Appendf(nil, `{"event_name":%q,"user_id":"u%d","timestamp":%d}`, name, time.Now().UnixNano(), time.Now().Unix())
-}
-
 // httpPost sends JSON and returns the status.
 func httpPost(url, body string) (int, error) {
 	resp, err := http.Post(url, jsonCT, strings.NewReader(body))
@@ -248,39 +244,12 @@ func httpPost(url, body string) (int, error) {
 	return resp.StatusCode, nil
 }
 
-// tortureFactor is TORTURE from the environment: how many times more often `make torture` kills.
-func tortureFactor() int {
-	n, _ := strconv.Atoi(os.Getenv("TORTURE"))
-	return max(n, 1)
-}
-
-// moreInTorture is how often make test does a thing that takes seconds, and make torture many times of.
-func moreInTorture(usual, factored int) int {
-	if n := tortureFactor(); n > 1 {
-		return n * factored
-	}
-	return usual
-}
-
 // oneClock skips a test of programs whose clock `make test-clock` cannot shift along with the others.
 func oneClock(t *testing.T) {
 	t.Helper()
 	if os.Getenv("CLOCK_SHIFT") != "" {
 		t.Skip("a browser and a Python have the machine's clock")
 	}
-}
-
-func gzipped(b []byte) []byte {
-	var out bytes.Buffer
-	z := gzip.NewWriter(&out)
-	z.Write(b)
-	z.Close()
-	return out.Bytes()
-}
-
-func zstded(b []byte) []byte {
-	z, _ := zstd.NewWriter(nil)
-	return z.EncodeAll(b, nil)
 }
 
 // metric is what an instance's admin listener says of one.

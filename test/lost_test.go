@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 )
 
 // lostEvents are stored in the space, some of them sent twice, before the store is lost.
@@ -129,7 +131,7 @@ func TestStoreLostBeside(t *testing.T) {
 		if status := p.status(question); status != http.StatusServiceUnavailable {
 			t.Errorf("metrics without tables: %d", status)
 		}
-		if status, _, answer := p.do("POST", onePath, jsonCT, "", freshEvent("meanwhile")); status != http.StatusAccepted {
+		if status, _, answer := p.do("POST", onePath, jsonCT, "", testkit.FreshEvent("meanwhile")); status != http.StatusAccepted {
 			t.Errorf("%d %s", status, answer)
 		}
 	}

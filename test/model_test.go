@@ -17,6 +17,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 )
 
 // modelEvent is what makes an event the same event.
@@ -85,7 +87,7 @@ func TestModel(t *testing.T) {
 	for _, s := range steps {
 		total += s.weight
 	}
-	for range 5 * tortureFactor() {
+	for range 5 * testkit.TortureFactor() {
 		for range 8 {
 			n := m.rnd.IntN(total)
 			for _, s := range steps {

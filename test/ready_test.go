@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
+
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kgo"
@@ -262,7 +264,7 @@ func TestStopWhateverHangs(t *testing.T) {
 		{"clickhouse silent", func(_ *testing.T, p *program, clickhouse *proxy, _ func(int)) {
 			clickhouse.silent.Store(true)
 			go p.status(metricsPath + "event_name=x&from=1&to=2") // ends with the program
-			httpPost(p.url+onePath, string(freshEvent("after")))
+			httpPost(p.url+onePath, string(testkit.FreshEvent("after")))
 		}},
 		{"brokers silent", func(_ *testing.T, _ *program, _ *proxy, silence func(int)) { silence(2) }},
 		{"both silent", func(_ *testing.T, _ *program, clickhouse *proxy, silence func(int)) {
@@ -330,7 +332,7 @@ func TestStandingStill(t *testing.T) {
 	for range 12 {
 		var body []byte
 		for range 100 {
-			body = append(append(body, freshEvent("s")...), '\n')
+			body = append(append(body, testkit.FreshEvent("s")...), '\n')
 		}
 		if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != http.StatusAccepted {
 			t.Fatal(status, answer)

@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 )
 
 // recountSpace is an instance with events of some hours, which events_hourly counts wrongly: more events, other users, another revenue.
@@ -166,7 +168,7 @@ func TestRecountTorn(t *testing.T) {
 	p, from, to := recountSpace(t)
 	l, done := loadInto(t, p.url, 1000, time.Hour, "-dup", "0.1")
 	args := fmt.Sprintf("reconcile -recount -from %d -to %d", from, time.Now().Unix()+3600)
-	for range 3 * tortureFactor() {
+	for range 3 * testkit.TortureFactor() {
 		target := l.OK.Load() + 500
 		p.await("under load", 30*time.Second, func() bool { return l.OK.Load() > target })
 		cmd := command(t, p.env, strings.Fields(args)...)

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
+
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
@@ -60,7 +62,7 @@ func TestJunk(t *testing.T) {
 		_, _, answer := p.do("GET", fmt.Sprintf("%sevent_name=j&from=1&to=%d", metricsPath, now+1), "", "", nil)
 		return strings.Contains(answer, `{"total_count":3,"unique_users":3,`)
 	})
-	letters := readTopic(t, topic+".dlq", len(junk)+1)
+	letters := testkit.ReadTopic(t, kafkaBrokers(t), topic+".dlq", len(junk)+1)
 	for _, rec := range letters {
 		h := map[string]string{}
 		for _, kv := range rec.Headers {
@@ -80,7 +82,7 @@ func TestJunk(t *testing.T) {
 	}
 	p.terminate()
 	again := startProgram(t, env) // nothing is read twice after a clean stop
-	if n := len(readTopic(t, topic+".dlq", len(junk)+1)); n != len(junk)+1 {
+	if n := len(testkit.ReadTopic(t, kafkaBrokers(t), topic+".dlq", len(junk)+1)); n != len(junk)+1 {
 		t.Errorf("%d dead letters after a restart", n)
 	}
 	again.terminate()
@@ -126,7 +128,7 @@ func TestRejectedRows(t *testing.T) {
 	}
 	clickhouseQuery(t, "ALTER TABLE "+db+".events DROP CONSTRAINT late")
 	p.await("stored with those that were late", 30*time.Second, count(events-bad))
-	for _, rec := range readTopic(t, topic+".dlq", bad) {
+	for _, rec := range testkit.ReadTopic(t, kafkaBrokers(t), topic+".dlq", bad) {
 		if !bytes.Contains(rec.Value, []byte(`"never`)) || header(rec, "error_type") != "max_retries_exhausted" || header(rec, "retry_count") != "2" || header(rec, "final_retry_count") != "2" ||
 			header(rec, "original_topic") != topic || !strings.Contains(header(rec, "error_message"), "never") || header(rec, "failed_at") == "" {
 			t.Errorf("dead letter %s: %v", rec.Value, rec.Headers)
@@ -181,7 +183,7 @@ func TestRejectedOtherwise(t *testing.T) {
 	if status, _, answer := p.do("POST", bulkPath, ndjson, "", body); status != http.StatusAccepted {
 		t.Fatal(status, answer)
 	}
-	for _, rec := range readTopic(t, topic+".dlq", bad) {
+	for _, rec := range testkit.ReadTopic(t, kafkaBrokers(t), topic+".dlq", bad) {
 		if !strings.Contains(string(rec.Value), `"user_id":"bad`) {
 			t.Errorf("given up: %s", rec.Value)
 		}
@@ -209,7 +211,7 @@ func TestManyRejected(t *testing.T) {
 	drained(p)
 	mustCount(t, env, "tenth", events*9/10)
 	dead := map[string]bool{}
-	for _, rec := range readTopic(t, space(env, "KAFKA_TOPIC")+".dlq", events/10) {
+	for _, rec := range testkit.ReadTopic(t, kafkaBrokers(t), space(env, "KAFKA_TOPIC")+".dlq", events/10) {
 		dead[string(rec.Key)] = true
 	}
 	if len(dead) != events/10 {
@@ -228,7 +230,7 @@ func TestPutOffByAnotherClock(t *testing.T) {
 	}
 	defer kafka.Close()
 	for _, ahead := range []time.Duration{time.Hour, 0} {
-		rec := &kgo.Record{Topic: space(env, "KAFKA_TOPIC") + ".retry", Key: []byte("k"), Value: freshEvent("ahead"), Timestamp: time.Now().Add(ahead)}
+		rec := &kgo.Record{Topic: space(env, "KAFKA_TOPIC") + ".retry", Key: []byte("k"), Value: testkit.FreshEvent("ahead"), Timestamp: time.Now().Add(ahead)}
 		if err := kafka.ProduceSync(t.Context(), rec).FirstErr(); err != nil {
 			t.Fatal(err)
 		}
@@ -269,17 +271,17 @@ func TestTooLarge(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	letter := readTopic(t, topic+".dlq", 1)[0]
+	letter := testkit.ReadTopic(t, kafkaBrokers(t), topic+".dlq", 1)[0]
 	if header(letter, "value_truncated_from") != fmt.Sprint(len(large.Value)) || header(letter, "error_type") != "insert_failed" || !strings.Contains(header(letter, "error_message"), "do not take") ||
 		len(letter.Value) == 0 || !bytes.HasPrefix(large.Value, letter.Value) {
 		t.Errorf("%d bytes, %.100v", len(letter.Value), letter.Headers)
 	}
 	put := map[string]bool{}
-	for _, rec := range readTopic(t, topic+".retry", 20) { // each for the first time, or some for the second already
+	for _, rec := range testkit.ReadTopic(t, kafkaBrokers(t), topic+".retry", 20) { // each for the first time, or some for the second already
 		put[string(rec.Value)] = true
 	}
 	p.await("put off", 20*time.Second, func() bool {
-		for _, rec := range readTopic(t, topic+".retry", len(put)) {
+		for _, rec := range testkit.ReadTopic(t, kafkaBrokers(t), topic+".retry", len(put)) {
 			put[string(rec.Value)] = true
 		}
 		return len(put) >= 20
@@ -323,7 +325,7 @@ func TestNoValuesInWords(t *testing.T) {
 	clickhouseQuery(t, "ALTER TABLE "+db+".events ADD CONSTRAINT known CHECK user_id = 'known'")
 	clickhouseQuery(t, "ALTER TABLE "+db+".events ADD CONSTRAINT cards CHECK metadata NOT LIKE '%4%'")
 	send("constraint")
-	for _, rec := range readTopic(t, space(env, "KAFKA_TOPIC")+".dlq", 40) {
+	for _, rec := range testkit.ReadTopic(t, kafkaBrokers(t), space(env, "KAFKA_TOPIC")+".dlq", 40) {
 		if said := header(rec, "error_message"); !strings.Contains(words(said), "VIOLATED_CONSTRAINT") {
 			t.Errorf("error_message %q", said)
 		}

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 )
 
 func TestSegment(t *testing.T) {
@@ -57,12 +59,12 @@ func TestSegment(t *testing.T) {
 		{"both", "//v1//import//", batch(inBody, item("")), "X-A: b", 200, `{"success":true,"errors":[]}`},
 		{"key in the address", "//v1/t/?key=" + firstKey, item(""), "X-A: b", 200, `{"success":true,"errors":[]}`},
 		{"slash doubled, no key", "//v1//batch/", batch("", item("")), "X-A: b", 401, `"error":"unauthorized"`},
-		{"slash doubled elsewhere", "//api/v1/events", string(freshEvent("s")), "X-API-Key: " + firstKey, 404, `"error":"not found"`},
-		{"slash at the end elsewhere", "/api/v1/events/", string(freshEvent("s")), "X-API-Key: " + firstKey, 404, `"error":"not found"`},
+		{"slash doubled elsewhere", "//api/v1/events", string(testkit.FreshEvent("s")), "X-API-Key: " + firstKey, 404, `"error":"not found"`},
+		{"slash at the end elsewhere", "/api/v1/events/", string(testkit.FreshEvent("s")), "X-API-Key: " + firstKey, 404, `"error":"not found"`},
 		{"nothing there", "/v1//x/", item(""), basic(firstKey), 404, `"error":"not found"`},
 		{"up and down", "/v1/x/../batch/", item(""), basic(firstKey), 404, `"error":"not found"`},
 		{"form", "/v1/track", item(""), "Content-Type: application/x-www-form-urlencoded", 415, `"error"`},
-		{"basic elsewhere", onePath, string(freshEvent("s")), basic(firstKey), 401, `"error":"unauthorized"`},
+		{"basic elsewhere", onePath, string(testkit.FreshEvent("s")), basic(firstKey), 401, `"error":"unauthorized"`},
 	} {
 		status, _, answer := p.ask("POST", c.path, []byte(c.body), c.header)
 		if status != c.status || !strings.Contains(answer, c.want) || !json.Valid([]byte(answer)) {

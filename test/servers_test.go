@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
+
 	"github.com/event-ingestion/event-ingestion/load"
 )
 
@@ -40,7 +42,7 @@ func testServersKilled(t *testing.T) {
 	env := serversSpace(t)
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 2000, time.Hour, "-dup", "0.2")
-	for i := range 4 * tortureFactor() {
+	for i := range 4 * testkit.TortureFactor() {
 		target := l.OK.Load() + 1000
 		p.await("under load", 30*time.Second, func() bool { return l.OK.Load() > target })
 		if i%2 == 0 {
@@ -173,13 +175,13 @@ func testServerEmptied(t *testing.T) {
 	postAll(t, p, bodies)
 	drained(p)
 	second := strings.Split(stackEnv(t, "CLICKHOUSE_HTTP_PORT"), ",")[1]
-	queryAt(t, second, "DROP DATABASE "+space(env, "CLICKHOUSE_DATABASE")+" SYNC")
-	if status, _, answer := p.do("POST", onePath, jsonCT, "", freshEvent("after")); status != http.StatusAccepted {
+	testkit.QueryAt(t, second, "DROP DATABASE "+space(env, "CLICKHOUSE_DATABASE")+" SYNC")
+	if status, _, answer := p.do("POST", onePath, jsonCT, "", testkit.FreshEvent("after")); status != http.StatusAccepted {
 		t.Fatal(status, answer)
 	}
 	p.await("its tables are there", time.Minute, func() bool {
 		p.status("/ready") // which asks every server
-		return queryAt(t, second, "SELECT count() FROM system.tables WHERE database = '"+space(env, "CLICKHOUSE_DATABASE")+"' AND name = 'events'") == "1"
+		return testkit.QueryAt(t, second, "SELECT count() FROM system.tables WHERE database = '"+space(env, "CLICKHOUSE_DATABASE")+"' AND name = 'events'") == "1"
 	})
 	drained(p)
 	p.terminate()
@@ -252,7 +254,7 @@ func TestReplicas(t *testing.T) {
 	for range 2 {
 		postAll(t, p, bodies)
 	}
-	postAll(t, p, [][]byte{freshEvent("last")})
+	postAll(t, p, [][]byte{testkit.FreshEvent("last")})
 	p.await("stored", 20*time.Second, func() bool { _, n := stored(); return n > events })
 	if rows, n := stored(); n != events+1 {
 		t.Errorf("the servers have %q events, want %d and one more", rows, events)

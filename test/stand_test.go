@@ -37,6 +37,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 )
 
 const (
@@ -297,30 +299,16 @@ func (p *program) do(method, path, contentType, encoding string, body []byte) (i
 func clickhouseQuery(t testing.TB, sql string) string {
 	t.Helper()
 	first, _, _ := strings.Cut(stackEnv(t, "CLICKHOUSE_HTTP_PORT"), ",")
-	return queryAt(t, first, sql)
+	return testkit.QueryAt(t, first, sql)
 }
 
 // askShards is clickhouseQuery at each ClickHouse of the test's stack.
 func askShards(t testing.TB, sql string) (answers []string) {
 	t.Helper()
 	for port := range strings.SplitSeq(stackEnv(t, "CLICKHOUSE_HTTP_PORT"), ",") {
-		answers = append(answers, queryAt(t, port, sql))
+		answers = append(answers, testkit.QueryAt(t, port, sql))
 	}
 	return answers
-}
-
-func queryAt(t testing.TB, port, sql string) string {
-	t.Helper()
-	resp, err := http.Post("http://127.0.0.1:"+port, "text/plain", strings.NewReader(sql))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	b, _ := io.ReadAll(resp.Body)
-	if resp.StatusCode != http.StatusOK {
-		t.Fatalf("%s: %s", sql, b)
-	}
-	return strings.TrimSpace(string(b))
 }
 
 // stacks holds the stacks that tests have for themselves, by the test's name; nil is the shared one while nobody else uses it.
