@@ -128,9 +128,9 @@ func (c *clickhouse) servers(ctx context.Context) (all []*clickhouse, err error)
 	var host proto.ColStr
 	var port proto.ColUInt16
 	replicated := false
-	query := eachRow(ch.Query{
+	query := questions.EachRow(ch.Query{
 		Body:       "SELECT replica_num, host_name, port FROM system.clusters WHERE cluster = {cluster:String} ORDER BY shard_num, replica_num",
-		Parameters: []proto.Parameter{parameter("cluster", c.cluster)},
+		Parameters: []proto.Parameter{questions.Parameter("cluster", c.cluster)},
 	}, func(i int) {
 		server := &clickhouse{options: c.options, database: c.database, cluster: c.cluster, fsync: c.fsync, keepDays: c.keepDays, revenue: c.revenue, columns: c.columns, decides: c.decides}
 		server.options.Address = net.JoinHostPort(host.Row(i), strconv.Itoa(int(port[i])))
@@ -168,22 +168,6 @@ func (c *clickhouse) eachServer(ctx context.Context, f func(server *clickhouse, 
 	return nil
 }
 
-// eachRow has the query's columns decoded into these, by their order, and calls row with the number of each row in them.
-func eachRow(q ch.Query, row func(i int), columns ...proto.ColResult) ch.Query {
-	results := make(proto.Results, len(columns))
-	for i, c := range columns {
-		results[i].Data = c
-	}
-	q.Result = results
-	q.OnResult = func(_ context.Context, b proto.Block) error {
-		for i := range b.Rows {
-			row(i)
-		}
-		return nil
-	}
-	return q
-}
-
 // inserting are the settings of every insert; a majority of a shard's replicas has it when it is acknowledged.
 func (c *clickhouse) inserting() []ch.Setting {
 	if !c.replicated.Load() {
@@ -208,17 +192,6 @@ func (c *clickhouse) lacksTables(err error) bool {
 	return c.cluster != "" && (ch.IsErr(err, proto.ErrUnknownTable, proto.ErrUnknownDatabase) ||
 		ch.IsErr(err, proto.ErrAllConnectionTriesFailed) && strings.Contains(err.Error(), "There is no table"))
 }
-
-// parameter is a query parameter of type String. The server takes the value for a quoted literal, and what is in the
-// quotes for a field of TSV: each layer has its escapes. ch-go's Parameters knows neither.
-func parameter(key, value string) proto.Parameter {
-	return proto.Parameter{Key: key, Value: "'" + literalEscapes.Replace(tsvEscapes.Replace(value)) + "'"}
-}
-
-var (
-	tsvEscapes     = strings.NewReplacer(`\`, `\\`, "\n", `\n`, "\r", `\r`, "\t", `\t`, "\b", `\b`, "\f", `\f`, "\x00", `\0`)
-	literalEscapes = strings.NewReplacer(`\`, `\\`, `'`, `\'`)
-)
 
 func firstLine(s string) string {
 	s, _, _ = strings.Cut(s, "\n")
@@ -262,8 +235,8 @@ func (c *clickhouse) sql(text string) string {
 			"{nothing after}", "0")
 	}
 	rule := c.revenue.Load()
-	names := strings.ReplaceAll(literal(strings.Join(rule.Events, "\x00")), "\x00", "', '")
-	fill = append(fill, "{purchase events}", names, "{currency}", literal(strings.ToLower(rule.Currency)), "{revenue rule}", literal(rule.text()))
+	names := strings.ReplaceAll(questions.Literal(strings.Join(rule.Events, "\x00")), "\x00", "', '")
+	fill = append(fill, "{purchase events}", names, "{currency}", questions.Literal(strings.ToLower(rule.Currency)), "{revenue rule}", questions.Literal(rule.text()))
 	return strings.NewReplacer(fill...).Replace(text)
 }
 
@@ -281,7 +254,7 @@ func (c *clickhouse) has(ctx context.Context) (events, counts bool, err error) {
 	}
 	err = c.eachServer(ctx, func(server *clickhouse, conn asker) error {
 		var name proto.ColStr
-		return conn.Do(ctx, eachRow(ch.Query{
+		return conn.Do(ctx, questions.EachRow(ch.Query{
 			Body: c.sql("SELECT name FROM system.tables WHERE database = '{database}' AND (name = 'events' OR name = 'events_hourly' AND total_rows > 0)"),
 		}, func(i int) {
 			events, counts = events || name.Row(i) == "events", counts || name.Row(i) == "events_hourly"
@@ -289,9 +262,6 @@ func (c *clickhouse) has(ctx context.Context) (events, counts bool, err error) {
 	})
 	return events, counts, err
 }
-
-// literal is a text in SQL.
-func literal(s string) string { return "'" + literalEscapes.Replace(s) + "'" }
 
 // viewTable is the view that counts, and comments on the rule by which it does.
 const viewTable = "events_hourly_mv"
@@ -420,7 +390,7 @@ func (c *clickhouse) madeBy(ctx context.Context, conn asker, table string) (stat
 // known is what system.tables has of a table in a column of texts; empty when there is no such table.
 func (c *clickhouse) known(ctx context.Context, conn asker, column, table string) (text string, err error) {
 	var answer proto.ColStr
-	err = conn.Do(ctx, eachRow(ch.Query{
+	err = conn.Do(ctx, questions.EachRow(ch.Query{
 		Body: c.sql("SELECT " + column + " FROM system.tables WHERE database = '{database}' AND name = '" + table + "'"),
 	}, func(i int) { text = answer.Row(i) }, &answer))
 	return text, err

@@ -24,6 +24,7 @@ import (
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
+	"github.com/event-ingestion/event-ingestion/internal/questions"
 )
 
 const (
@@ -152,7 +153,7 @@ func (d *dedupe) lookUp(ctx context.Context, round []*block, all bool) error {
 			}
 		}
 	}
-	return d.Do(ctx, eachRow(ch.Query{
+	return d.Do(ctx, questions.EachRow(ch.Query{
 		Body:          d.db.sql("SELECT event_id FROM {events anywhere}") + " WHERE (event_name, timestamp, event_id) IN (SELECT name, at, id FROM doubtful)",
 		ExternalTable: "doubtful",
 		ExternalData:  []proto.InputColumn{{Name: "name", Data: &name}, {Name: "at", Data: &at}, {Name: "id", Data: &id}},
@@ -220,7 +221,7 @@ func (d *dedupe) countHours(ctx context.Context, hours []int64) (map[int64]int64
 	counts := map[int64]int64{}
 	var hour proto.ColUInt32
 	var n proto.ColInt64
-	err := d.Do(ctx, eachRow(ch.Query{
+	err := d.Do(ctx, questions.EachRow(ch.Query{
 		Body: d.db.sql("SELECT toUnixTimestamp(hour) AS h, sum(event_count) FROM {events_hourly} WHERE ") + inHours(hours) + " GROUP BY h",
 	}, func(i int) { counts[int64(hour[i])/hourSeconds] = n[i] }, &hour, &n))
 	return counts, err
@@ -245,7 +246,7 @@ func (d *dedupe) read(ctx context.Context, spans []secondSpan) error {
 	}
 	var minute proto.ColUInt32
 	var key proto.ColUInt64
-	err := d.Do(ctx, eachRow(ch.Query{
+	err := d.Do(ctx, questions.EachRow(ch.Query{
 		Body: fmt.Sprintf("SELECT toUInt32(intDiv(toUnixTimestamp(timestamp), %d)), reinterpretAsUInt64(event_id) FROM %s WHERE %s",
 			minuteSeconds, d.db.sql("{events anywhere}"), strings.Join(where, " OR ")),
 	}, func(i int) {

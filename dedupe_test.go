@@ -374,7 +374,7 @@ func (s *profileStand) work(turned []ch.Setting) (all string, err error) {
 	})...)
 	for _, view := range []string{"events_between", "events_between_by_day"} {
 		var text proto.ColStr
-		note(view, nil, others.Do(s.t.Context(), eachRow(ch.Query{
+		note(view, nil, others.Do(s.t.Context(), questions.EachRow(ch.Query{
 			Body: fmt.Sprintf("SELECT assumeNotNull(toString(sum(event_count)) || ' ' || toString(sum(revenue))) FROM %s.%s(from = %d, to = %d)", db.database, view, from, to),
 		}, func(i int) { all += text.Row(i) }, &text)))
 	}

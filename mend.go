@@ -27,6 +27,7 @@ import (
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/twmb/franz-go/pkg/kgo"
 
+	"github.com/event-ingestion/event-ingestion/internal/questions"
 	"github.com/event-ingestion/event-ingestion/internal/troubles"
 )
 
@@ -129,7 +130,7 @@ func (m *mender) compare(ctx context.Context, hours []int64) (agree bool, err er
 	commands, err := askNumber(ctx, m.conn, ch.Query{
 		Body: m.db.sql("SELECT toUInt64(assumeNotNull((SELECT count() FROM {processes} WHERE initial_query_id = {id:String})" +
 			fmt.Sprintf(" + (SELECT count() FROM {database}.recounts WHERE first <= %d AND last >= %d)))", hours[len(hours)-1]*hourSeconds, hours[0]*hourSeconds)),
-		Parameters: []proto.Parameter{parameter("id", m.db.mendingID())},
+		Parameters: []proto.Parameter{questions.Parameter("id", m.db.mendingID())},
 	})
 	if err != nil || commands > 0 {
 		return false, err
@@ -137,7 +138,9 @@ func (m *mender) compare(ctx context.Context, hours []int64) (agree bool, err er
 	if err := m.db.syncReplicas(ctx); err != nil {
 		return false, err
 	}
-	differing := func(final string) string { return fmt.Sprintf(differences, final, inHours(hours), "event_count != 0") }
+	differing := func(final string) string {
+		return fmt.Sprintf(differences, final, inHours(hours), "(event_count != 0 OR id_sum != 0)")
+	}
 	alone, started := m.alone(), time.Now()
 	before, err := m.inserts.await(ctx, m.conn)
 	if err != nil {
@@ -184,7 +187,7 @@ func (m *mender) compare(ctx context.Context, hours []int64) (agree bool, err er
 // look counts hours in both tables and returns where they differ.
 func (m *mender) look(ctx context.Context, differing string) (found []string, err error) {
 	var text proto.ColStr
-	err = m.conn.Do(ctx, eachRow(ch.Query{
+	err = m.conn.Do(ctx, questions.EachRow(ch.Query{
 		Body: m.db.sql("SELECT " + differenceText + " AS text FROM " + differing + " ORDER BY text"),
 	}, func(i int) { found = append(found, text.Row(i)) }, &text))
 	return found, err
@@ -206,7 +209,7 @@ func (m *mender) insertDifferences(ctx context.Context, differing string, found 
 // differences is a subquery: events, read with FINAL or without, minus events_hourly, of the hours and of what differs that two
 // conditions name. What a query over it does not select is not computed.
 //
-// User states do not change when a user is added twice, and event_count is a signed sum, so one statement that inserts the
+// User states do not change when a user is added twice, and event_count is a signed sum, id_sum one that overflows, so one statement that inserts the
 // difference mends all; a second time it does nothing.
 const differences = `(
 SELECT event_name, channel, hour, {added up}, sum(has) AS aggregated, max(written) AS last_written
@@ -216,7 +219,7 @@ FROM
     FROM {events} %[1]s WHERE %[2]s
     GROUP BY event_name, channel, hour
     UNION ALL
-    SELECT event_name, channel, hour, -event_count, unique_users_state, -revenue, campaigns_state, last_at, event_count, toDateTime64(0, 3, 'UTC')
+    SELECT event_name, channel, hour, -event_count, unique_users_state, -revenue, campaigns_state, last_at, bitNot(id_sum) + 1, event_count, toDateTime64(0, 3, 'UTC')
     FROM {events_hourly} WHERE %[2]s
 )
 GROUP BY event_name, channel, hour
@@ -224,7 +227,7 @@ HAVING %[3]s)`
 
 const (
 	// differenceText is the SQL for a row of differences as text: how many events events_hourly lacks, or has too many.
-	differenceText = "toString((event_name, channel, hour, event_count))"
+	differenceText = "toString((event_name, channel, hour, event_count, id_sum))"
 	// addDifferences is the statement that mends, with differences behind it.
 	addDifferences = "INSERT INTO {database}.events_hourly (event_name, channel, hour, {counts}) SELECT event_name, channel, hour, {counts} FROM "
 )
@@ -257,7 +260,7 @@ func (c *clickhouse) syncReplicas(ctx context.Context) error {
 func askNumber(ctx context.Context, a asker, q ch.Query) (n uint64, err error) {
 	var answer proto.ColUInt64
 	answered := false
-	err = a.Do(ctx, eachRow(q, func(i int) { n, answered = answer[i], true }, &answer))
+	err = a.Do(ctx, questions.EachRow(q, func(i int) { n, answered = answer[i], true }, &answer))
 	if err == nil && !answered {
 		err = fmt.Errorf("no number was answered to %s", q.Body)
 	}
@@ -294,10 +297,10 @@ func (a *insertsAtWork) await(ctx context.Context, conn asker) (others time.Dura
 		}
 		var waitFor, longest proto.ColUInt64
 		busy := false
-		err := conn.Do(ctx, eachRow(ch.Query{
+		err := conn.Do(ctx, questions.EachRow(ch.Query{
 			Body: a.db.sql("SELECT countIf(startsWith(initial_query_id, {mine:String}) OR elapsed > {since:Float64}), toUInt64(max(1 + elapsed * 1000))" +
 				" FROM {processes} WHERE startsWith(initial_query_id, {group:String})"),
-			Parameters: []proto.Parameter{parameter("group", a.group), parameter("mine", a.mine), parameter("since", fmt.Sprint(since.Seconds()))},
+			Parameters: []proto.Parameter{questions.Parameter("group", a.group), questions.Parameter("mine", a.mine), questions.Parameter("since", fmt.Sprint(since.Seconds()))},
 		}, func(i int) {
 			busy, others = waitFor[i] > 0, time.Duration(longest[i])*time.Millisecond
 		}, &waitFor, &longest))
@@ -408,7 +411,7 @@ func (b *brokenParts) recheck(ctx context.Context, db *clickhouse, conn asker) e
 	}
 	var table, name proto.ColStr
 	there := map[partName]bool{}
-	err := conn.Do(ctx, eachRow(ch.Query{
+	err := conn.Do(ctx, questions.EachRow(ch.Query{
 		Body: db.sql("SELECT table, name FROM {parts} WHERE active AND database = '{database}'"),
 	}, func(i int) { there[partName{table.Row(i), name.Row(i)}] = true }, &table, &name))
 	if err == nil {

@@ -67,7 +67,7 @@ func newOverviewAPI(m *metricsAPI) *overviewAPI {
 func (o *overviewAPI) serve(w http.ResponseWriter, r *http.Request) {
 	q, problems := parseOverviewQuery(r.URL.RawQuery, time.Now().Unix())
 	o.metrics.answer(w, r, problems, func(ctx context.Context, through *int64) ([]byte, error) {
-		return o.shared.get(fmt.Sprintf("%d %d %s %q %q", q.from, q.to, q.channel, q.tz, q.eventName), func() ([]byte, error) {
+		return o.shared.get(fmt.Sprintf("%d %d %s %q %q", q.from, q.to, q.Channel, q.tz, q.EventName), func() ([]byte, error) {
 			a, err := o.ask(ctx, q)
 			a.Through = through
 			return jsonOf(a), err
@@ -101,107 +101,119 @@ func (q *metricsQuery) bucket() string {
 	return questions.Day
 }
 
-// Kinds of rows of the overview's query.
+// Kinds of rows of the query for names and channels.
 const (
 	kindTotal = iota
-	kindBucket
 	kindChannel
 	kindName
 )
 
-// overviewSQL writes one query, so that all of its figures are of one moment: a row for the total, one per bucket, one per
-// channel, one per event name. kind says which.
-func (q *metricsQuery) overviewSQL() string {
-	const (
-		figures = "sum(event_count) AS total, toString(sum(revenue)) AS money, " +
-			"uniqCombined64Merge(17)(unique_users_state) AS users, uniqCombined64Merge(12)(campaigns_state) AS campaigns"
-		noUsers = "toUInt64(0) AS users, toUInt64(0) AS campaigns"
-		perPair = "tuple(CAST(event_name, 'String'), CAST(channel, 'String'))"
-	)
-	where := q.where()
-	byBucket := func(source string) string { // and in total
-		return "SELECT toUInt8(grouping(key) = 0) AS kind, key, " + figures + " FROM " + source + " GROUP BY GROUPING SETS ((key), ())"
-	}
-	pairs := questions.ByDay(perPair, where)
-	var series string
-	ofRows := func(users string) string {
-		return "SELECT toUInt8(1) AS kind, " + q.unit(q.bucket(), "timestamp") + " AS key, toInt64(count()) AS total, toString({revenue of events}) AS money, " +
-			users + " AS users, toUInt64(0) AS campaigns FROM {events} WHERE " + questions.InRange + " AND " + where + " GROUP BY key"
-	}
-	total := "SELECT toUInt8(0) AS kind, '' AS key, " + figures + " FROM " + questions.ByDay("''", where) + " UNION ALL "
-	switch bucket := q.bucket(); {
-	case bucket == questions.Minute: // without users: counting those of an hour of raw events takes five times as long
-		series = total + ofRows("toUInt64(0)")
-	case !q.calendar.WholeHours():
-		series = total + ofRows("uniqCombined64(17)(user_id)")
-	case bucket == questions.Day && q.calendar.IsUTC():
-		series = byBucket(questions.ByDay(q.unit(bucket, "toStartOfDay(hour)"), where))
-	default:
-		series, pairs = byBucket(questions.ByHour(q.unit(bucket, "hour"), where)), questions.ByHour(perPair, where)
-	}
-	return "SELECT * FROM (" + series + " UNION ALL SELECT toUInt8(if(grouping(name) = 0, 3, 2)) AS kind," +
-		" if(kind = 3, name, channel) AS key, sum(event_count) AS total, toString(sum(revenue)) AS money, " + noUsers +
-		" FROM (SELECT key.1 AS name, key.2 AS channel, event_count, revenue FROM " + pairs + ") GROUP BY GROUPING SETS ((name), (channel)))" +
-		" ORDER BY kind, if(kind = 1, 0, -total), key" +
-		fmt.Sprintf(" LIMIT %d BY kind, if(kind = 3 AND key NOT IN ({purchase events}), '', key)", overviewTop) // anybody may make up names
+// namesSQL writes the query for what needs no users: a row for the total, which has the campaigns, one per channel, one per event name.
+func (q *metricsQuery) namesSQL() string {
+	return "SELECT toUInt8(multiIf(grouping(name) = 0, 2, grouping(channel) = 0, 1, 0)) AS kind, if(kind = 2, name, channel) AS key," +
+		" sum(event_count) AS total, toString(sum(revenue)) AS money, uniqCombined64Merge(12)(campaigns_state) AS campaigns" +
+		" FROM (SELECT key.1 AS name, key.2 AS channel, event_count, revenue, campaigns_state FROM " +
+		questions.ByDay("tuple(CAST(event_name, 'String'), CAST(channel, 'String'))", q.SQL()) + ") GROUP BY GROUPING SETS ((name), (channel), ())" +
+		" ORDER BY kind, -total, key" +
+		fmt.Sprintf(" LIMIT %d BY kind, if(kind = 2 AND key NOT IN ({purchase events}), '', key)", overviewTop) // anybody may make up names
 }
 
-// ask asks for the figures and, at the same time, for the campaigns.
+// ask asks for the figures, for the names and for the campaigns at the same time: an event that comes in meanwhile may be in some only.
 func (o *overviewAPI) ask(ctx context.Context, q *metricsQuery) (a overviewResult, err error) {
 	var (
-		kind             proto.ColUInt8
-		key, money       proto.ColStr
-		total            proto.ColInt64
-		users, campaigns proto.ColUInt64
-		top              []group
-		topErr           error
-		answered         bool
-		waiting          sync.WaitGroup
+		names                                 overviewResult
+		top, series                           []group
+		total                                 questions.Figures
+		units                                 []questions.Figures
+		totalErr, seriesErr, namesErr, topErr error
+		waiting                               sync.WaitGroup
 	)
-	waiting.Go(func() { top, topErr = o.topCampaigns(ctx, q) }) // ends with ctx
-	rule := o.metrics.clickhouse.revenue.Load()
-	reset := func() {
-		answered = false
-		a = overviewResult{From: q.from, To: q.to, Bucket: q.bucket(), Currency: rule.Currency, Channels: []group{}, Names: []group{}, Series: []group{}}
+	of := q.ofHours()
+	inRows := q.bucket() == questions.Minute || !q.calendar.WholeHours()
+	if !inRows {
+		of.Unit = q.bucket()
 	}
-	err = o.metrics.do(ctx, reset, eachRow(ch.Query{Body: q.overviewSQL(), Parameters: q.parameters()}, func(i int) {
+	waiting.Go(func() { total, units, totalErr = o.metrics.hours.Ask(ctx, o.metrics.do, of) }) // all of them end with ctx
+	waiting.Go(func() { top, topErr = o.topCampaigns(ctx, q) })
+	if inRows {
+		waiting.Go(func() { series, seriesErr = o.seriesOfRows(ctx, q) })
+	}
+	names, namesErr = o.names(ctx, q)
+	waiting.Wait()
+	a = names
+	a.From, a.To, a.Bucket, a.Currency = q.from, q.to, q.bucket(), o.metrics.clickhouse.revenue.Load().Currency
+	a.Count, a.Users, a.Revenue, a.Campaigns, a.Series = total.Count, total.Users, json.Number(total.Revenue), top, series
+	if !inRows {
+		a.Series = q.groupsOf(units, of.Unit)
+	}
+	return a, errors.Join(totalErr, seriesErr, namesErr, topErr)
+}
+
+// names asks for what needs no users.
+func (o *overviewAPI) names(ctx context.Context, q *metricsQuery) (a overviewResult, err error) {
+	var (
+		kind       proto.ColUInt8
+		key, money proto.ColStr
+		total      proto.ColInt64
+		campaigns  proto.ColUInt64
+		answered   bool
+	)
+	purchases := o.metrics.clickhouse.revenue.Load().Events
+	reset := func() { answered, a = false, overviewResult{Channels: []group{}, Names: []group{}} }
+	err = o.metrics.do(ctx, reset, questions.EachRow(ch.Query{Body: q.namesSQL(), Parameters: q.parameters()}, func(i int) {
 		switch g := (group{Key: key.Row(i), Count: total[i], Revenue: json.Number(money.Row(i))}); kind[i] {
 		case kindTotal:
-			answered = true
-			a.Count, a.Users, a.Revenue, a.ActiveCampaigns = g.Count, users[i], g.Revenue, campaigns[i]
-		case kindBucket:
-			if a.Bucket != questions.Minute {
-				g.Users = new(users[i])
-			}
-			number, _ := strconv.ParseInt(g.Key, 10, 64)
-			g.Key, g.at = q.calendar.Key(a.Bucket, number)
-			a.Series = append(a.Series, g)
+			answered, a.ActiveCampaigns = true, campaigns[i]
 		case kindChannel:
 			a.Channels = append(a.Channels, g)
 		case kindName:
-			if slices.Contains(rule.Events, g.Key) {
+			if slices.Contains(purchases, g.Key) {
 				a.Purchases += g.Count
 			}
 			if len(a.Names) < overviewTop {
 				a.Names = append(a.Names, g)
 			}
 		}
-	}, &kind, &key, &total, &money, &users, &campaigns))
-	waiting.Wait()
+	}, &kind, &key, &total, &money, &campaigns))
 	if err == nil && !answered {
-		err = errNoTotal
+		err = questions.ErrCut
 	}
-	inOrder(a.Series)
-	a.Campaigns = top
-	return a, errors.Join(err, topErr)
+	return a, err
+}
+
+// seriesOfRows asks the raw table for the series, by the minute, or in a zone of which events_hourly has no days. Users of minutes are
+// left out: counting those of an hour of raw events takes five times as long.
+func (o *overviewAPI) seriesOfRows(ctx context.Context, q *metricsQuery) (series []group, err error) {
+	var (
+		key, money proto.ColStr
+		total      proto.ColInt64
+		users      proto.ColUInt64
+	)
+	counted := "uniqCombined64(17)(user_id)"
+	if q.bucket() == questions.Minute {
+		counted = "toUInt64(0)"
+	}
+	err = o.metrics.do(ctx, func() { series = []group{} }, questions.EachRow(ch.Query{
+		Body: "SELECT " + q.unit(q.bucket(), "timestamp") + " AS key, toInt64(count()) AS total, toString({revenue of events}) AS money, " + counted +
+			" AS users FROM {events} WHERE " + questions.InRange + " AND " + q.SQL() + " GROUP BY key",
+		Parameters: q.parameters(),
+	}, func(i int) {
+		g := q.named(q.bucket(), group{Key: key.Row(i), Count: total[i], Revenue: json.Number(money.Row(i))})
+		if q.bucket() != questions.Minute {
+			g.Users = new(users[i])
+		}
+		series = append(series, g)
+	}, &key, &total, &money, &users))
+	inOrder(series)
+	return series, err
 }
 
 // topCampaigns returns the largest campaigns, which only the raw table knows.
 func (o *overviewAPI) topCampaigns(ctx context.Context, q *metricsQuery) (top []group, err error) {
 	var key proto.ColStr
 	var total proto.ColInt64
-	err = o.metrics.do(ctx, func() { top = []group{} }, eachRow(ch.Query{
-		Body: "SELECT CAST(campaign_id, 'String') AS key, toInt64(count()) AS total FROM {events} WHERE " + q.where() +
+	err = o.metrics.do(ctx, func() { top = []group{} }, questions.EachRow(ch.Query{
+		Body: "SELECT CAST(campaign_id, 'String') AS key, toInt64(count()) AS total FROM {events} WHERE " + q.SQL() +
 			" AND campaign_id != '' AND " + questions.InRange + " GROUP BY campaign_id ORDER BY total DESC, key LIMIT " + strconv.Itoa(overviewTop),
 		Parameters: q.parameters(),
 	}, func(i int) { top = append(top, group{Key: key.Row(i), Count: total[i]}) }, &key, &total))
@@ -292,7 +304,7 @@ func parseEventsQuery(rawQuery string, now int64) (l *questions.Listing, limit i
 		}
 		limit = n
 	}
-	l.From, l.To, l.Where, l.Parameters = max(q.from, 0), min(q.to, maxUnixSeconds), q.where(), q.parameters()
+	l.From, l.To, l.Where, l.Parameters = max(q.from, 0), min(q.to, maxUnixSeconds), q.SQL(), q.parameters()
 	return l, limit, c.problems
 }
 

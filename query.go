@@ -1,7 +1,6 @@
 // The metrics endpoint: how many events and users, in a range that is exact to the second.
 //
-// query.go builds its queries from the definitions of schema.sql, which cut a range into whole days, whole hours and, at its
-// ends, seconds. It owns a small pool of ClickHouse connections.
+// What events_hourly knows, package questions asks of it; what only rows know, query.go does. It owns the pool of connections.
 
 package main
 
@@ -60,6 +59,7 @@ type metricsAPI struct {
 	pool       func() (*chpool.Pool, error) // made when first used
 	adopted    atomic.Int64                 // Unix second when the tables were last asked for their rule of revenue
 	turns      *turns.Turns                 // at the pool's connections
+	hours      questions.Hours              // what events_hourly answers
 }
 
 // askerOf is the context's value for the client that a query is asked for.
@@ -67,14 +67,12 @@ type askerOf struct{}
 
 // metricsQuery is a parsed request. Empty texts are no filter. from and to are Unix seconds, both inclusive.
 type metricsQuery struct {
-	eventName, channel, campaign, user, tag string
-	groupBy, tz                             string
-	from, to                                int64
-	calendar                                *questions.Calendar // of tz
-	member                                  string              // SQL: what group_by=metadata.PATH names, as JSON
-	sum                                     string              // SQL: the sum that is asked for, or noSum
-	members                                 []string            // SQL: filters of metadata
-	values                                  []proto.Parameter   // of paths and values
+	questions.Filter
+	groupBy, tz string
+	from, to    int64
+	calendar    *questions.Calendar // of tz
+	member      string              // SQL: what group_by=metadata.PATH names, as JSON
+	sum         string              // SQL: the sum that is asked for, or noSum
 }
 
 // metricsResult is the JSON of an answer. Groups is nil unless they were asked for, and Through while it is not known: a
@@ -158,18 +156,20 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 func (m *metricsAPI) parse(rawQuery string) (*metricsQuery, []problem) {
 	c := newQueryCheck(rawQuery, "event_name", "from", "to", "channel", "group_by", "tz", "campaign_id", "user_id", "tag", "sum", memberParameters)
 	q := c.filters()
-	if q.eventName == "" {
+	if q.EventName == "" {
 		c.fail("event_name", codeRequired, "is required")
 	}
 	q.from, q.to = c.seconds("from"), c.seconds("to")
 	c.place(q)
+	members := 0
 	for _, name := range slices.Sorted(maps.Keys(c.values)) {
-		if path, is := strings.CutPrefix(name, memberPrefix); is && len(q.members) <= maxMembers { // of any more, none is looked at
-			q.members = append(q.members, questions.Text(m.memberOf(c, q, name, codeInvalidFormat, path))+" = "+q.value(questions.Cut(c.text(name))))
+		if path, is := strings.CutPrefix(name, memberPrefix); is {
+			if members++; members > maxMembers { // of any more, none is looked at
+				c.fail("metadata", codeInvalidFormat, fmt.Sprintf("filters by more than %d members", maxMembers))
+				break
+			}
+			q.HasMember(m.memberOf(c, q, name, codeInvalidFormat, path), c.text(name))
 		}
-	}
-	if len(q.members) > maxMembers {
-		c.fail("metadata", codeInvalidFormat, fmt.Sprintf("filters by more than %d members", maxMembers))
 	}
 	if name := c.values.Get("sum"); name != "" {
 		if path, is := strings.CutPrefix(name, memberPrefix); is {
@@ -198,24 +198,17 @@ const (
 
 // memberOf is the SQL for a member, as JSON: the column that has it, or its place in metadata.
 func (m *metricsAPI) memberOf(c *queryCheck, q *metricsQuery, field, code, path string) string {
-	member, err := questions.MemberOf(m.clickhouse.columns, path, q.value)
+	member, err := questions.MemberOf(m.clickhouse.columns, path, q.Value)
 	if err != nil {
 		c.fail(field, code, err.Error())
 	}
 	return member
 }
 
-// value makes a parameter of a text and returns the SQL for it.
-func (q *metricsQuery) value(text string) string {
-	name := "value" + strconv.Itoa(len(q.values))
-	q.values = append(q.values, parameter(name, text))
-	return "{" + name + ":String}"
-}
-
 // filters reads what metrics and overview have in common, but for the range.
 func (c *queryCheck) filters() *metricsQuery {
-	return &metricsQuery{eventName: c.text("event_name"), channel: c.text("channel"), groupBy: c.text("group_by"), tz: c.text("tz"),
-		campaign: c.text("campaign_id"), user: c.text("user_id"), tag: c.text("tag"), sum: noSum}
+	return &metricsQuery{groupBy: c.text("group_by"), tz: c.text("tz"), sum: noSum, Filter: questions.Filter{EventName: c.text("event_name"),
+		Channel: c.text("channel"), Campaign: c.text("campaign_id"), User: c.text("user_id"), Tag: c.text("tag")}}
 }
 
 // place checks where the events are that are asked for: in time and by channel.
@@ -223,7 +216,7 @@ func (c *queryCheck) place(q *metricsQuery) {
 	if !c.noRange && q.to <= q.from {
 		c.fail("to", codeInvalidRange, "must be after from")
 	}
-	if !validChannel([]byte(q.channel)) {
+	if !validChannel([]byte(q.Channel)) {
 		c.fail("channel", codeInvalidChannel, "must be one of web, mobile_app, api")
 	}
 	zone, err := questions.Zone(q.tz)
@@ -235,42 +228,36 @@ func (c *queryCheck) place(q *metricsQuery) {
 	q.calendar = questions.CalendarOf(zone, from, to)
 }
 
-// where is the filter, in terms of parameters.
-func (q *metricsQuery) where() string {
-	terms := []string{"1"}
-	for _, filter := range []struct{ value, term string }{
-		{q.channel, "channel = {channel:String}"}, {q.eventName, "event_name = {event_name:String}"},
-		{q.campaign, "campaign_id = {campaign_id:String}"}, {q.user, "user_id = {user_id:String}"}, {q.tag, "has(tags, {tag:String})"},
-	} {
-		if filter.value != "" {
-			terms = append(terms, filter.term)
-		}
-	}
-	return strings.Join(append(terms, q.members...), " AND ")
-}
-
-// parameters are what where and the range need. No event lies outside what the column can hold.
-func (q *metricsQuery) parameters() []proto.Parameter {
-	second := func(n int64) string { return strconv.FormatInt(min(max(n, 0), maxUnixSeconds), 10) }
-	return append([]proto.Parameter{
-		parameter("from", second(q.from)), parameter("to", second(q.to)),
-		parameter("event_name", q.eventName), parameter("channel", q.channel),
-		parameter("campaign_id", q.campaign), parameter("user_id", q.user), parameter("tag", q.tag),
-	}, q.values...)
-}
-
 // isOfRows says whether the answer is in the raw table only.
-func (q *metricsQuery) isOfRows() bool {
-	return q.campaign != "" || q.user != "" || q.tag != "" || len(q.members) > 0 || q.sum != noSum
-}
+func (q *metricsQuery) isOfRows() bool                { return q.OfRows() || q.sum != noSum }
+func (q *metricsQuery) parameters() []proto.Parameter { return q.Parameters(q.from, q.to) }
 
 // isOfTime and isOfNames say what kind the groups are of: those of time are named by the calendar, and names are made up by anybody.
-func (q *metricsQuery) isOfTime() bool {
-	return slices.Contains([]string{questions.Hour, questions.Day, questions.Month}, q.groupBy)
+func (q *metricsQuery) isOfTime() bool { return q.unitOfTime() != "" }
+
+func (q *metricsQuery) unitOfTime() string {
+	if slices.Contains([]string{questions.Hour, questions.Day, questions.Month}, q.groupBy) {
+		return q.groupBy
+	}
+	return ""
 }
 
 func (q *metricsQuery) isOfNames() bool {
 	return q.groupBy == "campaign" || q.groupBy == "tag" || q.member != ""
+}
+
+// isOfHours says whether the groups are in events_hourly, where the total is unless isOfRows.
+func (q *metricsQuery) isOfHours() bool {
+	return !q.isOfRows() && !q.isOfNames() && (!q.isOfTime() || q.calendar.WholeHours())
+}
+
+// ofHours is the question for events_hourly.
+func (q *metricsQuery) ofHours() *questions.Question {
+	of := &questions.Question{From: q.from, To: q.to, Where: q.SQL(), Parameters: q.parameters(), Calendar: q.calendar, Zone: q.tz}
+	if q.isOfHours() {
+		of.Unit, of.ByChannel = q.unitOfTime(), q.groupBy == "channel"
+	}
+	return of
 }
 
 // unit is the SQL for the number of the hour, day or month that a moment, in SQL, is in.
@@ -278,50 +265,27 @@ func (q *metricsQuery) unit(unit, moment string) string {
 	return "toString(" + q.calendar.SQL(unit, moment) + ")"
 }
 
-// sql writes the query: one row per key, and one over all keys, marked by is_total, because a user in two groups, or an event with
-// two tags, counts once in the total.
-func (q *metricsQuery) sql() string {
-	const figures = " AS key, toUInt64(sum(event_count)) AS total, uniqCombined64Merge(17)(unique_users_state) AS users, '' AS added, "
-	where := q.where()
-	ofRows := func(key, isTotal string) string { // which the raw table has
+// rowsSQL writes the query for what the raw table alone has: one row per key, and one marked by is_total, because a user in two groups,
+// or an event with two tags, counts once in the total. When events_hourly has the total, that row has no figures.
+func (q *metricsQuery) rowsSQL() string {
+	ofRows := func(key, isTotal string) string {
 		return "SELECT " + key + " AS key, count() AS total, uniqCombined64(17)(user_id) AS users, " + q.sum + " AS added, toUInt8(" + isTotal + ") AS is_total" +
-			" FROM {events} WHERE " + where + " AND " + questions.InRange
+			" FROM {events} WHERE " + q.SQL() + " AND " + questions.InRange
 	}
-	total := "SELECT ''" + figures + "toUInt8(1) AS is_total FROM " + questions.ByDay("''", where)
+	total := "SELECT '' AS key, toUInt64(0) AS total, toUInt64(0) AS users, '' AS added, toUInt8(1) AS is_total"
 	if q.isOfRows() {
 		total = ofRows("''", "1") // without GROUP BY, and so with a line even when there is nothing
 	}
-	withTotal := func(key string) string {
-		return "SELECT key" + figures + "toUInt8(grouping(key) = 1) AS is_total FROM " + questions.ByDay(key, where) + " GROUP BY GROUPING SETS ((key), ()) ORDER BY total DESC, key"
-	}
-	besideTotal := func(groups string) string {
-		return "SELECT CAST(key, 'String') AS key, total, users, added, is_total FROM (" + total + " UNION ALL " + groups + ") ORDER BY total DESC, key"
-	}
-	hours := func(unit, more string) string {
-		return "SELECT key" + figures + "toUInt8(0) AS is_total FROM " + questions.ByHour(q.unit(unit, "hour"), where+more) + " GROUP BY key"
-	}
-	switch key := q.rowKey(); {
-	case q.groupBy == "":
+	if q.groupBy == "" {
 		return total
-	case q.isOfNames():
-		return besideTotal("SELECT CAST(key, 'String') AS key, total, users, added, is_total FROM (" + ofRows(key, "0") +
-			" GROUP BY key ORDER BY total DESC, key LIMIT " + strconv.Itoa(maxGroups+1) + ")") // one more shows that there are more
-	case q.isOfRows(), q.isOfTime() && !q.calendar.WholeHours():
-		return besideTotal(ofRows(key, "0") + " GROUP BY key")
-	case q.groupBy == "channel":
-		return withTotal(key)
-	case q.groupBy == questions.Hour:
-		// In halves, because ClickHouse reads a part of this size on one thread, and two would each make a state for every hour.
-		const middle = "intDiv({from:UInt32} + {to:UInt32}, 7200) * 3600"
-		return besideTotal(hours(q.groupBy, " AND hour < "+middle) + " UNION ALL " + hours(q.groupBy, " AND hour >= "+middle))
-	case q.calendar.IsUTC():
-		return withTotal(q.unit(q.groupBy, "toStartOfDay(hour)"))
 	}
-	return besideTotal(hours(q.groupBy, ""))
+	groups := ofRows(q.rowKey(), "0") + " GROUP BY key"
+	if q.isOfNames() {
+		groups = "SELECT CAST(key, 'String') AS key, total, users, added, is_total FROM (" + groups +
+			" ORDER BY total DESC, key LIMIT " + strconv.Itoa(maxGroups+1) + ")" // one more shows that there are more
+	}
+	return "SELECT CAST(key, 'String') AS key, total, users, added, is_total FROM (" + total + " UNION ALL " + groups + ") ORDER BY total DESC, key"
 }
-
-// errNoTotal is an answer that is cut off before it ends, or throws rows away: a setting of the profile does that.
-var errNoTotal = errors.New("ClickHouse answers without the total; look at the profile of CLICKHOUSE_USERNAME for what throws rows away")
 
 // rowKey is the SQL for the key of a row.
 func (q *metricsQuery) rowKey() string {
@@ -340,6 +304,39 @@ func (q *metricsQuery) rowKey() string {
 
 func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResult, err error) {
 	var (
+		of       = q.ofHours()
+		total    questions.Figures
+		groups   []questions.Figures
+		totalErr error
+		waiting  sync.WaitGroup
+	)
+	if !q.isOfRows() {
+		waiting.Go(func() { total, groups, totalErr = m.hours.Ask(ctx, m.do, of) }) // ends with ctx
+	}
+	if !q.isOfHours() {
+		a, err = m.askRows(ctx, q)
+	}
+	if waiting.Wait(); !q.isOfRows() {
+		a.Count, a.Users = uint64(total.Count), total.Users
+	}
+	if q.isOfHours() && q.groupBy != "" {
+		a.Groups = q.groupsOf(groups, of.Unit)
+		for i := range a.Groups {
+			a.Groups[i].Revenue = "" // the overview has it
+		}
+	}
+	if q.groupBy != "" && q.groupBy != "tag" && !a.Truncated { // the parts of an answer may see different moments
+		a.Count = 0
+		for _, g := range a.Groups {
+			a.Count += uint64(g.Count)
+		}
+	}
+	return a, cmp.Or(err, totalErr)
+}
+
+// askRows asks the raw table.
+func (m *metricsAPI) askRows(ctx context.Context, q *metricsQuery) (a metricsResult, err error) {
+	var (
 		key, added   proto.ColStr
 		count, users proto.ColUInt64
 		isTotal      proto.ColUInt8
@@ -354,15 +351,15 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResul
 			a.Sum = "0" // a question without rows has no total
 		}
 	}
-	err = m.do(ctx, reset, eachRow(ch.Query{Body: q.sql(), Parameters: q.parameters()}, func(i int) {
+	err = m.do(ctx, reset, questions.EachRow(ch.Query{Body: q.rowsSQL(), Parameters: q.parameters()}, func(i int) {
 		if isTotal[i] == 1 {
 			a.Count, a.Users, a.Sum, answered = count[i], users[i], json.Number(added.Row(i)), true
 		} else {
-			a.Groups = append(a.Groups, q.named(group{Key: key.Row(i), Count: int64(count[i]), Users: new(users[i]), Sum: json.Number(added.Row(i))}))
+			a.Groups = append(a.Groups, q.named(q.unitOfTime(), group{Key: key.Row(i), Count: int64(count[i]), Users: new(users[i]), Sum: json.Number(added.Row(i))}))
 		}
 	}, &key, &count, &users, &added, &isTotal))
 	if err == nil && !answered {
-		err = errNoTotal
+		err = questions.ErrCut
 	}
 	if q.isOfTime() {
 		inOrder(a.Groups)
@@ -370,20 +367,26 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResul
 	if len(a.Groups) > maxGroups && q.isOfNames() {
 		a.Groups, a.Truncated = a.Groups[:maxGroups], true
 	}
-	if q.groupBy != "" && q.groupBy != "tag" && !a.Truncated { // the parts of a query may see different moments, above all on several servers
-		a.Count = 0
-		for _, g := range a.Groups {
-			a.Count += uint64(g.Count)
-		}
-	}
 	return a, err
 }
 
-// named gives a group of time its key instead of its number.
-func (q *metricsQuery) named(g group) group {
-	if q.isOfTime() {
+// groupsOf are the groups of events_hourly, which are of a unit of time or of none.
+func (q *metricsQuery) groupsOf(all []questions.Figures, unit string) []group {
+	groups := make([]group, len(all))
+	for i, f := range all {
+		groups[i] = q.named(unit, group{Key: f.Key, Count: f.Count, Users: &all[i].Users, Revenue: json.Number(f.Revenue)})
+	}
+	if unit != "" {
+		inOrder(groups)
+	}
+	return groups
+}
+
+// named gives a group of a unit of time its key instead of its number.
+func (q *metricsQuery) named(unit string, g group) group {
+	if unit != "" {
 		number, _ := strconv.ParseInt(g.Key, 10, 64)
-		g.Key, g.at = q.calendar.Key(q.groupBy, number)
+		g.Key, g.at = q.calendar.Key(unit, number)
 	}
 	return g
 }
@@ -392,15 +395,13 @@ func inOrder(groups []group) {
 	slices.SortFunc(groups, func(a, b group) int { return cmp.Compare(a.at, b.at) })
 }
 
-// adopt has an instance that does not decide about the tables go by their rule of revenue, which another one may have changed a second
-// ago.
-func (m *metricsAPI) adopt(ctx context.Context) error {
+// adopt has an instance that does not decide about the tables go by their rule of revenue, which another one may have just changed.
+func (m *metricsAPI) adopt(ctx context.Context) (err error) {
 	now := time.Now().Unix()
 	if m.clickhouse.decides || m.adopted.Load() == now { // Fast path
 		return nil
 	}
-	err := m.clickhouse.adoptRevenue(ctx, m)
-	if err == nil {
+	if err = m.clickhouse.adoptRevenue(ctx, m); err == nil {
 		m.adopted.Store(now)
 	}
 	return err
@@ -412,9 +413,8 @@ func (m *metricsAPI) Do(ctx context.Context, query ch.Query) error {
 }
 
 // do runs a query on a pooled connection, when it is the turn of whoever asks. The server may have closed it, and with a restart all of
-// the pool, of which ch-go puts
-// one back now and then, so a failure without an answer is retried, after reset, on each. While hours are recounted, or a table is
-// detached by a person, the query is retried for a second.
+// the pool, of which ch-go puts one back now and then, so a failure without an answer is retried, after reset, on each. While hours are
+// recounted, or a table is detached by a person, the query is retried for a second.
 func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error {
 	pool, err := m.pool()
 	if err != nil {

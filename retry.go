@@ -23,6 +23,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 
 	"github.com/event-ingestion/event-ingestion/internal/batches"
+	"github.com/event-ingestion/event-ingestion/internal/questions"
 )
 
 const (
@@ -394,7 +395,7 @@ func (e *erasures) look(ctx context.Context, a asker) error {
 		users := map[[sha256.Size]byte]int64{}
 		var user proto.ColFixedStr32
 		var upTo proto.ColUInt32
-		err = a.Do(ctx, eachRow(ch.Query{Body: e.db.sql("SELECT user, toUnixTimestamp(max(up_to)) FROM {erasures} GROUP BY user")},
+		err = a.Do(ctx, questions.EachRow(ch.Query{Body: e.db.sql("SELECT user, toUnixTimestamp(max(up_to)) FROM {erasures} GROUP BY user")},
 			func(i int) { users[user[i]] = int64(upTo[i]) }, &user, &upTo))
 		if err == nil {
 			e.users, e.version = users, version

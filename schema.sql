@@ -15,13 +15,17 @@ DEFINE {is revenue} AS event_name IN ({purchase events}) AND lower(currency) IN 
 
 DEFINE {revenue of events} AS sumIf(toDecimal128(price, 4), {is revenue});
 
+-- The ids of a set of events, added up, the first 64 bits of each. With the count it says whether two sets are the same.
+DEFINE {id sum of events} AS sumWithOverflow(reinterpretAsUInt64(event_id));
+
 -- What is counted of events: by the view at insert, in the cut hours of a query, by reconcile.
 DEFINE {counts of events} AS
     toInt64(count()) AS event_count,
     uniqCombined64State(17)(user_id) AS unique_users_state,
     {revenue of events} AS revenue,
     uniqCombined64StateIf(12)(campaign_id, campaign_id != '') AS campaigns_state,
-    max(timestamp) AS last_at;
+    max(timestamp) AS last_at,
+    {id sum of events} AS id_sum;
 
 DEFINE {counted} AS
     event_name,
@@ -41,10 +45,11 @@ DEFINE {added up} AS
     uniqCombined64MergeState(17)(unique_users_state) AS unique_users_state,
     sum(revenue) AS revenue,
     uniqCombined64MergeState(12)(campaigns_state) AS campaigns_state,
-    max(last_at) AS last_at;
+    max(last_at) AS last_at,
+    sumWithOverflow(id_sum) AS id_sum;
 
 -- The column names of both.
-DEFINE {counts} AS event_count, unique_users_state, revenue, campaigns_state, last_at;
+DEFINE {counts} AS event_count, unique_users_state, revenue, campaigns_state, last_at, id_sum;
 
 -- 0, or an error while hours between {from} and {to} are recounted.
 DEFINE {settled} AS (SELECT throwIf(count() > 0, 'these hours are being recounted') FROM {database}.recounts WHERE first <= {to:UInt32} AND last >= {from:UInt32});
@@ -127,6 +132,7 @@ CREATE TABLE IF NOT EXISTS {database}.events_hourly
     revenue            SimpleAggregateFunction(sum, Decimal(38, 4)) COMMENT 'of purchases in TRY',
     campaigns_state    AggregateFunction(uniqCombined64(12), LowCardinality(String)),
     last_at            SimpleAggregateFunction(max, DateTime('UTC')) COMMENT 'timestamp of the newest event',
+    id_sum             SimpleAggregateFunction(sumWithOverflow, UInt64) COMMENT 'of the first 64 bits of each event_id: with event_count it says whether these are the same events',
     PROJECTION daily
     (
         SELECT event_name, channel, toStartOfDay(hour), {added up}
@@ -149,7 +155,7 @@ CREATE MATERIALIZED VIEW IF NOT EXISTS {database}.events_hourly_mv TO {database}
 (
     event_name LowCardinality(String), channel LowCardinality(String), hour DateTime('UTC'), event_count Int64,
     unique_users_state AggregateFunction(uniqCombined64(17), String), revenue Decimal(38, 4),
-    campaigns_state AggregateFunction(uniqCombined64(12), LowCardinality(String)), last_at DateTime('UTC')
+    campaigns_state AggregateFunction(uniqCombined64(12), LowCardinality(String)), last_at DateTime('UTC'), id_sum UInt64
 )
 AS {view}
 COMMENT {revenue rule};

@@ -24,6 +24,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 
 	"github.com/event-ingestion/event-ingestion/internal/profile"
+	"github.com/event-ingestion/event-ingestion/internal/questions"
 	"github.com/event-ingestion/event-ingestion/internal/troubles"
 )
 
@@ -420,7 +421,7 @@ func (ins *inserter) violators(ctx context.Context, b *block, rejection error) (
 	for i := range number {
 		number[i] = uint32(i)
 	}
-	err := ins.Do(ctx, eachRow(ch.Query{
+	err := ins.Do(ctx, questions.EachRow(ch.Query{
 		Body:          fmt.Sprintf("SELECT row_number FROM rejected WHERE NOT (%s) ORDER BY row_number", m[1]),
 		ExternalTable: "rejected",
 		ExternalData:  append(slices.Clone(b.columns), proto.InputColumn{Name: "row_number", Data: &number}),

@@ -215,7 +215,7 @@ func TestTornBesideOneInsert(t *testing.T) {
 	id := cfg.kafkaGroup + "-other"
 	other.Go(func() { // ends with stop
 		newClickHouse(settingsFrom(t, env)).connected(func(c asker) error {
-			return c.Do(ctx, eachRow(ch.Query{Body: "SELECT sleepEachRow(0.1) FROM system.numbers SETTINGS max_block_size = 1", QueryID: id}, func(int) {}, new(proto.ColUInt8)))
+			return c.Do(ctx, questions.EachRow(ch.Query{Body: "SELECT sleepEachRow(0.1) FROM system.numbers SETTINGS max_block_size = 1", QueryID: id}, func(int) {}, new(proto.ColUInt8)))
 		})
 	})
 	for clickhouseQuery(t, "SELECT count() FROM system.processes WHERE query_id = '"+id+"'") == "0" {
@@ -255,7 +255,7 @@ func TestProfileThatCutsAnswers(t *testing.T) {
 	c := connection{to: newClickHouse(cfg)}
 	defer c.close()
 	n := 0
-	err := c.Do(t.Context(), eachRow(ch.Query{Body: "SELECT number FROM numbers(1000) SETTINGS max_block_size = 100"}, func(int) { n++ }, new(proto.ColUInt64)))
+	err := c.Do(t.Context(), questions.EachRow(ch.Query{Body: "SELECT number FROM numbers(1000) SETTINGS max_block_size = 100"}, func(int) { n++ }, new(proto.ColUInt64)))
 	if !ch.IsErr(err, proto.ErrTooManyRowsOrBytes) {
 		t.Errorf("%d of 1000 rows: %v", n, err)
 	}
@@ -377,7 +377,7 @@ func TestReplicatedSchema(t *testing.T) {
 	replicated, distributed := 0, 0
 	for _, stmt := range schemaStatements {
 		stmt = strings.Join(perColumn(stmt, columns), "")
-		formatted := clickhouseQuery(t, "SELECT formatQuery('"+literalEscapes.Replace(db.sql(strings.ReplaceAll(stmt, "{fsync}", "0")))+"')")
+		formatted := clickhouseQuery(t, "SELECT formatQuery("+questions.Literal(db.sql(strings.ReplaceAll(stmt, "{fsync}", "0")))+")")
 		formatted = strings.ReplaceAll(formatted, `\'`, "'")
 		replicated += strings.Count(formatted, "MergeTree('/clickhouse/tables/{shard}/"+db.database+"/{table}', '{replica}')")
 		distributed += strings.Count(formatted, "ENGINE = Distributed('main', "+db.database)

@@ -100,7 +100,7 @@ type unequal struct {
 }
 
 // differs is what is compared.
-const differs = "(event_count != 0 OR revenue != 0)"
+const differs = "(event_count != 0 OR id_sum != 0 OR revenue != 0)"
 
 // mend hands the rows that differ to each and, unless dryRun, mends them. It returns how many there were. hours is a condition;
 // what was written within the last quiet seconds is left out.
@@ -288,7 +288,7 @@ func (sys System) recountOnce(ctx context.Context, hours spans) error {
 // work stands in events alone for a moment, so a difference is believed that two looks in a row have found, and so is agreement;
 // between two looks every insert ends that was at work at the first.
 func (sys System) settle(ctx context.Context, hours string) error {
-	const text = "toString((event_name, channel, hour, event_count, revenue))"
+	const text = "toString((event_name, channel, hour, event_count, id_sum, revenue))"
 	differing := sys.Differences(hours, differs)
 	var last []string
 	for looks := 0; ; looks++ {

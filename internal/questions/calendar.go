@@ -107,6 +107,33 @@ func (c *Calendar) SQL(unit, at string) string {
 	return "toInt64(toYYYYMM(toDate32(intDiv" + local[:len(local)-1] + ", 86400) - " + strconv.Itoa(ahead/daySeconds) + ")))"
 }
 
+// Number is what SQL computes, of a Unix second in the calendar's range.
+func (c *Calendar) Number(unit string, at int64) int64 {
+	offset := c.offsets[c.segment(at)]
+	local := at + offset + ahead
+	switch unit {
+	case Hour:
+		return local/hourSeconds*hourStep + offset + hourStep/2
+	case Day:
+		return local / daySeconds
+	}
+	day := time.Unix((local/daySeconds-ahead/daySeconds)*daySeconds, 0).UTC()
+	return int64(day.Year()*100 + int(day.Month()))
+}
+
+// starting are the Unix seconds between from and to at which a unit begins, of a calendar with whole hours.
+func (c *Calendar) starting(unit string, from, to int64) (starts []int64) {
+	shortest := map[string]int64{Hour: hourSeconds, Day: 20 * hourSeconds, Month: 27 * daySeconds}[unit]
+	last := c.Number(unit, from)
+	for at := roundUp(from+1, hourSeconds); at <= to; at += hourSeconds {
+		if number := c.Number(unit, at); number != last {
+			starts, last = append(starts, at), number
+			at += shortest - hourSeconds
+		}
+	}
+	return starts
+}
+
 // Key is the RFC 3339 text of a unit by its number: its first second as the zone's clocks show it, and the Unix second of that. An
 // hour whose begin a clock skips has the begin all the same.
 func (c *Calendar) Key(unit string, number int64) (key string, at int64) {
