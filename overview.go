@@ -9,7 +9,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"net/http"
@@ -121,32 +120,36 @@ func (q *metricsQuery) namesSQL() string {
 // ask asks for the figures, for the names and for the campaigns at the same time: an event that comes in meanwhile may be in some only.
 func (o *overviewAPI) ask(ctx context.Context, q *metricsQuery) (a overviewResult, err error) {
 	var (
-		names                                 overviewResult
-		top, series                           []group
-		total                                 questions.Figures
-		units                                 []questions.Figures
-		totalErr, seriesErr, namesErr, topErr error
-		waiting                               sync.WaitGroup
+		total       questions.Figures
+		units       []questions.Figures
+		top, series []group
+		of          = q.ofHours()
+		inRows      = q.bucket() == questions.Minute || !q.calendar.WholeHours()
 	)
-	of := q.ofHours()
-	inRows := q.bucket() == questions.Minute || !q.calendar.WholeHours()
 	if !inRows {
 		of.Unit = q.bucket()
 	}
-	waiting.Go(func() { total, units, totalErr = o.metrics.hours.Ask(ctx, o.metrics.do, of) }) // all of them end with ctx
-	waiting.Go(func() { top, topErr = o.topCampaigns(ctx, q) })
-	if inRows {
-		waiting.Go(func() { series, seriesErr = o.seriesOfRows(ctx, q) })
-	}
-	names, namesErr = o.names(ctx, q)
-	waiting.Wait()
-	a = names
+	err = questions.Together(ctx, func(ctx context.Context) (err error) {
+		total, units, err = o.metrics.hours.Ask(ctx, o.metrics.do, of)
+		return err
+	}, func(ctx context.Context) (err error) {
+		top, err = o.topCampaigns(ctx, q)
+		return err
+	}, func(ctx context.Context) (err error) {
+		if inRows {
+			series, err = o.seriesOfRows(ctx, q)
+		}
+		return err
+	}, func(ctx context.Context) (err error) {
+		a, err = o.names(ctx, q)
+		return err
+	})
 	a.From, a.To, a.Bucket, a.Currency = q.from, q.to, q.bucket(), o.metrics.clickhouse.revenue.Load().Currency
 	a.Count, a.Users, a.Revenue, a.Campaigns, a.Series = total.Count, total.Users, json.Number(total.Revenue), top, series
 	if !inRows {
 		a.Series = q.groupsOf(units, of.Unit)
 	}
-	return a, errors.Join(totalErr, seriesErr, namesErr, topErr)
+	return a, err
 }
 
 // names asks for what needs no users.

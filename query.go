@@ -303,20 +303,19 @@ func (q *metricsQuery) rowKey() string {
 }
 
 func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResult, err error) {
-	var (
-		of       = q.ofHours()
-		total    questions.Figures
-		groups   []questions.Figures
-		totalErr error
-		waiting  sync.WaitGroup
-	)
+	of, total, groups := q.ofHours(), questions.Figures{}, []questions.Figures(nil)
+	err = questions.Together(ctx, func(ctx context.Context) (err error) {
+		if !q.isOfRows() {
+			total, groups, err = m.hours.Ask(ctx, m.do, of)
+		}
+		return err
+	}, func(ctx context.Context) (err error) {
+		if !q.isOfHours() {
+			a, err = m.askRows(ctx, q)
+		}
+		return err
+	})
 	if !q.isOfRows() {
-		waiting.Go(func() { total, groups, totalErr = m.hours.Ask(ctx, m.do, of) }) // ends with ctx
-	}
-	if !q.isOfHours() {
-		a, err = m.askRows(ctx, q)
-	}
-	if waiting.Wait(); !q.isOfRows() {
 		a.Count, a.Users = uint64(total.Count), total.Users
 	}
 	if q.isOfHours() && q.groupBy != "" {
@@ -331,7 +330,7 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResul
 			a.Count += uint64(g.Count)
 		}
 	}
-	return a, cmp.Or(err, totalErr)
+	return a, err
 }
 
 // askRows asks the raw table.

@@ -427,4 +427,7 @@ func control(t testing.TB, action string) {
 	if resp.StatusCode != http.StatusOK {
 		t.Fatalf("%s: %s", action, resp.Status)
 	}
+	if paused, is := strings.CutSuffix(action, "/pause"); is { // or a test that fails before it resumes waits when it cleans up
+		t.Cleanup(func() { control(t, paused+"/resume") })
+	}
 }

@@ -74,20 +74,23 @@ func (h *Hours) Ask(ctx context.Context, do Do, q *Question) (total Figures, gro
 	first, last := roundUp(q.From, hourSeconds), roundDown(q.To+1, hourSeconds)
 	spans := []span{{from: first, to: last, part: firstUnit}}
 	var middle []Figures
-	var middleErr error
-	var waiting sync.WaitGroup
+	tasks := []func(context.Context) error{func(ctx context.Context) (err error) {
+		total, groups, err = h.total(ctx, do, q, spans)
+		return err
+	}}
 	if q.Unit != "" {
 		if starts := q.Calendar.starting(q.Unit, q.From, q.To); len(starts) > 0 {
 			begin, end := starts[0], starts[len(starts)-1]
 			spans = []span{{from: first, to: begin, part: firstUnit}, {from: begin, to: end, part: between}, {from: end, to: last, part: lastUnit}}
 			if begin < end {
-				waiting.Go(func() { middle, middleErr = h.units(ctx, do, q, starts) })
+				tasks = append(tasks, func(ctx context.Context) (err error) {
+					middle, err = h.units(ctx, do, q, starts)
+					return err
+				})
 			}
 		}
 	}
-	total, groups, err = h.total(ctx, do, q, spans)
-	waiting.Wait()
-	if err = cmp.Or(err, middleErr); err != nil {
+	if err := Together(ctx, tasks...); err != nil {
 		return total, nil, err
 	}
 	switch {
@@ -111,6 +114,22 @@ func (h *Hours) Ask(ctx context.Context, do Do, q *Question) (total Figures, gro
 		}
 	}
 	return total, groups, nil
+}
+
+// Together runs the tasks at once. The first error ends them all, and is returned.
+func Together(ctx context.Context, tasks ...func(context.Context) error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var waiting sync.WaitGroup
+	for _, task := range tasks {
+		waiting.Go(func() {
+			if err := task(ctx); err != nil {
+				cancel(err)
+			}
+		})
+	}
+	waiting.Wait()
+	return context.Cause(ctx)
 }
 
 // about names what a question is about, its range left out.
