@@ -1,7 +1,7 @@
 // A worker: the records of its partitions in, rows of a column block out.
 //
-// A worker parses records and appends them to its block; when the block is full and the inserter has not taken it yet,
-// the worker waits: that is the backpressure, up to Kafka. worker.go owns queues and blocks; the worker's lock is held
+// A worker parses records and appends them to its block. A full block asks for a round; when the inserter is busy the block goes on
+// growing, and then the worker waits: that is the backpressure, up to Kafka. worker.go owns queues and blocks; the worker's lock is held
 // for a few records at a time, so that the inserter and a rebalance find them in a state that agrees.
 
 package main
@@ -25,10 +25,13 @@ const lockRecords = 128
 // queuedBytes is about what a record takes in memory while it waits: its bytes, 200 for kgo.Record, and its places in slices.
 func queuedBytes(rec *kgo.Record) int64 { return int64(recordBytes(rec) + 200) }
 
-// blockLimits say when a block is full.
+// blockLimits say when a block is full: it asks for a round with so many rows. It grows on while the inserter is busy, to busyBlocks as
+// many rows or so many bytes: larger rounds cost less when there is a backlog.
 type blockLimits struct {
 	rows, bytes int
 }
+
+const busyBlocks = 5
 
 // worker turns the records of its partitions into rows.
 type worker struct {
@@ -149,8 +152,9 @@ func (w *worker) run(ctx context.Context) {
 
 var errMisplaced = errors.New("the record is not where its event's id belongs")
 
+// isFull says whether the block takes no more rows.
 func (w *worker) isFull() bool {
-	return w.cur.rows() >= w.limits.rows || w.cur.bytes >= w.limits.bytes || w.cur.outOfKeys()
+	return w.cur.rows() >= busyBlocks*w.limits.rows || w.cur.bytes >= w.limits.bytes || w.cur.outOfKeys()
 }
 
 // takeIn appends up to n records of the queue's head to the block, under the lock. It stops at a record that is no
@@ -180,7 +184,7 @@ func (w *worker) takeIn(n int) (bad *kgo.Record, why error) {
 	if taken > 0 {
 		w.pass(taken)
 	}
-	if w.isFull() {
+	if w.cur.rows() >= w.limits.rows || w.isFull() {
 		notify(w.call.full, struct{}{})
 	}
 	return bad, why

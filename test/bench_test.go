@@ -225,46 +225,87 @@ func bareHandler() error {
 	}))
 }
 
-// BenchmarkMetrics asks for 30 days that hold 20 million events, from the middle of an hour to the middle of an hour, and
-// for what the dashboard page draws. The aggregate is merged, as it is once an hour has passed. Each question differs from
-// the one before by a second, because an overview is shared by all who ask the same.
+// BenchmarkMetrics asks for 30 days that hold 20 million events, 12 million of them of the name that is asked for, of 100,000 users, and
+// for what the dashboard page draws: with nothing else to do, and with 20,000 events a second of that name coming in. Ranges end
+// now. Warm questions were asked before, or nearly; cold ones are asked of an instance that has
+// just started. The aggregate is merged, as it is once an hour has passed.
 func BenchmarkMetrics(b *testing.B) {
 	env := newSpace(b)
 	p := startProgram(b, env)
 	now := time.Now().Unix()
 	clickhouseQuery(b, fmt.Sprintf(`INSERT INTO %s.events (event_id, event_name, channel, campaign_id, user_id, timestamp, tags, metadata)
-		SELECT SHA256(toString(number)), ['view','cart','purchase','search'][number %% 4 + 1], ['web','mobile_app','api'][intHash32(number) %% 3 + 1],
+		SELECT SHA256(toString(number)), ['view','view','view','cart','purchase'][number %% 5 + 1], ['web','mobile_app','api'][intHash32(number) %% 3 + 1],
 			concat('c', toString(number %% 50)), concat('user_', toString(intHash64(number) %% 100000)), %d - intHash64(number + 1) %% 2592000, ['a','b'], '{"price":1}'
 		FROM numbers(20000000) SETTINGS max_insert_threads = 2, optimize_on_insert = 0, max_partitions_per_insert_block = 100`, space(env, "CLICKHOUSE_DATABASE"), now))
 	clickhouseQuery(b, "OPTIMIZE TABLE "+space(env, "CLICKHOUSE_DATABASE")+".events_hourly FINAL")
-	from, to := now-30*daySeconds+1000, now-1000
-	for _, c := range []struct {
-		name, question string
-		from, to       int64
-	}{
-		{"total", "metrics?event_name=view", from, to},
-		{"channel", "metrics?event_name=view&group_by=channel", from, to},
-		{"day", "metrics?event_name=view&group_by=day", from, to},
-		{"hour", "metrics?event_name=view&group_by=hour", from, to},
-		{"campaign", "metrics?event_name=view&group_by=campaign", from, to},
-		{"overview-30d", "overview?", from, to},
-		{"overview-7d", "overview?", now - 7*daySeconds, now},
-		{"overview-24h", "overview?", now - daySeconds, now},
-	} {
-		b.Run(c.name, func(b *testing.B) {
-			var took []float64
-			for b.Loop() {
-				url := fmt.Sprintf("/api/v1/%s&from=%d&to=%d", c.question, c.from+int64(len(took)), c.to)
-				started := time.Now()
-				status, _, answer := p.do("GET", url, "", "", nil)
-				took = append(took, float64(time.Since(started).Microseconds())/1000)
-				if status != http.StatusOK || strings.HasPrefix(c.question, "metrics") && !strings.Contains(answer, `"total_count":4`) {
-					b.Fatal(status, answer)
+	month, week, day := 30*daySeconds-1000, 7*daySeconds, daySeconds
+	for _, rate := range []int{0, 20000} {
+		b.Run(fmt.Sprintf("in=%d", rate), func(b *testing.B) {
+			if rate > 0 {
+				cfg, err := load.Parse([]string{"-url", p.url, "-rate", strconv.Itoa(rate), "-duration", "1h", "-bulk", "200", "-users", "100000"}, io.Discard)
+				if err != nil {
+					b.Fatal(err)
 				}
+				cfg.Event = "view"
+				l, err := load.New(cfg)
+				if err != nil {
+					b.Fatal(err)
+				}
+				var sending sync.WaitGroup
+				sending.Go(func() { l.Send(context.Background(), io.Discard) }) // ends with Stop
+				defer sending.Wait()
+				defer l.Stop()
+				p.await("under load", time.Minute, func() bool { return l.OK.Load() > int64(5*rate) })
 			}
-			slices.Sort(took)
-			b.ReportMetric(took[len(took)/2], "p50-ms")
-			b.ReportMetric(took[len(took)*99/100], "p99-ms")
+			for _, c := range []struct {
+				name, question string
+				span           int
+			}{
+				{"total", "metrics?event_name=view", month},
+				{"channel", "metrics?event_name=view&group_by=channel", month},
+				{"day", "metrics?event_name=view&group_by=day", month},
+				{"hour", "metrics?event_name=view&group_by=hour", month},
+				{"campaign", "metrics?event_name=view&group_by=campaign", month},
+				{"overview-30d", "overview?", month},
+				{"overview-7d", "overview?", week},
+				{"overview-24h", "overview?", day},
+			} {
+				asked := 0 // each question begins a second after the one before: an overview is shared by all who ask the same
+				ask := func(p *program) float64 {
+					now := time.Now().Unix()
+					asked++
+					started := time.Now()
+					status, _, answer := p.do("GET", fmt.Sprintf("/api/v1/%s&from=%d&to=%d", c.question, now-int64(c.span-asked), now), "", "", nil)
+					if status != http.StatusOK || !strings.Contains(answer, `"total_count":`) {
+						b.Fatal(status, answer)
+					}
+					return float64(time.Since(started).Microseconds()) / 1000
+				}
+				report := func(b *testing.B, took []float64) {
+					slices.Sort(took)
+					b.ReportMetric(took[len(took)/2], "p50-ms")
+					b.ReportMetric(took[len(took)*99/100], "p99-ms")
+				}
+				b.Run("warm/"+c.name, func(b *testing.B) {
+					ask(p)
+					var took []float64
+					for b.Loop() {
+						took = append(took, ask(p))
+					}
+					report(b, took)
+				})
+				b.Run("cold/"+c.name, func(b *testing.B) {
+					fresh := newProgram(b, append(slices.Clone(env), "ROLE=api"))
+					var took []float64
+					for b.Loop() {
+						fresh.start()
+						fresh.await("ready", time.Minute, func() bool { return fresh.status("/ready") == http.StatusOK })
+						took = append(took, ask(fresh))
+						fresh.terminate()
+					}
+					report(b, took)
+				})
+			}
 		})
 	}
 }

@@ -3,41 +3,15 @@
 package test
 
 import (
-	"encoding/json"
 	"fmt"
 	"math/rand/v2"
-	"net/http"
-	"net/url"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 )
-
-// keptAnswer is what metrics and the overview have in common.
-type keptAnswer struct {
-	Count  int64       `json:"total_count"`
-	Users  uint64      `json:"unique_users"`
-	Groups []keptGroup `json:"grouped_data"`
-	Series []keptGroup `json:"series"`
-}
-
-type keptGroup struct {
-	Key   string  `json:"key"`
-	Count int64   `json:"total_count"`
-	Users *uint64 `json:"unique_users"`
-}
-
-// lines are the total, and the groups in order.
-func (a keptAnswer) lines() string {
-	lines := []string{}
-	for _, g := range append(a.Groups, a.Series...) {
-		lines = append(lines, fmt.Sprint("=", g.Key, "\t", g.Count, "\t", *g.Users))
-	}
-	slices.Sort(lines)
-	return strings.Join(append([]string{fmt.Sprint("total\t", a.Count, "\t", a.Users)}, lines...), "\n")
-}
 
 // TestKeptAnswers asks an instance at random, mostly what it was asked before or nearly that, and ClickHouse for the same, while late
 // events, another instance, erasures, mendings, recounts and a retention change the tables. Merges are stopped every other time.
@@ -98,7 +72,7 @@ func TestKeptAnswers(t *testing.T) {
 	}
 	slices.Sort(names)
 	ranges := [][2]int64{{begin - daySeconds, now}, {begin + 12345, now}, {begin + 3*3600, now - daySeconds}, {begin + 86400, now - 3600}, {now - 7200, now}, {now - 2*daySeconds - 17, now - 5}}
-	for round := range 40 {
+	for round := range testkit.MoreInTorture(18, 60) {
 		clickhouseQuery(t, "SYSTEM START MERGES "+db+".events_hourly") // or nothing can be deleted
 		change := names[random.IntN(len(names))]
 		if round < len(names) {
@@ -114,7 +88,7 @@ func TestKeptAnswers(t *testing.T) {
 			r := ranges[random.IntN(len(ranges))]
 			q := keptQuestion{name: []string{"a", "b", ""}[random.IntN(3)], channel: []string{"", "web"}[random.IntN(2)], zone: []string{"UTC", "Europe/Istanbul"}[random.IntN(2)],
 				by: []string{"", "channel", "hour", "day", "month"}[random.IntN(5)], from: r[0] + random.Int64N(3), to: r[1] - random.Int64N(3)}
-			if got, want := q.ask(t, p), q.count(t, db); got != want {
+			if got, want := q.ask(p), q.count(t, db); got != want {
 				t.Fatalf("round %d, after %s: %+v\ngot\n%s\nwant\n%s", round, change, q, got, want)
 			}
 		}
@@ -127,26 +101,27 @@ type keptQuestion struct {
 	from, to                int64
 }
 
-func (q *keptQuestion) ask(t *testing.T, p *program) string {
-	t.Helper()
-	values := url.Values{"from": {strconv.FormatInt(q.from, 10)}, "to": {strconv.FormatInt(q.to, 10)}, "tz": {q.zone}}
+// ask returns the total, and the groups in order.
+func (q *keptQuestion) ask(p *program) string {
+	p.t.Helper()
+	parameters := []string{"from", fmt.Sprint(q.from), "to", fmt.Sprint(q.to), "tz", q.zone}
 	if q.channel != "" {
-		values.Set("channel", q.channel)
+		parameters = append(parameters, "channel", q.channel)
 	}
-	path := "/api/v1/overview?"
+	path := "/api/v1/overview"
 	if q.name != "" {
-		path = metricsPath
-		values.Set("event_name", q.name)
-		values.Set("group_by", q.by)
+		path = "/api/v1/metrics"
+		parameters = append(parameters, "event_name", q.name, "group_by", q.by)
 	} else if q.by = "hour"; q.to-q.from > 3*daySeconds {
 		q.by = "day"
 	}
-	status, _, answer := p.do("GET", path+values.Encode(), "", "", nil)
-	var a keptAnswer
-	if err := json.Unmarshal([]byte(answer), &a); err != nil || status != http.StatusOK {
-		t.Fatal(status, answer)
+	a := p.question(path, parameters...)
+	var lines []string
+	for _, g := range append(a.Groups, a.Series...) {
+		lines = append(lines, fmt.Sprint("=", g.Key, "\t", g.Total, "\t", *g.Users))
 	}
-	return a.lines()
+	slices.Sort(lines)
+	return strings.Join(append([]string{fmt.Sprint("total\t", a.Total, "\t", a.Users)}, lines...), "\n")
 }
 
 // count counts with ClickHouse's own calendar, from whole hours and the seconds at the ends.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"math/big"
+	"net/http"
 	"net/url"
 	"reflect"
 	"slices"
@@ -39,7 +40,12 @@ func (p *program) question(path string, parameters ...string) (a answered) {
 	for i := 0; i < len(parameters); i += 2 {
 		values.Set(parameters[i], parameters[i+1])
 	}
-	status, _, answer := p.ask("GET", path+"?"+values.Encode(), nil)
+	var status int
+	var answer string
+	p.await("answered", time.Minute, func() bool { // where many tests share a machine a question may take longer than it may
+		status, _, answer = p.ask("GET", path+"?"+values.Encode(), nil)
+		return status != http.StatusServiceUnavailable
+	})
 	if err := json.Unmarshal([]byte(answer), &a); err != nil || status != 200 {
 		p.t.Fatalf("%s?%s: %d %s", path, values.Encode(), status, answer)
 	}

@@ -140,7 +140,7 @@ func newSpace(t testing.TB, more ...string) []string {
 	return append([]string{
 		"KAFKA_BROKERS=" + stackEnv(t, "KAFKA_BROKERS"), "CLICKHOUSE_PORT=" + stackEnv(t, "CLICKHOUSE_PORT"), "CLICKHOUSE_CLUSTER=" + stackEnv(t, "CLICKHOUSE_CLUSTER"),
 		"CLICKHOUSE_DATABASE=" + name, "KAFKA_TOPIC=" + name, "KAFKA_CONSUMER_GROUP=" + name,
-		"SERVER_HOST=127.0.0.1", "ADMIN_ADDR=off", "KAFKA_SESSION_TIMEOUT=1s", "ALLOWED_HOSTS=x", // of requests written by hand
+		"SERVER_HOST=127.0.0.1", "ADMIN_ADDR=off", "KAFKA_SESSION_TIMEOUT=3s", "ALLOWED_HOSTS=x", // of requests written by hand
 	}, more...)
 }
 

@@ -121,17 +121,28 @@ func (c *Calendar) Number(unit string, at int64) int64 {
 	return int64(day.Year()*100 + int(day.Month()))
 }
 
-// starting are the Unix seconds between from and to at which a unit begins, of a calendar with whole hours.
-func (c *Calendar) starting(unit string, from, to int64) (starts []int64) {
+// starting are the Unix seconds between from and to at which a unit begins, of a calendar with whole hours: the first and the last one, 0
+// when there is none, and all of them when these are at most so many.
+func (c *Calendar) starting(unit string, from, to int64, most int64) (first, last int64, all []int64) {
 	shortest := map[string]int64{Hour: hourSeconds, Day: 20 * hourSeconds, Month: 27 * daySeconds}[unit]
-	last := c.Number(unit, from)
-	for at := roundUp(from+1, hourSeconds); at <= to; at += hourSeconds {
-		if number := c.Number(unit, at); number != last {
-			starts, last = append(starts, at), number
-			at += shortest - hourSeconds
+	next := func(at int64) int64 { // after one that is in a unit, or begins it
+		number := c.Number(unit, at)
+		for at = roundUp(at+1, hourSeconds); at <= to && c.Number(unit, at) == number; at += hourSeconds {
 		}
+		return at
 	}
-	return starts
+	if first = next(from); first > to {
+		return 0, 0, nil
+	}
+	for last = roundDown(to, hourSeconds); last > first && c.Number(unit, last-hourSeconds) == c.Number(unit, to); last -= hourSeconds {
+	}
+	if (last-first)/shortest >= most {
+		return first, last, nil
+	}
+	for at := first; at <= last; at = next(at + shortest - hourSeconds) {
+		all = append(all, at)
+	}
+	return first, last, all
 }
 
 // Key is the RFC 3339 text of a unit by its number: its first second as the zone's clocks show it, and the Unix second of that. An

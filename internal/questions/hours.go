@@ -79,12 +79,11 @@ func (h *Hours) Ask(ctx context.Context, do Do, q *Question) (total Figures, gro
 		return err
 	}}
 	if q.Unit != "" {
-		if starts := q.Calendar.starting(q.Unit, q.From, q.To); len(starts) > 0 {
-			begin, end := starts[0], starts[len(starts)-1]
+		if begin, end, starts := q.Calendar.starting(q.Unit, q.From, q.To, maxUnits); end > 0 {
 			spans = []span{{from: first, to: begin, part: firstUnit}, {from: begin, to: end, part: between}, {from: end, to: last, part: lastUnit}}
 			if begin < end {
 				tasks = append(tasks, func(ctx context.Context) (err error) {
-					middle, err = h.units(ctx, do, q, starts)
+					middle, err = h.units(ctx, do, q, begin, end, starts)
 					return err
 				})
 			}
@@ -302,20 +301,20 @@ func (h *Hours) total(ctx context.Context, do Do, q *Question, spans []span) (to
 	}
 }
 
-// units asks for the figures of the units that begin at starts, the last one left out. Users are kept, unit by unit.
-func (h *Hours) units(ctx context.Context, do Do, q *Question, starts []int64) (units []Figures, err error) {
-	numbers := make([]int64, len(starts)-1)
+// units asks for the figures of the units from the one that begins at begin to the one before end. starts has all of these, and end; then
+// users are kept, unit by unit. Without starts they are too many.
+func (h *Hours) units(ctx context.Context, do Do, q *Question, begin, end int64, starts []int64) (units []Figures, err error) {
+	numbers := make([]int64, max(len(starts)-1, 0))
 	for i := range numbers {
 		numbers[i] = q.Calendar.Number(q.Unit, starts[i])
 	}
-	keep := len(numbers) <= maxUnits
 	about := fmt.Sprint(q.about(), "\x00", q.Unit, " ", q.Zone, " ")
 	nameOf := func(number int64) string { return about + strconv.FormatInt(number, 36) }
 	for try := 0; ; try++ {
 		// Users are computed of the units from one that is not kept to another: mostly those of the last hours or days are.
 		known := map[int64]line{}
 		low, high := 0, len(numbers)
-		if keep && try < keptTries {
+		if try < keptTries {
 			low, high = high, low
 			for i, number := range numbers {
 				if kept := h.kept.get(nameOf(number)); kept != nil {
@@ -326,6 +325,10 @@ func (h *Hours) units(ctx context.Context, do Do, q *Question, starts []int64) (
 			}
 			low = min(low, high)
 		}
+		from, to := begin, end
+		if len(starts) > 0 {
+			from, to = starts[low], starts[high]
+		}
 		var (
 			unit, n            proto.ColInt64
 			ids, users, rows   proto.ColUInt64
@@ -335,7 +338,7 @@ func (h *Hours) units(ctx context.Context, do Do, q *Question, starts []int64) (
 			found              map[int64]line
 		)
 		reset := func() { answered, expected, found, units = 0, 1, map[int64]line{}, nil }
-		body := q.unitsSQL(starts[0], starts[low], starts[high], starts[len(numbers)])
+		body := q.unitsSQL(begin, from, to, end)
 		err := do(ctx, reset, EachRow(ch.Query{Body: body, Parameters: q.Parameters}, func(i int) {
 			answered, expected = answered+1, rows[i]
 			l := line{count: n[i], ids: ids[i], users: users[i]}
@@ -356,7 +359,6 @@ func (h *Hours) units(ctx context.Context, do Do, q *Question, starts []int64) (
 		for i, number := range numbers {
 			now, kept := found[number], known[number]
 			switch {
-			case !keep:
 			case i >= low && i < high:
 				h.kept.put(nameOf(number), set{now})
 			case now.count != kept.count || now.ids != kept.ids:
