@@ -30,6 +30,11 @@ func TestKeptAnswers(t *testing.T) {
 			db, users, from, to-from, inserted, events))
 		inserted += events
 	}
+	recount := func(from, to int64) {
+		if out, code := subcommand(t, env, fmt.Sprintf("reconcile -recount -from %d -to %d", from, to)); code != 0 {
+			t.Fatal(code, out)
+		}
+	}
 	insert(60_000, 9000, begin, now) // more users than a state has one by one
 	changes := map[string]func(){
 		"late events":   func() { at := begin + random.Int64N(now-begin-3600); insert(1+random.IntN(50), 9000, at, at+3600) },
@@ -48,6 +53,14 @@ func TestKeptAnswers(t *testing.T) {
 			clickhouseQuery(t, fmt.Sprintf("INSERT INTO %[1]s.events_hourly SELECT * REPLACE (toInt64(0) AS event_count, toUInt64(3) AS id_sum) FROM %[1]s.events_hourly WHERE hour = %[2]d LIMIT 1", db, at))
 			clickhouseQuery(t, fmt.Sprintf("INSERT INTO %[1]s.events_hourly SELECT * REPLACE (toInt64(1) AS event_count) FROM %[1]s.events_hourly WHERE hour = %[2]d LIMIT 1", db, at+3600))
 		},
+		"an exchange": func() { // of an event for one of somebody who is there already: as many events as before, and a user less
+			at := (begin + random.Int64N(now-begin-2*3600)) / 3600 * 3600
+			of := fmt.Sprintf("FROM %s.events WHERE event_name = 'a' AND channel = 'web' AND timestamp >= %d AND timestamp < %d", db, at, at+3600)
+			gone := clickhouseQuery(t, "SELECT hex(argMin(event_id, user_id)) "+of)
+			clickhouseQuery(t, fmt.Sprintf("INSERT INTO %s.events (event_id, event_name, channel, user_id, timestamp) SELECT SHA256('exchange%d'), 'a', 'web', max(user_id), max(timestamp) %s", db, random.Int(), of))
+			clickhouseQuery(t, fmt.Sprintf("ALTER TABLE %s.events DELETE WHERE event_id = unhex('%s') SETTINGS mutations_sync = 2", db, gone))
+			recount(at, at+1)
+		},
 		"a reconcile": func() {
 			if out, code := subcommand(t, env, fmt.Sprintf("reconcile -from %d -to %d", begin, now-60)); code != 0 {
 				t.Fatal(code, out)
@@ -55,9 +68,7 @@ func TestKeptAnswers(t *testing.T) {
 		},
 		"a recount": func() {
 			at := begin + random.Int64N(now-begin)
-			if out, code := subcommand(t, env, fmt.Sprintf("reconcile -recount -from %d -to %d", at, at+2*3600)); code != 0 {
-				t.Fatal(code, out)
-			}
+			recount(at, at+2*3600)
 		},
 		"a retention": func() {
 			begin += 3600 * random.Int64N(6)
