@@ -29,7 +29,7 @@ type Document struct {
 // QueryAt asks ClickHouse at a port of this machine over HTTP.
 func QueryAt(t testing.TB, port, sql string) string {
 	t.Helper()
-	client := http.Client{Timeout: 3 * time.Minute} // a test may have left ClickHouse paused
+	client := http.Client{Timeout: 10 * time.Minute} // a test may have left ClickHouse paused
 	resp, err := client.Post("http://127.0.0.1:"+port, "text/plain", strings.NewReader(sql))
 	if err != nil {
 		t.Fatal(err)
