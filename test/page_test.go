@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -36,15 +37,33 @@ func TestStalledOnThePage(t *testing.T) {
 	}
 }
 
+// pageFiles are the paths of what the dashboard page is made of, beside the page itself.
+func pageFiles(t *testing.T) (paths []string) {
+	t.Helper()
+	for _, pattern := range []string{"web/*.js", "web/*.css", "web/*.svg"} {
+		files, err := filepath.Glob(pattern)
+		if err != nil || len(files) == 0 {
+			t.Fatalf("%s: %v %v", pattern, files, err)
+		}
+		for _, file := range files {
+			if !strings.HasPrefix(filepath.Base(file), "swagger") {
+				paths = append(paths, "/"+file)
+			}
+		}
+	}
+	return paths
+}
+
 func TestPages(t *testing.T) {
 	t.Parallel()
 	examples := []string{"1767225600", "2026-01-01T00:00:00.123Z", "1767139200"} // in web/openapi.json, where now or yesterday is meant
 	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey))
-	for path, kind := range map[string]string{
-		"/": "text/html", "/web/app.js": "text/javascript", "/web/draw.js": "text/javascript", "/web/app.css": "text/css", "/web/icon.svg": "image/svg+xml", "/swagger/index.html": "text/html",
-		"/swagger/swagger-ui-bundle.js": "text/javascript", "/swagger/swagger-ui.css": "text/css", "/swagger/swagger-initializer.js": "text/javascript",
-		"/swagger/openapi.json": "application/json",
-	} {
+	kinds := map[string]string{"/": "text/html", "/swagger/index.html": "text/html", "/swagger/swagger-ui-bundle.js": "text/javascript", "/swagger/swagger-ui.css": "text/css",
+		"/swagger/swagger-initializer.js": "text/javascript", "/swagger/openapi.json": "application/json"}
+	for _, path := range pageFiles(t) {
+		kinds[path] = map[string]string{".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}[filepath.Ext(path)]
+	}
+	for path, kind := range kinds {
 		status, header, body := p.ask("GET", path, nil)
 		if status != 200 || !strings.HasPrefix(header.Get("Content-Type"), kind) || header.Get("X-Content-Type-Options") != "nosniff" ||
 			!strings.Contains(header.Get("Content-Security-Policy"), "default-src 'self'") || !strings.Contains(header.Get("Content-Security-Policy"), "frame-ancestors 'none'") {

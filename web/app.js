@@ -1,6 +1,8 @@
 // The dashboard: asks api/v1/overview and api/v1/pipeline, says how old the numbers are, and sends test events. All its addresses are
 // relative to the page's own: a proxy may have put it below any path.
-import { Chart, element, List, money, number, pipeline, refused, totals } from './draw.js'
+import { Chart } from './chart.js'
+import { element, money, number, pipeline, refused, totals } from './draw.js'
+import { List } from './list.js'
 
 const pollEvery = 5000, pollAtMost = 60_000, beforeEvery = 60_000, patience = 15_000 // ms; the API gives up on ClickHouse after 10 s
 const $ = id => document.getElementById(id)
