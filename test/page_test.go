@@ -218,35 +218,13 @@ func TestPageBelow(t *testing.T) { lookAtPage(t, "/analytics") }
 
 func lookAtPage(t *testing.T, below string) {
 	t.Helper()
-	dir := os.Getenv("PAGE_MODULES")
-	if dir == "" {
-		t.Skip("needs Chromium, puppeteer and axe-core: make test-page installs them")
-	}
-	oneClock(t)
-	alone(t)
-	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey, "WRITE_KEYS="+secondKey))
+	p, run := pageScriptOf(t)
 	at := p.url
 	if below != "" {
 		at = startNginx(t, []string{portOf(p)}) + below
 	}
-	page := exec.Command("node", "dev/scripts/clients/page.mjs", at, firstKey, secondKey)
-	page.Env = append(os.Environ(), "CLIENTS="+dir)
-	log := new(logBuffer)
-	page.Stderr = log
-	steps, err := page.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	next, err := page.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := page.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { page.Process.Kill() })
-	for lines := bufio.NewScanner(steps); lines.Scan(); fmt.Fprintln(next) {
-		switch lines.Text() {
+	run(func(step string) {
+		switch step {
 		case "empty state seen":
 			var body []byte
 			for i := range 1000 {
@@ -261,8 +239,42 @@ func lookAtPage(t *testing.T, below string) {
 		case "stale":
 			control(t, "/clickhouse/start")
 		}
+	}, "page.mjs", at, firstKey, secondKey)
+}
+
+// pageScriptOf starts a program with keys, and returns it with what runs a script of dev/scripts/clients on its page. Each step that the
+// script says is done, and then it goes on.
+func pageScriptOf(t *testing.T) (p *program, run func(do func(step string), script string, args ...string)) {
+	t.Helper()
+	dir := os.Getenv("PAGE_MODULES")
+	if dir == "" {
+		t.Skip("needs Chromium, puppeteer and axe-core: make test-page installs them")
 	}
-	if err := page.Wait(); err != nil {
-		t.Errorf("the page: %v\n%s", err, log)
+	oneClock(t)
+	alone(t)
+	return startProgram(t, newSpace(t, "API_KEYS="+firstKey, "WRITE_KEYS="+secondKey)), func(do func(step string), script string, args ...string) {
+		t.Helper()
+		page := exec.Command("node", append([]string{"dev/scripts/clients/" + script}, args...)...)
+		page.Env = append(os.Environ(), "CLIENTS="+dir)
+		log := new(logBuffer)
+		page.Stderr = log
+		steps, err := page.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		next, err := page.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := page.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { page.Process.Kill() })
+		for lines := bufio.NewScanner(steps); lines.Scan(); fmt.Fprintln(next) {
+			do(lines.Text())
+		}
+		if err := page.Wait(); err != nil {
+			t.Errorf("the page: %v\n%s", err, log)
+		}
 	}
 }

@@ -1,12 +1,18 @@
-// Chart is one figure along time, as a line and as a table. It stays while its numbers change, and so do its cursor and the focus.
+// Chart is one figure along time: a line, what it is at the cursor, the period before, and the same as a table and as CSV. It stays while
+// its numbers change, and so do its cursor and the focus.
+import { csvButton } from './csv.js'
 import { compact, element } from './draw.js'
 
-const steps = { minute: 60, hour: 3600, day: 86400 }
+const mostBuckets = 1000 // of which those without events are drawn, too
 
 // buckets fills the buckets of which nothing came with zeros. Each is [start, value, whether the range has all of it].
-function buckets(o, value) {
-  const step = steps[o.bucket], known = new Map(o.series.map(g => [Date.parse(g.key) / 1000, value(g)])), all = []
-  for (let at = Math.floor(o.from / step) * step; at <= o.to; at += step) all.push([at, known.get(at) || 0, at >= o.from && at + step <= o.to + 1])
+function buckets(o, zone, value) {
+  const known = new Map(o.series.map(g => [Date.parse(g.key) / 1000, value(g)])), all = []
+  const seconds = { minute: 60, hour: 3600, day: 86400 }[o.bucket], isLong = (o.to - o.from) / seconds > mostBuckets
+  for (let at = zone.startOf(o.bucket, isLong ? Math.min(o.to, ...known.keys()) : o.from), next; at <= o.to; at = next) {
+    next = zone.next(o.bucket, at)
+    all.push([at, known.get(at) || 0, at >= o.from && next <= o.to + 1])
+  }
   return all
 }
 
@@ -26,7 +32,9 @@ export class Chart {
     this.readout = element('p', { class: 'readout' })
     this.plot = element('div', { class: 'plot', tabindex: 0, role: 'slider', 'aria-label': title, 'aria-valuemin': 0 })
     this.rows = element('tbody')
-    this.node = element('figure', { class: 'card' }, this.heading, this.readout, this.plot,
+    const csv = csvButton(`${title} along time`, () =>
+      [[`${this.o.bucket} from`, title, 'before'], ...this.points.map((p, i) => [this.zone.iso(p[0]), p[1], this.before[i]])])
+    this.node = element('figure', { class: 'card' }, element('div', { class: 'head' }, this.heading, csv), this.readout, this.plot,
       element('details', {}, element('summary', {}, 'As a table'), element('table', {}, element('thead', {}, element('tr', {}, element('th', { scope: 'col' }, 'From'), element('th', { scope: 'col' }, title))), this.rows)))
     this.plot.addEventListener('pointermove', e => this.point(e))
     this.plot.addEventListener('pointerdown', e => this.point(e))
@@ -35,32 +43,33 @@ export class Chart {
     new ResizeObserver(() => this.draw()).observe(this.plot)
   }
 
-  show(o, before) {
-    this.o = o
-    this.points = buckets(o, this.value)
-    const shift = before ? o.from - before.from : 0
-    this.before = new Map((before?.series || []).map(g => [Date.parse(g.key) / 1000 + shift, this.value(g)]))
+  // show draws what the overview says, and beside each bucket the one of the same place in the period before.
+  show(o, before, zone) {
+    Object.assign(this, { o, zone, points: buckets(o, zone, this.value) })
+    this.before = before?.series.length ? buckets(before, zone, this.value).map(p => p[1]) : []
+    if (Math.abs(this.before.length - this.points.length) > 1) this.before = [] // not as long: the first months of all
     this.heading.textContent = `${this.title} by ${o.bucket}`
     this.rows.replaceChildren(...this.points.map(p => element('tr', {}, element('th', { scope: 'row' }, this.when(p)), element('td', {}, this.format.format(p[1])))))
     this.draw()
   }
 
   when([at]) {
-    const day = { month: 'short', day: 'numeric' }
-    return new Date(at * 1000).toLocaleString('en-GB', this.o.bucket === 'day' ? { ...day, timeZone: 'UTC' } : this.o.to - this.o.from > 86400 ? { ...day, hour: '2-digit', minute: '2-digit' } : { hour: '2-digit', minute: '2-digit' })
+    const isYears = this.o.to - this.o.from > 300 * 86400
+    const day = { month: 'short', day: 'numeric', ...(isYears && { year: 'numeric' }) }, time = { hour: '2-digit', minute: '2-digit' }
+    return this.zone.text(at, this.o.bucket === 'day' ? day : this.o.to - this.o.from > 86400 ? { ...day, ...time } : time)
   }
 
   draw() {
     const width = this.plot.clientWidth
     if (!this.points || !width) return
-    const before = this.before.size ? this.points.map(p => this.before.get(p[0]) || 0) : []
+    const before = this.before.length ? this.points.map((_, i) => this.before[i] || 0) : []
     const scale = ticks(Math.max(...this.points.map(p => p[1]), ...before, 1)), most = scale.at(-1), n = this.points.length
     this.x = i => n === 1 ? (left + width - right) / 2 : left + i * (width - left - right) / (n - 1)
     const y = v => top + (1 - v / most) * (height - top - bottom)
     const path = list => 'M' + list.map(([i, v]) => `${this.x(i).toFixed(1)},${y(v).toFixed(1)}`).join('L')
     const all = this.points.map((p, i) => [i, p[1]])
     const first = this.points.findIndex(p => p[2]), last = this.points.findLastIndex(p => p[2])
-    const every = Math.ceil(n / Math.max(2, Math.floor((width - left) / 90)))
+    const every = Math.ceil(n / Math.max(2, Math.floor((width - left) / (this.o.bucket === 'hour' ? 125 : 90))))
     const svg = element('svg', { width, height, 'aria-hidden': 'true' },
       ...scale.flatMap(v => [element('line', { class: 'grid', x1: left, x2: width - right, y1: y(v), y2: y(v) }), element('text', { x: left - 6, y: y(v) + 4, 'text-anchor': 'end' }, compact.format(v))]),
       ...this.points.flatMap((p, i) => i % every ? [] : [element('text', { x: this.x(i), y: height - 5, 'text-anchor': i === 0 ? 'start' : this.x(i) > width - 40 ? 'end' : 'middle' }, this.when(p))]),
@@ -79,7 +88,7 @@ export class Chart {
   // read says what the cursor is at, or the last bucket without one.
   read() {
     const i = this.at === null ? -1 : this.points.findIndex(p => p[0] === this.at)
-    const p = this.points.at(i), x = this.x(i < 0 ? this.points.length - 1 : i), before = this.before.get(p[0])
+    const p = this.points.at(i), x = this.x(i < 0 ? this.points.length - 1 : i), before = this.before.at(i < 0 ? this.points.length - 1 : i)
     this.cursor.toggleAttribute('hidden', i < 0)
     this.cursor.setAttribute('x1', x)
     this.cursor.setAttribute('x2', x)

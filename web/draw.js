@@ -10,7 +10,7 @@ const percent = new Intl.NumberFormat('en', { style: 'percent', maximumFractionD
 const svgNames = new Set(['svg', 'path', 'rect', 'line', 'text', 'circle'])
 
 // A name is whatever a client sent: what has no shape, or turns the text around it, is shown as its escape.
-export const visible = text => text.replace(/[\u0000-\u001f\u007f-\u009f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069]/g, c => `\\u${c.charCodeAt(0).toString(16).padStart(4, '0')}`)
+export const visible = text => text.replace(/[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g, c => `\\u${c.charCodeAt(0).toString(16).padStart(4, '0')}`)
 
 export function element(name, attributes = {}, ...children) {
   const e = svgNames.has(name) ? document.createElementNS('http://www.w3.org/2000/svg', name) : document.createElement(name)
@@ -21,7 +21,7 @@ export function element(name, attributes = {}, ...children) {
 
 // totals draws a card a figure, with the change since the period before where that had anything.
 export function totals(o, before) {
-  return [['Events', 'total_count', number], ['Unique users', 'unique_users', number], ['Purchases', 'purchases', number], ['Revenue', 'revenue', money], ['Active campaigns', 'active_campaigns', number]].map(([name, field, format]) => {
+  return [['Events', 'total_count', number], ['Unique users', 'unique_users', number], ['Purchases', 'purchases', number], ['Revenue', 'revenue', money], ['Active campaigns', 'active_campaigns', number]].filter(([, field]) => field in o).map(([name, field, format]) => {
     const ratio = o[field] / before?.[field] // of nothing: NaN or Infinity
     const note = Number.isFinite(ratio) ? `${percent.format(ratio - 1)} vs the period before` : '\u00a0'
     return element('div', { class: 'card' }, element('span', {}, name), element('b', {}, format.format(o[field])), element('small', {}, note))
@@ -41,14 +41,23 @@ export function pipeline(p) {
   return [element('h2', {}, 'Pipeline ', element('small', {}, `instance ${p.instance}, last 5 minutes`)), element('div', { class: 'strip' }, ...cells)]
 }
 
-// refused lists what events were refused for, and the last of them.
-export function refused(p) {
-  const total = p.refused.reduce((n, r) => n + r.events, 0)
-  const table = (names, rows) => element('table', {}, element('thead', {}, element('tr', {}, ...names.map(n => element('th', { scope: 'col' }, n)))), element('tbody', {}, ...rows.map(cells => element('tr', {}, ...cells.map(c => element('td', {}, c))))))
+export const table = (names, rows) =>
+  element('table', {}, element('thead', {}, element('tr', {}, ...names.map(n => element('th', { scope: 'col' }, n)))),
+    element('tbody', {}, ...rows.map(cells => element('tr', {}, ...cells.map(c => element('td', {}, c))))))
+
+// refused lists how many events were refused by code, with where that was, and the last of them.
+export function refused(p, zone) {
+  const codes = new Map()
+  for (const r of p.refused) codes.set(r.code, [...(codes.get(r.code) || []), r])
+  const sum = of => of.reduce((n, r) => n + r.events, 0)
+  const byCode = [...codes].sort(([, a], [, b]) => sum(b) - sum(a))
+  const where = of => of.map(r => `${r.route}, ${r.field || 'the body'}: ${number.format(r.events)}`).join('; ')
+  const time = text => zone.text(Date.parse(text) / 1000, { month: 'short', day: 'numeric', hour: '2-digit', minute: '2-digit', second: '2-digit' })
   return [
-    element('h2', {}, `${number.format(total)} refused `, element('small', {}, `by instance ${p.instance} since its start; they are not stored`)),
-    table(['Route', 'Code', 'Field', 'Events'], p.refused.slice(0, 10).map(r => [r.route, r.code, r.field, number.format(r.events)])),
-    element('details', {}, element('summary', {}, 'The last of them'), table(['At', 'Route', 'Event', 'Why'], p.refusals.map(r => [r.time, r.route, r.event_name, r.message]))),
+    element('h2', {}, `${number.format(sum(p.refused))} refused `, element('small', {}, `by instance ${p.instance} since its start; they are not stored`)),
+    table(['Code', 'Events', 'Where'], byCode.map(([code, of]) => [code, number.format(sum(of)), where(of)])),
+    element('details', {}, element('summary', {}, `The last ${p.refusals.length}`),
+      element('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': 'The last refused events' }, table(['At', 'Code', 'Route', 'Event', 'Why'], p.refusals.map(r => [time(r.time), r.code, r.route, visible(r.event_name), visible(r.message)])))),
   ]
 }
 

@@ -1,28 +1,42 @@
-// List is the largest groups of one kind.
+// List is the groups of one kind, the largest first. Each leads to a view with only that group, and stays while its numbers change, so
+// that the focus does. Somebody may have made up the names: they are text, and shown by visible.
+import { csvButton } from './csv.js'
 import { element, number, visible } from './draw.js'
 
-const largest = 10 // the API names no more groups of a kind
+export const largest = 10 // the overview names no more groups of a kind
 
-// A row stays while its numbers change, and so does the focus on it. choose, when given, is what a click does.
+const heading = cells => element('thead', {}, element('tr', {}, ...cells.map(name => element('th', { scope: 'col' }, name))))
+
 export class List {
-  constructor(title, choose) {
-    Object.assign(this, { choose, rows: new Map() })
+  // columns are the figures beside a name: what they are called, and what a group has of them.
+  constructor(title, columns = [['Events', g => number.format(g.total_count), g => g.total_count]]) {
+    Object.assign(this, { columns, rows: new Map(), groups: [] })
+    this.title = element('span', {}, title)
+    this.note = element('small')
     this.body = element('tbody')
     this.none = element('p', { class: 'soft' }, 'none in this range')
-    this.cut = element('small', { hidden: '' }, `the ${largest} largest`)
-    this.node = element('div', { class: 'card' }, element('h2', {}, `${title} `, this.cut), element('table', {}, this.body), this.none)
+    this.csv = csvButton(title, () =>
+      [[title, ...this.columns.map(c => c[0])], ...this.groups.map(g => [g.key, ...this.columns.map(c => c[2](g))])])
+    this.table = element('table', {}, ...(columns.length > 1 ? [heading([title, ...columns.map(c => c[0])])] : []), this.body)
+    this.node = element('div', { class: 'card' }, element('div', { class: 'head' }, element('h2', {}, this.title, ' ', this.note), this.csv), this.table, this.none)
   }
 
-  show(groups) {
-    this.cut.hidden = groups.length < largest
+  // show draws the groups; link, when given, is the address that a group leads to, or nothing.
+  show(groups, note = '', link = () => undefined) {
+    this.groups = groups
+    this.note.textContent = note
     const most = Math.max(...groups.map(g => g.total_count), 1)
     this.rows = new Map(groups.map(g => [g.key, this.rows.get(g.key) || this.row(g.key)]))
     for (const g of groups) {
-      const { bar, count } = this.rows.get(g.key)
+      const { bar, cells, label, name } = this.rows.get(g.key), to = link(g.key)
       bar.setAttribute('width', 100 * g.total_count / most)
-      count.textContent = number.format(g.total_count)
+      this.columns.forEach(([, shown], i) => { cells[i].textContent = shown(g) })
+      label.title = to ? `Only ${name}` : name
+      if (to) label.setAttribute('href', to)
+      else label.removeAttribute('href')
     }
     const nodes = [...this.rows.values()].map(r => r.node)
+    this.table.hidden = this.csv.hidden = !nodes.length
     this.none.hidden = nodes.length > 0
     if (nodes.length === this.body.children.length && nodes.every((n, i) => n === this.body.children[i])) return
     const focused = document.activeElement
@@ -31,11 +45,9 @@ export class List {
   }
 
   row(key) {
-    const name = visible(key) || 'none'
-    const label = this.choose && key ? element('button', { type: 'button', title: `Only ${name}` }, name) : element('span', { title: name }, name)
-    if (this.choose && key) label.addEventListener('click', () => this.choose(key))
-    const bar = element('rect', { height: 1 }), count = element('td')
-    const node = element('tr', {}, element('th', { scope: 'row' }, label, element('svg', { class: 'bar', viewBox: '0 0 100 1', preserveAspectRatio: 'none', 'aria-hidden': 'true' }, bar)), count)
-    return { node, bar, count }
+    const name = visible(key) || 'none', label = element('a', {}, name)
+    const bar = element('rect', { height: 1 }), cells = this.columns.map(() => element('td'))
+    const node = element('tr', {}, element('th', { scope: 'row' }, label, element('svg', { class: 'bar', viewBox: '0 0 100 1', preserveAspectRatio: 'none', 'aria-hidden': 'true' }, bar)), ...cells)
+    return { node, name, label, bar, cells }
   }
 }
