@@ -242,6 +242,68 @@ func lookAtPage(t *testing.T, below string) {
 	}, "page.mjs", at, firstKey, secondKey)
 }
 
+// TestPageView looks at what a reader may choose on the page: the events, filters, breakdowns, dates, the address, CSV. What it looks at
+// stands in dev/scripts/clients/view.mjs.
+func TestPageView(t *testing.T) {
+	p, run := pageScriptOf(t)
+	tokyo, err := time.LoadLocation("Asia/Tokyo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now().In(tokyo)
+	day := time.Date(now.Year(), now.Month(), now.Day()-3, 0, 0, 0, 0, tokyo)
+	var body []byte
+	send := func(n int, name, user string, at int64, more string) {
+		for i := range n {
+			body = fmt.Appendf(body, `{"event_name":"%s","user_id":"%s","timestamp":%d%s}`+"\n", name, user, at-int64(i), more)
+		}
+	}
+	recent := now.Unix() - 600
+	send(4, "order", "u1", recent, `,"metadata":{"plan":"pro","price":0.1}`)
+	send(2, "order", "u2", recent, `,"metadata":{"plan":"pro","price":0.1}`)
+	send(4, "order", "u2", recent-10, `,"metadata":{"plan":"=1+1","price":0.2}`)
+	send(2, "order", "u1", recent-10, `,"metadata":{"price":0.15}`)
+	send(1, "view", "u1", recent, "")
+	send(3, "view", "u2", recent, `,"channel":"web"`)
+	send(1, `=<b>x</b>\u202e`, "<img src=x>", recent, `,"campaign_id":"<script>","tags":["<i>"],"metadata":{"big":12345678901234567890.10,"said":"\u0085<i>","a.b":{"c":true}}`)
+	for _, at := range []time.Time{day, day.Add(-time.Second), day.AddDate(0, 0, 1)} {
+		send(1, "order", "u3", at.Unix(), `,"metadata":{"plan":"pro","price":1}`)
+	}
+	if status, _, answer := p.ask("POST", bulkPath+"?wait=stored", body, "Content-Type: "+ndjson, "X-API-Key: "+firstKey); status != http.StatusOK {
+		t.Fatal(status, answer)
+	}
+	for _, refused := range []string{`{"event_name":"<u>","timestamp":1}`, `{"event_name":"no user","timestamp":1}`} {
+		p.ask("POST", onePath, []byte(refused), "Content-Type: application/json", "X-API-Key: "+firstKey)
+	}
+	days := filepath.Join(t.TempDir(), "days.json")
+	starts, err := json.Marshal(dayStarts(t))
+	if err == nil {
+		err = os.WriteFile(days, starts, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(nil, "view.mjs", p.url, firstKey, day.Format(time.DateOnly), days)
+}
+
+// dayStarts are the Unix seconds at which the days of two years begin in zones with odd offsets, and with clocks that change at midnight.
+func dayStarts(t *testing.T) map[string][]int64 {
+	starts := map[string][]int64{}
+	for _, name := range []string{"UTC", "Asia/Tokyo", "Asia/Kathmandu", "America/New_York", "America/St_Johns", "America/Havana", "America/Santiago", "Africa/Cairo", "Australia/Lord_Howe", "Pacific/Chatham"} {
+		zone, err := time.LoadLocation(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for at, was := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC), 0; at.Year() < 2027; at = at.Add(15 * time.Minute) {
+			if day := at.In(zone).YearDay(); day != was {
+				starts[name], was = append(starts[name], at.Unix()), day
+			}
+		}
+		starts[name] = starts[name][1:] // the first is only where this began
+	}
+	return starts
+}
+
 // pageScriptOf starts a program with keys, and returns it with what runs a script of dev/scripts/clients on its page. Each step that the
 // script says is done, and then it goes on.
 func pageScriptOf(t *testing.T) (p *program, run func(do func(step string), script string, args ...string)) {
