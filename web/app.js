@@ -204,8 +204,9 @@ function look() {
   for (const r of controls.range) r.checked = !view.from && !view.to && r.value === view.range
   for (const name of ['from', 'to', 'event_name', 'channel']) controls[name].value = view[name]
   controls.live.checked = view.live === '1'
-  const mine = zone.name === browsers ? [] : unknownZone ? [`, as the API does not know ${browsers}`] : [', ', element('a', { href: addressOf(view, { tz: '' }) }, `or ${browsers}`)]
-  $('zone').replaceChildren(`times in ${zone.name}`, ...mine)
+  const mine = element('a', { href: addressOf(view, { tz: view.from || view.to ? browsers : '' }) }, `or ${browsers}`)
+  const other = zone.name === browsers ? [] : unknownZone ? [`, as the API does not know ${browsers}`] : [', ', mine]
+  $('zone').replaceChildren(`times in ${zone.name}`, ...other)
   const names = { campaign_id: 'campaign', user_id: 'user' }
   const isAtFilters = $('filters').contains(document.activeElement)
   $('filters').replaceChildren(...filtersOf(view).map(([name, value]) => {

@@ -78,7 +78,7 @@ export class Breakdown {
     const groups = answer.grouped_data
     this.list.title.textContent = `${visible(event_name)} by ${visible(wordOf(view.by))}`
     const field = { campaign: 'campaign_id' }[view.by] || view.by
-    this.list.show(groups, `${answer.truncated ? 'the 1,000 largest' : number.format(groups.length)}, as of ${at}`,
+    this.list.show(groups, `${answer.truncated ? 'the 1,000 largest values' : `${number.format(groups.length)} values`}, as of ${at}`,
       key => key || isMember(field) ? filtering(view, { event_name, [field]: key }) : undefined)
     if (this.result.firstChild !== this.list.node) this.result.replaceChildren(this.list.node)
     const total = `${number.format(answer.total_count)} events of ${number.format(answer.unique_users)} users`

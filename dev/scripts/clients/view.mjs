@@ -239,6 +239,13 @@ try {
   check(`a hidden tab asks: ${before}, then ${JSON.stringify(asked)}`, JSON.stringify(asked) === before)
   await see(false)
   await redrawn(it, 1)
+
+  // A zone that the API does not know.
+  it.isRefused = true
+  const unknown = { status: 400, contentType: 'application/json', body: '{"error":"validation failed","errors":[{"field":"tz","message":"tz must be a name"}]}' }
+  answer = r => r.url().includes('tz=Asia') && r.respond(unknown).then(() => true, () => true)
+  await tab.reload()
+  await until('took UTC', () => document.querySelector('#totals b') && document.getElementById('zone').textContent === 'times in UTC, as the API does not know Asia/Tokyo')
 } catch (e) {
   wrong.push(e.message)
 }
