@@ -45,10 +45,10 @@ async function refresh() {
     return look()
   }
   if (answer.status === 'fulfilled' && answer.value !== shown?.answer) {
-    shown = { answer: answer.value, at: now(), isOfOne }
+    shown = { answer: answer.value, at: now(), isOfOne, about: String(about) }
     draw(answer.value, earlier.value, isOfOne)
   }
-  tell(answer.reason, pipelineAnswer.value?.consumers)
+  tell(answer.reason, pipelineAnswer.value?.consumers, shown?.about === String(about))
   if (answer.status === 'fulfilled') await showBreakdown(span, about, signal)
   mine.abort() // what a failed part has left behind
   if (mine === round && view.live === '1' && !document.hidden && !isLocked(answer.reason)) timer = setTimeout(refresh, often)
@@ -112,8 +112,8 @@ async function showBreakdown(span, about, signal) {
 const isLocked = error => error?.status === 401 || error?.status === 403
 const why = error => error instanceof Refused ? `${error.message} (${error.status}).` : 'The API does not answer.'
 
-// tell says what is wrong, once: a screen reader hears the banner when it changes.
-function tell(error, consumers) {
+// tell says what is wrong, once: a screen reader hears the banner when it changes. isOfView says whether the numbers are what the view asks for.
+function tell(error, consumers, isOfView) {
   let text = ''
   if (isLocked(error)) {
     if (access.key) text = why(error) // without one the form says enough
@@ -124,7 +124,7 @@ function tell(error, consumers) {
     }
   } else if (error) {
     text = why(error)
-    if (shown) text += ` These numbers are from ${clock(shown.at)}.`
+    if (shown) text += isOfView ? ` These numbers are from ${clock(shown.at)}.` : ' These numbers are still those of another view.'
     if (error.status === 503) text += ' Accepted events are safe; they are counted when it is over.'
   } else {
     $('login').hidden = true

@@ -206,10 +206,13 @@ try {
   // Each part says what it does not get, and goes on.
   it.isRefused = true
   const refuse = (kind, status, error, headers = {}) => { answer = r => kindOf(r.url()) === kind && r.respond({ status, contentType: 'application/json', headers, body: JSON.stringify({ error }) }).then(() => true, () => true) }
-  for (const [kind, status, error, where] of [['breakdown', 503, 'narrow the range', '#breakdown [role=status]'], ['events', 429, 'too many requests', '#events [role=status]'], ['overview', 503, 'over there', '#banner']]) {
+  for (const [kind, status, error, where, more, said = ''] of [
+    ['breakdown', 503, 'narrow the range', '#breakdown [role=status]', 'channel='], ['events', 429, 'too many requests', '#events [role=status]', 'sum=metadata.price'],
+    ['overview', 503, 'over there', '#banner', 'channel=api', ' These numbers are still those of another view.'],
+  ]) {
     refuse(kind, status, error, { 'Retry-After': '1' })
-    await tab.goto(url + '/#range=3600&by=metadata.plan&event_name=order&' + kind)
-    await until(`said that ${kind} is refused`, (where, said) => document.querySelector(where)?.textContent.includes(said), where, `${error} (${status}).`)
+    await tab.goto(url + '/#range=3600&by=metadata.plan&event_name=order&' + more)
+    await until(`said that ${kind} is refused`, (where, said) => document.querySelector(where)?.textContent.includes(said), where, `${error} (${status}).${said}`)
     await look(390, 'light')
     answer = null
     if (kind === 'breakdown') await click('#breakdown button', 'Ask again')
