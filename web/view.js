@@ -53,7 +53,7 @@ export function zoneOf(view) {
 
 const rowFilters = ['campaign_id', 'user_id', 'tag']
 
-// filtersOf are the filters that only the raw events know, by name: numbers by them are of one event_name, and dear.
+// filtersOf are the filters that only the raw events know, by name: numbers by them come from metrics, which are of one event_name, and dear.
 export const filtersOf = view => Object.entries(view).filter(([name, value]) => isMember(name) ? value !== undefined : rowFilters.includes(name) && value)
 
 // spanOf is the range in Unix seconds, both included, up to now at most, and the period before as far as this one has come: a whole one
