@@ -89,7 +89,7 @@ test-clients: $(DEV) ## the real clients of Segment's protocol for Python, Node,
 	$(DEV) -ephemeral -- dev/scripts/test_clients.sh
 
 test-page: $(DEV) ## the dashboard page in headless Chromium, as in make test once this has installed it
-	TESTS='TestPage(Below)?$$' $(DEV) -ephemeral -- dev/scripts/test_clients.sh
+	TESTS='TestPage(Below|View)?$$' $(DEV) -ephemeral -- dev/scripts/test_clients.sh
 
 screenshot: ## README's picture of the dashboard, of what `make run` and `make demo` show
 	dev/scripts/test_clients.sh screenshot

@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -36,15 +37,33 @@ func TestStalledOnThePage(t *testing.T) {
 	}
 }
 
+// pageFiles are the paths of what the dashboard page is made of, beside the page itself.
+func pageFiles(t *testing.T) (paths []string) {
+	t.Helper()
+	for _, pattern := range []string{"web/*.js", "web/*.css", "web/*.svg"} {
+		files, err := filepath.Glob(pattern)
+		if err != nil || len(files) == 0 {
+			t.Fatalf("%s: %v %v", pattern, files, err)
+		}
+		for _, file := range files {
+			if !strings.HasPrefix(filepath.Base(file), "swagger") {
+				paths = append(paths, "/"+file)
+			}
+		}
+	}
+	return paths
+}
+
 func TestPages(t *testing.T) {
 	t.Parallel()
 	examples := []string{"1767225600", "2026-01-01T00:00:00.123Z", "1767139200"} // in web/openapi.json, where now or yesterday is meant
 	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey))
-	for path, kind := range map[string]string{
-		"/": "text/html", "/web/app.js": "text/javascript", "/web/draw.js": "text/javascript", "/web/app.css": "text/css", "/web/icon.svg": "image/svg+xml", "/swagger/index.html": "text/html",
-		"/swagger/swagger-ui-bundle.js": "text/javascript", "/swagger/swagger-ui.css": "text/css", "/swagger/swagger-initializer.js": "text/javascript",
-		"/swagger/openapi.json": "application/json",
-	} {
+	kinds := map[string]string{"/": "text/html", "/swagger/index.html": "text/html", "/swagger/swagger-ui-bundle.js": "text/javascript", "/swagger/swagger-ui.css": "text/css",
+		"/swagger/swagger-initializer.js": "text/javascript", "/swagger/openapi.json": "application/json"}
+	for _, path := range pageFiles(t) {
+		kinds[path] = map[string]string{".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}[filepath.Ext(path)]
+	}
+	for path, kind := range kinds {
 		status, header, body := p.ask("GET", path, nil)
 		if status != 200 || !strings.HasPrefix(header.Get("Content-Type"), kind) || header.Get("X-Content-Type-Options") != "nosniff" ||
 			!strings.Contains(header.Get("Content-Security-Policy"), "default-src 'self'") || !strings.Contains(header.Get("Content-Security-Policy"), "frame-ancestors 'none'") {
@@ -199,35 +218,13 @@ func TestPageBelow(t *testing.T) { lookAtPage(t, "/analytics") }
 
 func lookAtPage(t *testing.T, below string) {
 	t.Helper()
-	dir := os.Getenv("PAGE_MODULES")
-	if dir == "" {
-		t.Skip("needs Chromium, puppeteer and axe-core: make test-page installs them")
-	}
-	oneClock(t)
-	alone(t)
-	p := startProgram(t, newSpace(t, "API_KEYS="+firstKey, "WRITE_KEYS="+secondKey))
+	p, run := pageScriptOf(t)
 	at := p.url
 	if below != "" {
 		at = startNginx(t, []string{portOf(p)}) + below
 	}
-	page := exec.Command("node", "dev/scripts/clients/page.mjs", at, firstKey, secondKey)
-	page.Env = append(os.Environ(), "CLIENTS="+dir)
-	log := new(logBuffer)
-	page.Stderr = log
-	steps, err := page.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	next, err := page.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := page.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { page.Process.Kill() })
-	for lines := bufio.NewScanner(steps); lines.Scan(); fmt.Fprintln(next) {
-		switch lines.Text() {
+	run(func(step string) {
+		switch step {
 		case "empty state seen":
 			var body []byte
 			for i := range 1000 {
@@ -242,8 +239,104 @@ func lookAtPage(t *testing.T, below string) {
 		case "stale":
 			control(t, "/clickhouse/start")
 		}
+	}, "page.mjs", at, firstKey, secondKey)
+}
+
+// TestPageView looks at what a reader may choose on the page: the events, filters, breakdowns, dates, the address, CSV. What it looks at
+// stands in dev/scripts/clients/view.mjs.
+func TestPageView(t *testing.T) {
+	p, run := pageScriptOf(t)
+	tokyo, err := time.LoadLocation("Asia/Tokyo")
+	if err != nil {
+		t.Fatal(err)
 	}
-	if err := page.Wait(); err != nil {
-		t.Errorf("the page: %v\n%s", err, log)
+	now := time.Now().In(tokyo)
+	day := time.Date(now.Year(), now.Month(), now.Day()-3, 0, 0, 0, 0, tokyo)
+	var body []byte
+	send := func(n int, name, user string, at int64, more string) {
+		for i := range n {
+			body = fmt.Appendf(body, `{"event_name":"%s","user_id":"%s","timestamp":%d%s}`+"\n", name, user, at-int64(i), more)
+		}
+	}
+	recent := now.Unix() - 600
+	send(4, "order", "u1", recent, `,"metadata":{"plan":"pro","price":0.1}`)
+	send(2, "order", "u2", recent, `,"metadata":{"plan":"pro","price":0.1}`)
+	send(4, "order", "u2", recent-10, `,"metadata":{"plan":"=1+1","price":0.2}`)
+	send(2, "order", "u1", recent-10, `,"metadata":{"price":0.15}`)
+	send(1, "view", "u1", recent, "")
+	send(3, "view", "u2", recent, `,"channel":"web"`)
+	send(1, `=<b>x</b>\u202e`, "<img src=x>", recent, `,"campaign_id":"<script>","tags":["<i>"],"metadata":{"big":12345678901234567890.10,"said":"\u0085<i>","a.b":{"c":true}}`)
+	for _, at := range []time.Time{day, day.Add(-time.Second), day.AddDate(0, 0, 1)} {
+		send(1, "order", "u3", at.Unix(), `,"metadata":{"plan":"pro","price":1}`)
+	}
+	if status, _, answer := p.ask("POST", bulkPath+"?wait=stored", body, "Content-Type: "+ndjson, "X-API-Key: "+firstKey); status != http.StatusOK {
+		t.Fatal(status, answer)
+	}
+	for _, refused := range []string{`{"event_name":"<u>","timestamp":1}`, `{"event_name":"no user","timestamp":1}`} {
+		p.ask("POST", onePath, []byte(refused), "Content-Type: application/json", "X-API-Key: "+firstKey)
+	}
+	days := filepath.Join(t.TempDir(), "days.json")
+	starts, err := json.Marshal(dayStarts(t))
+	if err == nil {
+		err = os.WriteFile(days, starts, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(nil, "view.mjs", p.url, firstKey, day.Format(time.DateOnly), days)
+}
+
+// dayStarts are the Unix seconds at which the days of two years begin in zones with odd offsets, and with clocks that change at midnight.
+func dayStarts(t *testing.T) map[string][]int64 {
+	starts := map[string][]int64{}
+	for _, name := range []string{"UTC", "Asia/Tokyo", "Asia/Kathmandu", "America/New_York", "America/St_Johns", "America/Havana", "America/Santiago", "Africa/Cairo", "Australia/Lord_Howe", "Pacific/Chatham"} {
+		zone, err := time.LoadLocation(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for at, was := time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC), 0; at.Year() < 2027; at = at.Add(15 * time.Minute) {
+			if day := at.In(zone).YearDay(); day != was {
+				starts[name], was = append(starts[name], at.Unix()), day
+			}
+		}
+		starts[name] = starts[name][1:] // the first is only where this began
+	}
+	return starts
+}
+
+// pageScriptOf starts a program with keys, and returns it with what runs a script of dev/scripts/clients on its page. Each step that the
+// script says is done, and then it goes on.
+func pageScriptOf(t *testing.T) (p *program, run func(do func(step string), script string, args ...string)) {
+	t.Helper()
+	dir := os.Getenv("PAGE_MODULES")
+	if dir == "" {
+		t.Skip("needs Chromium, puppeteer and axe-core: make test-page installs them")
+	}
+	oneClock(t)
+	alone(t)
+	return startProgram(t, newSpace(t, "API_KEYS="+firstKey, "WRITE_KEYS="+secondKey)), func(do func(step string), script string, args ...string) {
+		t.Helper()
+		page := exec.Command("node", append([]string{"dev/scripts/clients/" + script}, args...)...)
+		page.Env = append(os.Environ(), "CLIENTS="+dir)
+		log := new(logBuffer)
+		page.Stderr = log
+		steps, err := page.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		next, err := page.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := page.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { page.Process.Kill() })
+		for lines := bufio.NewScanner(steps); lines.Scan(); fmt.Fprintln(next) {
+			do(lines.Text())
+		}
+		if err := page.Wait(); err != nil {
+			t.Errorf("the page: %v\n%s", err, log)
+		}
 	}
 }

@@ -93,9 +93,9 @@ func TestBehindNginx(t *testing.T) {
 	for i, below := range []string{"", "/analytics"} {
 		p := direct.behind(at + below)
 		asked := map[string]bool{}
-		// follow asks for an address and for all that the answer names, relative to it; base, when given, is what its scripts are relative to.
-		var follow func(from, address string)
-		follow = func(from, address string) {
+		// follow asks for an address and for all that the answer names, relative to it. What a script asks for is relative to its page.
+		var follow func(page, from, address string)
+		follow = func(page, from, address string) {
 			base, err := url.Parse(from)
 			if err != nil {
 				t.Fatal(err)
@@ -118,31 +118,37 @@ func TestBehindNginx(t *testing.T) {
 			}
 			defer resp.Body.Close()
 			body, _ := io.ReadAll(resp.Body)
-			if resp.StatusCode != http.StatusOK && !strings.HasSuffix(to.Path, "/api/v1/events") { // which is for POST
+			if resp.StatusCode != http.StatusOK && !strings.HasSuffix(to.Path, "/api/v1/metrics") { // which needs parameters
 				t.Errorf("%s at %s: %s", address, from, resp.Status)
 			}
-			switch name := to.Path[strings.LastIndexByte(to.Path, '/')+1:]; name {
-			case "", "index.html", "app.js", "swagger-initializer.js":
+			name := to.Path[strings.LastIndexByte(to.Path, '/')+1:]
+			isPage, isOwn := name == "" || name == "index.html", strings.Contains(to.Path, "/web/") || name == "swagger-initializer.js"
+			if isPage {
+				page = to.String()
+			}
+			if isPage || isOwn {
 				for _, m := range inText.FindAllStringSubmatch(string(body), -1) {
-					page := to.String()
-					if m[2] != "" || m[4] != "" { // a script asks for what is relative to the page
-						page = from
+					base := to.String()
+					if m[2] != "" || m[4] != "" {
+						base = page
 					}
-					follow(page, m[1]+m[2]+m[3]+m[4])
+					follow(page, base, m[1]+m[2]+m[3]+m[4])
 				}
-			case "openapi.json":
+			}
+			if name == "openapi.json" {
 				var document struct{ Servers []struct{ URL string } }
 				if err := json.Unmarshal(body, &document); err != nil || len(document.Servers) == 0 {
 					t.Fatalf("the document: %v", err)
 				}
 				server, _ := to.Parse(document.Servers[0].URL)
-				follow(to.String(), strings.TrimSuffix(server.String(), "/")+"/ready")
+				follow(page, to.String(), strings.TrimSuffix(server.String(), "/")+"/ready")
 			}
 		}
-		follow(p.url+"/", "")
-		follow(p.url+"/swagger/index.html", "")
-		for _, name := range []string{"/web/app.js", "/web/draw.js", "/web/app.css", "/web/icon.svg", "/api/v1/overview", "/api/v1/pipeline", "/api/v1/events",
-			"/swagger/swagger-ui-bundle.js", "/swagger/swagger-ui.css", "/swagger/openapi.json", "/ready"} {
+		for _, page := range []string{p.url + "/", p.url + "/swagger/index.html"} {
+			follow(page, page, "")
+		}
+		for _, name := range append(pageFiles(t), "/api/v1/overview", "/api/v1/pipeline", "/api/v1/events",
+			"/swagger/swagger-ui-bundle.js", "/swagger/swagger-ui.css", "/swagger/openapi.json", "/ready") {
 			if !asked[p.url+name] {
 				t.Errorf("below %q no page leads to %s", below, name)
 			}

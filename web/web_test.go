@@ -47,7 +47,7 @@ func TestPages(t *testing.T) {
 		return w.Result(), string(body)
 	}
 	for path, has := range map[string]string{
-		"/": "<!doctype html>", "/web/app.js": "fetch(", "/web/icon.svg": "<svg", "/web/app.css": "{",
+		"/": "<!doctype html>", "/web/ask.js": "fetch(", "/web/icon.svg": "<svg", "/web/app.css": "{",
 		"/swagger/index.html": "swagger-ui", "/swagger/swagger-initializer.js": "openapi.json", "/swagger/swagger-ui-bundle.js": "function",
 	} {
 		resp, body := get(path)

@@ -20,7 +20,7 @@ if [ ! -d "$cache/node_modules/@segment/analytics-node" ]; then
 		@segment/analytics-next@1.84.3 puppeteer-core@24.43.1 @sparticuz/chromium@147.0.0 axe-core@4.14.1
 fi
 if [ "${1:-}" = screenshot ]; then # of what `make demo` has filled: make screenshot
-	CLIENTS=$cache exec node dev/scripts/clients/screenshot.mjs "http://localhost:${SERVER_PORT:-8080}/#range=604800" assets/dashboard.png
+	CLIENTS=$cache exec node dev/scripts/clients/screenshot.mjs "http://localhost:${SERVER_PORT:-8080}/#range=604800&by=metadata.product_id&sum=metadata.price" assets/dashboard.png
 fi
 (cd dev/scripts/clients && CGO_ENABLED=0 go build -o "$cache/go-client" .)
-CLIENTS=$cache PAGE_MODULES=$cache go test -race -count=1 -v -timeout 20m -run "${TESTS:-TestPage(Below)?$|TestClients/${CLIENT:-}}" ./test
+CLIENTS=$cache PAGE_MODULES=$cache go test -race -count=1 -v -timeout 20m -run "${TESTS:-TestPage(Below|View)?$|TestClients/${CLIENT:-}}" ./test

@@ -10,6 +10,7 @@ const browser = await puppeteer.launch({ args: chromium.args, executablePath: aw
 const tab = await browser.newPage()
 await tab.setViewport({ width: 1280, height: 600 })
 await tab.goto(url)
-await tab.waitForFunction(() => document.querySelectorAll('#totals b').length === 5 && document.querySelector('#pipeline .spark path') && document.querySelector('#charts path.before'))
+await tab.waitForFunction(() => document.querySelectorAll('#totals b').length === 5 && document.querySelector('#pipeline .spark path') && document.querySelector('#charts path.before') &&
+  document.querySelector('#breakdown tbody td') && document.querySelector('#events tbody td'))
 await tab.screenshot({ path, fullPage: true })
 await browser.close()
