@@ -48,21 +48,28 @@ func onForgettingDisk(t *testing.T, more ...string) *ownStack {
 }
 
 // underPowerCuts cuts the power of the stack some times while events come in, and that of the program unless it survives. When the
-// stack is there again, afterwards is called, and then the program is started. In the end everything that was acknowledged is stored,
-// once, in both tables.
-func underPowerCuts(t *testing.T, s *ownStack, env []string, survives func() bool, afterwards func(cut time.Time)) {
+// stack is there again, afterwards is called with how many rows were stored just before, and then the program is started. In the end
+// everything that was acknowledged is stored, once, in both tables.
+func underPowerCuts(t *testing.T, s *ownStack, env []string, survives func() bool, afterwards func(cut time.Time, stored int64)) {
 	p := startProgram(t, env)
 	l, done := loadInto(t, p.url, 1000, time.Hour)
 	cuts := testkit.MoreInTorture(2, 4)
-	for range cuts {
+	for n := range cuts {
+		if n > 0 && rand.IntN(2) == 0 {
+			drained(p) // else what the last cut took is lost again on its way back
+		}
 		// Up to some seconds: a journal is committed every 5 s, and then new files are there, and empty.
-		target := l.OK.Load() + 500 + rand.Int64N(8000*int64(min(testkit.TortureFactor(), 3)))
-		half := target - rand.Int64N(target-l.OK.Load())
+		before, events := l.OK.Load(), 500+rand.Int64N(8000*int64(min(testkit.TortureFactor(), 3)))
+		half, target := before+rand.Int64N(events), before+events
 		p.await("under load", 2*time.Minute, func() bool { return l.OK.Load() >= half })
-		if rand.IntN(2) == 0 {
+		if n > 0 && rand.IntN(2) == 0 {
 			writeBack(t, s)
 		}
 		p.await("under load", 2*time.Minute, func() bool { return l.OK.Load() >= target })
+		if n == 0 {
+			drained(p) // so that there is something to lose
+		}
+		stored := countEvents(t, env)
 		lives := survives()
 		if !lives {
 			p.cmd.Process.Kill()
@@ -70,7 +77,7 @@ func underPowerCuts(t *testing.T, s *ownStack, env []string, survives func() boo
 		}
 		cut := time.Now()
 		s.killAndRestart()
-		afterwards(cut)
+		afterwards(cut, stored)
 		if !lives {
 			p = startBinary(t, p.binary, p.env)
 		}
@@ -101,20 +108,28 @@ func powerSpace(t *testing.T, fsync bool) []string {
 func TestPowerCutFsync(t *testing.T) {
 	s := onForgettingDisk(t, kafkaKeeps)
 	env := powerSpace(t, true)
-	survives := func() bool { return rand.IntN(3) == 0 }
-	underPowerCuts(t, s, env, survives, func(time.Time) {})
+	lives := false
+	survives := func() bool { lives = rand.IntN(3) == 0; return lives }
+	underPowerCuts(t, s, env, survives, func(time.Time, int64) {
+		if lives {
+			return
+		}
+		if missing, unread, _ := stoppedAudit(t, env); missing != unread {
+			t.Errorf("%d committed events are gone", missing-unread)
+		}
+	})
 }
 
 // TestPowerCutRewind: without it, what was committed on Kafka is missing in ClickHouse. What deploy/README.md says brings it back.
 func TestPowerCutRewind(t *testing.T) {
 	s := onForgettingDisk(t, kafkaKeeps)
 	env := powerSpace(t, false)
-	lost := int64(0)
-	var to time.Time // of a later rewind as well: what the first one brings back is stored late, and lost again
-	underPowerCuts(t, s, env, func() bool { return false }, func(cut time.Time) {
+	taken, lost := int64(0), int64(0)
+	var to time.Time // of later rewinds as well: what the first one brings back is stored late, and may be lost again
+	underPowerCuts(t, s, env, func() bool { return false }, func(cut time.Time, stored int64) {
 		broken := clickhouseQuery(t, "SELECT count() FROM system.detached_parts WHERE database = '"+space(env, "CLICKHOUSE_DATABASE")+"'")
 		missing, unread, rows := stoppedAudit(t, env)
-		lost += missing - unread
+		taken, lost = taken+max(0, stored-rows), lost+missing-unread
 		if to.IsZero() {
 			to = cut.Add(-time.Minute)
 		}
@@ -122,10 +137,11 @@ func TestPowerCutRewind(t *testing.T) {
 		if code != 0 {
 			t.Fatal(code, out)
 		}
-		t.Logf("%d rows are left, %d committed events are gone, %d were not read yet; %s parts are put aside; %s", rows, missing-unread, unread, broken, lastLine(out))
+		t.Logf("of %d rows %d are left; %d committed events are gone, %d were not read yet; %s parts are put aside; %s",
+			stored, rows, missing-unread, unread, broken, lastLine(out))
 	})
-	t.Logf("%d committed events were gone, and came back", lost)
-	if lost == 0 {
+	t.Logf("%d rows and %d committed events were gone, and came back", taken, lost)
+	if taken == 0 {
 		t.Error("the cuts took nothing")
 	}
 }
@@ -146,18 +162,16 @@ func TestPowerCutOfAllBrokers(t *testing.T) {
 		postAll(t, p, bodies)
 		p.cmd.Process.Kill()
 		p.cmd.Wait()
+		to := time.Now().Add(-time.Minute).UTC().Format(time.RFC3339)
 		s.killAndRestart()
-		if out, code := subcommand(t, env, "rewind -to start"); code != 0 {
+		if out, code := subcommand(t, env, "rewind -to "+to); code != 0 {
 			t.Fatal(code, out)
 		}
 		p = startBinary(t, p.binary, p.env)
 		postAll(t, p, numbered(name+" after", 1000, 100, func(int) int64 { return now }))
 		drained(p)
 		mustCount(t, env, name+" after", 1000)
-		kept, err := strconv.Atoi(clickhouseQuery(t, "SELECT count() FROM "+db+".events WHERE event_name = '"+name+"'"))
-		if err != nil {
-			t.Fatal(err)
-		}
+		kept, _ := strconv.Atoi(clickhouseQuery(t, "SELECT count() FROM "+db+".events WHERE event_name = '"+name+"'"))
 		mustCount(t, env, name, int64(kept))
 		if out, code := subcommand(t, env, "audit"); code != 0 {
 			t.Error(code, out)
@@ -169,6 +183,13 @@ func TestPowerCutOfAllBrokers(t *testing.T) {
 		acknowledged, gone = acknowledged+sent, gone+sent-kept
 	}
 	t.Logf("%d cuts, %d acknowledged before them, %d of these gone for good", cuts, acknowledged, gone)
+}
+
+// countEvents is how many rows there are.
+func countEvents(t *testing.T, env []string) (rows int64) {
+	t.Helper()
+	fmt.Sscan(clickhouseQuery(t, "SELECT count() FROM "+space(env, "CLICKHOUSE_DATABASE")+".events"), &rows)
+	return rows
 }
 
 func lastLine(s string) string {
