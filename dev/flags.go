@@ -39,6 +39,8 @@ const (
 	megabyte = 1_000_000
 	// defaultKeepFree, in MB, is two seconds of a disk that is being filled as fast as it can be, and little for a laptop.
 	defaultKeepFree = 1000
+	// minDisk, in MB, is enough for empty tables and a journal.
+	minDisk = 256
 	// maxShards is as many servers as a machine may try to hold.
 	maxShards = 16
 )
@@ -57,7 +59,9 @@ type config struct {
 	httpPort   int   // the same
 	native     []int // one a shard
 	http       []int
-	keepFree   int // MB
+	keepFree   int  // MB
+	disk       int  // MB of a disk that forgets what was not flushed, 0 for none
+	kafkaFsync bool // brokers acknowledge what is on the disk
 	verbose    bool
 
 	stop bool     // the stop subcommand
@@ -96,6 +100,8 @@ func parseFlags(args []string, out io.Writer) (*config, error) {
 	fs.IntVar(&cfg.nativePort, "clickhouse-port", 9000, "ClickHouse's native `PORT`; more servers have the ports behind it")
 	fs.IntVar(&cfg.httpPort, "clickhouse-http-port", 8123, "ClickHouse's HTTP `PORT`; more servers have the ports behind it")
 	fs.IntVar(&cfg.keepFree, "keep-free", keepFree, "ClickHouse leaves the last so many `MB` of its disk alone; KEEP_FREE_MB sets the default")
+	fs.IntVar(&cfg.disk, "disk", 0, "the stores are on a disk of their own, of so many `MB`, which forgets what was not flushed when dev is killed: a power cut; takes Linux and root")
+	fs.BoolVar(&cfg.kafkaFsync, "kafka-fsync", false, "embedded brokers acknowledge what is on the disk, where Kafka has it in the page caches of several machines")
 	fs.BoolVar(&cfg.verbose, "v", false, "log more: the brokers here, ClickHouse in DIR/clickhouse.log")
 	fs.SetOutput(io.Discard) // else Parse buries its error under the whole usage
 
@@ -144,6 +150,9 @@ func parseFlags(args []string, out io.Writer) (*config, error) {
 	}
 	if cfg.later < 0 || cfg.later > 0 && cfg.later >= cfg.shards-1 || cfg.later > 0 && cfg.replicas {
 		return nil, fmt.Errorf("-later %d leaves no cluster: -shards %d has to be two more, without -replicas", cfg.later, cfg.shards)
+	}
+	if cfg.disk < 0 || cfg.disk > 0 && cfg.disk < minDisk {
+		return nil, fmt.Errorf("-disk %d has to be %d or more", cfg.disk, minDisk)
 	}
 	for i := range cfg.shards {
 		cfg.native, cfg.http = append(cfg.native, cfg.nativePort+i), append(cfg.http, cfg.httpPort+i)

@@ -51,13 +51,14 @@ func newKafka(ctx context.Context, cfg *config) (kafka, error) {
 	if cfg.kafka == kindCluster {
 		return newCluster(ctx, cfg)
 	}
-	return &brokers{ports: cfg.kafkaPorts, dir: filepath.Join(cfg.data, "kafka"), verbose: cfg.verbose}, nil
+	return &brokers{ports: cfg.kafkaPorts, dir: filepath.Join(cfg.data, "kafka"), fsync: cfg.kafkaFsync, verbose: cfg.verbose}, nil
 }
 
 // brokers is kfake's cluster, running or not.
 type brokers struct {
 	ports   []int
 	dir     string
+	fsync   bool
 	verbose bool
 
 	mu       sync.Mutex // guards cluster
@@ -95,7 +96,7 @@ func (b *brokers) start(context.Context) error {
 	}
 	patience := time.AfterFunc(2*time.Second, func() { progress("kafka is reading its logs in %s", b.dir) })
 	defer patience.Stop()
-	c, err := kfake.NewCluster(
+	options := []kfake.Opt{
 		kfake.NumBrokers(len(b.ports)),
 		kfake.Ports(b.ports...),
 		kfake.DataDir(b.dir),
@@ -103,7 +104,11 @@ func (b *brokers) start(context.Context) error {
 		kfake.BrokerConfigs(brokerConfigs),
 		kfake.WithLogger(kafkaLog{b.verbose}),
 		kfake.ListenFn(b.clients.listen),
-	)
+	}
+	if b.fsync {
+		options = append(options, kfake.SyncWrites())
+	}
+	c, err := kfake.NewCluster(options...)
 	if err != nil {
 		return fmt.Errorf("start the Kafka brokers on %s with data in %s: %w", b.addresses(), b.dir, err)
 	}

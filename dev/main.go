@@ -34,6 +34,8 @@ const (
 	readyTimeout = 60 * time.Second
 	// temporaryPrefix begins the name of the data directory of an -ephemeral dev.
 	temporaryPrefix = "event-ingestion-dev-"
+	// noDisk is what dev says where -disk does not work.
+	noDisk = "no disk that forgets can be made here"
 	// exitInterrupted is what a shell makes of an end by SIGINT.
 	exitInterrupted = 130
 	// exitNotFound is what a shell says when there is no such command.
@@ -44,6 +46,12 @@ func main() {
 	switch {
 	case len(os.Args) == 2 && os.Args[1] == guardCommand:
 		os.Exit(runGuard())
+	case len(os.Args) == 4 && os.Args[1] == diskCommand:
+		if err := runDisk(os.Args[2], os.Args[3]); err != nil {
+			progress("%v", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
 	case len(os.Args) > 2 && os.Args[1] == libraryCommand:
 		os.Exit(runLibrary(os.Args[2], os.Args[3:]))
 	}
@@ -69,6 +77,11 @@ func run(cfg *config) (code int, err error) {
 	if _, err := exec.LookPath(cfg.args[0]); err != nil {
 		return exitNotFound, err
 	}
+	if cfg.disk > 0 {
+		if err := leaveMounts(); err != nil {
+			return 1, fmt.Errorf("%s: %w", noDisk, err)
+		}
+	}
 	signals := make(chan os.Signal, 4) // for CMD, which gets the first and is killed at the second
 	signal.Notify(signals, endSignals()...)
 	ctx, cancel := signal.NotifyContext(context.Background(), endSignals()...) // for what waits before CMD runs
@@ -93,6 +106,14 @@ func run(cfg *config) (code int, err error) {
 		return 1, err
 	}
 	defer lock.release()
+	if cfg.disk > 0 {
+		d, err := startDisk(ctx, cfg.data, cfg.disk)
+		if err != nil {
+			return 1, fmt.Errorf("%s: %w", noDisk, err)
+		}
+		defer d.stop()
+		cfg.data = d.mounted
+	}
 	if err := portsFree(cfg.ports()); err != nil {
 		return 1, fmt.Errorf("%w\nother ports: %s -kafka-ports 19092,19093 -clickhouse-port 19000 -clickhouse-http-port 18123 -- %s", err, os.Args[0], strings.Join(cfg.args, " "))
 	}

@@ -60,8 +60,8 @@ func TestKilledUnderLoad(t *testing.T) {
 	killUnderLoad(t, testkit.MoreInTorture(12, 20), func() {})
 }
 
-// TestPowerCut: the program and ClickHouse die together.
-func TestPowerCut(t *testing.T) {
+// TestKilledTogether: the program and ClickHouse die together. What they wrote is left, see power_test.go for when it is not.
+func TestKilledTogether(t *testing.T) {
 	alone(t)
 	killUnderLoad(t, testkit.MoreInTorture(8, 10), func() { control(t, "/clickhouse/kill") })
 }
