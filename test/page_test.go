@@ -73,7 +73,7 @@ func TestPages(t *testing.T) {
 			t.Errorf("%s again: %d", path, status)
 		}
 		if strings.HasSuffix(path, "/") || strings.HasSuffix(path, "html") || strings.HasPrefix(path, "/web/") {
-			if m := regexp.MustCompile(`(?i)(src|href)="?(https?:)?//|url\(|@import|fetch\(['"` + "`" + `]http`).FindString(body); m != "" {
+			if m := regexp.MustCompile(`(?i)(src|href)="?(https?:)?//|\burl\(|@import|fetch\(['"` + "`" + `]http`).FindString(body); m != "" {
 				t.Errorf("%s loads something from elsewhere: %s", path, m)
 			}
 		}
