@@ -44,6 +44,7 @@ func TestFlags(t *testing.T) {
 		"-clickhouse-port 8123 -- true":     "port 8123 is given twice",
 		"-ephemeral -data d -- true":        "leave out -data",
 		"-keep-free -1 -- true":             "has to be 0 or more",
+		"-disk 20 -- true":                  "has to be 256 or more",
 		"-kafka x -- true":                  `-kafka "x"`,
 		"-data d stop":                      "",
 		"-kafka-ports 1,2 -- stop -data -h": "",

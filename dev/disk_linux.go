@@ -42,7 +42,8 @@ const (
 type disk struct {
 	child   *group
 	ending  io.Closer // the child's stdin
-	mounted string    // where its file system is
+	device  string    // where the FUSE file system is
+	mounted string    // where ext4 is
 }
 
 // leaveMounts gives dev mounts of its own, and starts it over in them: a namespace is a thread's, and exec leaves only this
@@ -90,7 +91,7 @@ func startDisk(ctx context.Context, dir string, megabytes int) (d *disk, err err
 		return nil, err
 	}
 	cmd.ExtraFiles = []*os.File{kernel}
-	d = &disk{mounted: mounted}
+	d = &disk{device: device, mounted: mounted}
 	if d.ending, err = cmd.StdinPipe(); err != nil {
 		return nil, err
 	}
@@ -144,6 +145,9 @@ func (d *disk) stop() {
 	}
 	d.ending.Close()
 	d.child.wait()
+	if err := syscall.Unmount(d.device, syscall.MNT_DETACH); err != nil { // else the directory could not be removed
+		progress("umount %s: %v", d.device, err)
+	}
 }
 
 // runDisk is the process of a disk: an image, served at a mount point of dev's until stdin ends.

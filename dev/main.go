@@ -1,6 +1,6 @@
 // Command dev is the embedded stack: Kafka-protocol brokers and a real ClickHouse around one command.
 //
-// main.go owns the order of start and stop: lock, ports, brokers, ClickHouse, control, CMD, and the same way back. CMD
+// main.go owns the order of start and stop: lock, disk, ports, brokers, ClickHouse, control, CMD, and the same way back. CMD
 // learns the addresses from its environment, under the names that the program reads; the program itself knows nothing
 // of dev.
 
