@@ -222,7 +222,7 @@ try {
 
   // A question that is no longer wanted is given up, and a tab that nobody sees asks nothing.
   const held = []
-  answer = r => kindOf(r.url()) === 'breakdown' && !!held.push(r)
+  answer = r => r.url().includes('metadata.other') && !!held.push(r)
   await tab.goto(url + '/#by=metadata.other&event_name=order')
   await until('asked', () => document.querySelector('#breakdown [role=status]').textContent === 'asking …')
   await awaited('asked', () => held.length)
