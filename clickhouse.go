@@ -306,7 +306,7 @@ func (c *clickhouse) applySchema(ctx context.Context, conn asker) error {
 		}
 		for _, stmt := range perColumn(stmt, missing) {
 			// The view is made before the table that it reads, so that no insert ever finds that table without it.
-			q := ch.Query{Body: c.sql(strings.ReplaceAll(stmt, "{fsync}", fsync)), Settings: []ch.Setting{{Key: "allow_materialized_view_with_bad_select", Value: "1"}}}
+			q := ch.Query{Body: strings.ReplaceAll(c.sql(stmt), "{fsync}", fsync), Settings: []ch.Setting{{Key: "allow_materialized_view_with_bad_select", Value: "1"}}}
 			err := conn.Do(ctx, q)
 			if ch.IsErr(err, proto.ErrQueryIsProhibited) { // which ClickHouse says without a name, and no query can change
 				err = fmt.Errorf("%w: allow_ddl is 0, and has to be 1: %w", profile.ErrFixed, err)

@@ -377,7 +377,7 @@ func TestReplicatedSchema(t *testing.T) {
 	replicated, distributed := 0, 0
 	for _, stmt := range schemaStatements {
 		stmt = strings.Join(perColumn(stmt, columns), "")
-		formatted := clickhouseQuery(t, "SELECT formatQuery("+questions.Literal(db.sql(strings.ReplaceAll(stmt, "{fsync}", "0")))+")")
+		formatted := clickhouseQuery(t, "SELECT formatQuery("+questions.Literal(strings.ReplaceAll(db.sql(stmt), "{fsync}", "0"))+")")
 		formatted = strings.ReplaceAll(formatted, `\'`, "'")
 		replicated += strings.Count(formatted, "MergeTree('/clickhouse/tables/{shard}/"+db.database+"/{table}', '{replica}')")
 		distributed += strings.Count(formatted, "ENGINE = Distributed('main', "+db.database)
