@@ -350,9 +350,12 @@ func apart(t *testing.T) bool {
 		return true
 	}
 	t.Parallel()
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.v", "-test.run", "^"+t.Name()+"$")
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.v", fmt.Sprintf("-test.short=%t", testing.Short()), "-test.run", "^"+t.Name()+"$")
 	cmd.Env = append(os.Environ(), asApart+"=1")
 	out, err := cmd.CombinedOutput()
+	if bytes.Contains(out, []byte("--- SKIP: "+t.Name())) {
+		t.Skipf("%s", out)
+	}
 	if t.Logf("%s", out); err != nil || !bytes.Contains(out, []byte("--- PASS: "+t.Name())) {
 		t.Error("in a process of its own:", err)
 	}
