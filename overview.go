@@ -126,7 +126,7 @@ func (o *overviewAPI) ask(ctx context.Context, q *metricsQuery) (a overviewResul
 		of          = q.ofHours()
 		inRows      = q.bucket() == questions.Minute || !q.calendar.WholeHours()
 	)
-	if !inRows {
+	if of.Revenue = true; !inRows {
 		of.Unit = q.bucket()
 	}
 	err = questions.Together(ctx, func(ctx context.Context) (err error) {

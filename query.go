@@ -320,9 +320,6 @@ func (m *metricsAPI) query(ctx context.Context, q *metricsQuery) (a metricsResul
 	}
 	if q.isOfHours() && q.groupBy != "" {
 		a.Groups = q.groupsOf(groups, of.Unit)
-		for i := range a.Groups {
-			a.Groups[i].Revenue = "" // the overview has it
-		}
 	}
 	if q.groupBy != "" && q.groupBy != "tag" && !a.Truncated { // the parts of an answer may see different moments
 		a.Count = 0

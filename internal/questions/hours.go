@@ -15,7 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
+	"time"
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
@@ -24,6 +24,8 @@ import (
 const (
 	// maxUnits is how many hours, days or months of a question are kept: two years by the hour.
 	maxUnits = 20_000
+	// recent is how many seconds ago a range may end for its last hour to be taken whole.
+	recent = 60
 	// keptTries is how often a question is asked with what is kept, some of which has just changed, before it is asked without.
 	keptTries = 3
 )
@@ -41,6 +43,7 @@ type Question struct {
 	From, To   int64  // Unix seconds, both included
 	Where      string // SQL about event_name and channel, in terms of Parameters
 	Parameters []proto.Parameter
+	Revenue    bool // is asked for
 	ByChannel  bool
 	Unit       string    // or by hours, days or months
 	Calendar   *Calendar // of Unit, with whole hours
@@ -115,22 +118,6 @@ func (h *Hours) Ask(ctx context.Context, do Do, q *Question) (total Figures, gro
 	return total, groups, nil
 }
 
-// Together runs the tasks at once. The first error ends them all, and is returned.
-func Together(ctx context.Context, tasks ...func(context.Context) error) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	var waiting sync.WaitGroup
-	for _, task := range tasks {
-		waiting.Go(func() {
-			if err := task(ctx); err != nil {
-				cancel(err)
-			}
-		})
-	}
-	waiting.Wait()
-	return context.Cause(ctx)
-}
-
 // about names what a question is about, its range left out.
 func (q *Question) about() string {
 	values := []string{q.Where}
@@ -153,86 +140,118 @@ func (q *Question) key(part string) string {
 	return "'" + part + "'"
 }
 
+const noState = "arrayReduce('uniqCombined64State(17)', emptyArrayString()) AS state"
+
+// figures are the columns of a row: an event is in one row, and its user in one state. The ends of a range need no ids.
+func (q *Question) figures(count, ids, money, state string) string {
+	columns := "toInt64(" + count + ") AS n, " + ids + " AS ids, "
+	if q.Revenue {
+		columns += "toDecimal128(" + money + ", 4) AS money, "
+	}
+	return columns + state
+}
+
+func (q *Question) ofHours(state string) string {
+	return q.figures("sum(event_count)", "sumWithOverflow(id_sum)", "sum(revenue)", state)
+}
+
+// Kinds of rows beside those of a span, whose kind is its index.
 const (
-	// figures are the columns of a row of total: an event is in one row, and its user in one state. No state has no user.
-	figures = "sum(event_count) AS n, sumWithOverflow(id_sum) AS ids, sum(revenue) AS money, "
-	states  = "uniqCombined64MergeState(17)(unique_users_state) AS state"
-	noState = "arrayReduce('uniqCombined64State(17)', emptyArrayString()) AS state"
-	noRow   = "toInt64(0) AS n, toUInt64(0) AS ids, toDecimal128(0, 4) AS money, "
+	ofSeconds  = 10 + iota // at the ends of the range
+	ofLastHour             // which is not over: ids is the second of its newest event
+	ofKept                 // a state that was kept
+	ofNothing              // is always there, or an error while hours of the range are recounted
 )
 
-// Kinds of rows of total beside those of a span, whose kind is its index.
-const (
-	ofEnds    = 10 + iota // hours and seconds at the ends of the range
-	ofKept                // a state that was kept
-	ofNothing             // is always there
-)
-
-// hours are subqueries of rows with these columns from a span, whose groups have to be grouped once more: whole days are read from the
-// projection daily, which has a state per day.
-func (q *Question) hours(s span, columns string) (sql []string) {
+// hours is a subquery of rows of a span with their states: whole days are read from the projection daily, which has a state per day.
+func (q *Question) hours(kind int, s span) string {
+	const states = "uniqCombined64MergeState(17)(unique_users_state) AS state"
 	firstDay, endDay := roundUp(s.from, daySeconds), roundDown(s.to, daySeconds)
 	if firstDay >= endDay {
 		firstDay, endDay = s.to, s.to
 	}
+	var rows []string
 	for _, r := range []struct {
 		moment   string
 		from, to int64
 	}{{"hour", s.from, firstDay}, {"toStartOfDay(hour)", firstDay, endDay}, {"hour", endDay, s.to}} {
 		if r.from < r.to {
-			sql = append(sql, fmt.Sprintf("SELECT %s AS key, %s FROM {events_hourly} WHERE %[3]s >= %[4]d AND %[3]s < %[5]d AND %[6]s GROUP BY key",
-				q.key(s.part), columns, r.moment, r.from, r.to, q.Where))
+			rows = append(rows, fmt.Sprintf("SELECT toUInt8(%d) AS kind, %s AS key, %s FROM {events_hourly} WHERE %[4]s >= %[5]d AND %[4]s < %[6]d AND %[7]s GROUP BY key",
+				kind, q.key(s.part), q.ofHours(states), r.moment, r.from, r.to, q.Where))
 		}
 	}
-	return sql
+	if len(rows) < 2 {
+		return strings.Join(rows, "")
+	}
+	return fmt.Sprintf("SELECT toUInt8(%d) AS kind, key, %s FROM (%s) GROUP BY key", kind,
+		q.figures("sum(n)", "sumWithOverflow(ids)", "sum(money)", "uniqCombined64MergeState(17)(state) AS state"), strings.Join(rows, " UNION ALL "))
+}
+
+// knownHours is a subquery of rows of all spans that are kept, without states.
+func (q *Question) knownHours(spans []span) string {
+	kind, any := "2", []string{}
+	for i, s := range slices.Backward(spans) {
+		if kind = fmt.Sprintf("if(hour < %d, %d, %s)", s.to, i, kind); s.known != nil && s.from < s.to {
+			any = append(any, fmt.Sprintf("hour >= %d AND hour < %d", s.from, s.to))
+		}
+	}
+	if len(any) == 0 {
+		return ""
+	}
+	key := q.key("")
+	if q.Unit != "" {
+		key = fmt.Sprintf("['%s', '%s', '%s'][kind + 1]", firstUnit, between, lastUnit)
+	}
+	return "SELECT toUInt8(" + kind + ") AS kind, " + key + " AS key, " + q.ofHours(noState) +
+		" FROM {events_hourly} WHERE (" + strings.Join(any, " OR ") + ") AND " + q.Where + " GROUP BY kind, key"
 }
 
 // totalSQL writes the query: rows of spans, of the ends of the range, and what is kept. Windows over them are the groups and the total.
-func (q *Question) totalSQL(spans []span, isKept bool) string {
-	var rows []string
-	row := func(kind int, from string) {
-		rows = append(rows, fmt.Sprintf("SELECT key, toUInt8(%d) AS kind, n, ids, money, state FROM (%s)", kind, from))
-	}
+// With wholeHour the last hour is taken whole, for want of events after the range. The query is short, because planning a long one takes
+// ClickHouse longer than answering it.
+func (q *Question) totalSQL(spans []span, isKept, wholeHour bool) string {
+	start, end := spans[0], spans[len(spans)-1]
+	rows := []string{fmt.Sprintf("SELECT toUInt8(%d) AS kind, '' AS key, %s FROM {recounts of the range}", ofNothing, q.figures("{none}", "toUInt64(0)", "0", noState))}
 	fresh := []string{strconv.Itoa(len(spans))} // no row's kind
 	for i, s := range spans {
-		columns, again := figures+states, "uniqCombined64MergeState(17)(state) AS state"
-		if s.known != nil {
-			columns, again = figures+noState, noState
-		} else {
-			fresh = append(fresh, strconv.Itoa(i))
-		}
-		switch hours := q.hours(s, columns); len(hours) {
-		case 0:
-		case 1:
-			row(i, hours[0])
-		default:
-			row(i, "SELECT key, sum(n) AS n, sumWithOverflow(ids) AS ids, sum(money) AS money, "+again+
-				" FROM (SELECT key, n, ids, money, state FROM ("+strings.Join(hours, " UNION ALL ")+")) GROUP BY key")
+		if s.known == nil && s.from < s.to {
+			rows, fresh = append(rows, q.hours(i, s)), append(fresh, strconv.Itoa(i))
 		}
 	}
-	start, end := spans[0], spans[len(spans)-1]
-	row(ofEnds, "WITH {whole hours} SELECT "+q.key(end.part)+" AS key, "+figures+states+
-		fmt.Sprintf(" FROM {events_hourly} WHERE hour >= %d AND hour < end_hour AND ", max(start.from, end.to))+q.Where+" GROUP BY key")
-	row(ofEnds, "WITH {whole hours} SELECT "+fmt.Sprintf("if(timestamp < %d, %s, %s)", start.to, q.key(start.part), q.key(end.part))+
-		" AS key, toInt64(count()) AS n, {id sum of events} AS ids, {revenue of events} AS money, uniqCombined64State(17)(user_id) AS state"+
-		" FROM {events} WHERE {in seconds} AND "+q.Where+" GROUP BY key")
-	row(ofNothing, "SELECT '' AS key, "+noRow+noState)
+	if known := q.knownHours(spans); known != "" {
+		rows = append(rows, known)
+	}
+	seconds := fmt.Sprintf("timestamp < %d", start.from)
+	if wholeHour {
+		rows = append(rows, fmt.Sprintf("SELECT toUInt8(%d) AS kind, %s AS key, %s FROM {events_hourly} WHERE hour = %d AND %s GROUP BY key", ofLastHour, q.key(end.part),
+			q.figures("sum(event_count)", "toUInt64(toUnixTimestamp(max(last_at)))", "sum(revenue)", "uniqCombined64MergeState(17)(unique_users_state) AS state"), end.to, q.Where))
+	} else {
+		seconds = fmt.Sprintf("(%s OR timestamp >= %d)", seconds, end.to)
+	}
+	rows = append(rows, fmt.Sprintf("SELECT toUInt8(%d) AS kind, if(timestamp < %d, %s, %s) AS key, %s FROM {events} WHERE %s AND %s AND %s GROUP BY key",
+		ofSeconds, start.to, q.key(start.part), q.key(end.part), q.figures("count()", "toUInt64(0)", "{revenue of events}", "uniqCombined64State(17)(user_id) AS state"),
+		InRange, seconds, q.Where))
 	if isKept {
-		row(ofKept, "SELECT key, "+noRow+"CAST(state, 'AggregateFunction(uniqCombined64(17), String)') AS state FROM kept")
+		rows = append(rows, fmt.Sprintf("SELECT toUInt8(%d) AS kind, key, %s FROM kept", ofKept,
+			q.figures("0", "toUInt64(0)", "0", "CAST(users, 'AggregateFunction(uniqCombined64(17), String)') AS state")))
 	}
-	perKey := "toInt64(0), '', toUInt64(0)"
+	users, money, allMoney := "toUInt64(0)", "''", "''"
 	if q.ByChannel || q.Unit != "" {
-		perKey = "toInt64(sum(n) OVER (PARTITION BY key)), toString(sum(money) OVER (PARTITION BY key)), uniqCombined64Merge(17)(state) OVER (PARTITION BY key)"
+		users = "uniqCombined64Merge(17)(state) OVER (PARTITION BY key)"
 	}
-	return "SELECT CAST(key, 'String'), kind, toInt64(n), ids, if(kind IN (" + strings.Join(fresh, ", ") + "), CAST(state, 'String'), ''), " + perKey +
-		", toInt64(sum(n) OVER ()), toString(sum(money) OVER ()), uniqCombined64Merge(17)(state) OVER (), count() OVER () FROM (" +
-		strings.Join(rows, " UNION ALL ") + ")"
+	if q.Revenue {
+		money, allMoney = "toString(sum(money) OVER (PARTITION BY key))", "toString(sum(money) OVER ())"
+	}
+	return "SELECT CAST(key, 'String'), kind, n, ids, if(kind IN (" + strings.Join(fresh, ", ") + "), CAST(state, 'String'), ''), " +
+		money + ", " + users + ", " + allMoney + ", uniqCombined64Merge(17)(state) OVER (), count() OVER () FROM (" + strings.Join(rows, " UNION ALL ") + ")"
 }
 
 // total asks for the total and the groups, and keeps what had to be computed of the spans.
 func (h *Hours) total(ctx context.Context, do Do, q *Question, spans []span) (total Figures, groups []Figures, err error) {
 	about := q.about()
 	nameOf := func(s span) string { return fmt.Sprint(about, "\x00", s.from, " ", s.to) }
+	// Of an hour that is not over all events are in the range, mostly: else there is another try.
+	wholeHour := q.To > time.Now().Unix()-recent && spans[0].from <= spans[len(spans)-1].to
 	for try := 0; ; try++ {
 		var keptKeys, keptStates proto.ColStr
 		for i := range spans {
@@ -248,43 +267,45 @@ func (h *Hours) total(ctx context.Context, do Do, q *Question, spans []span) (to
 				keptStates.Append(l.state)
 			}
 		}
-		query := ch.Query{Body: q.totalSQL(spans, keptKeys.Rows() > 0), Parameters: q.Parameters}
+		query := ch.Query{Body: q.totalSQL(spans, keptKeys.Rows() > 0, wholeHour), Parameters: q.Parameters}
 		if keptKeys.Rows() > 0 {
-			query.ExternalTable, query.ExternalData = "kept", []proto.InputColumn{{Name: "key", Data: &keptKeys}, {Name: "state", Data: &keptStates}}
+			query.ExternalTable, query.ExternalData = "kept", []proto.InputColumn{{Name: "key", Data: &keptKeys}, {Name: "users", Data: &keptStates}}
 		}
 		var (
 			key, state, revenue, allRevenue proto.ColStr
 			kind                            proto.ColUInt8
-			n, count, all                   proto.ColInt64
+			n                               proto.ColInt64
 			ids, users, allUsers, rows      proto.ColUInt64
 			answered, expected              uint64
 			found                           []set
 			byKey                           map[string]Figures
 		)
+		after := false // there are events after the range
 		reset := func() {
-			answered, expected, found, byKey, total = 0, 1, make([]set, len(spans)), map[string]Figures{}, Figures{}
+			answered, expected, found, byKey, total, after = 0, 1, make([]set, len(spans)), map[string]Figures{}, Figures{}, false
 		}
 		err := do(ctx, reset, EachRow(query, func(i int) {
 			answered, expected = answered+1, rows[i]
-			total = Figures{Count: all[i], Users: allUsers[i], Revenue: allRevenue.Row(i)}
-			if count[i] != 0 {
-				byKey[key.Row(i)] = Figures{Key: key.Row(i), Count: count[i], Users: users[i], Revenue: revenue.Row(i)}
-			}
-			if k := int(kind[i]); k < len(spans) {
+			total = Figures{Count: total.Count + n[i], Users: allUsers[i], Revenue: allRevenue.Row(i)}
+			k := key.Row(i)
+			byKey[k] = Figures{Key: k, Count: byKey[k].Count + n[i], Users: users[i], Revenue: revenue.Row(i)}
+			after = after || kind[i] == ofLastHour && int64(ids[i]) > q.To
+			if of := int(kind[i]); of < len(spans) {
 				l := line{count: n[i], ids: ids[i], state: state.Row(i)}
 				if q.ByChannel {
-					l.key = key.Row(i)
+					l.key = k
 				}
-				found[k] = append(found[k], l)
+				found[of] = append(found[of], l)
 			}
-		}, &key, &kind, &n, &ids, &state, &count, &revenue, &users, &all, &allRevenue, &allUsers, &rows))
+		}, &key, &kind, &n, &ids, &state, &revenue, &users, &allRevenue, &allUsers, &rows))
 		if err == nil && answered != expected {
 			err = ErrCut
 		}
 		if err != nil {
 			return total, nil, err
 		}
-		stale := false
+		stale := after
+		wholeHour = wholeHour && !after
 		for i, s := range spans {
 			found[i].inOrder()
 			switch {
@@ -296,6 +317,7 @@ func (h *Hours) total(ctx context.Context, do Do, q *Question, spans []span) (to
 			}
 		}
 		if !stale {
+			maps.DeleteFunc(byKey, func(_ string, g Figures) bool { return g.Count == 0 })
 			return total, slices.Collect(maps.Values(byKey)), nil
 		}
 	}
@@ -378,15 +400,19 @@ func (q *Question) unitsSQL(from, low, high, to int64) string {
 	if q.Unit != Hour && q.Calendar.IsUTC() {
 		moment = "toStartOfDay(hour)" // which is read from the projection daily
 	}
-	rows := []string{"SELECT toInt64(0) AS unit, toInt64(0) AS n, toUInt64(0) AS ids, '' AS money, toUInt64(0) AS users, toUInt8(2) AS fresh"}
+	rows := []string{"SELECT toInt64(0) AS unit, toInt64({none}) AS n, toUInt64(0) AS ids, '' AS money, toUInt64(0) AS users, toUInt8(2) AS fresh FROM {recounts of the range}"}
+	money := "''"
+	if q.Revenue {
+		money = "toString(sum(revenue))"
+	}
 	add := func(from, to int64, users string, fresh int) {
 		if from < to {
-			rows = append(rows, fmt.Sprintf("SELECT %s AS unit, toInt64(sum(event_count)) AS n, sumWithOverflow(id_sum) AS ids, toString(sum(revenue)) AS money, %s AS users, toUInt8(%d) AS fresh"+
-				" FROM {events_hourly} WHERE %[4]s >= %[5]d AND %[4]s < %[6]d AND %[7]s AND {settled} = 0 GROUP BY unit",
-				q.Calendar.SQL(q.Unit, moment), users, fresh, moment, from, to, q.Where))
+			rows = append(rows, fmt.Sprintf("SELECT %s AS unit, toInt64(sum(event_count)) AS n, sumWithOverflow(id_sum) AS ids, %s AS money, %s AS users, toUInt8(%d) AS fresh"+
+				" FROM {events_hourly} WHERE %[5]s >= %[6]d AND %[5]s < %[7]d AND %[8]s GROUP BY unit",
+				q.Calendar.SQL(q.Unit, moment), money, users, fresh, moment, from, to, q.Where))
 		}
 	}
-	const ofStates, none = "uniqCombined64Merge(17)(unique_users_state)", "toUInt64(0)"
+	const ofStates, none = "finalizeAggregation(uniqCombined64MergeState(17)(unique_users_state))", "toUInt64(0)" // the projection has states
 	add(from, low, none, 0)
 	middle := low
 	if q.Unit == Hour { // in halves, because ClickHouse reads a part of this size on one thread, and two would each make a state for every hour
@@ -400,18 +426,3 @@ func (q *Question) unitsSQL(from, low, high, to int64) string {
 
 func roundDown(n, step int64) int64 { return n / step * step }
 func roundUp(n, step int64) int64   { return roundDown(n+step-1, step) }
-
-// EachRow has the query's columns decoded into these, by their order, and calls row with the number of each row in them.
-func EachRow(q ch.Query, row func(i int), columns ...proto.ColResult) ch.Query {
-	q.Result = make(proto.Results, len(columns))
-	for i, c := range columns {
-		q.Result.(proto.Results)[i].Data = c
-	}
-	q.OnResult = func(_ context.Context, b proto.Block) error {
-		for i := range b.Rows {
-			row(i)
-		}
-		return nil
-	}
-	return q
-}

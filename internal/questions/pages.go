@@ -83,9 +83,6 @@ type event struct {
 	ReceivedAt string          `json:"received_at"`
 }
 
-// Do runs a query. It may try again, and calls reset before each try.
-type Do func(ctx context.Context, reset func(), q ch.Query) error
-
 // Next reads up to limit events, or 4 MiB of them, and gives each to take as a line of JSON, which is valid until take returns. It moves
 // After behind the last. more says whether there may be others behind that. {events} is the table.
 func (l *Listing) Next(ctx context.Context, limit int, do Do, take func(line []byte) error) (more bool, err error) {
