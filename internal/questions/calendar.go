@@ -1,5 +1,5 @@
-// Package questions has what questions about stored events need beside their SQL: the hours, days and months of a time zone, paths
-// into metadata, and pages of events.
+// Package questions has what questions about stored events need: what events_hourly answers and what of it is kept, the hours, days and
+// months of a time zone, paths into metadata, and pages of events.
 //
 // calendar.go is the first: it numbers the hours, days and months of a zone in SQL, and gives a number its name. Go's time package
 // alone decides what a zone's clocks show. ClickHouse only adds the offsets that it is given, so the two cannot differ.

@@ -1,3 +1,5 @@
+// What is kept of answers: sets of events by name, within a bound in bytes. Those that were not used for the longest time go first.
+
 package questions
 
 import (
