@@ -16,10 +16,5 @@ func ByDay(key, where string) string {
 			" WHERE {in seconds} AND {where} GROUP BY key)")
 }
 
-// ByHour is ByDay for a key that needs the hour.
-func ByHour(key, where string) string {
-	return "(SELECT " + key + " AS key, {counts} FROM {database}.events_between(from = {from:UInt32}, to = {to:UInt32}) WHERE " + where + ")"
-}
-
 // InRange are the events of the raw table in the range.
 const InRange = "timestamp >= {from:UInt32} AND timestamp <= {to:UInt32}"
