@@ -46,9 +46,9 @@ const (
 	clientWaiting = 32
 	// maxGroups is how many groups an answer by campaign, tag or member of metadata has: anybody may make these up.
 	maxGroups = 1000
-	// tablePause is the time between two attempts while hours are recounted or a table is detached, tableAttempts how many there are.
+	// tablePause is the time between two attempts while hours are recounted or a table is detached, for tablePatience.
 	tablePause    = 50 * time.Millisecond
-	tableAttempts = 20
+	tablePatience = time.Second
 )
 
 // metricsAPI serves GET /api/v1/metrics. The overview asks and answers through it, too.
@@ -424,12 +424,13 @@ func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error
 	defer done()
 	query.Body = m.clickhouse.sql(query.Body)
 	query.Settings = profile.Question
+	asked := time.Now()
 	for attempt := 0; ; attempt++ {
 		reset()
 		err = pool.Do(ctx, query)
 		_, answered := ch.AsException(err)
 		switch {
-		case ch.IsErr(err, proto.ErrUnknownTable, proto.ErrFunctionThrowIfValueIsNonZero) && attempt < tableAttempts:
+		case ch.IsErr(err, proto.ErrUnknownTable, proto.ErrFunctionThrowIfValueIsNonZero) && time.Since(asked) < tablePatience:
 			if troubles.Sleep(ctx, tablePause) != nil {
 				return err
 			}
