@@ -21,7 +21,7 @@ func TestAuditBesideIngestion(t *testing.T) {
 	clickhouseQuery(t, "ALTER TABLE "+db+".events ADD CONSTRAINT fiftieth CHECK event_name = 'kept' OR cityHash64(event_id) % 50 != 0")
 	at := time.Now().Unix() - 5*hourSeconds
 	postAll(t, p, numbered("kept", 100, 100, func(int) int64 { return at }))
-	l, done := loadInto(t, p.url, float64(testkit.MoreInTorture(500, 6700)), time.Hour, "-users", "20000", "-bulk", "200")
+	l, done := loadInto(t, p.url, float64(testkit.MoreInTorture(500, 2000)), time.Hour, "-users", "20000", "-bulk", "200")
 	var a struct {
 		Stored, Difference, Unequal, Waiting, Unread int64
 		Letters                                      int64 `json:"dead_letters"`
