@@ -2,6 +2,7 @@ package questions
 
 import (
 	"context"
+	"errors"
 	"sync"
 
 	"github.com/ClickHouse/ch-go"
@@ -10,6 +11,26 @@ import (
 
 // Do runs a query. It may try again, and calls reset before each try.
 type Do func(ctx context.Context, reset func(), q ch.Query) error
+
+// ErrCut is an answer that is cut off before it ends, or throws rows away: a setting of the profile does that.
+var ErrCut = errors.New("ClickHouse answers with fewer rows than it has; look at the profile of CLICKHOUSE_USERNAME for what throws rows away")
+
+// all is EachRow for a query whose last column, beside these, says how many rows it has.
+func (do Do) all(ctx context.Context, reset func(), q ch.Query, row func(i int), columns ...proto.ColResult) error {
+	var rows proto.ColUInt64
+	var answered, expected uint64
+	err := do(ctx, func() {
+		answered, expected = 0, 1
+		reset()
+	}, EachRow(q, func(i int) {
+		answered, expected = answered+1, rows[i]
+		row(i)
+	}, append(columns, &rows)...))
+	if err == nil && answered != expected {
+		err = ErrCut
+	}
+	return err
+}
 
 // EachRow has the query's columns decoded into these, by their order, and calls row with the number of each row in them.
 func EachRow(q ch.Query, row func(i int), columns ...proto.ColResult) ch.Query {

@@ -9,7 +9,6 @@ package questions
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -29,9 +28,6 @@ const (
 	// keptTries is how often a question is asked with what is kept, some of which has just changed, before it is asked without.
 	keptTries = 3
 )
-
-// ErrCut is an answer that is cut off before it ends, or throws rows away: a setting of the profile does that.
-var ErrCut = errors.New("ClickHouse answers with fewer rows than it has; look at the profile of CLICKHOUSE_USERNAME for what throws rows away")
 
 // Hours answers questions from events_hourly and, for the seconds at the ends of a range, from events.
 type Hours struct {
@@ -140,7 +136,10 @@ func (q *Question) key(part string) string {
 	return "'" + part + "'"
 }
 
-const noState = "arrayReduce('uniqCombined64State(17)', emptyArrayString()) AS state"
+const (
+	states  = "uniqCombined64MergeState(17)(unique_users_state) AS state"
+	noState = "arrayReduce('uniqCombined64State(17)', emptyArrayString()) AS state"
+)
 
 // figures are the columns of a row: an event is in one row, and its user in one state. The ends of a range need no ids.
 func (q *Question) figures(count, ids, money, state string) string {
@@ -165,7 +164,6 @@ const (
 
 // hours is a subquery of rows of a span with their states: whole days are read from the projection daily, which has a state per day.
 func (q *Question) hours(kind int, s span) string {
-	const states = "uniqCombined64MergeState(17)(unique_users_state) AS state"
 	firstDay, endDay := roundUp(s.from, daySeconds), roundDown(s.to, daySeconds)
 	if firstDay >= endDay {
 		firstDay, endDay = s.to, s.to
@@ -189,13 +187,16 @@ func (q *Question) hours(kind int, s span) string {
 
 // knownHours is a subquery of rows of all spans that are kept, without states.
 func (q *Question) knownHours(spans []span) string {
-	kind, any := "2", []string{}
+	kind, within := strconv.Itoa(len(spans)-1), []string{}
 	for i, s := range slices.Backward(spans) {
-		if kind = fmt.Sprintf("if(hour < %d, %d, %s)", s.to, i, kind); s.known != nil && s.from < s.to {
-			any = append(any, fmt.Sprintf("hour >= %d AND hour < %d", s.from, s.to))
+		if i < len(spans)-1 {
+			kind = fmt.Sprintf("if(hour < %d, %d, %s)", s.to, i, kind)
+		}
+		if s.known != nil && s.from < s.to {
+			within = append(within, fmt.Sprintf("hour >= %d AND hour < %d", s.from, s.to))
 		}
 	}
-	if len(any) == 0 {
+	if len(within) == 0 {
 		return ""
 	}
 	key := q.key("")
@@ -203,7 +204,7 @@ func (q *Question) knownHours(spans []span) string {
 		key = fmt.Sprintf("['%s', '%s', '%s'][kind + 1]", firstUnit, between, lastUnit)
 	}
 	return "SELECT toUInt8(" + kind + ") AS kind, " + key + " AS key, " + q.ofHours(noState) +
-		" FROM {events_hourly} WHERE (" + strings.Join(any, " OR ") + ") AND " + q.Where + " GROUP BY kind, key"
+		" FROM {events_hourly} WHERE (" + strings.Join(within, " OR ") + ") AND " + q.Where + " GROUP BY kind, key"
 }
 
 // totalSQL writes the query: rows of spans, of the ends of the range, and what is kept. Windows over them are the groups and the total.
@@ -224,7 +225,7 @@ func (q *Question) totalSQL(spans []span, isKept, wholeHour bool) string {
 	seconds := fmt.Sprintf("timestamp < %d", start.from)
 	if wholeHour {
 		rows = append(rows, fmt.Sprintf("SELECT toUInt8(%d) AS kind, %s AS key, %s FROM {events_hourly} WHERE hour = %d AND %s GROUP BY key", ofLastHour, q.key(end.part),
-			q.figures("sum(event_count)", "toUInt64(toUnixTimestamp(max(last_at)))", "sum(revenue)", "uniqCombined64MergeState(17)(unique_users_state) AS state"), end.to, q.Where))
+			q.figures("sum(event_count)", "toUInt64(toUnixTimestamp(max(last_at)))", "sum(revenue)", states), end.to, q.Where))
 	} else {
 		seconds = fmt.Sprintf("(%s OR timestamp >= %d)", seconds, end.to)
 	}
@@ -275,17 +276,15 @@ func (h *Hours) total(ctx context.Context, do Do, q *Question, spans []span) (to
 			key, state, revenue, allRevenue proto.ColStr
 			kind                            proto.ColUInt8
 			n                               proto.ColInt64
-			ids, users, allUsers, rows      proto.ColUInt64
-			answered, expected              uint64
+			ids, users, allUsers            proto.ColUInt64
 			found                           []set
 			byKey                           map[string]Figures
 		)
 		after := false // there are events after the range
 		reset := func() {
-			answered, expected, found, byKey, total, after = 0, 1, make([]set, len(spans)), map[string]Figures{}, Figures{}, false
+			found, byKey, total, after = make([]set, len(spans)), map[string]Figures{}, Figures{}, false
 		}
-		err := do(ctx, reset, EachRow(query, func(i int) {
-			answered, expected = answered+1, rows[i]
+		err := do.all(ctx, reset, query, func(i int) {
 			total = Figures{Count: total.Count + n[i], Users: allUsers[i], Revenue: allRevenue.Row(i)}
 			k := key.Row(i)
 			byKey[k] = Figures{Key: k, Count: byKey[k].Count + n[i], Users: users[i], Revenue: revenue.Row(i)}
@@ -297,10 +296,7 @@ func (h *Hours) total(ctx context.Context, do Do, q *Question, spans []span) (to
 				}
 				found[of] = append(found[of], l)
 			}
-		}, &key, &kind, &n, &ids, &state, &revenue, &users, &allRevenue, &allUsers, &rows))
-		if err == nil && answered != expected {
-			err = ErrCut
-		}
+		}, &key, &kind, &n, &ids, &state, &revenue, &users, &allRevenue, &allUsers)
 		if err != nil {
 			return total, nil, err
 		}
@@ -352,17 +348,14 @@ func (h *Hours) units(ctx context.Context, do Do, q *Question, begin, end int64,
 			from, to = starts[low], starts[high]
 		}
 		var (
-			unit, n            proto.ColInt64
-			ids, users, rows   proto.ColUInt64
-			fresh              proto.ColUInt8
-			revenue            proto.ColStr
-			answered, expected uint64
-			found              map[int64]line
+			unit, n    proto.ColInt64
+			ids, users proto.ColUInt64
+			fresh      proto.ColUInt8
+			revenue    proto.ColStr
+			found      map[int64]line
 		)
-		reset := func() { answered, expected, found, units = 0, 1, map[int64]line{}, nil }
-		body := q.unitsSQL(begin, from, to, end)
-		err := do(ctx, reset, EachRow(ch.Query{Body: body, Parameters: q.Parameters}, func(i int) {
-			answered, expected = answered+1, rows[i]
+		reset := func() { found, units = map[int64]line{}, nil }
+		err := do.all(ctx, reset, ch.Query{Body: q.unitsSQL(begin, from, to, end), Parameters: q.Parameters}, func(i int) {
 			l := line{count: n[i], ids: ids[i], users: users[i]}
 			if fresh[i] == 0 {
 				l.users = known[unit[i]].users
@@ -370,10 +363,7 @@ func (h *Hours) units(ctx context.Context, do Do, q *Question, begin, end int64,
 			if found[unit[i]] = l; l.count != 0 {
 				units = append(units, Figures{Key: fmt.Sprint(unit[i]), Count: l.count, Users: l.users, Revenue: revenue.Row(i)})
 			}
-		}, &unit, &n, &ids, &revenue, &users, &fresh, &rows))
-		if err == nil && answered != expected {
-			err = ErrCut
-		}
+		}, &unit, &n, &ids, &revenue, &users, &fresh)
 		if err != nil {
 			return nil, err
 		}
