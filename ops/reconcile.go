@@ -242,7 +242,7 @@ func (sys System) recountOnce(ctx context.Context, hours spans) error {
 		}
 		waiting, cancel := context.WithTimeout(ctx, questionTimeout)
 		defer cancel()
-		if err := sys.await(waiting, do, questions, now); err != nil && waiting.Err() == nil {
+		if err := sys.await(waiting, do, questionsAtWork, now); err != nil && waiting.Err() == nil {
 			return err
 		}
 		return ctx.Err()
@@ -337,8 +337,8 @@ func (sys System) settle(ctx context.Context, hours string) error {
 
 // What await waits for, as conditions on the queries that run.
 const (
-	insertsAtWork = "query_kind IN ('Insert', 'AsyncInsertFlush') AND position(query, 'events') > 0"
-	questions     = "query_kind = 'Select' AND position(query, 'events') > 0"
+	insertsAtWork   = "query_kind IN ('Insert', 'AsyncInsertFlush') AND position(query, 'events') > 0"
+	questionsAtWork = "query_kind = 'Select' AND position(query, 'events') > 0"
 )
 
 // await returns once no such query runs that began before a time of the server, in Unix milliseconds.

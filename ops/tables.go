@@ -12,6 +12,7 @@ import (
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
+	"github.com/event-ingestion/event-ingestion/internal/questions"
 )
 
 const (
@@ -60,18 +61,7 @@ func (sys System) ask(ctx context.Context, q ch.Query, row func(i int), columns 
 // rows runs a query. It decodes what is answered into columns, by their order, and calls row with the number of each row in
 // them: ch-go hands on a block at a time, and a later one overwrites the columns.
 func (do Conn) rows(ctx context.Context, q ch.Query, row func(i int), columns ...proto.ColResult) error {
-	var results proto.Results
-	for _, c := range columns {
-		results = append(results, proto.ResultColumn{Data: c})
-	}
-	q.Result = results
-	q.OnResult = func(_ context.Context, block proto.Block) error {
-		for i := range block.Rows {
-			row(i)
-		}
-		return nil
-	}
-	return do(ctx, q)
+	return do(ctx, questions.EachRow(q, row, columns...))
 }
 
 const (
