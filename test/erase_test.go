@@ -74,7 +74,7 @@ func eraseCommand(t *testing.T) string {
 }
 
 // TestErasure follows the recipe while events come in. What the user does later is stored; what was done before is not, when it is
-// sent again, put back from the dead letters, or read from Kafka once more.
+// sent again, imported, put back from the dead letters, or read from Kafka once more.
 func TestErasure(t *testing.T) {
 	t.Parallel()
 	p := erasureSpace(t)
@@ -111,6 +111,9 @@ func TestErasure(t *testing.T) {
 	mustAgree(t, l, p.url)
 	again := fmt.Appendf(nil, `{"event_name":"before","user_id":%q,"timestamp":%d}`+"\n"+`{"event_name":"after","user_id":%[1]q,"timestamp":%[3]d}`, erasedUser, upTo.Unix(), upTo.Unix()+1)
 	postAll(t, p, [][]byte{again})
+	if out, code := subcommand(t, env, "import "+written(t, "another.ndjson", again)); code != 0 {
+		t.Errorf("import: %d %s", code, out)
+	}
 	if out, code := subcommand(t, env, "dlq replay"); code != 0 || !strings.HasPrefix(out, "1 letters put back") || !strings.Contains(out, "1 of erased users") {
 		t.Errorf("dlq replay: %d %s", code, out)
 	}
