@@ -17,10 +17,8 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
-	"unsafe"
 
 	"github.com/event-ingestion/event-ingestion/internal/testkit"
 
@@ -71,7 +69,7 @@ func costOf(single bool, media, encoding string, body []byte) (c cost) {
 	w := discard{http.Header{}, &c}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	allocated, cpu := allocatedBytes(), threadTime()
+	allocated, cpu := allocatedBytes(), testkit.ThreadTime()
 	from := &in.bulks
 	if single {
 		from = &in.singles
@@ -103,7 +101,7 @@ func costOf(single bool, media, encoding string, body []byte) (c cost) {
 		c.held = in.bodies.Used()
 		q.release()
 	}
-	c.cpu = threadTime() - cpu
+	c.cpu = testkit.ThreadTime() - cpu
 	c.allocated = allocatedBytes() - allocated
 	if used := in.bodies.Used(); used != 0 {
 		panic(fmt.Sprintf("%d bytes of the budget were not given back", used))
@@ -115,14 +113,6 @@ func allocatedBytes() int {
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return int(m.TotalAlloc)
-}
-
-// threadTime is the CPU time that this thread has used.
-func threadTime() time.Duration {
-	const clockThreadCPU = 3 // to the nanosecond; getrusage counts in ticks
-	var t syscall.Timespec
-	syscall.RawSyscall(syscall.SYS_CLOCK_GETTIME, clockThreadCPU, uintptr(unsafe.Pointer(&t)), 0)
-	return time.Duration(t.Nano())
 }
 
 // asSegment stands for the media type of a batch of Segment's protocol.
@@ -314,11 +304,11 @@ func tooSlow(single bool, media string, once, twice []byte) (why string) {
 func jsonTime(text []byte) time.Duration {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	started := threadTime()
+	started := testkit.ThreadTime()
 	for line := range bytes.Lines(text) {
 		json.Valid(line)
 	}
-	return threadTime() - started
+	return testkit.ThreadTime() - started
 }
 
 // FuzzCost looks for other shapes: a piece is repeated between a head and a tail.
