@@ -142,7 +142,10 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 	if err != nil {
 		m.failed(err)
 		why := "ClickHouse does not answer the query: " + firstLine(err.Error())
-		if ch.IsErr(err, proto.ErrTimeoutExceeded, proto.ErrMemoryLimitExceeded) || errors.Is(err, context.DeadlineExceeded) {
+		switch {
+		case errors.Is(err, turns.ErrNone):
+			why = fmt.Sprintf("other questions take ClickHouse's time: %s within %s", turns.ErrNone, queryTimeout)
+		case ch.IsErr(err, proto.ErrTimeoutExceeded, proto.ErrMemoryLimitExceeded) || errors.Is(err, context.DeadlineExceeded):
 			why = fmt.Sprintf("the question takes over %s, or over %d MiB of ClickHouse's memory: narrow the range, or declare the member of metadata in METADATA_COLUMNS; %s",
 				queryTimeout, profile.QuestionMemory>>20, why)
 		}

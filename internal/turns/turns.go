@@ -7,12 +7,17 @@ package turns
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"sync"
 )
 
-// ErrTooMany is what a client gets that has as much waiting as it may.
-var ErrTooMany = errors.New("too many questions of this key, or of this address without a key, are waiting")
+var (
+	// ErrTooMany is what a client gets that has as much waiting as it may.
+	ErrTooMany = errors.New("too many questions of this key, or of this address without a key, are waiting")
+	// ErrNone is what a client gets whose time ends before its turn comes.
+	ErrNone = errors.New("no turn came")
+)
 
 // Turns are a number of places.
 type Turns struct {
@@ -35,7 +40,7 @@ func New(places, each, waiting int) *Turns {
 }
 
 // Wait returns when it is who's turn. done, to be called once, gives the place to whoever is next. The errors are ErrTooMany, at once, and
-// the context's.
+// ErrNone with the context's.
 func (t *Turns) Wait(ctx context.Context, who [32]byte) (done func(), err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -48,7 +53,7 @@ func (t *Turns) Wait(ctx context.Context, who [32]byte) (done func(), err error)
 	case <-turn:
 	case <-ctx.Done():
 		t.leave(who, turn)
-		return nil, ctx.Err()
+		return nil, fmt.Errorf("%w: %w", ErrNone, ctx.Err())
 	}
 	if err := ctx.Err(); err != nil { // it may have ended before
 		t.giveBack(who)
