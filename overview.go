@@ -263,7 +263,7 @@ const (
 func (m *metricsAPI) serveEvents(w http.ResponseWriter, r *http.Request) {
 	l, limit, problems := parseEventsQuery(r.URL.RawQuery, time.Now().Unix())
 	m.answer(w, r, problems, func(ctx context.Context, _ *int64) ([]byte, error) {
-		body := []byte(`{"events":[`)
+		body, l := []byte(`{"events":[`), *l
 		more, err := l.Next(ctx, limit, m.do, func(event []byte) error {
 			if body[len(body)-1] != '[' {
 				body = append(body, ',')

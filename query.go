@@ -46,7 +46,7 @@ const (
 	clientWaiting = 32
 	// maxGroups is how many groups an answer by campaign, tag or member of metadata has: anybody may make these up.
 	maxGroups = 1000
-	// tablePause is the time between two attempts while hours are recounted or a table is detached, for tablePatience.
+	// tablePause is the time between two answers while hours are recounted or a table is detached, for tablePatience.
 	tablePause    = 50 * time.Millisecond
 	tablePatience = time.Second
 )
@@ -126,10 +126,16 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 	if through := m.through(); through != 0 { // before the query, which then sees at least that much
 		known = &through
 	}
-	err := m.adopt(ctx)
 	var body []byte
-	if err == nil {
-		body, err = ask(ctx, known)
+	attempt := func() (err error) {
+		if err = m.adopt(ctx); err == nil {
+			body, err = ask(ctx, known)
+		}
+		return err
+	}
+	err := attempt()
+	for asked := time.Now(); questions.Passes(err) && time.Since(asked) < tablePatience && troubles.Sleep(ctx, tablePause) == nil; {
+		err = attempt()
 	}
 	if r.Context().Err() != nil { // the client has gone
 		return
@@ -412,8 +418,7 @@ func (m *metricsAPI) Do(ctx context.Context, query ch.Query) error {
 }
 
 // do runs a query on a pooled connection, when it is the turn of whoever asks. The server may have closed it, and with a restart all of
-// the pool, of which ch-go puts one back now and then, so a failure without an answer is retried, after reset, on each. While hours are
-// recounted, or a table is detached by a person, the query is retried for a second.
+// the pool, of which ch-go puts one back now and then, so a failure without an answer is retried, after reset, on each.
 func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error {
 	pool, err := m.pool()
 	if err != nil {
@@ -427,17 +432,10 @@ func (m *metricsAPI) do(ctx context.Context, reset func(), query ch.Query) error
 	defer done()
 	query.Body = m.clickhouse.sql(query.Body)
 	query.Settings = profile.Question
-	asked := time.Now()
 	for attempt := 0; ; attempt++ {
 		reset()
 		err = pool.Do(ctx, query)
-		_, answered := ch.AsException(err)
-		switch {
-		case ch.IsErr(err, proto.ErrUnknownTable, proto.ErrFunctionThrowIfValueIsNonZero) && time.Since(asked) < tablePatience:
-			if troubles.Sleep(ctx, tablePause) != nil {
-				return err
-			}
-		case err == nil || answered || attempt >= 2*queryConns || ctx.Err() != nil:
+		if _, answered := ch.AsException(err); err == nil || answered || attempt >= 2*queryConns || ctx.Err() != nil {
 			return err
 		}
 	}

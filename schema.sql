@@ -51,12 +51,11 @@ DEFINE {added up} AS
 -- The column names of both.
 DEFINE {counts} AS event_count, unique_users_state, revenue, campaigns_state, last_at, id_sum;
 
--- Where hours between {from} and {to} are recounted, and 0, or an error when there are some.
+-- Where hours between {from} and {to} are recounted.
 DEFINE {recounts of the range} AS {database}.recounts WHERE first <= {to:UInt32} AND last >= {from:UInt32};
 
-DEFINE {none} AS throwIf(count() > 0, 'these hours are being recounted');
-
-DEFINE {settled} AS (SELECT {none} FROM {recounts of the range});
+-- 0, or an error when there are some.
+DEFINE {settled} AS (SELECT throwIf(count() > 0, 'these hours are being recounted') FROM {recounts of the range});
 
 -- The whole hours of a range, from and to included: [first_hour, end_hour). The last hour is whole, too, when it has no event
 -- from after the end, as when the end is now. A query sees one snapshot of a table, so events that come in meanwhile are in

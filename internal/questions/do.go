@@ -1,9 +1,11 @@
 package questions
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"sync"
+	"sync/atomic"
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
@@ -14,6 +16,14 @@ type Do func(ctx context.Context, reset func(), q ch.Query) error
 
 // ErrCut is an answer that is cut off before it ends, or throws rows away: a setting of the profile does that.
 var ErrCut = errors.New("ClickHouse answers with fewer rows than it has; look at the profile of CLICKHOUSE_USERNAME for what throws rows away")
+
+// ErrRecounted is the answer while hours of the range are recounted.
+var ErrRecounted = errors.New("these hours are being recounted")
+
+// Passes says whether it is worth asking again soon: hours are recounted, or a table is detached by a person.
+func Passes(err error) bool {
+	return errors.Is(err, ErrRecounted) || ch.IsErr(err, proto.ErrUnknownTable, proto.ErrFunctionThrowIfValueIsNonZero)
+}
 
 // all is EachRow for a query whose last column, beside these, says how many rows it has.
 func (do Do) all(ctx context.Context, reset func(), q ch.Query, row func(i int), columns ...proto.ColResult) error {
@@ -47,18 +57,31 @@ func EachRow(q ch.Query, row func(i int), columns ...proto.ColResult) ch.Query {
 	return q
 }
 
-// Together runs the tasks at once. The first error ends them all, and is returned.
+// Together runs the tasks at once. The first error ends them all, and is returned. ErrRecounted lets the others end by themselves:
+// whoever asks again soon needs their connections, which an end in the middle of a query costs.
 func Together(ctx context.Context, tasks ...func(context.Context) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	var recounts atomic.Int64
 	var waiting sync.WaitGroup
 	for _, task := range tasks {
 		waiting.Go(func() {
-			if err := task(ctx); err != nil {
+			switch err := task(ctx); {
+			case errors.Is(err, ErrRecounted):
+				recounts.Add(1)
+			case err != nil:
 				cancel(err)
 			}
 		})
 	}
 	waiting.Wait()
-	return context.Cause(ctx)
+	return cmp.Or(context.Cause(ctx), recounted(recounts.Load()))
+}
+
+// recounted is ErrRecounted when there are recounts: a number in an answer, because an exception takes ClickHouse far longer.
+func recounted(recounts int64) error {
+	if recounts > 0 {
+		return ErrRecounted
+	}
+	return nil
 }

@@ -159,7 +159,7 @@ const (
 	ofSeconds  = 10 + iota // at the ends of the range
 	ofLastHour             // which is not over: ids is the second of its newest event
 	ofKept                 // a state that was kept
-	ofNothing              // is always there, or an error while hours of the range are recounted
+	ofRecounts             // is always there: n is how many recounts of hours of the range are at work
 )
 
 // hours is a subquery of rows of a span with their states: whole days are read from the projection daily, which has a state per day.
@@ -212,7 +212,7 @@ func (q *Question) knownHours(spans []span) string {
 // ClickHouse longer than answering it.
 func (q *Question) totalSQL(spans []span, isKept, wholeHour bool) string {
 	start, end := spans[0], spans[len(spans)-1]
-	rows := []string{fmt.Sprintf("SELECT toUInt8(%d) AS kind, '' AS key, %s FROM {recounts of the range}", ofNothing, q.figures("{none}", "toUInt64(0)", "0", noState))}
+	rows := []string{fmt.Sprintf("SELECT toUInt8(%d) AS kind, '' AS key, %s FROM {recounts of the range}", ofRecounts, q.figures("count()", "toUInt64(0)", "0", noState))}
 	fresh := []string{strconv.Itoa(len(spans))} // no row's kind
 	for i, s := range spans {
 		if s.known == nil && s.from < s.to {
@@ -280,11 +280,14 @@ func (h *Hours) total(ctx context.Context, do Do, q *Question, spans []span) (to
 			found                           []set
 			byKey                           map[string]Figures
 		)
-		after := false // there are events after the range
+		after, recounts := false, int64(0) // after is that there are events after the range
 		reset := func() {
-			found, byKey, total, after = make([]set, len(spans)), map[string]Figures{}, Figures{}, false
+			found, byKey, total, after, recounts = make([]set, len(spans)), map[string]Figures{}, Figures{}, false, 0
 		}
 		err := do.all(ctx, reset, query, func(i int) {
+			if kind[i] == ofRecounts {
+				recounts, n[i] = n[i], 0
+			}
 			total = Figures{Count: total.Count + n[i], Users: allUsers[i], Revenue: allRevenue.Row(i)}
 			k := key.Row(i)
 			byKey[k] = Figures{Key: k, Count: byKey[k].Count + n[i], Users: users[i], Revenue: revenue.Row(i)}
@@ -297,7 +300,7 @@ func (h *Hours) total(ctx context.Context, do Do, q *Question, spans []span) (to
 				found[of] = append(found[of], l)
 			}
 		}, &key, &kind, &n, &ids, &state, &revenue, &users, &allRevenue, &allUsers)
-		if err != nil {
+		if err = cmp.Or(err, recounted(recounts)); err != nil {
 			return total, nil, err
 		}
 		stale := after
@@ -353,18 +356,23 @@ func (h *Hours) units(ctx context.Context, do Do, q *Question, begin, end int64,
 			fresh      proto.ColUInt8
 			revenue    proto.ColStr
 			found      map[int64]line
+			recounts   int64
 		)
 		reset := func() { found, units = map[int64]line{}, nil }
 		err := do.all(ctx, reset, ch.Query{Body: q.unitsSQL(begin, from, to, end), Parameters: q.Parameters}, func(i int) {
 			l := line{count: n[i], ids: ids[i], users: users[i]}
-			if fresh[i] == 0 {
+			switch fresh[i] {
+			case noUnit:
+				recounts = l.count
+				return
+			case 0:
 				l.users = known[unit[i]].users
 			}
 			if found[unit[i]] = l; l.count != 0 {
 				units = append(units, Figures{Key: fmt.Sprint(unit[i]), Count: l.count, Users: l.users, Revenue: revenue.Row(i)})
 			}
 		}, &unit, &n, &ids, &revenue, &users, &fresh)
-		if err != nil {
+		if err = cmp.Or(err, recounted(recounts)); err != nil {
 			return nil, err
 		}
 		stale := false
@@ -384,13 +392,16 @@ func (h *Hours) units(ctx context.Context, do Do, q *Question, begin, end int64,
 	}
 }
 
+// noUnit marks the row that is always there, with the number of recounts.
+const noUnit = 2
+
 // unitsSQL writes the query for the units from one hour to another, which is excluded, with users of those from low to high.
 func (q *Question) unitsSQL(from, low, high, to int64) string {
 	moment := "hour"
 	if q.Unit != Hour && q.Calendar.IsUTC() {
 		moment = "toStartOfDay(hour)" // which is read from the projection daily
 	}
-	rows := []string{"SELECT toInt64(0) AS unit, toInt64({none}) AS n, toUInt64(0) AS ids, '' AS money, toUInt64(0) AS users, toUInt8(2) AS fresh FROM {recounts of the range}"}
+	rows := []string{fmt.Sprintf("SELECT toInt64(0) AS unit, toInt64(count()) AS n, toUInt64(0) AS ids, '' AS money, toUInt64(0) AS users, toUInt8(%d) AS fresh FROM {recounts of the range}", noUnit)}
 	money := "''"
 	if q.Revenue {
 		money = "toString(sum(revenue))"
