@@ -14,11 +14,11 @@ import (
 // TestAuditBesideIngestion: while events come in, some of which ClickHouse rejects until they are dead letters, every audit balances. One
 // event that is missing in the table, or one that is counted twice, is found all the same.
 //
-// `make torture` does it twenty times at 20,000 events a second, each with a topic of its own: on one that grows for an hour an audit takes
+// `make torture` does it five times at 20,000 events a second, each with a topic of its own: on one that grows for an hour an audit takes
 // longer and longer.
 func TestAuditBesideIngestion(t *testing.T) {
 	t.Parallel()
-	for range testkit.MoreInTorture(1, 4) {
+	for range testkit.TortureFactor() {
 		auditBesideIngestion(t, float64(testkit.MoreInTorture(500, 4000)))
 	}
 }
@@ -44,7 +44,7 @@ func auditBesideIngestion(t *testing.T, rate float64) {
 		}
 	}
 	p.await("dead letters", time.Minute, func() bool { audit(0); return a.Letters > 0 })
-	for range 3 {
+	for range 4 {
 		audit(0)
 	}
 	lost := eventID("kept", "u7", at, "")
