@@ -139,8 +139,10 @@ func (a *access) reload() {
 // admits decides about a request, and says whose key it has: none for a browser's preflight, for one from a page that may not send,
 // and for one without a valid key. h are the answer's headers, which get what browsers have to know.
 func (a *access) admits(h http.Header, r *http.Request) (client, verdict) {
-	if local := localAddress(r); local.IsLoopback() && len(*a.keys.Load()) == 0 && !a.hasHost(r.Host, local) {
-		return client{}, misdirected(r)
+	if len(*a.keys.Load()) == 0 {
+		if local := localAddress(r); local.IsLoopback() && !a.hasHost(r.Host, local) {
+			return client{}, misdirected(r)
+		}
 	}
 	if v := a.crosses(h, r); v.status != 0 {
 		return client{}, v
