@@ -107,7 +107,7 @@ func asIn(env []string, cmd *exec.Cmd) *exec.Cmd {
 func subcommand(t testing.TB, env []string, args string) (string, int) {
 	t.Helper()
 	cmd := command(t, env, strings.Fields(args)...)
-	defer time.AfterFunc(2*time.Minute, func() { cmd.Process.Kill() }).Stop() // one that hangs
+	defer time.AfterFunc(5*time.Minute, func() { cmd.Process.Kill() }).Stop() // one that hangs: an audit of millions of events beside ingestion may take two
 	out, err := cmd.CombinedOutput()
 	if exit := new(exec.ExitError); err != nil && !errors.As(err, &exit) {
 		t.Fatal(err)
