@@ -112,7 +112,7 @@ func TestNothingAfterTo(t *testing.T) {
 		}
 	}
 	drained(p)
-	if got := clickhouseQuery(t, fmt.Sprintf("SELECT count(), uniqExact(event_id), (SELECT sum(event_count) FROM %[1]s.events_hourly) FROM %[1]s.events", db)); got != fmt.Sprintf("%d\t%d\t%d", len(seen), len(seen), len(seen)) {
+	if got := clickhouseQuery(t, fmt.Sprintf("SELECT count(), uniqExact(event_id), (SELECT sum(event_count) FROM %[1]s.events_between(from = 0, to = 4000000000)) FROM %[1]s.events_all", db)); got != fmt.Sprintf("%d\t%d\t%d", len(seen), len(seen), len(seen)) {
 		t.Fatalf("%s, want %d of each", got, len(seen))
 	}
 	ends := []int64{newest + 1, newest, newest - 1, newest - 3, hour + 1, hour, hour - 1, hour - 2, newest - daySeconds, newest - 2*daySeconds - 5*hourSeconds}
