@@ -15,6 +15,7 @@ import (
 	"io"
 	"maps"
 	"math"
+	"runtime/debug"
 	"strconv"
 	"text/tabwriter"
 
@@ -26,6 +27,8 @@ import (
 const (
 	// tallyBytes is about what a pass holds of an event: an entry of a map that may be half empty.
 	tallyBytes = 96
+	// auditGarbage is how many per cent of what an audit holds may be garbage. That has no pointers, so collecting it often costs little.
+	auditGarbage = 20
 	// maxNowhere is how many ids of lost events are printed.
 	maxNowhere = 10
 )
@@ -42,6 +45,7 @@ func audit(fs *flag.FlagSet) action {
 		if *memory < 1 {
 			return badArgument{fmt.Errorf("-memory %d has to be at least 1", *memory)}
 		}
+		debug.SetGCPercent(auditGarbage)
 		l, err := sys.readLedger(ctx, r, *memory<<20/tallyBytes)
 		if err != nil {
 			return err
