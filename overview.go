@@ -67,9 +67,11 @@ func (o *overviewAPI) serve(w http.ResponseWriter, r *http.Request) {
 	q, problems := parseOverviewQuery(r.URL.RawQuery, time.Now().Unix())
 	o.metrics.answer(w, r, problems, func(ctx context.Context, through *int64) ([]byte, error) {
 		return o.shared.get(fmt.Sprintf("%d %d %s %q %q", q.from, q.to, q.Channel, q.tz, q.EventName), func() ([]byte, error) {
-			a, err := o.ask(ctx, q)
-			a.Through = through
-			return jsonOf(a), err
+			return questions.Patiently(ctx, func() ([]byte, error) {
+				a, err := o.ask(ctx, q)
+				a.Through = through
+				return jsonOf(a), err
+			})
 		})
 	})
 }
@@ -263,20 +265,22 @@ const (
 func (m *metricsAPI) serveEvents(w http.ResponseWriter, r *http.Request) {
 	l, limit, problems := parseEventsQuery(r.URL.RawQuery, time.Now().Unix())
 	m.answer(w, r, problems, func(ctx context.Context, _ *int64) ([]byte, error) {
-		body, l := []byte(`{"events":[`), *l
-		more, err := l.Next(ctx, limit, m.do, func(event []byte) error {
-			if body[len(body)-1] != '[' {
-				body = append(body, ',')
+		return questions.Patiently(ctx, func() ([]byte, error) {
+			body, l := []byte(`{"events":[`), *l
+			more, err := l.Next(ctx, limit, m.do, func(event []byte) error {
+				if body[len(body)-1] != '[' {
+					body = append(body, ',')
+				}
+				body = append(body, event...)
+				return nil
+			})
+			body = append(body, ']')
+			if more {
+				body = append(append(body, `,"next":"`...), l.After.String()...)
+				body = append(body, '"')
 			}
-			body = append(body, event...)
-			return nil
+			return append(body, '}'), err
 		})
-		body = append(body, ']')
-		if more {
-			body = append(append(body, `,"next":"`...), l.After.String()...)
-			body = append(body, '"')
-		}
-		return append(body, '}'), err
 	})
 }
 

@@ -25,7 +25,6 @@ import (
 
 	"github.com/event-ingestion/event-ingestion/internal/profile"
 	"github.com/event-ingestion/event-ingestion/internal/questions"
-	"github.com/event-ingestion/event-ingestion/internal/troubles"
 	"github.com/event-ingestion/event-ingestion/internal/turns"
 )
 
@@ -46,9 +45,6 @@ const (
 	clientWaiting = 32
 	// maxGroups is how many groups an answer by campaign, tag or member of metadata has: anybody may make these up.
 	maxGroups = 1000
-	// tablePause is the time between two answers while hours are recounted or a table is detached, for tablePatience.
-	tablePause    = 50 * time.Millisecond
-	tablePatience = time.Second
 )
 
 // metricsAPI serves GET /api/v1/metrics. The overview asks and answers through it, too.
@@ -107,9 +103,11 @@ func newMetricsAPI(db *clickhouse, through func() int64, failed func(error)) *me
 func (m *metricsAPI) serve(w http.ResponseWriter, r *http.Request) {
 	q, problems := m.parse(r.URL.RawQuery)
 	m.answer(w, r, problems, func(ctx context.Context, through *int64) ([]byte, error) {
-		a, err := m.query(ctx, q)
-		a.Through = through
-		return jsonOf(a), err
+		return questions.Patiently(ctx, func() ([]byte, error) {
+			a, err := m.query(ctx, q)
+			a.Through = through
+			return jsonOf(a), err
+		})
 	})
 }
 
@@ -126,16 +124,10 @@ func (m *metricsAPI) answer(w http.ResponseWriter, r *http.Request, problems []p
 	if through := m.through(); through != 0 { // before the query, which then sees at least that much
 		known = &through
 	}
+	err := m.adopt(ctx)
 	var body []byte
-	attempt := func() (err error) {
-		if err = m.adopt(ctx); err == nil {
-			body, err = ask(ctx, known)
-		}
-		return err
-	}
-	err := attempt()
-	for asked := time.Now(); questions.Passes(err) && time.Since(asked) < tablePatience && troubles.Sleep(ctx, tablePause) == nil; {
-		err = attempt()
+	if err == nil {
+		body, err = ask(ctx, known)
 	}
 	if r.Context().Err() != nil { // the client has gone
 		return

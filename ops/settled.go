@@ -208,8 +208,8 @@ func (sys System) awaitInserts(ctx context.Context) error {
 	})
 }
 
-// countHours counts both tables from one Unix second to another, which is excluded; of these only the hours that only has, if any. Half
-// of an id, which is a SHA-256, tells events apart, and takes half the time.
+// countHours counts both tables from one Unix second to another, which is excluded; of these only the hours that only has, if any.
+// Ids are told apart as numbers, which takes a fifth to a third less time than as text.
 func (sys System) countHours(ctx context.Context, from, to int64, only proto.ColUInt32) (map[uint32]hourFigures, error) {
 	hours := map[uint32]hourFigures{}
 	q := ch.Query{}
@@ -220,7 +220,7 @@ func (sys System) countHours(ctx context.Context, from, to int64, only proto.Col
 	}
 	q.Body = fmt.Sprintf(`SELECT second, toInt64(sum(has)), toInt64(sum(counted)), toInt64(sum(abs(has - counted))), sumIf(cityHash64(name, ch, has - counted), has != counted) FROM (
 		SELECT name, ch, second, sum(has) AS has, sum(counted) AS counted FROM (
-			SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, toUnixTimestamp(toStartOfHour(timestamp)) AS second, toInt64(uniqExact(reinterpretAsUInt128(event_id))) AS has, toInt64(0) AS counted
+			SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, toUnixTimestamp(toStartOfHour(timestamp)) AS second, toInt64(uniqExact(reinterpretAsUInt256(event_id))) AS has, toInt64(0) AS counted
 			FROM {events} WHERE timestamp >= %[1]d AND timestamp < %[2]d GROUP BY name, ch, second
 			UNION ALL
 			SELECT CAST(event_name, 'String') AS name, CAST(channel, 'String') AS ch, toUnixTimestamp(hour) AS second, toInt64(0) AS has, sum(event_count) AS counted

@@ -6,9 +6,12 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/ClickHouse/ch-go"
 	"github.com/ClickHouse/ch-go/proto"
+
+	"github.com/event-ingestion/event-ingestion/internal/troubles"
 )
 
 // Do runs a query. It may try again, and calls reset before each try.
@@ -20,9 +23,22 @@ var ErrCut = errors.New("ClickHouse answers with fewer rows than it has; look at
 // ErrRecounted is the answer while hours of the range are recounted.
 var ErrRecounted = errors.New("these hours are being recounted")
 
-// Passes says whether it is worth asking again soon: hours are recounted, or a table is detached by a person.
-func Passes(err error) bool {
-	return errors.Is(err, ErrRecounted) || ch.IsErr(err, proto.ErrUnknownTable, proto.ErrFunctionThrowIfValueIsNonZero)
+const (
+	// pause is the time between two answers while hours are recounted or a table is detached by a person, for patience.
+	pause    = 50 * time.Millisecond
+	patience = time.Second
+)
+
+// Patiently asks, and again for a second while the error is one that passes. Nobody holds a turn meanwhile.
+func Patiently(ctx context.Context, ask func() ([]byte, error)) (body []byte, err error) {
+	passes := func() bool {
+		return errors.Is(err, ErrRecounted) || ch.IsErr(err, proto.ErrUnknownTable, proto.ErrFunctionThrowIfValueIsNonZero)
+	}
+	body, err = ask()
+	for asked := time.Now(); passes() && time.Since(asked) < patience && troubles.Sleep(ctx, pause) == nil; {
+		body, err = ask()
+	}
+	return body, err
 }
 
 // all is EachRow for a query whose last column, beside these, says how many rows it has.

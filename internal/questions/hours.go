@@ -358,7 +358,7 @@ func (h *Hours) units(ctx context.Context, do Do, q *Question, begin, end int64,
 			found      map[int64]line
 			recounts   int64
 		)
-		reset := func() { found, units = map[int64]line{}, nil }
+		reset := func() { found, units, recounts = map[int64]line{}, nil, 0 }
 		err := do.all(ctx, reset, ch.Query{Body: q.unitsSQL(begin, from, to, end), Parameters: q.Parameters}, func(i int) {
 			l := line{count: n[i], ids: ids[i], users: users[i]}
 			switch fresh[i] {
