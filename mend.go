@@ -32,15 +32,16 @@ import (
 )
 
 const (
-	// mendInterval is the least time between two comparisons of agreeing hours, and mendShare how many times the last one's
-	// duration: it counts the hours whole.
+	// mendInterval is the least time from when every hour agreed to the next comparison, and mendShare how many times the last one's
+	// duration: it counts the hours whole. Hours that are left wait only as long as the last comparison took: offsets wait for them.
 	mendInterval = time.Second
 	mendShare    = 10
 	// mendTick is the least time between two comparisons of which the first did not settle it.
 	mendTick = 100 * time.Millisecond
 	// busyLooks is how many comparisons in a row have to find a difference where somebody always inserts.
 	busyLooks = 10
-	// A comparison is of lookHours to begin with, and of twice as many after one that took less than lookTime: rounds wait for it.
+	// A comparison is of lookHours to begin with: rounds wait for it. It is of twice as many after one that took less than lookTime, or
+	// that counted for less than half of its time: then more hours cost little more.
 	lookHours = 24
 	lookTime  = 200 * time.Millisecond
 	// heldBlocks is how many blocks of WORKER_BATCH_SIZE of a worker may be stored and not committed: what a next owner takes for
@@ -63,6 +64,7 @@ type mender struct {
 	heldRows int                       // at most so many of a worker have been stored since there is an hour to compare
 	next     time.Time                 // of the next comparison
 	atOnce   int                       // hours of the next comparison
+	looked   time.Duration             // for how long the last one counted
 	quiet    []string                  // differences, by the last comparison in which nobody inserted
 	last     []string                  // differences, by the last comparison
 	since    time.Time                 // of the first comparison of those that found them
@@ -101,8 +103,8 @@ func (m *mender) mend(ctx context.Context) {
 			for _, hour := range hours {
 				delete(m.hours, hour)
 			}
-			pause = mendShare * took
-			if m.atOnce = max(lookHours, 2*len(hours)); took > lookTime {
+			pause = took
+			if m.atOnce = max(lookHours, 2*len(hours)); took > lookTime && m.looked > took/2 {
 				m.atOnce = lookHours
 			}
 		}
@@ -146,7 +148,9 @@ func (m *mender) compare(ctx context.Context, hours []int64) (agree bool, err er
 	if err != nil {
 		return false, err
 	}
+	looking := time.Now()
 	found, err := m.look(ctx, differing(""))
+	m.looked = time.Since(looking)
 	if err == nil && len(found) > 0 && slices.Equal(found, m.tried) { // to no avail: a restored backup may have rows twice, which count once
 		found, err = m.look(ctx, differing("FINAL"))
 	}

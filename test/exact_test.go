@@ -56,6 +56,24 @@ func TestLittleMemory(t *testing.T) {
 	}
 }
 
+// TestManyHoursAgain: what a killed instance had stored of many hours, and not committed, is compared hour by hour. A ClickHouse that
+// takes its time over every answer does not make that last for minutes.
+func TestManyHoursAgain(t *testing.T) {
+	t.Parallel()
+	const events, hours = 5000, 29 * 24
+	env := faultSpace(t)
+	between := newProxy(t, clickhouseAddress(t), nil)
+	p := startProgram(t, append(slices.Clone(env), "CLICKHOUSE_PORT="+between.port()))
+	now := time.Now().Unix()
+	bodies := numbered("hours", events, 1000, func(i int) int64 { return now - int64(i)*hours*hourSeconds/events })
+	postAll(t, p, bodies)
+	p = p.killAndRestart()
+	postAll(t, p, bodies)
+	between.late.Store(int64(100 * time.Millisecond))
+	drained(p)
+	mustCount(t, env, "hours", events)
+}
+
 // TestOtherPartitioner: a producer that places keys by CRC32, as librdkafka's clients do, sends what the API has, too.
 func TestOtherPartitioner(t *testing.T) {
 	t.Parallel()

@@ -65,9 +65,10 @@ type proxy struct {
 	listener net.Listener
 	mu       sync.Mutex // guards conns
 	conns    map[net.Conn]*atomic.Bool
-	silent   atomic.Bool // what the target says on any connection is swallowed, and nothing is closed
-	deaf     atomic.Bool // connections from now on are like that
-	shut     atomic.Bool // connections from now on end at once
+	silent   atomic.Bool  // what the target says on any connection is swallowed, and nothing is closed
+	deaf     atomic.Bool  // connections from now on are like that
+	shut     atomic.Bool  // connections from now on end at once
+	late     atomic.Int64 // nanoseconds that what the target says takes longer
 }
 
 // newProxy listens on loopback, with TLS unless config is nil, until the test ends.
@@ -120,6 +121,7 @@ func (p *proxy) pass(client, server net.Conn) {
 			if deaf || p.silent.Load() {
 				continue
 			}
+			time.Sleep(time.Duration(p.late.Load()))
 			if _, err := client.Write(b[:n]); err != nil {
 				return
 			}

@@ -248,7 +248,10 @@ func (p *program) await(what string, limit time.Duration, done func() bool) {
 	p.t.Helper()
 	for deadline := time.Now().Add(limit); !done(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			p.t.Fatalf("not %s within %s; log:\n%.8000s", what, limit, p.log)
+			p.cmd.Process.Signal(syscall.SIGQUIT) // its goroutines say what it waits for
+			time.AfterFunc(5*time.Second, func() { p.cmd.Process.Kill() })
+			p.cmd.Wait()
+			p.t.Fatalf("not %s within %s; log:\n%.30000s", what, limit, p.log)
 		}
 	}
 }
