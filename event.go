@@ -114,6 +114,9 @@ func (e *event) id(buf []byte) (eventID, []byte) {
 }
 
 func appendEscapedPipes(dst, s []byte) []byte {
+	if bytes.IndexByte(s, '|') < 0 && bytes.IndexByte(s, '\\') < 0 { // Fast path
+		return append(dst, s...)
+	}
 	for _, c := range s {
 		if c == '|' || c == '\\' {
 			dst = append(dst, '\\')
@@ -174,6 +177,10 @@ func appendString[S []byte | string](dst []byte, s S) []byte {
 	dst = append(dst, '"')
 	start := 0
 	for i := 0; i < len(s); i++ {
+		if i+8 <= len(s) && specialBytes(eightBytes(s, i)) == 0 { // Fast path
+			i += 7
+			continue
+		}
 		c := s[i]
 		if c >= 0x20 && c != '"' && c != '\\' {
 			continue
@@ -190,6 +197,24 @@ func appendString[S []byte | string](dst []byte, s S) []byte {
 	dst = append(dst, s[start:]...)
 	return append(dst, '"')
 }
+
+// eightBytes are those of s from i on, the first one lowest. The compiler makes one load of them.
+func eightBytes[S []byte | string](s S, i int) uint64 {
+	b := s[i : i+8]
+	return uint64(b[0]) | uint64(b[1])<<8 | uint64(b[2])<<16 | uint64(b[3])<<24 | uint64(b[4])<<32 | uint64(b[5])<<40 | uint64(b[6])<<48 | uint64(b[7])<<56
+}
+
+const ones, highBits = 0x0101010101010101, 0x8080808080808080 // of eight bytes
+
+// specialBytes has the high bit of each byte of x that does not stand for itself in a string, or is not ASCII, up to the first:
+// beyond it, others may have theirs, too.
+func specialBytes(x uint64) uint64 {
+	quote, slash := x^ones*'"', x^ones*'\\'
+	return (x | (x - ones*' ') | (quote - ones) | (slash - ones)) & highBits
+}
+
+// maybeControl is 0 when eight bytes have no control character, nor anything beyond ASCII.
+func maybeControl(x uint64) uint64 { return (x | (x - ones*' ') | (x + ones)) & highBits }
 
 // A price is Decimal(18, 4) in the table.
 const (

@@ -9,7 +9,6 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"encoding/binary"
 	"fmt"
 	"math/bits"
 	"strconv"
@@ -259,7 +258,7 @@ func (m *skimmed) text(b []byte, i int) (end int, want string) {
 	}
 	for i++; ; {
 		if i+8 <= len(b) { // Fast path
-			special := specialBytes(binary.LittleEndian.Uint64(b[i:]))
+			special := specialBytes(eightBytes(b, i))
 			if i += bits.TrailingZeros64(special) / 8; special == 0 {
 				continue
 			}
@@ -284,14 +283,6 @@ func (m *skimmed) text(b []byte, i int) (end int, want string) {
 			i += n
 		}
 	}
-}
-
-// specialBytes has the high bit of each byte of x that does not stand for itself in a string, or is not ASCII, up to the first:
-// beyond it, others may have theirs, too.
-func specialBytes(x uint64) uint64 {
-	const ones, high = 0x0101010101010101, 0x8080808080808080
-	quote, slash := x^ones*'"', x^ones*'\\'
-	return (x | (x - ones*' ') | (quote - ones) | (slash - ones)) & high
 }
 
 // escape returns the length of the escape at the start of b, 0 when there is none, and whether it stands for text.

@@ -289,8 +289,12 @@ func (p *eventParser) text(f fieldSet, tooLong string, size int, v *fastjson.Val
 			p.addf(f.name(), tooLong, "has %d characters, the limit is %d", n, maxTextChars)
 		}
 	}
-	for i, c := range b {
-		if c < 0x20 || c == 0x7f || c == 0xc2 && i+1 < len(b) && b[i+1] < 0xa0 { // U+0080 to U+009F are C2 80 to C2 9F
+	for i := 0; i < len(b); i++ {
+		if i+8 <= len(b) && maybeControl(eightBytes(b, i)) == 0 { // Fast path
+			i += 7
+			continue
+		}
+		if c := b[i]; c < 0x20 || c == 0x7f || c == 0xc2 && i+1 < len(b) && b[i+1] < 0xa0 { // U+0080 to U+009F are C2 80 to C2 9F
 			r, _ := utf8.DecodeRune(b[i:])
 			p.addf(f.name(), codeInvalidFormat, "contains the control character U+%04X", r)
 			break

@@ -70,7 +70,9 @@ func TestControlCharacters(t *testing.T) {
 		for _, field := range []string{`"event_name":"%s"`, `"user_id":"%s"`, `"campaign_id":"%s"`, `"insert_id":"%s"`, `"tags":["a","%s"]`} {
 			forms := []string{fmt.Sprintf(`a\u%04x`, c), fmt.Sprintf(`\u%04xb`, c)}
 			if c >= 0x20 && c != '"' && c != '\\' { // JSON has the others only so
-				forms = append(forms, "a"+string(c))
+				for at := range 20 { // eight bytes are looked at together
+					forms = append(forms, strings.Repeat("a", at)+string(c)+strings.Repeat("z", 19-at))
+				}
 			}
 			for _, form := range forms {
 				_, problems, err := p.parse([]byte("{" + fmt.Sprintf(field, form) + "}"))
@@ -80,6 +82,25 @@ func TestControlCharacters(t *testing.T) {
 				if err != nil || is != want {
 					t.Errorf("%s: %v %v", fmt.Sprintf(field, form), problems, err)
 				}
+			}
+		}
+	}
+}
+
+// TestTextsAnywhere: a text is written as JSON that stands for it, and its pipes are escaped, wherever a character stands.
+func TestTextsAnywhere(t *testing.T) {
+	for c := rune(0); c < 0x250; c++ {
+		for at := range 20 {
+			text := strings.Repeat("a", at) + string(c) + strings.Repeat("z", 19-at)
+			var back string
+			for _, written := range [][]byte{appendString(nil, text), appendString(nil, []byte(text))} {
+				if err := json.Unmarshal(written, &back); err != nil || back != text {
+					t.Fatalf("%q is written as %s: %v", text, written, err)
+				}
+			}
+			want := strings.NewReplacer(`|`, `\|`, `\`, `\\`).Replace(text)
+			if got := appendEscapedPipes(nil, []byte(text)); string(got) != want {
+				t.Fatalf("%q is escaped as %q", text, got)
 			}
 		}
 	}
