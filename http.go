@@ -10,8 +10,9 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
-	"fmt"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
@@ -144,7 +145,7 @@ func (x *exchange) begin(r *http.Request) {
 	if given := r.Header["X-Request-Id"]; len(given) == 1 && requestID.MatchString(given[0]) {
 		x.id = given[0]
 	} else {
-		x.id = fmt.Sprintf("%016x", rand.Uint64())
+		x.id = hex.EncodeToString(binary.BigEndian.AppendUint64(nil, rand.Uint64()))
 	}
 	x.Header()["X-Request-Id"] = []string{x.id}
 }
