@@ -10,7 +10,7 @@
 package main
 
 import (
-	"cmp"
+	"container/list"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -41,7 +41,7 @@ const (
 	// maxWanted bounds the minutes that are remembered to have been looked up: records of any age may come.
 	maxWanted = 100_000
 	// setOverhead is about what a set takes beside its table, in bytes.
-	setOverhead = 128
+	setOverhead = 144
 )
 
 // dedupe knows which events are stored. Only the inserter's goroutine uses it, except for bytes and sets.
@@ -52,9 +52,9 @@ type dedupe struct {
 	bytes   atomic.Int64 // never above budget, a table and its larger successor included
 	sets    atomic.Int64 // len(minutes) in the last round
 	minutes map[int64]*idSet
+	order   *list.List       // of the sets, the one that was used longest ago first
 	wanted  map[int64]missed // by minute
 	round   uint64
-	stuck   uint64 // the round in which nothing was left to drop
 
 	tally    map[int64]int        // rows of the round, by minute
 	doubtful int                  // of them, those of minutes without a set
@@ -75,7 +75,7 @@ func newDedupe(a asker, db *clickhouse, budget int64) *dedupe {
 
 // forgetAll starts over: others have stored events that the sets do not know.
 func (d *dedupe) forgetAll() {
-	d.minutes, d.wanted = map[int64]*idSet{}, map[int64]missed{}
+	d.minutes, d.order, d.wanted = map[int64]*idSet{}, list.New(), map[int64]missed{}
 	d.bytes.Store(0)
 }
 
@@ -169,7 +169,7 @@ func (d *dedupe) load(ctx context.Context) error {
 	hours := map[int64]int{}
 	for minute, n := range d.tally {
 		if set := d.minutes[minute]; set != nil {
-			set.lastUsed = d.round
+			d.use(set)
 		} else if d.budget > 0 {
 			m := d.wanted[minute]
 			m.rows += n
@@ -238,8 +238,7 @@ func (d *dedupe) read(ctx context.Context, spans []secondSpan) error {
 		where = append(where, fmt.Sprintf("timestamp >= %d AND timestamp < %d", s.from, s.to))
 		for minute := s.from / minuteSeconds; minute < s.to/minuteSeconds; minute++ {
 			if d.minutes[minute] == nil && d.free(setOverhead) {
-				d.minutes[minute] = &idSet{lastUsed: d.round}
-				d.bytes.Add(setOverhead)
+				d.know(minute)
 				loading = append(loading, minute)
 			}
 		}
@@ -287,31 +286,37 @@ func (d *dedupe) makeRoom(set *idSet, n int) bool {
 	return true
 }
 
-// free says whether need bytes are free, for which it drops the minutes that were used longest ago, never one of this round,
-// until some more are.
+// free says whether need bytes are free, for which it drops the minutes that were used longest ago, never one of this round.
 func (d *dedupe) free(need int64) bool {
-	fits := func(budget int64) bool { return d.bytes.Load()+need <= budget }
-	if fits(d.budget) || d.stuck == d.round {
-		return fits(d.budget)
-	}
-	oldest := slices.SortedFunc(maps.Keys(d.minutes), func(a, b int64) int {
-		return cmp.Or(cmp.Compare(d.minutes[a].lastUsed, d.minutes[b].lastUsed), cmp.Compare(a, b))
-	})
-	for _, minute := range oldest {
-		if d.minutes[minute].lastUsed == d.round || fits(d.budget*15/16) { // with less room each set that grows would sort again
-			break
+	for d.bytes.Load()+need > d.budget {
+		oldest := d.order.Front()
+		if oldest == nil || oldest.Value.(*idSet).lastUsed == d.round {
+			return false
 		}
-		d.drop(minute)
+		d.drop(oldest.Value.(*idSet).minute)
 	}
-	if !fits(d.budget) {
-		d.stuck = d.round
-	}
-	return fits(d.budget)
+	return true
+}
+
+// know makes the set of a minute, for which setOverhead must be free.
+func (d *dedupe) know(minute int64) {
+	set := &idSet{minute: minute, lastUsed: d.round}
+	set.place = d.order.PushBack(set)
+	d.minutes[minute] = set
+	d.bytes.Add(setOverhead)
+}
+
+// use has a set go last.
+func (d *dedupe) use(set *idSet) {
+	set.lastUsed = d.round
+	d.order.MoveToBack(set.place)
 }
 
 func (d *dedupe) drop(minute int64) {
-	d.bytes.Add(-d.minutes[minute].bytes() - setOverhead)
+	set := d.minutes[minute]
+	d.order.Remove(set.place)
 	delete(d.minutes, minute)
+	d.bytes.Add(-set.bytes() - setOverhead)
 }
 
 // idKey is what a set keeps of an id: 64 bits. A new event is taken for a known one when it shares them with another one of
@@ -340,8 +345,10 @@ const (
 // idSet is an open-addressing table with linear probing. The zero value is an empty set without a table.
 type idSet struct {
 	slots    []idKey
-	used     int    // slots that are not free
-	lastUsed uint64 // round
+	used     int // slots that are not free
+	minute   int64
+	lastUsed uint64        // round
+	place    *list.Element // in dedupe.order
 }
 
 // placement is of this process alone: who sends events chooses what ids are made of, and would have them stand in one row.
