@@ -100,7 +100,7 @@ func (l *Listing) Next(ctx context.Context, limit int, do Do, take func(line []b
 		}
 		bottom := max(l.From, top-l.window+1)
 		p := page{rows: limit - taken, bytes: maxPageBytes - size}
-		if err := p.read(ctx, l, bottom, top, do); err != nil {
+		if err := p.ask(ctx, l, bottom, top, do); err != nil {
 			return false, err
 		}
 		for i := range p.events {
@@ -115,9 +115,11 @@ func (l *Listing) Next(ctx context.Context, limit int, do Do, take func(line []b
 		}
 		taken, size = taken+len(p.events), size+p.size
 		switch {
-		case taken == limit || int(p.found) > len(p.events): // the page is full, and about as many seconds hold the next one
+		case taken == limit || p.read < p.found: // the page is full, and about as many seconds hold the next one
 			l.window = max(firstWindow, 2*(top-l.After.At+1))
 			return true, nil
+		case p.read == p.rows: // but some came twice
+			continue
 		case bottom == l.From:
 			return false, nil
 		}
@@ -129,18 +131,19 @@ func (l *Listing) Next(ctx context.Context, limit int, do Do, take func(line []b
 // behindAll is as an id before all events of a second, the newest of which comes first.
 var behindAll = [idBytes]byte(bytes.Repeat([]byte{0xff}, idBytes))
 
-// page is one query of a listing: at most so many events, and, but for the first, of so many bytes. found is how many there are
-// without the bound of bytes.
+// page is one query of a listing: at most so many rows, and, but for the first, of so many bytes. found is how many there are
+// without the bound of bytes, read how many of them came.
 type page struct {
 	rows, bytes int
 	events      []event
 	last        Cursor
 	size        int
-	found       uint64
+	found, read int
 }
 
-// read asks for the events from bottom to top, both included. A row that is stored twice, until a merge, comes once.
-func (p *page) read(ctx context.Context, l *Listing, bottom, top int64, do Do) error {
+// ask reads the events from bottom to top, both included. A row that is stored twice, until a merge, is one event. ClickHouse is not told
+// so: LIMIT BY would have it read every column of all rows, instead of those of the rows that it answers.
+func (p *page) ask(ctx context.Context, l *Listing, bottom, top int64, do Do) error {
 	var (
 		timestamp                                         proto.ColDateTime
 		id                                                proto.ColFixedStr32
@@ -168,7 +171,6 @@ FROM
         FROM {events}
         WHERE {where}
         {order}
-        LIMIT 1 BY timestamp, event_id
         LIMIT {rows}
     )
     WINDOW newest AS ({order} ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW)
@@ -178,11 +180,16 @@ WHERE nth = 1 OR total <= {bytes}
 	for _, c := range []proto.ColResult{&timestamp, &id, &name, &channel, &campaign, &user, &insertID, tags, &metadata, &created, &total, &found} {
 		results = append(results, proto.ResultColumn{Data: c})
 	}
-	return do(ctx, func() { p.events, p.found, p.size = nil, 0, 0 }, ch.Query{Body: body, Parameters: l.Parameters, Result: results,
+	return do(ctx, func() { p.events, p.last, p.found, p.read, p.size = nil, Cursor{}, 0, 0, 0 }, ch.Query{Body: body, Parameters: l.Parameters, Result: results,
 		OnResult: func(_ context.Context, b proto.Block) error {
 			for i := range b.Rows {
-				p.found, p.size = found[i], int(total[i])
-				p.last = Cursor{At: int64(timestamp.Data[i]), From: l.From, ID: id[i]}
+				p.found, p.size = int(found[i]), int(total[i])
+				p.read++
+				this := Cursor{At: int64(timestamp.Data[i]), From: l.From, ID: id[i]}
+				if this == p.last {
+					continue
+				}
+				p.last = this
 				p.events = append(p.events, event{
 					EventID: hex.EncodeToString(id[i][:]), Name: text(name.Row(i)), UserID: text(user.Row(i)), Timestamp: p.last.At,
 					Channel: text(channel.Row(i)), CampaignID: text(campaign.Row(i)), InsertID: text(insertID.Row(i)),
