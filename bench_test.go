@@ -151,7 +151,7 @@ func BenchmarkKnown(b *testing.B) {
 	for b.Loop() {
 		if n%1_000_000 == 0 {
 			known.forgetAll()
-			known.minutes[ev.timestamp/minuteSeconds] = new(idSet)
+			known.know(ev.timestamp / minuteSeconds)
 		}
 		b.StopTimer()
 		for row := range rows {

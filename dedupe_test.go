@@ -335,7 +335,7 @@ func TestAbandonedRound(t *testing.T) {
 		commit:   func(context.Context, int) error { return nil },
 	})
 	ev := mustParse(t, new(eventParser), sampleEvent)
-	in.dedupe.minutes[ev.timestamp/minuteSeconds] = new(idSet)
+	in.dedupe.know(ev.timestamp / minuteSeconds)
 	id, _ := ev.id(nil)
 	record := &kgo.Record{Key: fmt.Appendf(nil, "%x", id), Value: []byte(sampleEvent)}
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
