@@ -8,6 +8,7 @@ package main
 import (
 	"bytes"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"math/bits"
@@ -177,7 +178,7 @@ func appendString[S []byte | string](dst []byte, s S) []byte {
 	dst = append(dst, '"')
 	start := 0
 	for i := 0; i < len(s); i++ {
-		if i+8 <= len(s) && specialBytes(eightBytes(s, i)) == 0 { // Fast path
+		if i+8 <= len(s) && specialBytes(binary.LittleEndian.Uint64([]byte(s[i:i+8]))) == 0 { // Fast path
 			i += 7
 			continue
 		}
@@ -196,12 +197,6 @@ func appendString[S []byte | string](dst []byte, s S) []byte {
 	}
 	dst = append(dst, s[start:]...)
 	return append(dst, '"')
-}
-
-// eightBytes are those of s from i on, the first one lowest. The compiler makes one load of them.
-func eightBytes[S []byte | string](s S, i int) uint64 {
-	b := s[i : i+8]
-	return uint64(b[0]) | uint64(b[1])<<8 | uint64(b[2])<<16 | uint64(b[3])<<24 | uint64(b[4])<<32 | uint64(b[5])<<40 | uint64(b[6])<<48 | uint64(b[7])<<56
 }
 
 const ones, highBits = 0x0101010101010101, 0x8080808080808080 // of eight bytes

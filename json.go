@@ -9,6 +9,7 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"encoding/binary"
 	"fmt"
 	"math/bits"
 	"strconv"
@@ -258,7 +259,7 @@ func (m *skimmed) text(b []byte, i int) (end int, want string) {
 	}
 	for i++; ; {
 		if i+8 <= len(b) { // Fast path
-			special := specialBytes(eightBytes(b, i))
+			special := specialBytes(binary.LittleEndian.Uint64(b[i:]))
 			if i += bits.TrailingZeros64(special) / 8; special == 0 {
 				continue
 			}

@@ -8,6 +8,7 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -290,7 +291,7 @@ func (p *eventParser) text(f fieldSet, tooLong string, size int, v *fastjson.Val
 		}
 	}
 	for i := 0; i < len(b); i++ {
-		if i+8 <= len(b) && maybeControl(eightBytes(b, i)) == 0 { // Fast path
+		if i+8 <= len(b) && maybeControl(binary.LittleEndian.Uint64(b[i:])) == 0 { // Fast path
 			i += 7
 			continue
 		}
