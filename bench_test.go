@@ -1,5 +1,5 @@
 // What each step of an event's way costs, alone (the whole way is measured in test/). Figures of one run on one machine compare;
-// absolute ones do not travel. Every benchmark checks what it produced.
+// absolute ones do not travel. Every benchmark checks what it produced. A test holds the hot path to no garbage.
 //
 // Behind them stands the small stand that they share with the tests from inside: an event, a request, a worker, and a space on the
 // stack for those that need its Kafka or its ClickHouse. Whole-system tests have another one, in test/.
@@ -20,9 +20,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/event-ingestion/event-ingestion/internal/testkit"
-
+	"github.com/ClickHouse/ch-go/proto"
 	"github.com/event-ingestion/event-ingestion/internal/batches"
+	"github.com/event-ingestion/event-ingestion/internal/testkit"
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
@@ -370,5 +370,80 @@ func countedOnce(t *testing.T, db string) {
 		UNION ALL SELECT event_name, channel, hour, -event_count FROM %[1]s.events_hourly)
 		GROUP BY event_name, channel, hour HAVING sum(n) != 0 LIMIT 10`, db)); differ != "" {
 		t.Errorf("not counted, or too often:\n%s", differ)
+	}
+}
+
+// TestHotPathAllocations is the promise of the README: from body bytes to records ready for Kafka, and from a record
+// to a row, nothing is allocated per event.
+func TestHotPathAllocations(t *testing.T) {
+	const events = 100
+	var list []string
+	for i := range events / 2 {
+		list = append(list, fmt.Sprintf(`{"event_name":"e","user_id":"user_%d","timestamp":1795441976}`, i), strings.Replace(sampleEvent, "user_123", fmt.Sprint("user_", i), 1))
+	}
+	body := []byte(`{"events":[` + strings.Join(list, ",") + `]}`)
+	q := newTestRequest()
+	toRecords := func() {
+		q.fill(body)
+		if err := q.encode(t.Context(), typeJSON, 1795441976); err != nil {
+			t.Fatal(err)
+		}
+		q.sealRecords("events")
+	}
+	toRecords()
+	if len(q.records) != events || q.failed > 0 {
+		t.Fatalf("%d records, %d failed", len(q.records), q.failed)
+	}
+	id, _ := mustParse(t, new(eventParser), list[events-1]).id(nil)
+	if got := string(q.records[events-1].Key); got != hex.EncodeToString(id[:]) {
+		t.Fatalf("key %s", got)
+	}
+	if n := testing.AllocsPerRun(100, toRecords); n > 0 {
+		t.Errorf("body to records: %.0f allocations for %d events", n, events)
+	}
+	acknowledge := func() {
+		q.holders.Store(2)
+		q.pending.Store(int32(len(q.records)))
+		for i := range q.records {
+			onAck(&q.records[i].Record, nil)
+		}
+		<-q.acked
+	}
+	if n := testing.AllocsPerRun(100, acknowledge); n > 0 {
+		t.Errorf("acknowledgements: %.0f allocations for %d events", n, events)
+	}
+	w := idleWorker(2 * events)
+	records := make([]*kgo.Record, events)
+	for i := range records {
+		records[i] = &kgo.Record{Key: q.records[i].Key, Value: q.records[i].Value, Offset: int64(i)}
+	}
+	queue := make([][]*kgo.Record, 1)
+	toRows := func() {
+		w.cur.reset()
+		queue[0] = records
+		w.queue = queue
+		if bad, err := w.takeIn(events); bad != nil {
+			t.Fatal(err)
+		}
+	}
+	var header proto.Buffer
+	toHeader := func() {
+		header.Reset()
+		for _, c := range w.cur.columns {
+			c.EncodeStart(&header, proto.Version)
+			if c.Data.Rows() != events {
+				t.Fatalf("%d rows of %s", c.Data.Rows(), c.Name)
+			}
+		}
+	}
+	toRows()
+	if w.cur.rows() != events {
+		t.Fatalf("%d rows", w.cur.rows())
+	}
+	if n := testing.AllocsPerRun(100, toRows); n > 0 {
+		t.Errorf("records to rows: %.0f allocations for %d events", n, events)
+	}
+	if n := testing.AllocsPerRun(100, toHeader); n > 0 {
+		t.Errorf("rows to a block's header: %.0f allocations for %d events", n, events)
 	}
 }

@@ -1,7 +1,7 @@
 // What a request may cost: shapes that are searched for one that takes more memory or time than its bytes are worth.
 //
 // Memory is what the runtime has allocated. Time is the CPU time of this thread, and never compared with a clock: with
-// what half the body takes, and with what encoding/json takes to look at the same.
+// what half the body takes, and with what encoding/json takes to look at the same. The last test is of what a round may cost.
 
 package main
 
@@ -405,5 +405,38 @@ func TestBudget(t *testing.T) {
 		if used := in.bodies.Used(); used != 0 {
 			t.Errorf("limit %d: %d bytes were not given back", limit, used)
 		}
+	}
+}
+
+// TestForgetting: however many minutes are known, one that needs room does not have a round wait: a backfill of a few events a minute
+// fills the memory with hundreds of thousands. What was used last stays.
+func TestForgetting(t *testing.T) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	const fit = 300_000
+	known := newDedupe(nil, nil, fit*setOverhead)
+	worst := time.Duration(0)
+	for minute := range int64(2 * fit) {
+		known.round++
+		if known.minutes[7] != nil {
+			known.use(known.minutes[7])
+		}
+		started := testkit.ThreadTime()
+		if !known.free(setOverhead) {
+			t.Fatal("no room")
+		}
+		known.know(minute)
+		worst = max(worst, testkit.ThreadTime()-started)
+	}
+	if n := len(known.minutes); n != fit || known.order.Len() != fit || known.bytes.Load() != fit*setOverhead {
+		t.Errorf("%d minutes of %d, %d bytes", n, known.order.Len(), known.bytes.Load())
+	}
+	for _, minute := range []int64{7, fit + 1, 2*fit - 1} {
+		if known.minutes[minute] == nil {
+			t.Errorf("minute %d is not known", minute)
+		}
+	}
+	if most := testkit.Here(20 * time.Millisecond); worst > most {
+		t.Errorf("room for one minute took %s, more than %s", worst, most)
 	}
 }

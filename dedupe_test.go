@@ -11,7 +11,6 @@ import (
 	"math"
 	"math/bits"
 	"math/rand/v2"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -21,7 +20,6 @@ import (
 	"github.com/ClickHouse/ch-go/proto"
 	"github.com/event-ingestion/event-ingestion/internal/profile"
 	"github.com/event-ingestion/event-ingestion/internal/questions"
-	"github.com/event-ingestion/event-ingestion/internal/testkit"
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
@@ -171,39 +169,6 @@ func TestDedupeMemory(t *testing.T) {
 		if n := known.bytes.Load(); n > budget || n < 0 {
 			t.Fatalf("%d bytes of %d", n, budget)
 		}
-	}
-}
-
-// TestForgetting: however many minutes are known, one that needs room does not have a round wait: a backfill of a few events a minute
-// fills the memory with hundreds of thousands. What was used last stays.
-func TestForgetting(t *testing.T) {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	const fit = 300_000
-	known := newDedupe(nil, nil, fit*setOverhead)
-	worst := time.Duration(0)
-	for minute := range int64(2 * fit) {
-		known.round++
-		if known.minutes[7] != nil {
-			known.use(known.minutes[7])
-		}
-		started := testkit.ThreadTime()
-		if !known.free(setOverhead) {
-			t.Fatal("no room")
-		}
-		known.know(minute)
-		worst = max(worst, testkit.ThreadTime()-started)
-	}
-	if n := len(known.minutes); n != fit || known.order.Len() != fit || known.bytes.Load() != fit*setOverhead {
-		t.Errorf("%d minutes of %d, %d bytes", n, known.order.Len(), known.bytes.Load())
-	}
-	for _, minute := range []int64{7, fit + 1, 2*fit - 1} {
-		if known.minutes[minute] == nil {
-			t.Errorf("minute %d is not known", minute)
-		}
-	}
-	if most := testkit.Here(20 * time.Millisecond); worst > most {
-		t.Errorf("room for one minute took %s, more than %s", worst, most)
 	}
 }
 

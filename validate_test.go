@@ -1,4 +1,4 @@
-// The event alone: the rules, identity, JSON, canonical encoding, and no garbage on the hot path. Nothing here needs the stack.
+// The event alone: the rules, identity, JSON, and canonical encoding. Nothing here needs the stack.
 
 package main
 
@@ -386,83 +386,4 @@ func FuzzSplitBulk(f *testing.F) {
 			}
 		}
 	})
-}
-
-// TestHotPathAllocations is the promise of the README: from body bytes to records ready for Kafka, and from a record
-// to a row, nothing is allocated per event.
-func TestHotPathAllocations(t *testing.T) {
-	const events = 100
-	var list []string
-	for i := range events / 2 {
-		list = append(list, fmt.Sprintf(`{"event_name":"e","user_id":"user_%d","timestamp":1795441976}`, i), strings.Replace(sampleEvent, "user_123", fmt.Sprint("user_", i), 1))
-	}
-	body := []byte(`{"events":[` + strings.Join(list, ",") + `]}`)
-	q := newTestRequest()
-	const now = 1795441976
-	toRecords := func() {
-		q.fill(body)
-		if err := q.encode(t.Context(), typeJSON, now); err != nil {
-			t.Fatal(err)
-		}
-		q.sealRecords("events")
-	}
-	toRecords()
-	if len(q.records) != events || q.failed > 0 {
-		t.Fatalf("%d records, %d failed", len(q.records), q.failed)
-	}
-	id, _ := mustParse(t, new(eventParser), list[events-1]).id(nil)
-	if got := string(q.records[events-1].Key); got != hex.EncodeToString(id[:]) {
-		t.Fatalf("key %s", got)
-	}
-	if n := testing.AllocsPerRun(100, toRecords); n > 0 {
-		t.Errorf("body to records: %.0f allocations for %d events", n, events)
-	}
-
-	acknowledge := func() {
-		q.holders.Store(2)
-		q.pending.Store(int32(len(q.records)))
-		for i := range q.records {
-			onAck(&q.records[i].Record, nil)
-		}
-		<-q.acked
-	}
-	if n := testing.AllocsPerRun(100, acknowledge); n > 0 {
-		t.Errorf("acknowledgements: %.0f allocations for %d events", n, events)
-	}
-
-	w := idleWorker(2 * events)
-	records := make([]*kgo.Record, events)
-	for i := range records {
-		records[i] = &kgo.Record{Key: q.records[i].Key, Value: q.records[i].Value, Offset: int64(i)}
-	}
-	w.queue = make([][]*kgo.Record, 1)
-	queue := w.queue
-	toRows := func() {
-		w.cur.reset()
-		queue[0] = records
-		w.queue = queue
-		if bad, err := w.takeIn(events); bad != nil {
-			t.Fatal(err)
-		}
-	}
-	var header proto.Buffer
-	toHeader := func() {
-		header.Reset()
-		for _, c := range w.cur.columns {
-			c.EncodeStart(&header, proto.Version)
-			if c.Data.Rows() != events {
-				t.Fatalf("%d rows of %s", c.Data.Rows(), c.Name)
-			}
-		}
-	}
-	toRows()
-	if w.cur.rows() != events {
-		t.Fatalf("%d rows", w.cur.rows())
-	}
-	if n := testing.AllocsPerRun(100, toRows); n > 0 {
-		t.Errorf("records to rows: %.0f allocations for %d events", n, events)
-	}
-	if n := testing.AllocsPerRun(100, toHeader); n > 0 {
-		t.Errorf("rows to a block's header: %.0f allocations for %d events", n, events)
-	}
 }
